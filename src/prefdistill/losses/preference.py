@@ -1,0 +1,87 @@
+"""Losses on preference pairs: SFT on the chosen response, DPO, and TVKD as DPO with an offset."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
+    r"""Negative log-likelihood of the chosen responses per response token.
+
+    .. math:: -\sum_i \log \pi_\theta(y_i | x_i) / \sum_i T_i
+
+    Args:
+        policy_chosen: sequence log-probabilities in nats, shape [B].
+        tokens: response tokens of each, shape [B].
+
+    Returns:
+        A scalar, in nats per token.
+
+    Example:
+        >>> sft_loss(torch.tensor([-4.0, -2.0]), torch.tensor([2, 1]))
+        tensor(2.)
+    """
+    return -policy_chosen.sum() / tokens.sum()
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
+) -> Tensor:
+    r"""Direct preference optimisation.
+
+    .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
+              - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}]\big)
+
+    Args:
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected: sequence log-probabilities in nats, shape [B].
+        beta: strength of the pull towards the reference, per nat.
+
+    Returns:
+        One loss per pair, shape [B].
+
+    Source: Rafailov et al. (arXiv 2305.18290), equation 7.
+
+    Example:
+        >>> zero = torch.zeros(1)
+        >>> dpo_loss(zero, zero, zero, zero, beta=0.1)
+        tensor([0.6931])
+    """
+    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
+
+
+def tvkd_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    shaping_chosen: Tensor,
+    shaping_rejected: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+) -> Tensor:
+    r"""Teacher value-based knowledge distillation: the DPO margin plus the margin of the teacher's shaping return.
+
+    .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
+              - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}] + \alpha [\Psi(y_w) - \Psi(y_l)]\big)
+
+    The shaping returns carry no gradient. Equal to `dpo_loss` with reference log-probabilities
+    `ref(y) - alpha / beta * Psi(y)`, and to `dpo_loss` itself, bit for bit, at `alpha=0`.
+
+    Args:
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected: sequence log-probabilities in nats, shape [B].
+        shaping_chosen, shaping_rejected: `shaping_return` of each response, shape [B].
+        beta: strength of the pull towards the reference, per nat.
+        alpha: weight of the teacher's term; negative values turn its sign.
+
+    Returns:
+        One loss per pair, shape [B].
+
+    Source: TVKD (arXiv 2509.16965), the training objective.
+
+    Example:
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> tvkd_loss(zero, zero, zero, zero, one, zero, beta=0.1, alpha=0.7)     # -log sigmoid(0.7)
+        tensor([0.4032])
+    """
+    margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
+    return -F.logsigmoid(margin + alpha * (shaping_chosen - shaping_rejected).detach())
