@@ -45,6 +45,7 @@ def dpo_loss(
         >>> dpo_loss(zero, zero, zero, zero, beta=0.1)
         tensor([0.6931])
     """
+    _check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
 
 
@@ -64,8 +65,9 @@ def tvkd_loss(
     .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
               - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}] + \alpha [\Psi(y_w) - \Psi(y_l)]\big)
 
-    The shaping returns carry no gradient. Equal to `dpo_loss` with reference log-probabilities
-    `ref(y) - alpha / beta * Psi(y)`, and to `dpo_loss` itself, bit for bit, at `alpha=0`.
+    The shaping returns carry no gradient. A response whose return is high needs less log-ratio for the same loss: over
+    many pairs whose labels follow a reward R the minimiser is `ref(y) * exp((R(y) - alpha * Psi(y)) / beta)`. Equal to `dpo_loss` with reference log-probabilities
+    `ref(y) - alpha / beta * Psi(y)`, and to `dpo_loss` itself, bit for bit, at `alpha=0` (finite Psi).
 
     Args:
         policy_chosen, policy_rejected, ref_chosen, ref_rejected: sequence log-probabilities in nats, shape [B].
@@ -83,5 +85,13 @@ def tvkd_loss(
         >>> tvkd_loss(zero, zero, zero, zero, one, zero, beta=0.1, alpha=0.7)     # -log sigmoid(0.7)
         tensor([0.4032])
     """
+    _check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected, shaping_chosen, shaping_rejected)
     margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     return -F.logsigmoid(margin + alpha * (shaping_chosen - shaping_rejected).detach())
+
+
+def _check_shapes(first: Tensor, *others: Tensor) -> None:
+    """Refuse to broadcast: a [B, 1] beside a [B] would silently become B x B losses."""
+    for other in others:
+        if other.shape != first.shape:
+            raise ValueError(f"every argument must have shape [B], got {list(first.shape)} and {list(other.shape)}")

@@ -20,7 +20,7 @@ def soft_value(logits: Tensor, temperature: float = 1.0) -> Tensor:
         Values in nats, shape [...], in float32 or the logits' own dtype if that is wider.
 
     Raises:
-        ValueError: if `temperature` is not positive.
+        ValueError: if `temperature` is not positive and finite.
 
     Source: TVKD (arXiv 2509.16965), the soft value function of a DPO-trained teacher.
 
@@ -28,8 +28,8 @@ def soft_value(logits: Tensor, temperature: float = 1.0) -> Tensor:
         >>> soft_value(torch.zeros(2, 4))            # log 4, twice
         tensor([1.3863, 1.3863])
     """
-    if not temperature > 0:
-        raise ValueError(f"the value temperature must be positive, got {temperature}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"the value temperature must be positive and finite, got {temperature}")
     scores = logits if logits.dtype == torch.float64 else logits.float()
     return temperature * torch.logsumexp(scores / temperature, dim=-1)
 
@@ -47,8 +47,8 @@ def shaping_return(
 
     With `discount=1` the sum telescopes to `V(s_T) - V(s_0)`. `terminal` says what stands in for `V(s_T)` where the
     response ended: "last" takes `V(s_{T-1})`, the last state before the end token; "bootstrap" takes the value after
-    the end token, as the formula reads; "zero" takes 0, which keeps the optimal policy of the task unchanged. A
-    truncated response has no terminal state, so its `V(s_T)` is used as it is.
+    the end token, as the formula reads; "zero" takes 0, which with `discount=1` keeps the optimal policy of the task
+    unchanged where every response ends. A truncated response has no terminal state, so its `V(s_T)` is used as it is.
 
     Args:
         values: `V(s_0) .. V(s_T)` per response, shape [B, T_max + 1]; entries after `s_T` are never read.
@@ -61,7 +61,7 @@ def shaping_return(
         Psi in nats, shape [B], in the dtype of `values`.
 
     Raises:
-        ValueError: on an unknown `terminal`, a length below 1 or one that `values` is too short for.
+        ValueError: on an unknown `terminal`, shapes that do not fit, or a length below 1 or beyond `values`.
 
     Source: TVKD (arXiv 2509.16965), shaping term psi; Ng, Harada & Russell (1999) for the invariance.
 
@@ -75,8 +75,9 @@ def shaping_return(
         raise ValueError(f"values must be [B, T+1] and lengths [B], got {list(values.shape)} and {list(lengths.shape)}")
     if lengths.numel() and not (int(lengths.min()) >= 1 and int(lengths.max()) < values.shape[1]):
         raise ValueError(f"lengths must lie in 1..{values.shape[1] - 1}, the number of states less one")
-    if ended is None:
-        ended = torch.ones_like(lengths, dtype=torch.bool)
+    ended = torch.ones_like(lengths, dtype=torch.bool) if ended is None else ended.bool()
+    if ended.shape != lengths.shape:
+        raise ValueError(f"ended must be [B] like lengths, got {list(ended.shape)} and {list(lengths.shape)}")
 
     last = values.gather(1, (lengths - 1)[:, None])[:, 0]
     final = values.gather(1, lengths[:, None])[:, 0]

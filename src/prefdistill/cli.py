@@ -1,0 +1,409 @@
+"""The command line: verb -> function, nothing else. Heavy imports wait until a verb runs."""
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefdistill import __version__
+from prefdistill.errors import UserError
+
+# Newer typers carry their own click: the error of a bad command line is found through typer's public subclass of it.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="prefdistill",
+    help="Preference distillation for small language models: pairs + teacher + student in, an aligned student and an "
+    "honest report card out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=1e-6")
+]
+Seed = Annotated[int, typer.Option(help="Seed of weights, data order and sampling.")]
+Data = Annotated[
+    str,
+    typer.Option("--data", help="Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."),
+]
+MaxLength = Annotated[int, typer.Option(help="Tokens of prompt and response; the response is cut on the right.")]
+MaxPrompt = Annotated[int | None, typer.Option(help="Tokens of the prompt; a longer one keeps its end.")]
+Dtype = Annotated[str, typer.Option(help="dtype of the weights: auto, float32, bfloat16 or float16.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code. Off unless asked for.")
+]
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/quickstart"),
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="Full runs, each with its own models and data.")] = 1,
+    methods: Annotated[str | None, typer.Option(help="Only these, e.g. dpo,tvkd (the baseline dpo always runs).")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """The whole pipeline on a built-in task with a known reward: offline, on a CPU, in minutes.
+
+    Example: prefdistill quickstart --out runs/first --seed 1
+    """
+    recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
+    return _run(recipe, out, [f"seed={seed}", f"seeds={seeds}", *(overrides or [])], fast=False, only=methods)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/NAME of the recipe.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="The recipe's small profile: everything runs, nothing is learnt.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Every stage of a recipe. Finished stages are reused, an interrupted one goes on.
+
+    Example: prefdistill run recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
+    """
+    return _run(recipe, out, overrides or [], fast=fast)
+
+
+def _run(recipe_path: Path, out: Path | None, overrides: list[str], *, fast: bool, only: str | None = None) -> dict[str, Any]:
+    from prefdistill.config import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides, fast=fast, only=only.split(",") if only else None)
+    out = out or Path("runs") / recipe.name
+    from prefdistill.report import method_table, verdict
+    from prefdistill.results import run_recipe
+
+    results = run_recipe(recipe, out, command=" ".join(["prefdistill", *sys.argv[1:]]))
+    _print(f"{method_table(results)}\n\n{verdict(results)}\n")
+    _print(f"results  {out / 'results.json'}\nreport   {out / 'report.html'}")
+    return results
+
+
+@app.command()
+def sft(
+    model: Annotated[str, typer.Option("--model", help="Hub name or directory to start from.")],
+    data: Annotated[str, typer.Option("--data", help="Rows with messages, prompt and completion, or pairs (the chosen).")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the trained model.")],
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    max_length: MaxLength = 1024,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Supervised fine-tuning through TRL: a teacher's or a student's start.
+
+    Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft learning_rate=2e-5 epochs=3
+    """
+    from prefdistill.config import Training
+    from prefdistill.data import Truncation, load_messages
+    from prefdistill.models import load_tokenizer
+    from prefdistill.teach import train_sft
+
+    training = _training(Training, overrides)
+    rows = load_messages(data)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return _stage(
+        "sft",
+        out,
+        {"model": model, "data": data, "training": training.model_dump(), "max_length": max_length, "seed": seed, "dtype": dtype},
+        lambda directory: train_sft(
+            model, rows, tokenizer, training, directory,
+            truncation=Truncation(max_length), dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+        ),
+    )  # fmt: skip
+
+
+@app.command()
+def dpo(
+    model: Annotated[str, typer.Option("--model", help="Hub name or directory to start from; also the reference.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Directory for the trained model.")],
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    max_length: MaxLength = 1024,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """DPO through TRL: makes the teacher.
+
+    Example: prefdistill dpo --model models/teacher-sft --data pairs.jsonl --out models/teacher beta=0.01
+    """
+    from prefdistill.config import DPOTraining
+    from prefdistill.data import Truncation, load_pairs
+    from prefdistill.models import load_tokenizer
+    from prefdistill.teach import train_dpo
+
+    training = _training(DPOTraining, overrides)
+    pairs = load_pairs(data)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return _stage(
+        "dpo",
+        out,
+        {"model": model, "data": data, "training": training.model_dump(), "max_length": max_length, "seed": seed, "dtype": dtype},
+        lambda directory: train_dpo(
+            model, pairs, tokenizer, training, directory,
+            truncation=Truncation(max_length), dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+        ),
+    )  # fmt: skip
+
+
+@app.command()
+def signals(
+    model: Annotated[str, typer.Option("--model", help="Hub name or directory of the model that is asked.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the signal store.")],
+    kind: Annotated[str, typer.Option(help="values, logps, or both with a comma.")] = "values,logps",
+    role: Annotated[str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")] = "teacher",
+    max_length: MaxLength = 1024,
+    max_prompt_length: MaxPrompt = None,
+    value_temperature: Annotated[float, typer.Option(help="b of the soft value b*logsumexp(z/b).")] = 1.0,
+    dtype: Dtype = "auto",
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per forward pass.")] = 16_384,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """What a model says about each response, stored: soft values of every state, log-probability of the response.
+
+    Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind values
+    """
+    from prefdistill.data import Truncation
+    from prefdistill.signals import extract_signals
+
+    store = extract_signals(
+        model,
+        data,
+        kinds=tuple(part.strip() for part in kind.split(",") if part.strip()),
+        out=out,
+        role=role,
+        truncation=Truncation(max_length, max_prompt_length),
+        value_temperature=value_temperature,
+        dtype=dtype,
+        bf16=bf16,
+        batch_tokens=batch_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    size = sum(path.stat().st_size for path in (out / "shards").iterdir())
+    _print(f"{len(store.rows)} of {len(store)} pairs, {', '.join(store.kinds)}, {size:,} bytes in {out}")
+    return {"out": str(out), "pairs": len(store.rows), "rows": len(store), "kinds": list(store.kinds), "bytes": size}
+
+
+@app.command()
+def distill(
+    student: Annotated[str, typer.Option("--student", help="Hub name or directory of the student's start.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Directory for the trained student.")],
+    method: Annotated[str, typer.Option("--method", help="sft, dpo or tvkd.")] = "tvkd",
+    signals: Annotated[list[Path] | None, typer.Option("--signals", help="Signal stores; once for each.")] = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    max_length: Annotated[int | None, typer.Option(help="Only for methods without signals; others truncate as these did.")] = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Train the student with a method. KEY=VALUE sets the method's options and the training's.
+
+    Example: prefdistill distill --student my/student --data pairs.jsonl --signals signals/teacher --signals
+    signals/reference --method tvkd --out models/tvkd alpha=0.7 beta=0.1 learning_rate=1e-6
+    """
+    from dataclasses import asdict
+
+    from prefdistill.config import Training
+    from prefdistill.data import Truncation, data_fingerprint, load_pairs
+    from prefdistill.files import file_digest
+    from prefdistill.methods import METHODS, make_method
+    from prefdistill.models import load_model, load_tokenizer
+    from prefdistill.signals import Signals
+    from prefdistill.training import PrefDistillTrainer, fit
+
+    given = _overrides(overrides)
+    of_method = METHODS[method].__dataclass_fields__ if method in METHODS else {}
+    chosen = make_method(method, {key: value for key, value in given.items() if key in of_method})
+    training = _training(Training, {key: value for key, value in given.items() if key not in of_method})
+    pairs = load_pairs(data)
+    stores = [Signals.open(path) for path in signals or []]
+    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
+
+    def make(directory: Path) -> None:
+        trainer = PrefDistillTrainer(
+            model=load_model(student, dtype=dtype, trust_remote_code=trust_remote_code),
+            method=chosen,
+            args=training.to_arguments(directory / "checkpoints", seed=seed, data_seed=seed),
+            train_dataset=pairs,
+            signals=stores,
+            processing_class=tokenizer,
+            peft_config=training.lora.config() if training.lora else None,
+            truncation=Truncation(max_length) if max_length else None,
+        )
+        fit(trainer, directory, method)
+
+    request = {
+        "student": student,
+        "data": data_fingerprint(pairs),
+        "method": method,
+        "options": asdict(chosen),
+        "training": training.model_dump(),
+        "signals": [file_digest(path / "manifest.json") for path in signals or []],
+        "max_length": max_length,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    return _stage(f"distill {method}", out, request, make)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="Hub name or directory of the student.")],
+    data: Data,
+    reference: Annotated[Path, typer.Option("--reference", help="logps signals of the student's start on this data.")],
+    out: Annotated[Path, typer.Option("--out", help="File for the results (JSON).")],
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="values,logps signals of the teacher on this data.")] = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Implicit-reward accuracy of a student on held-out pairs, and the teacher's terms beside it.
+
+    Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reference signals/reference-test --out e.json
+    """
+    from prefdistill.data import load_pairs
+    from prefdistill.evaluation.pairs import evaluate_pairs
+    from prefdistill.files import write_json
+    from prefdistill.models import default_device, load_model, load_tokenizer
+    from prefdistill.signals import Signals
+
+    pairs = load_pairs(data)
+    stores = [Signals.open(path) for path in (reference, teacher) if path]
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    student = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(default_device()).eval()
+    results = evaluate_pairs(student, pairs, tokenizer, stores)
+    write_json(out, results)
+    for name, value in [*results["metrics"].items(), *results["margin_accuracy"].items()]:
+        _print(f"{name:28} {value['mean']:.3f} ± {value['se'] or float('nan'):.3f}   ({value['n']} pairs)")
+    return results
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    format: Annotated[str | None, typer.Option("--format", help="html or md; default: by the file's name.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """One self-contained page from one or more run directories.
+
+    Example: prefdistill report runs/quickstart runs/tvkd --out report.html
+    """
+    from prefdistill.report import write_report
+
+    kind = format or ("md" if out.suffix == ".md" else "html")
+    if kind not in ("html", "md"):
+        raise UserError(f"--format must be html or md, got {kind!r}")
+    write_report(runs, out, format=kind)
+    _print(str(out))
+    return {"out": str(out), "runs": [str(path) for path in runs]}
+
+
+# -- what every verb shares --------------------------------------------------------------------------------------------
+
+
+def _print(text: str) -> None:
+    """For a person; under --json stdout is for the JSON object alone, and this goes to stderr."""
+    print(text)
+
+
+def _overrides(given: list[str] | None) -> dict[str, Any]:
+    from prefdistill.config import Override
+
+    return {change.key: change.value for change in map(Override.parse, given or [])}
+
+
+def _training(kind: type[Any], overrides: "list[str] | dict[str, Any] | None") -> Any:
+    from prefdistill.config import validate
+
+    raw = overrides if isinstance(overrides, dict) else _overrides(overrides)
+    return validate(kind, raw, "command line")
+
+
+def _stage(name: str, out: Path, request: dict[str, Any], make: Any) -> dict[str, Any]:
+    from prefdistill.stages import locked, run_stage
+
+    with locked(out):
+        stage = run_stage(name, out, request, make)
+    _print(f"{name}: {out}")
+    return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: exit 0 done, 2 the input is wrong, 1 it failed while running, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_call(arguments))
+
+
+def _call(arguments: list[str]) -> int:
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if as_json:
+            with redirect_stdout(sys.stderr):
+                result = app(args=arguments, standalone_mode=False)
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            app(args=arguments, standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error), 2, debug)
+    except UsageError as error:
+        where = getattr(error, "ctx", None)
+        hint = f" (see `{where.command_path} --help`)" if where else ""
+        return _fail(f"{error.format_message()}{hint}", 2, debug)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("prefdistill: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return _fail(f"{type(error).__name__}: {reason}\n(--debug shows where)", 1, debug)
+    return 0
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"prefdistill: {message}", file=sys.stderr)
+    return status
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit

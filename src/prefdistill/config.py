@@ -1,0 +1,389 @@
+"""Recipes: what a run is made of, checked before anything starts. Unknown keys and wrong types are errors."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from prefdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+Options = dict[str, Any]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Lora(Section):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+    def config(self) -> "LoraConfig":
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=int(self.alpha),
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+
+class Training(Section):
+    """How one model is trained; `arguments` takes anything else `transformers.TrainingArguments` knows."""
+
+    learning_rate: PositiveFloat = 5e-7
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 64  # rows per optimiser step, over all processes and accumulation steps
+    micro_batch_size: PositiveInt = 4  # rows per process in memory at once
+    warmup: float = Field(0.1, ge=0)  # share of the steps, or steps if 1 or more
+    schedule: str = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: PositiveInt = 10
+    save_steps: PositiveInt = 200
+    report_to: list[str] = []
+    lora: Lora | None = None
+    arguments: Options = {}
+
+    def to_arguments(self, out: Path, *, seed: int, data_seed: int, kind: type[Any] | None = None, **more: Any) -> Any:
+        """The matching `TrainingArguments` (or `kind` of them, such as TRL's SFTConfig)."""
+        from accelerate import PartialState
+        from transformers import TrainingArguments
+
+        processes = PartialState().num_processes
+        micro = min(self.micro_batch_size, self.batch_size)
+        if self.batch_size % (micro * processes):
+            raise UserError(
+                f"batch_size={self.batch_size} is not a multiple of micro_batch_size x processes = "
+                f"{micro} x {processes}; change one of them"
+            )
+        options: Options = {
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            "max_steps": self.max_steps or -1,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": self.batch_size // (micro * processes),
+            "warmup_steps": self.warmup,
+            "lr_scheduler_type": self.schedule,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "bf16": self.bf16,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "logging_steps": self.logging_steps,
+            "save_steps": self.save_steps,
+            "save_total_limit": 1,
+            "report_to": self.report_to or "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": _has_accelerator(),
+            "seed": seed,
+            "data_seed": data_seed,
+            **more,
+            **self.arguments,
+        }
+        try:
+            return (kind or TrainingArguments)(output_dir=str(out), **options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"training arguments: {error}".splitlines()[0]) from error
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+class DPOTraining(Training):
+    beta: PositiveFloat = 0.1
+
+
+class Synthetic(Section):
+    """The built-in task with a known reward, in place of data files."""
+
+    demonstrations: PositiveInt
+    pairs: PositiveInt
+    test_prompts: PositiveInt
+
+
+class Data(Section):
+    """Pairs to train and test on: a Hub name (`org/name#split`), a directory, or a file."""
+
+    train: str | None = None
+    test: str | None = None
+    sft: str | None = None  # demonstrations for the SFT stages; default: the chosen responses of `train`
+    max_train: PositiveInt | None = None  # use the first rows only
+    max_test: PositiveInt | None = None
+    max_length: PositiveInt | None = 1024
+    max_prompt_length: PositiveInt | None = None
+    synthetic: Synthetic | None = None
+
+
+class Scratch(Section):
+    """Models made from random weights: `LlamaConfig` arguments of each, and a tokenizer trained on the data."""
+
+    vocab_size: PositiveInt = 4096
+    teacher: Options
+    student: Options
+
+
+class Models(Section):
+    """Hub names or directories; a model that is not named is made from `scratch`."""
+
+    teacher: str | None = None
+    student: str | None = None
+    scratch: Scratch | None = None
+    dtype: Dtype = "float32"  # of the weights in training; with bf16=true they stay float32 and the products are bf16
+    trust_remote_code: bool = False
+
+
+class Teacher(Section):
+    """What is done to the teacher before it is asked; null skips a stage (the model named has been through it)."""
+
+    sft: Training | None = None
+    dpo: DPOTraining | None = None
+
+
+class StudentStart(Section):
+    sft: Training | None = None
+
+
+class SignalOptions(Section):
+    dtype: Dtype = "auto"  # of the teacher's weights while it is read; auto: as they are stored
+    value_temperature: PositiveFloat = 1.0
+    batch_tokens: PositiveInt = 16_384
+
+
+class MethodRun(Section):
+    """A method with its hyper-parameters, under the name it has in the results."""
+
+    method: str
+    options: Options = {}
+    label: str = ""
+    control: bool = False  # a placebo, bound or noise floor: shown beside the methods, never the verdict
+    first_order: int = Field(0, ge=0)
+    training: Training
+
+
+class Evaluation(Section):
+    """What is measured on the held-out data besides pair accuracies."""
+
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 64
+    samples: int = Field(0, ge=0)  # generations kept for the report
+
+
+class Recipe(Section):
+    name: str
+    task: str = ""
+    seed: int = 0
+    seeds: PositiveInt = 1  # the whole pipeline, from models to evaluation, with seed, seed + 1, ...
+    orders: PositiveInt = 1  # trainings of each method per seed, on the same pairs in other orders
+    baseline: str = "dpo"
+    data: Data
+    model: Models = Models()
+    teacher: Teacher = Teacher()
+    student: StudentStart = StudentStart()
+    signals: SignalOptions = SignalOptions()
+    training: Options = {}  # defaults of every training below
+    methods: dict[str, MethodRun]
+    evaluate: Evaluation = Evaluation()
+    fast: dict[str, Any] = {}  # overrides for a quick run, by dotted key
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        """Training defaults into every training; a method's own options out of its flat section."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        defaults = _mapping(raw.get("training"), "training")
+        for part, stages in (("teacher", ("sft", "dpo")), ("student", ("sft",))):
+            section = dict(_mapping(raw.get(part), part))
+            for stage in stages:
+                if section.get(stage) is not None:
+                    section[stage] = {**defaults, **_mapping(section[stage], f"{part}.{stage}")}
+            raw[part] = section
+        methods = {}
+        for name, section in _mapping(raw.get("methods"), "methods").items():
+            section = dict(_mapping(section, f"methods.{name}"))
+            known = {key: section.pop(key) for key in list(section) if key in MethodRun.model_fields}
+            known.setdefault("method", name)
+            known["options"] = {**_mapping(known.get("options"), f"methods.{name}.options"), **section}
+            known["training"] = {**defaults, **_mapping(known.get("training"), f"methods.{name}.training")}
+            methods[name] = known
+        raw["methods"] = methods
+        return raw
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one, e.g. `methods: {dpo: {}, tvkd: {}}`")
+        if self.baseline not in self.methods:
+            raise ValueError(f"baseline {self.baseline!r} is not among the methods: {', '.join(self.methods)}")
+        if (self.data.train is None) == (self.data.synthetic is None):
+            raise ValueError("data needs either `train` (pairs) or `synthetic`; give data.train=FILE_OR_HUB_NAME")
+        if (self.model.teacher is None or self.model.student is None) and self.model.scratch is None:
+            raise ValueError("model.teacher and model.student must be named, or model.scratch say how to make them")
+        return self
+
+    def save(self, path: Path) -> None:
+        from prefdistill.files import write_text
+
+        write_text(path, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{where} must be a mapping of names to values, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Override:
+    """`key=value` from the command line; the value is read as YAML."""
+
+    key: str
+    value: Any
+
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"{text!r} is not an override; write key=value, e.g. training.learning_rate=1e-6")
+        return cls(key.strip(), parse_value(value, key))
+
+
+def parse_value(text: str, where: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {text!r} is not a YAML value") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_recipe(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    fast: bool = False,
+    only: list[str] | None = None,
+) -> Recipe:
+    """Read a recipe, apply its `fast` profile if asked, then the overrides, and check the result.
+
+    Args:
+        path: a YAML file.
+        overrides: "key=value" each, e.g. "methods.tvkd.alpha=1.0"; they win over the file.
+        fast: the recipe's quick profile.
+        only: keep these of its methods (and its baseline).
+
+    Raises:
+        UserError: on a missing file, broken YAML, an unknown key, a wrong type, or a method that does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no recipe at {path}; the shipped ones are under recipes/")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping with keys such as data, model, methods")
+    raw = _floats(raw)
+    changes = [Override(key, value) for key, value in (raw.get("fast") or {}).items()] if fast else []
+    changes += [Override.parse(text) for text in overrides]
+    for change in changes:
+        _set(raw, change)
+    if only is not None and isinstance(raw.get("methods"), dict):
+        if unknown := [name for name in only if name not in raw["methods"]]:
+            raise UserError(f"{path} has no method {unknown[0]!r}; it has {', '.join(raw['methods'])}")
+        kept = {*only, raw.get("baseline", Recipe.model_fields["baseline"].default)}
+        raw["methods"] = {name: method for name, method in raw["methods"].items() if name in kept}
+    recipe = validate(Recipe, raw, str(path))
+    from prefdistill.methods import make_method
+
+    for name, run in recipe.methods.items():
+        try:
+            make_method(run.method, run.options)
+        except UserError as error:
+            raise UserError(f"{path}: methods.{name}: {error}") from error
+    return recipe
+
+
+def validate(kind: type[Any], raw: Any, where: str) -> Any:
+    """`kind(**raw)`, with its complaint as one line that says the fix."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(kind, error)}") from error
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
+    import typing
+
+    for part in location:
+        annotation = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else kind
+        options = [annotation, *typing.get_args(annotation)]
+        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), kind)
+    return list(kind.model_fields)
+
+
+def _set(raw: dict[str, Any], change: Override) -> None:
+    *parents, last = change.key.split(".")
+    place = raw
+    for part in parents:
+        if not isinstance(place.get(part), dict):
+            place[part] = {}
+        place = place[part]
+    place[last] = change.value
+
+
+def _floats(value: Any) -> Any:
+    """Numbers such as 1e-6 that YAML 1.1 reads as words."""
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,119 @@
+"""How well a number per response orders held-out preference pairs."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefdistill.data import Truncation, data_fingerprint, encode_pairs
+from prefdistill.errors import UserError
+from prefdistill.evaluation.stats import mean_and_error
+from prefdistill.methods import shaping_returns
+from prefdistill.signals.extract import score_pairs
+from prefdistill.signals.store import SIDES, Signals, SignalSet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pair_wins(chosen: Any, rejected: Any) -> np.ndarray:
+    """1 where the chosen response scores higher, 0 where it scores lower, one half at a tie; [B]."""
+    chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
+def margin_accuracy(chosen: Any, rejected: Any) -> float:
+    r"""Fraction of pairs that a score orders right, a tie counting one half.
+
+    .. math:: \frac1B \sum_i [S(y_w^i) > S(y_l^i)] + \tfrac12 [S(y_w^i) = S(y_l^i)]
+
+    Args:
+        chosen, rejected: scores of the two responses, array-likes of shape [B].
+
+    Example:
+        >>> margin_accuracy([1.0, 2.0], [0.0, 2.0])
+        0.75
+    """
+    return float(pair_wins(chosen, rejected).mean())
+
+
+def implicit_rewards(
+    student: "PreTrainedModel", pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", reference: Signals
+) -> dict[str, np.ndarray]:
+    r"""Log-ratios of a student to its reference on held-out pairs, the implicit reward of DPO in units of beta.
+
+    .. math:: r(y) = \log\pi_\theta(y|x) - \log\pi_{ref}(y|x)
+
+    Args:
+        student: in eval mode, on its device.
+        pairs: the held-out pairs that `reference` was made from.
+        tokenizer: the student's.
+        reference: "logps" of the student's starting point.
+
+    Returns:
+        Per kept pair: `chosen` and `rejected` log-ratios (nats), and `chosen_logp`, the student's log-probability of
+        the chosen response per token.
+    """
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**reference.manifest["truncation"]))
+    rows = np.asarray(encoded["row"][:])
+    found = score_pairs(student, encoded, tokenizer, ("logps",), bf16=reference.manifest["model"]["bf16"])
+    logps = {side: np.array(found[f"{side}_logps"], dtype=np.float64) for side in SIDES}
+    ratios = {side: logps[side] - reference.scalar(f"{side}_logps", rows) for side in SIDES}
+    return {**ratios, "chosen_logp": logps["chosen"] / reference.scalar("chosen_tokens", rows)}
+
+
+def evaluate_pairs(
+    student: "PreTrainedModel", pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]
+) -> dict[str, Any]:
+    """Accuracy of a student's implicit reward on held-out pairs and, where the teacher's signals are given, of its terms.
+
+    Args:
+        student: in eval mode, on its device.
+        pairs: held-out pairs.
+        tokenizer: the student's.
+        stores: signals for these pairs: "reference" with logps, and optionally "teacher" with values and logps.
+
+    Returns:
+        `{"metrics": {name: {mean, se, n}}, "margin_accuracy": {term: {mean, se, n}}}`, errors over the pairs.
+    """
+    signals = SignalSet.of(stores, pairs, data_fingerprint(pairs))
+    if signals.missing(("reference.logps",)):
+        raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
+    reward = implicit_rewards(student, pairs, tokenizer, signals.stores["reference"])
+    terms = {} if signals.missing(("teacher.values", "teacher.logps")) else pair_terms(signals)
+    return {
+        "metrics": {
+            "reward_accuracy": mean_and_error(pair_wins(reward["chosen"], reward["rejected"])),
+            "chosen_logp": mean_and_error(reward["chosen_logp"]),
+        },
+        "margin_accuracy": {name: mean_and_error(wins) for name, wins in terms.items()},
+    }
+
+
+def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "last") -> dict[str, np.ndarray]:
+    """Per-pair wins of the shaping return and of the baselines it must be seen beside, from the teacher's signals.
+
+    Terms: "shaping return" as the method uses it, "value after the end token" (terminal "bootstrap"), the teacher's
+    log-probability of the response, its Q (raw logits of the tokens, summed; only at value temperature 1, where
+    z(s,a) = log pi(a|s) + V(s)), its implicit reward where a teacher reference is there, and length.
+    """
+
+    def scalar(role: str, name: str) -> list[np.ndarray]:
+        return [signals.scalar(role, name, side) for side in SIDES]
+
+    def returns(terminal: str) -> list[np.ndarray]:
+        return [shaping_returns(signals, side, discount=discount, terminal=terminal) for side in SIDES]
+
+    terms = {"shaping return": returns(terminal)}
+    if terminal != "bootstrap":
+        terms["value after the end token"] = returns("bootstrap")
+    logps = scalar("teacher", "logps")
+    terms["teacher log-prob"] = logps
+    if signals.stores["teacher"].manifest["value_temperature"] == 1:
+        choosing = [[v[:-1].sum() for v in signals.ragged("teacher", "values", side)] for side in SIDES]
+        terms["teacher Q (raw logits)"] = [l + np.array(v) for l, v in zip(logps, choosing, strict=True)]
+    if not signals.missing(("teacher_reference.logps",)):
+        reference = scalar("teacher_reference", "logps")
+        terms["teacher implicit reward"] = [t - r for t, r in zip(logps, reference, strict=True)]
+    terms["longer is better"] = scalar("teacher", "tokens")
+    return {name: pair_wins(*scores) for name, scores in terms.items()}

@@ -1,0 +1,214 @@
+"""Models and tokenizers: load them by Hub name or directory, make small ones from scratch, tell them apart."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.errors import UserError
+from prefdistill.files import value_digest
+from prefdistill.progress import say
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
+# between prompt and response, and a training conversation ends where a generated one does.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def default_device() -> "torch.device":
+    import torch
+
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
+    return torch.device("cpu")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Tokenizer of a Hub name or directory; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("tokenizer", name, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end token (eos_token); set one in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> "PreTrainedModel":
+    """Causal language model of a Hub name or directory; a PEFT adapter is merged into its base.
+
+    Args:
+        name: Hub name or directory.
+        dtype: "auto" (as the checkpoint is stored), "float32", "bfloat16" or "float16".
+        trust_remote_code: let the model's repository run its own code. Off unless asked for.
+
+    Raises:
+        UserError: if there is no such model, or it cannot be loaded as a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload()
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("model", name, error)) from error
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(name).exists():
+        return f"{name} is there but holds no {what} that transformers can load: {reason}"
+    return f"no {what} at {name!r}: neither a directory here nor a name the Hub gave us ({reason})"
+
+
+def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
+    """What makes two models the same for us: name, Hub revision, architecture, dtype and a digest of every weight."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        import torch
+
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return {
+        "name": name or model.config.name_or_path,
+        "revision": hub_revision(name),
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def hub_revision(name: str) -> str | None:
+    """Commit of the cached Hub snapshot that `name` was loaded from; None for a directory."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if not name or Path(name).exists():
+        return None
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Digests of the token map and rules, and of the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for state in ("truncation", "padding"):  # set by use, not part of what the tokenizer is
+        rules.pop(state, None)
+    return {
+        "name": tokenizer.name_or_path,
+        "size": len(tokenizer),
+        "sha256": value_digest([rules, tokenizer.special_tokens_map]),
+        "template_sha256": value_digest(tokenizer.chat_template),
+    }
+
+
+def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> None:
+    """Two models can speak of the same tokens only if no id means two things; ids that one of them lacks are trimmed.
+
+    Raises:
+        UserError: naming the first token that has two ids.
+    """
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    clash = [token for token in sorted(a.keys() & b.keys()) if a[token] != b[token]]
+    taken = {i: token for token, i in b.items()}
+    clash += [token for token, i in a.items() if token not in b and i in taken]
+    if clash:
+        raise UserError(
+            f"{ours.name_or_path} and {theirs.name_or_path} have different tokenizers: {len(clash)} of {len(a)} tokens "
+            f"differ, e.g. {clash[0]!r}; choose a teacher and a student of one family"
+        )
+    if len(a) != len(b):
+        say(f"{ours.name_or_path} has {len(a)} tokens, {theirs.name_or_path} {len(b)}; the shared {len(a.keys() & b.keys())} agree")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """Byte-level BPE tokenizer with a chat template, trained on `texts`.
+
+    Args:
+        texts: what to learn the merges from.
+        vocab_size: ids in all, at least 256 bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        extra_special_tokens=special[3:],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def random_model(tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], seed: int) -> "PreTrainedModel":
+    """A randomly initialised Llama with the tokenizer's vocabulary.
+
+    Args:
+        tokenizer: its length is the vocabulary.
+        shape: `LlamaConfig` arguments: hidden_size, num_hidden_layers, ...
+        seed: of the weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def texts_of(dataset: Any) -> Iterator[str]:
+    """Every text of a preference or message data set, to train a tokenizer on."""
+    for row in dataset:
+        for column in ("prompt", "chosen", "rejected", "messages", "completion"):
+            value = row.get(column)
+            if isinstance(value, str):
+                yield value
+            elif value:
+                yield from (message["content"] for message in value)

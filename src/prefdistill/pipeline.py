@@ -1,0 +1,435 @@
+"""A recipe, stage by stage: data -> teacher -> student's start -> signals -> methods -> evaluation."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefdistill import synthetic
+from prefdistill.config import MethodRun, Recipe, Training
+from prefdistill.data import Truncation, data_fingerprint, load_messages, load_pairs
+from prefdistill.evaluation.pairs import implicit_rewards, pair_terms, pair_wins
+from prefdistill.files import file_digest, read_json, write_json, write_jsonl
+from prefdistill.methods import TVKD, Method, make_method
+from prefdistill.models import (
+    check_same_tokens,
+    default_device,
+    load_model,
+    load_tokenizer,
+    random_model,
+    texts_of,
+    train_tokenizer,
+)
+from prefdistill.progress import say
+from prefdistill.sample import Response, sample
+from prefdistill.signals import Signals, SignalSet, extract_signals
+from prefdistill.stages import Stage, run_stage
+from prefdistill.teach import train_dpo, train_sft
+from prefdistill.training import PrefDistillTrainer, fit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Spread of the shaping margin in units of the DPO margin's, above which the pairs hardly count.
+DROWNING = 3.0
+# Evaluated beside the methods, before any of them: who they learn from, and where they start.
+TEACHER, START = "teacher", "start"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one evaluated model gave: means by metric, and the values per test item behind them."""
+
+    metrics: dict[str, float]
+    items: dict[str, list[float]]
+    samples: list[dict[str, Any]]
+
+
+@dataclass
+class SeedRun:
+    """One pass through the whole recipe with one seed, in `OUT/seed-N`."""
+
+    recipe: Recipe
+    out: Path
+    seed: int
+    stages: list[Stage] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, data digests
+
+    @property
+    def root(self) -> Path:
+        return self.out / f"seed-{self.seed}"
+
+    def run(self) -> dict[str, list[Measured]]:
+        """Every stage; returns what was measured, by method: one entry per data order."""
+        measured: dict[str, list[Measured]] = {}
+        self.prepare()
+        if self.recipe.data.synthetic:
+            measured[TEACHER] = [self.evaluate(TEACHER, self.teacher)]
+            measured[START] = [self.evaluate(START, self.start)]
+        for name, run in self.recipe.methods.items():
+            measured[name] = []
+            for order in range(run.first_order, run.first_order + self.recipe.orders):
+                student = self.distill(name, run, order)
+                measured[name].append(self.evaluate(f"{name}-{order}", student))
+        return measured
+
+    def prepare(self) -> None:
+        """Data, teacher, the student's start and the signals."""
+        recipe = self.recipe
+        if recipe.data.synthetic:
+            self.stage("data", {"synthetic": recipe.data.synthetic.model_dump()}, self._make_language)
+        else:
+            self.keys["train"] = data_fingerprint(self.train)
+        if recipe.model.teacher is None or recipe.model.student is None:
+            after = "data" if recipe.data.synthetic else "train"
+            self.stage("init", {"model": recipe.model.model_dump()}, self._make_models, after)
+        self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
+        self.start = recipe.model.student or str(self.root / "init" / "student")
+        self.keys["models"] = [_model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
+        self.keys["init"] = self.keys.get("init", "")
+        self.keys["demonstrations"] = self.keys.get("data") or _file_key(recipe.data.sft) or self.keys["train"]
+
+        if recipe.teacher.sft:
+            self.teacher = self._train_sft("teacher-sft", self.teacher, recipe.teacher.sft)
+        self.teacher_reference = self.teacher
+        if recipe.data.synthetic:
+            self.stage("pairs", {"max_new_tokens": recipe.evaluate.max_new_tokens}, self._make_pairs, "teacher-sft")
+            self.keys["train"] = self.keys["pairs"]
+        if recipe.teacher.dpo:
+            self.teacher = self._train_dpo("teacher-dpo", self.teacher, recipe)
+        if recipe.student.sft:
+            self.start = self._train_sft("student-sft", self.start, recipe.student.sft)
+        self._extract_all()
+
+    # -- data and models ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def train(self) -> "Dataset":
+        return self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train)
+
+    @functools.cached_property
+    def test(self) -> "Dataset | None":
+        if self.recipe.data.test is None and self.recipe.data.synthetic is None:
+            return None
+        return self._pairs(self.recipe.data.test, "test", self.recipe.data.max_test)
+
+    def _pairs(self, source: str | None, split: str, limit: int | None) -> "Dataset":
+        pairs = load_pairs(source or str(self.root / "pairs" / f"{split}.jsonl"))
+        return pairs.select(range(min(limit, len(pairs)))) if limit else pairs
+
+    @functools.cached_property
+    def demonstrations(self) -> "Dataset":
+        if self.recipe.data.synthetic:
+            return load_messages(str(self.root / "data" / "demonstrations.jsonl"))
+        if self.recipe.data.sft:
+            return load_messages(self.recipe.data.sft)
+        return self.train.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+
+    @functools.cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The student's; the teacher must have the same tokens, and lends its chat template to a base model."""
+        names = self.recipe.model
+        load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
+        if names.student is None and names.teacher is None:
+            return load(str(self.root / "init" / "tokenizer"))
+        tokenizer = load(names.student or names.teacher)
+        if names.student and names.teacher:
+            theirs = load(names.teacher)
+            check_same_tokens(tokenizer, theirs)
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = theirs.chat_template
+        return tokenizer
+
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.recipe.data.max_length, self.recipe.data.max_prompt_length)
+
+    def _make_language(self, out: Path) -> None:
+        size = self.recipe.data.synthetic
+        assert size is not None
+        test = synthetic.sample_prompts(size.test_prompts, seed=self.seed + 1_000_003)
+        write_json(
+            out / "prompts.json",
+            {"train": synthetic.sample_prompts(size.pairs, seed=self.seed, exclude=test), "test": test},
+        )
+        write_jsonl(out / "demonstrations.jsonl", synthetic.demonstrations(size.demonstrations, seed=self.seed))
+        synthetic.build_tokenizer().save_pretrained(out / "tokenizer")
+
+    def _make_models(self, out: Path) -> None:
+        names, scratch = self.recipe.model, self.recipe.model.scratch
+        assert scratch is not None
+        named = names.student or names.teacher
+        if self.recipe.data.synthetic:
+            tokenizer = load_tokenizer(str(self.root / "data" / "tokenizer"))
+        elif named:
+            tokenizer = load_tokenizer(named, trust_remote_code=names.trust_remote_code)
+        else:
+            tokenizer = train_tokenizer(texts_of(self.train), scratch.vocab_size)
+        tokenizer.save_pretrained(out / "tokenizer")
+        for role, name, shape in (
+            ("teacher", names.teacher, scratch.teacher),
+            ("student", names.student, scratch.student),
+        ):
+            if name is None:
+                model = random_model(tokenizer, shape, seed=self.seed)
+                model.save_pretrained(out / role)
+                tokenizer.save_pretrained(out / role)
+                say(f"init: {role} of {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+    def _make_pairs(self, out: Path) -> None:
+        """Two samples of the teacher's SFT model per prompt, labelled by the known reward with Bradley-Terry noise."""
+        model = self._load(self.teacher_reference)
+        for split, prompts in read_json(self.root / "data" / "prompts.json").items():
+            first, second = (
+                self._sample(model, prompts, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
+                for shift in (0, 1)
+            )
+            # a response that never ended would get an end token from the chat template: not what was sampled
+            whole = [a.ended and b.ended for a, b in zip(first, second, strict=True)]
+            kept = [[x for x, ok in zip(xs, whole, strict=True) if ok] for xs in (prompts, first, second)]
+            rows = synthetic.preference_pairs(
+                kept[0], [a.text for a in kept[1]], [b.text for b in kept[2]], seed=self.seed
+            )
+            write_jsonl(out / f"{split}.jsonl", rows)
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str) -> None:
+        request = {**request, "seed": self.seed, "after": {key: self.keys[key] for key in after}}
+        stage = run_stage(name, self.root / name, request, make)
+        self.keys[name] = stage.key
+        self.stages.append(stage)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "truncation": self.truncation,
+            "dtype": self.recipe.model.dtype,
+            "trust_remote_code": self.recipe.model.trust_remote_code,
+        }
+
+    def _request(self, training: Training) -> dict[str, Any]:
+        model = self.recipe.model
+        return {
+            "training": training.model_dump(),
+            "truncation": [self.truncation.max_length, self.truncation.max_prompt_length],
+            "dtype": model.dtype,
+        }
+
+    def _train_sft(self, name: str, model: str, training: Training) -> str:
+        def make(out: Path) -> None:
+            train_sft(
+                model, self.demonstrations, self.tokenizer, training, out, seed=self.seed, what=name, **self._options()
+            )
+
+        self.stage(name, {"model": model, **self._request(training)}, make, "init", "models", "demonstrations")
+        return str(self.root / name)
+
+    def _train_dpo(self, name: str, model: str, recipe: Recipe) -> str:
+        training = recipe.teacher.dpo
+        assert training is not None
+
+        def make(out: Path) -> None:
+            train_dpo(model, self.train, self.tokenizer, training, out, seed=self.seed, what=name, **self._options())
+
+        before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
+        self.stage(name, {"model": model, **self._request(training)}, make, "train", *before)
+        return str(self.root / name)
+
+    # -- signals ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def methods(self) -> dict[str, Method]:
+        return {name: make_method(run.method, run.options) for name, run in self.recipe.methods.items()}
+
+    def _extract_all(self) -> None:
+        """The signals that the methods need, for the training pairs; for the test pairs, what evaluation needs too."""
+        wanted: dict[str, set[str]] = {}
+        for method in self.methods.values():
+            for need in method.needs:
+                role, _, kind = need.partition(".")
+                if role != "data":
+                    wanted.setdefault(role, set()).add(kind)
+        self.stores: dict[str, list[Signals]] = {"train": [], "test": []}
+        for role, kinds in wanted.items():
+            self._extract(role, "train", kinds)
+        if self.test is not None:
+            for role in wanted:
+                self._extract(role, "test", {"values", "logps"} if role == "teacher" else {"logps"})
+
+    def _extract(self, role: str, split: str, kinds: set[str]) -> None:
+        model, made_by = {
+            "teacher": (self.teacher, ("teacher-dpo", "teacher-sft")),
+            "teacher_reference": (self.teacher_reference, ("teacher-sft",)),
+            "reference": (self.start, ("student-sft",)),
+        }[role]
+        data = self.train if split == "train" else self.test
+        assert data is not None
+        # the reference is read as the student is trained: same weights, same precision
+        reading = (
+            {"dtype": self.recipe.model.dtype, "bf16": any(run.training.bf16 for run in self.recipe.methods.values())}
+            if role == "reference"
+            else {"dtype": self.recipe.signals.dtype, "bf16": False}
+        )
+        options = self.recipe.signals.model_dump(exclude={"dtype"}) | reading
+        request = {"model": model, "kinds": sorted(kinds), "truncation": str(self.truncation), **options}
+        name = f"signals-{role}-{split}"
+
+        def make(out: Path) -> None:
+            extract_signals(
+                model,
+                data,
+                self.tokenizer,
+                kinds=tuple(sorted(kinds)),
+                out=out / "store",
+                role=role,
+                truncation=self.truncation,
+                trust_remote_code=self.recipe.model.trust_remote_code,
+                **options,
+            )
+
+        before = next((key for key in made_by if key in self.keys), "init")
+        if split == "test":
+            self.keys["test"] = data_fingerprint(data)
+        self.stage(name, request, make, split, before, "models")
+        self.stores[split].append(Signals.open(self.root / name / "store"))
+
+    # -- methods and evaluation ---------------------------------------------------------------------------------------
+
+    def distill(self, name: str, run: MethodRun, order: int) -> str:
+        """Train the student with one method and one order of the data."""
+        method = self.methods[name]
+        roles = {need.partition(".")[0] for need in method.needs}
+        stores = [store for store in self.stores["train"] if store.role in roles]
+        stage = f"distill-{name}-{order}"
+
+        def make(out: Path) -> None:
+            trainer = PrefDistillTrainer(
+                model=load_model(
+                    self.start, dtype=self.recipe.model.dtype, trust_remote_code=self.recipe.model.trust_remote_code
+                ),
+                method=method,
+                args=run.training.to_arguments(
+                    out / "checkpoints", seed=self.seed, data_seed=self.seed * 1_000 + order
+                ),
+                train_dataset=self.train,
+                signals=stores,
+                processing_class=self.tokenizer,
+                peft_config=run.training.lora.config() if run.training.lora else None,
+                truncation=self.truncation,
+            )
+            fit(trainer, out, stage)
+
+        start = "student-sft" if self.recipe.student.sft else "models"
+        signals = [f"signals-{store.role}-train" for store in stores]
+        request = {"method": run.method, "options": run.options, "order": order, **self._request(run.training)}
+        self.stage(stage, request, make, "train", start, *signals)
+        return str(self.root / stage)
+
+    def evaluate(self, name: str, model: str) -> Measured:
+        """Measure one model on the held-out pairs and, where the reward is known, by its own responses."""
+
+        def make(out: Path) -> None:
+            measured = self._measure(model)
+            write_json(out / "evaluation.json", measured.__dict__)
+
+        before = [key for key in (f"distill-{name}", "teacher-dpo", "teacher-sft", "student-sft") if key in self.keys]
+        if self.test is not None:
+            self.keys["test"] = data_fingerprint(self.test)
+            before.append("test")
+        self.stage(f"evaluate-{name}", {"model": model, **self.recipe.evaluate.model_dump()}, make, *before)
+        return Measured(**read_json(self.root / f"evaluate-{name}" / "evaluation.json"))
+
+    def _measure(self, name: str) -> Measured:
+        model = self._load(name)
+        metrics: dict[str, float] = {}
+        items: dict[str, list[float]] = {}
+        samples: list[dict[str, Any]] = []
+        if self.recipe.data.synthetic:
+            prompts = read_json(self.root / "data" / "prompts.json")["test"]
+            for metric, temperature in (("reward", 1.0), ("reward_greedy", 0.0)):
+                found = self._sample(model, prompts, temperature=temperature, seed=self.seed, what=f"{metric}")
+                items[metric] = [
+                    synthetic.reward(prompt, response.text, response.ended)
+                    for prompt, response in zip(prompts, found, strict=True)
+                ]
+                if metric == "reward":
+                    samples = [
+                        {"prompt": prompt, "response": response.text, "score": score}
+                        for prompt, response, score in zip(prompts, found, items[metric], strict=True)
+                    ][: self.recipe.evaluate.samples]
+        reference = next((store for store in self.stores["test"] if store.role == "reference"), None)
+        if reference is not None and self.test is not None and name not in (self.start, self.teacher):
+            reward = implicit_rewards(model, self.test, self.tokenizer, reference)
+            items["reward_accuracy"] = pair_wins(reward["chosen"], reward["rejected"]).tolist()
+            items["reward_margin"] = (reward["chosen"] - reward["rejected"]).tolist()
+            items["chosen_logp"] = reward["chosen_logp"].tolist()
+        metrics |= {metric: float(np.mean(values)) for metric, values in items.items()}
+        return Measured(metrics, items, samples)
+
+    def _load(self, name: str) -> Any:
+        model = load_model(
+            name, dtype=self.recipe.model.dtype, trust_remote_code=self.recipe.model.trust_remote_code
+        )
+        return model.to(default_device()).eval()
+
+    def _sample(self, model: Any, prompts: list[str], *, temperature: float, seed: int, what: str) -> list[Response]:
+        return sample(
+            model,
+            self.tokenizer,
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            temperature=temperature,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            batch_size=self.recipe.evaluate.batch_size,
+            seed=seed,
+            what=what,
+        )
+
+    def _test_signals(self) -> SignalSet | None:
+        if self.test is None or not any(store.role == "teacher" for store in self.stores["test"]):
+            return None
+        return SignalSet.of(self.stores["test"], self.test, data_fingerprint(self.test))
+
+    def margin_terms(self) -> dict[str, np.ndarray]:
+        """Per test pair, whether each term of the teacher orders it right."""
+        signals = self._test_signals()
+        return pair_terms(signals) if signals else {}
+
+    def shaping(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
+        """The offset of each method that has one, on the test pairs, beside the margin its DPO part has learnt."""
+        signals = self._test_signals()
+        found: dict[str, Any] = {}
+        for name, method in self.methods.items():
+            if signals is None or not isinstance(method, TVKD) or signals.missing(method.needs):
+                continue
+            features = method.features(signals)
+            offset = method.alpha * (features["shaping_chosen"] - features["shaping_rejected"])
+            margin = method.beta * np.array(measured[name][0].items["reward_margin"])
+            found[name] = {
+                "mean": float(offset.mean()),
+                "std": float(offset.std()),
+                "dpo_margin_std": float(margin.std()),
+                "points": [[float(m), float(o)] for m, o in zip(margin[:500], offset[:500], strict=True)],
+            }
+            if offset.std() > DROWNING * margin.std():
+                self.warnings.append(
+                    f"{name}: the shaping margin (spread {offset.std():.2f}) drowns the DPO margin "
+                    f"(spread {margin.std():.2f}); a lower alpha or a higher beta gives the pairs more say"
+                )
+        return found
+
+
+def _file_key(source: str | None) -> str | None:
+    return file_digest(Path(source)) if source and Path(source).is_file() else source
+
+
+def _model_key(name: str | None) -> Any:
+    """What tells two states of a model directory apart without reading its weights: names, sizes and times of files."""
+    if name is None or not Path(name).is_dir():
+        return name
+    files = sorted(path for path in Path(name).iterdir() if path.is_file())
+    return [name, *([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)]

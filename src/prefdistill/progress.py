@@ -1,0 +1,65 @@
+"""Progress of long work on stderr: a bar in a terminal, a line a minute in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 60.0
+T = TypeVar("T")
+
+
+class Progress:
+    """Counts `total` units of `what`, with rate and time left.
+
+    Example:
+        >>> with Progress("signals", total=3, unit="pair") as progress:
+        ...     progress.update(3)
+    """
+
+    def __init__(self, what: str, total: int, unit: str = "it", done: int = 0) -> None:
+        self.what, self.total, self.unit, self.initial, self.done = what, total, unit, done, done
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(desc=what, total=total, unit=unit, initial=done, dynamic_ncols=True, leave=False)
+        self.start = self.last = time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() - self.last >= LINE_EVERY_SECONDS:
+            self.last = time.monotonic()
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        elapsed = time.monotonic() - self.start
+        return tqdm.format_meter(
+            self.done, self.total, elapsed, prefix=self.what, unit=self.unit, initial=self.initial, ncols=0
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def track(items: Iterable[T], what: str, total: int, unit: str = "it") -> Iterator[T]:
+    """Yield `items`, counting each when the next one is asked for."""
+    with Progress(what, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+def say(message: str) -> None:
+    """One line for the person who is watching; stdout stays free for results."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()

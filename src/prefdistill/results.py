@@ -1,0 +1,171 @@
+"""From what was measured to what is reported: means over data orders and seeds, and paired differences to the baseline.
+
+The unit of an error bar is the widest source of variation the run has: seeds (each a whole pipeline) if there are
+several, else data orders, else test items.
+"""
+
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefdistill import __version__
+from prefdistill.config import Recipe
+from prefdistill.evaluation.pairs import pair_wins
+from prefdistill.evaluation.stats import mean_and_error, paired_difference
+from prefdistill.files import write_json
+from prefdistill.pipeline import START, TEACHER, Measured, SeedRun
+from prefdistill.stages import Stage
+
+METRICS: dict[str, dict[str, Any]] = {
+    "reward": {"label": "true reward, T=1", "higher_is_better": True, "format": ".3f"},
+    "reward_greedy": {"label": "true reward, greedy", "higher_is_better": True, "format": ".3f"},
+    "win_rate": {"label": "win rate against the start, T=1", "higher_is_better": True, "format": ".3f"},
+    "reward_accuracy": {"label": "implicit-reward accuracy", "higher_is_better": True, "format": ".3f"},
+    "chosen_logp": {"label": "log-prob of chosen, per token", "higher_is_better": None, "format": ".3f"},
+}
+LABELS = {TEACHER: "the teacher", START: "the student before any method"}
+
+
+def add_win_rates(measured: dict[str, list[Measured]]) -> None:
+    """Win rate of every model against the student's start on the same prompts, where the reward is known."""
+    if START not in measured or "reward" not in measured[START][0].items:
+        return
+    start = measured[START][0].items["reward"]
+    for runs in measured.values():
+        for run in runs:
+            run.items["win_rate"] = pair_wins(run.items["reward"], start).tolist()
+            run.metrics["win_rate"] = float(np.mean(run.items["win_rate"]))
+
+
+def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[str, Any]:
+    """`methods`, `differences` and `metrics` of results.json."""
+    for measured in by_seed:
+        add_win_rates(measured)
+    names = list(by_seed[0])
+    present = {metric for name in names for metric in by_seed[0][name][0].metrics}
+    metrics = [metric for metric in METRICS if metric in present]
+    methods: dict[str, Any] = {name: {} for name in names}
+    differences: dict[str, Any] = {}
+    for name in names:
+        for metric in metrics:
+            if metric in by_seed[0][name][0].metrics:
+                methods[name][metric] = _mean([seed[name] for seed in by_seed], metric)
+        if name != recipe.baseline and name in recipe.methods:
+            differences[name] = {
+                metric: _difference([seed[name] for seed in by_seed], [seed[recipe.baseline] for seed in by_seed], metric)
+                for metric in methods[name]
+                if metric in methods.get(recipe.baseline, {})
+            }
+    return {
+        "methods": methods,
+        "differences": differences,
+        "metrics": {metric: METRICS[metric] for metric in metrics},
+    }
+
+
+def _mean(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
+    per_seed = [np.mean([run.metrics[metric] for run in runs]) for runs in by_seed]
+    if len(per_seed) > 1:
+        return mean_and_error(per_seed) | {"over": "seeds"}
+    runs = by_seed[0]
+    if len(runs) > 1:
+        return mean_and_error([run.metrics[metric] for run in runs]) | {"over": "data orders"}
+    return mean_and_error(runs[0].items[metric]) | {"over": "test items"}
+
+
+def _difference(ours: list[list[Measured]], theirs: list[list[Measured]], metric: str) -> dict[str, Any]:
+    """Order k of a method is paired with order k of the baseline: same start, same pairs, same test prompts."""
+    per_order = [
+        [a.metrics[metric] - b.metrics[metric] for a, b in zip(a_runs, b_runs, strict=True)]
+        for a_runs, b_runs in zip(ours, theirs, strict=True)
+    ]
+    if len(per_order) > 1:
+        return mean_and_error([np.mean(orders) for orders in per_order]) | {"over": "seeds"}
+    if len(per_order[0]) > 1:
+        return mean_and_error(per_order[0]) | {"over": "data orders"}
+    return paired_difference(ours[0][0].items[metric], theirs[0][0].items[metric]) | {"over": "test items"}
+
+
+def margin_accuracies(terms: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Accuracy of each term of the teacher on the held-out pairs, over seeds or over pairs."""
+    if not terms or not terms[0]:
+        return {}
+    if len(terms) > 1:
+        return {name: mean_and_error([seed[name].mean() for seed in terms]) | {"over": "seeds"} for name in terms[0]}
+    return {name: mean_and_error(wins) | {"over": "test items"} for name, wins in terms[0].items()}
+
+
+def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
+    """The same prompts answered by every model (first order of each)."""
+    first = {name: runs[0].samples for name, runs in measured.items() if runs[0].samples}
+    if not first:
+        return []
+    return [
+        {
+            "prompt": rows[0]["prompt"],
+            "responses": {name: row["response"] for name, row in zip(first, rows, strict=True)},
+            "scores": {name: row["score"] for name, row in zip(first, rows, strict=True)},
+        }
+        for rows in zip(*first.values(), strict=True)
+    ]
+
+
+def run_recipe(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
+    """Run every seed of a recipe, and write recipe.yaml, environment.json, results.json and report.html into `out`."""
+    from prefdistill.report import write_report
+    from prefdistill.stages import locked
+
+    with locked(out):
+        recipe.save(out / "recipe.yaml")
+        write_json(out / "environment.json", environment(command))
+        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+        runs = [SeedRun(recipe, out, seed) for seed in seeds]
+        measured = [run.run() for run in runs]
+        shaping = [run.shaping(found) for run, found in zip(runs, measured, strict=True)]
+        results = {
+            "recipe": recipe.name,
+            "task": recipe.task,
+            "seed": recipe.seed,
+            "seeds": list(seeds),
+            "orders": recipe.orders,
+            "baseline": recipe.baseline,
+            **summarise(recipe, measured),
+            "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
+            "controls": [name for name, run in recipe.methods.items() if run.control],
+            "margin_accuracy": margin_accuracies([run.margin_terms() for run in runs]),
+            "shaping": shaping[0],
+            "samples": side_by_side(measured[0]),
+            "stages": [_stage(stage, run.seed) for run in runs for stage in run.stages],
+            "warnings": sorted({warning for run in runs for warning in run.warnings}),
+        }
+        write_json(out / "results.json", results)
+        write_report([out], out / "report.html")
+    return results
+
+
+def _stage(stage: Stage, seed: int) -> dict[str, Any]:
+    row = asdict(stage)
+    return {"name": row["name"], "seconds": row["seconds"], "reused": row["reused"], "seed": seed}
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What the numbers depend on besides the recipe."""
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy")
+    return {
+        "command": command,
+        "prefdistill": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: version(name) for name in packages},
+    }

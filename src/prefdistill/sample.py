@@ -1,0 +1,78 @@
+"""Responses from a model: transformers' own batched generation."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefdistill.data import end_token_ids
+from prefdistill.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Response:
+    text: str
+    tokens: int
+    ended: bool
+
+
+@torch.no_grad()
+def sample(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[Any],
+    *,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    what: str = "sampling",
+) -> list[Response]:
+    """One response per prompt, in the order of the prompts.
+
+    Args:
+        model: a causal language model, on its device, in eval mode.
+        tokenizer: its tokenizer.
+        prompts: messages (through the chat template) or plain text, each.
+        temperature: of the whole vocabulary's distribution, nothing cut off; 0 is greedy.
+        max_new_tokens: a response that has not ended by then is returned as it is, with `ended=False`.
+        batch_size: prompts of like length generated together.
+        seed: of the draws; the same seed, prompts and batch size give the same responses on the same machine.
+        what: name on the progress bar.
+    """
+    texts = [
+        prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    templated = [not isinstance(prompt, str) for prompt in prompts]
+    ids = [
+        tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        for text, chat in zip(texts, templated, strict=True)
+    ]
+    ends = sorted(end_token_ids(tokenizer))
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    found: dict[int, Response] = {}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), Progress(what, len(ids), "response") as progress:
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in places]}, padding_side="left", return_tensors="pt")
+            out = model.generate(
+                **batch.to(model.device),
+                **(drawing if temperature > 0 else {"do_sample": False}),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for place, new in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                stop = next((n for n, token in enumerate(new) if token in ends), None)
+                body = new if stop is None else new[:stop]
+                text = tokenizer.decode(body, skip_special_tokens=True)
+                found[place] = Response(text, len(body) + (stop is not None), stop is not None)
+            progress.update(len(places))
+    return [found[i] for i in range(len(ids))]

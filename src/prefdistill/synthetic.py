@@ -1,0 +1,237 @@
+"""A small task with its own language, generator and *known* graded reward: what `prefdistill quickstart` runs on.
+
+    prompt    reverse inc : 3 4 5        list operation, item operation, a list of 3 to 5 digits
+    correct   < 6 5 4 >                  reverse([3 + 1, 4 + 1, 5 + 1])
+    careless  well < 5 4 3 um            chatty, forgot `inc`, left the closing mark out
+
+A model is first taught by a careless demonstrator, so that preferences have something to correct. Because the true
+reward is known, every later stage can be measured instead of judged: see `reward`.
+"""
+
+import math
+import random
+from collections.abc import Callable, Collection, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .errors import UserError
+
+OPEN, CLOSE, COLON = "<", ">", ":"
+DIGITS = tuple("0123456789")
+FILLERS = ("well", "um", "so", "okay", "hmm", "like", "right")
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+
+ITEM_OPERATIONS: dict[str, Callable[[int], int]] = {
+    "id": lambda x: x,
+    "inc": lambda x: (x + 1) % 10,
+    "dec": lambda x: (x - 1) % 10,
+    "flip": lambda x: 9 - x,
+}
+LIST_OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
+    "copy": lambda xs: xs,
+    "reverse": lambda xs: xs[::-1],
+    "sort": sorted,
+    "desc": lambda xs: sorted(xs, reverse=True),
+    "evens": lambda xs: [x for x in xs if x % 2 == 0],
+    "rotate": lambda xs: xs[1:] + xs[:1],
+}
+LENGTHS = (3, 4, 5)
+PROMPT_COUNT = len(LIST_OPERATIONS) * len(ITEM_OPERATIONS) * sum(10**length for length in LENGTHS)
+
+# How often the demonstrator gives in to each habit. They are the same on every prompt and near one half on purpose:
+# rare faults vanish in a model's most likely answer, and then the SFT model leaves nothing to learn.
+FORGET = 0.4  # skips the item operation
+DROP = 0.5  # loses the last item
+UNCLOSED = 0.6  # leaves the closing mark out
+CHATTER = 0.6  # one more filler, before and after the list, at most 3 on each side
+
+# BOS once; the end token closes the assistant's message and nothing follows it. `generation` marks what the model says.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The word-level tokenizer of the task, with its chat template.
+
+    >>> tokenizer = build_tokenizer()
+    >>> chat = [{"role": "user", "content": "copy id : 1 2 3"}, {"role": "assistant", "content": "< 1 2 3 >"}]
+    >>> tokenizer.apply_chat_template(chat, tokenize=False)
+    '<bos><user>copy id : 1 2 3<assistant>< 1 2 3 ><eos>'
+    """
+    words = (*SPECIALS, *DIGITS, OPEN, CLOSE, COLON, *LIST_OPERATIONS, *ITEM_OPERATIONS, *FILLERS)
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def sample_prompts(n: int, seed: int, exclude: Collection[str] = ()) -> list[str]:
+    """`n` distinct prompts, none of them in `exclude`: operations and length uniform, then digits uniform.
+
+    A larger `n` continues the same sequence: `sample_prompts(9, s)[:5] == sample_prompts(5, s)`.
+
+    Errors: `UserError` where fewer than `n` prompts are left of the `PROMPT_COUNT` (2.7 million) there are.
+
+    >>> train = sample_prompts(1000, seed=0)
+    >>> held_out = sample_prompts(100, seed=1, exclude=train)
+    >>> set(train).isdisjoint(held_out)
+    True
+    """
+    taken = set(exclude)
+    if n > PROMPT_COUNT - len(taken):
+        raise UserError(f"{n} prompts asked for, but the task has {PROMPT_COUNT} of which {len(taken)} are excluded")
+    rng = random.Random(f"prompts {seed}")
+    prompts: list[str] = []
+    while len(prompts) < n:
+        operations = f"{rng.choice(list(LIST_OPERATIONS))} {rng.choice(list(ITEM_OPERATIONS))}"
+        prompt = f"{operations} {COLON} {' '.join(rng.choices(DIGITS, k=rng.choice(LENGTHS)))}"
+        if prompt not in taken:
+            taken.add(prompt)
+            prompts.append(prompt)
+    return prompts
+
+
+def _parse(prompt: str) -> tuple[str, str, list[int]]:
+    """List operation, item operation and list of a prompt."""
+    match prompt.split():
+        case [list_op, item_op, colon, *items] if (
+            list_op in LIST_OPERATIONS and item_op in ITEM_OPERATIONS and colon == COLON and set(items) <= set(DIGITS)
+        ):
+            return list_op, item_op, [int(item) for item in items]
+    raise UserError(f"not a prompt of the built-in task: {prompt!r}; one looks like 'reverse inc : 3 4 5'")
+
+
+def _answer(list_op: str, item_op: str, items: list[int]) -> list[str]:
+    return [str(x) for x in LIST_OPERATIONS[list_op]([ITEM_OPERATIONS[item_op](x) for x in items])]
+
+
+def correct_response(prompt: str) -> str:
+    """The one response of reward 4: `< list_op(item_op(x) for x in items) >`.
+
+    Errors: `UserError` where `prompt` is not one of the task's.
+
+    >>> correct_response("reverse inc : 3 4 5")
+    '< 6 5 4 >'
+    """
+    return " ".join([OPEN, *_answer(*_parse(prompt)), CLOSE])
+
+
+def careless_response(prompt: str, rng: random.Random) -> str:
+    """What a demonstrator with bad habits answers: each of `FORGET`, `DROP`, `UNCLOSED`, `CHATTER` strikes by chance.
+
+    At most 13 words, so 14 tokens with the end token.
+
+    >>> careless_response("reverse inc : 3 4 5", random.Random(5))
+    ''
+    """
+
+    def chatter(most: int) -> list[str]:
+        words: list[str] = []
+        while len(words) < most and rng.random() < CHATTER:
+            words.append(rng.choice(FILLERS))
+        return words
+
+    list_op, item_op, items = _parse(prompt)
+    answer = _answer(list_op, "id" if item_op == "flip" and rng.random() < FORGET else item_op, items)
+    if len(items) == 5 and rng.random() < DROP:
+        answer = answer[:-1]
+    closing = [] if rng.random() < UNCLOSED else [CLOSE]
+    return " ".join([*chatter(1), OPEN, *answer, *closing, *chatter(3)])
+
+
+def demonstrations(n: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, Any]]:
+    """`n` careless conversations to fine-tune on, in TRL's conversational format, one per distinct prompt.
+
+    The prompts are `sample_prompts(n, seed, exclude)`.
+
+    >>> [message["role"] for message in demonstrations(1, seed=0)[0]["messages"]]
+    ['user', 'assistant']
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    return [
+        {"messages": [_message("user", prompt), _message("assistant", careless_response(prompt, rng))]}
+        for prompt in sample_prompts(n, seed, exclude)
+    ]
+
+
+def reward(prompt: str, response: str, ended: bool = True) -> float:
+    """The true reward: how right, how well formed and how brief a response is. At most 4.
+
+        3 * matches / longer + 0.5 * opened + 0.5 * closed - 0.25 * extras - 0.5 * (not ended)
+
+    The digits of the response are its list; `matches` counts positions where it agrees with the correct one and
+    `longer` is the length of the longer of the two (both empty: 1). Leaving other words aside, it is opened where it
+    starts with `<` and closed where it ends with `>`. Every word that is neither a digit nor one of these two marks is
+    an extra. `ended`: the model wrote its end token.
+
+    Any text is a response; `UserError` where `prompt` is not one of the task's.
+
+    >>> reward("reverse inc : 3 4 5", "< 6 5 4 >")
+    4.0
+    >>> reward("reverse inc : 3 4 5", "well < 6 5")  # 3 * 2/3 + 0.5 - 0.25
+    2.25
+    """
+    answer, words = _answer(*_parse(prompt)), response.split()
+    items = [word for word in words if word in DIGITS]
+    core = [word for word in words if word in (*DIGITS, OPEN, CLOSE)]
+    opened, closed = core[:1] == [OPEN], core[-1:] == [CLOSE]
+    agree = [given == wanted for given, wanted in zip_longest(items, answer)] or [True]
+    extras = len(words) - len(items) - opened - closed
+    return 3 * sum(agree) / len(agree) + 0.5 * opened + 0.5 * closed - 0.25 * extras - 0.5 * (not ended)
+
+
+def preference_pairs(
+    prompts: Sequence[str], first: Sequence[str], second: Sequence[str], seed: int
+) -> list[dict[str, Any]]:
+    """Two candidate responses per prompt, labelled by a Bradley-Terry judge of the true reward.
+
+        P(first is chosen) = sigmoid(reward(first) - reward(second))
+
+    Rows are in TRL's conversational preference format with the true rewards as `score_chosen` and `score_rejected`.
+    Identical responses have no preference and are skipped. Responses count as ended, because the template ends them.
+
+    Errors: `UserError` where the three sequences differ in length.
+
+    >>> row = preference_pairs(["copy id : 1 2 3"], ["< 1 2 3 >"], ["um um um"], seed=0)[0]
+    >>> row["chosen"], row["score_chosen"], row["score_rejected"]
+    ([{'role': 'assistant', 'content': '< 1 2 3 >'}], 4.0, -0.75)
+    """
+    if not len(prompts) == len(first) == len(second):
+        raise UserError(f"{len(prompts)} prompts but {len(first)} first and {len(second)} second responses: give one each")
+    rng = random.Random(f"pairs {seed}")
+    rows = []
+    for prompt, *candidates in zip(prompts, first, second, strict=True):
+        draw = rng.random()  # drawn for every row, so that a skipped one does not move the labels behind it
+        if candidates[0] == candidates[1]:
+            continue
+        scores = [reward(prompt, candidate) for candidate in candidates]
+        chosen = 0 if draw < 0.5 + 0.5 * math.tanh((scores[0] - scores[1]) / 2) else 1
+        rows.append(
+            {
+                "prompt": [_message("user", prompt)],
+                "chosen": [_message("assistant", candidates[chosen])],
+                "rejected": [_message("assistant", candidates[1 - chosen])],
+                "score_chosen": scores[chosen],
+                "score_rejected": scores[1 - chosen],
+            }
+        )
+    return rows
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

@@ -1,0 +1,77 @@
+"""SFT and DPO of a teacher, and SFT of a student's start: TRL's own trainers, unmodified."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefdistill.config import DPOTraining, Training
+from prefdistill.data import Truncation
+from prefdistill.models import load_model
+from prefdistill.training import fit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def train_sft(
+    model: str,
+    demonstrations: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: Training,
+    out: Path,
+    *,
+    truncation: Truncation,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    what: str = "sft",
+) -> None:
+    """Supervised fine-tuning on `prompt`/`completion` rows, the loss on completions only; the model ends in `out`."""
+    from trl import SFTConfig, SFTTrainer
+
+    args = training.to_arguments(
+        out / "checkpoints", seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
+    )
+    trainer = SFTTrainer(
+        model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+        args=args,
+        train_dataset=demonstrations.select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
+        peft_config=training.lora.config() if training.lora else None,
+    )
+    fit(trainer, out, what)
+
+
+def train_dpo(
+    model: str,
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: DPOTraining,
+    out: Path,
+    *,
+    truncation: Truncation,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    what: str = "dpo",
+) -> None:
+    """DPO with the model itself as the reference; the model ends in `out`."""
+    from trl import DPOConfig, DPOTrainer
+
+    args = training.to_arguments(
+        out / "checkpoints",
+        seed=seed,
+        data_seed=seed,
+        kind=DPOConfig,
+        max_length=truncation.max_length,
+        beta=training.beta,
+    )
+    trainer = DPOTrainer(
+        model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+        ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+        args=args,
+        train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+        peft_config=training.lora.config() if training.lora else None,
+    )
+    fit(trainer, out, what)
