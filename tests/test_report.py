@@ -755,8 +755,9 @@ def test_figures_of_odd_numbers(tmp_path: Path) -> None:
 
 
 def test_several_runs_on_one_page(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "first", make_results(orders=1), steps=20, names=("dpo",))
-    other = make_results(recipe="other")
+    results, other = make_results(seeds=1, orders=1), make_results(seeds=1, orders=1, recipe="other")
+    results["shaping"] = other["shaping"] = {}
+    first = write_run(tmp_path / "first", results, steps=20, names=("dpo",))
     del other["methods"]["oracle-margin"]
     del other["metrics"]["length"]
     for scores in other["methods"].values():

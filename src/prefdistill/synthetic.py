@@ -147,8 +147,8 @@ def careless_response(prompt: str, rng: random.Random) -> str:
         return words
 
     list_op, item_op, items = _parse(prompt)
-    answer = _answer(list_op, "id" if item_op == "flip" and rng.random() < FORGET else item_op, items)
-    if len(items) == 5 and rng.random() < DROP:
+    answer = [str(x) for x in items] if rng.random() < FORGET else _answer(list_op, item_op, items)
+    if rng.random() < DROP:
         answer = answer[:-1]
     closing = [] if rng.random() < UNCLOSED else [CLOSE]
     return " ".join([*chatter(1), OPEN, *answer, *closing, *chatter(3)])

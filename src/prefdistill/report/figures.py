@@ -198,11 +198,11 @@ def _limit(rows: Sequence[ForestRow], floor: float | None) -> float:
 
 def curves(
     runs: dict[str, list[Points]], chosen: dict[str, Style], *, title: str, alt: str, key: str,
-    y_limits: tuple[float, float] | None = None,
+    y_limits: tuple[float, float] | None = None, points: int = 80,
 ) -> Markup:  # fmt: skip
     """One metric by optimiser step: the mean over data orders and seeds, and each of them lightly behind it.
 
-    More than four runs of a method are drawn as the band between the lowest and the highest.
+    More than four runs of a method are drawn as the band between the lowest and the highest. `points` per line.
     """
 
     def draw(figure: Figure) -> None:
@@ -215,11 +215,11 @@ def curves(
             if alone or 1 < len(lines) <= 4:
                 for line in lines[:12]:
                     width, alpha = (1.1, 0.8) if alone else (0.8, 0.28)
-                    axes.plot(*_xy(thin(line, 40)), color=style.colour, linewidth=width, alpha=alpha)
+                    axes.plot(*_xy(thin(line, points // 2)), color=style.colour, linewidth=width, alpha=alpha)
             elif len(lines) > 4:
-                x, low, high = _envelope(lines)
+                x, low, high = _envelope(lines, points * 3 // 4)
                 axes.fill_between(x, low, high, color=style.colour, alpha=0.09, linewidth=0)
-            axes.plot(*_xy(thin(mean, 80)), color=style.colour, linestyle=dashes, linewidth=1.8)
+            axes.plot(*_xy(thin(mean, points)), color=style.colour, linestyle=dashes, linewidth=1.8)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
         axes.set_title(shorten(title, 44))
@@ -327,13 +327,13 @@ def shorten(text: str, to: int = 24) -> str:
     return text if len(text) <= to else text[: to - 1].rstrip() + "…"
 
 
-def _envelope(lines: Sequence[Points]) -> tuple[list[float], list[float], list[float]]:
+def _envelope(lines: Sequence[Points], to: int) -> tuple[list[float], list[float], list[float]]:
     tables = [dict(line) for line in lines]
     ends = []
     for x in sorted(set(tables[0]).intersection(*tables[1:])):
         finite = [t[x] for t in tables if math.isfinite(t[x])] or [math.nan]
         ends.append((x, min(finite), max(finite)))
-    low, high = thin([(x, y) for x, y, _ in ends], 60), thin([(x, y) for x, _, y in ends], 60)
+    low, high = thin([(x, y) for x, y, _ in ends], to), thin([(x, y) for x, _, y in ends], to)
     return _xy(low)[0], _xy(low)[1], _xy(high)[1]
 
 
@@ -355,7 +355,7 @@ def _axes(figure: Figure, *, left: float, right: float, top: float, bottom: floa
 
 def _extent(texts: Sequence[str], size: float, to: int = 24) -> float:
     """About how wide the widest of these texts is, in pixels, with the space beside it."""
-    return 14 + 0.6 * size * max((columns(shorten(t, to)) for t in texts), default=0)
+    return 14 + 0.56 * size * max((columns(shorten(t, to)) for t in texts), default=0)
 
 
 def svg(draw: Callable[[Figure], None], width: int, height: int, *, title: str, alt: str, key: str) -> Markup:
@@ -375,7 +375,7 @@ def svg(draw: Callable[[Figure], None], width: int, height: int, *, title: str, 
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], key), body)  # user text holds no "<": matplotlib escapes it
-    body = re.sub(r">\s*\n\s*<", ">\n<", body)
+    body = _shrink(re.sub(r">\s*\n\s*<", ">\n<", body), key)
     head = (
         f'<svg class="plot" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
         f'aria-labelledby="{key}-title {key}-alt"><title id="{key}-title">{escape(title)}</title>'
@@ -385,9 +385,28 @@ def svg(draw: Callable[[Figure], None], width: int, height: int, *, title: str, 
 
 
 def _tag(tag: str, key: str) -> str:
+    """One tag for the page: its colours and font, ids that no other figure has, and no digits that nobody sees."""
     tag = re.sub(r'\bid="', f'id="{key}-', tag)
     tag = re.sub(r'(?:xlink:)?href="#', f'href="#{key}-', tag).replace("url(#", f"url(#{key}-")
-    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # the page's font
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
     tag = re.sub(r"#[0-9a-f]{6}\b", lambda c: _CSS.get(c[0], c[0]), tag)
+    tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", tag)
     tag = re.sub(r"-?\d+\.\d{3,}(?:e-?\d+)?", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), tag)
     return re.sub(r"\s*\n\s*", " ", tag)
+
+
+def _shrink(body: str, key: str) -> str:
+    """Half the size: no ids that nothing refers to, no empty groups, the style of a cloud of points said once."""
+    used = dict.fromkeys(re.findall(r'(?:href="|url\()#([^")]*)', body))
+    short = {name: f"{key}-{i}" for i, name in enumerate(used)}
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{short[m[1]]}"' if m[1] in short else "", body)
+    body = re.sub(r'(href="|url\()#([^")]*)', lambda m: f"{m[1]}#{short[m[2]]}", body)
+    body = re.sub(r"<(g|defs)/>\n?|<(g|defs)>\s*</(?:g|defs)>\n?", "", body)
+
+    def fold(group: re.Match[str]) -> str:
+        found = set(re.findall(r' style="[^"]*"', group[2]))
+        if len(found) != 1 or group[2].count(" style=") != group[2].count("<use"):
+            return group[0]
+        return f"<g {group[1]}{(style := found.pop())}>\n{group[2].replace(style, '')}</g>"
+
+    return re.sub(r'<g (clip-path="[^"]*")>\n((?:<use [^>]*/>\n)+)</g>', fold, body)

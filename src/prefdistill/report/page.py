@@ -62,7 +62,10 @@ _SHAPES: dict[str, type | tuple[type, ...]] = {
     "recipe": str, "task": str, "baseline": str, "orders": (int, float),
 }  # fmt: skip
 
-_TEXT_BUDGET = 240_000  # characters of samples on one page: with the figures it stays well under 1 MB
+# What one page may hold, shared by its runs: it stays under 1 MB for all but very many runs.
+_TEXT_BUDGET = 240_000  # characters of samples
+_LINE_BUDGET = 10_000  # points of all mean curves
+_CLOUD_BUDGET = 6_000  # points of all scatters
 _MAX_SAMPLES = 12
 _MAX_POINTS = 500
 _MAX_SCATTERS = 6
@@ -320,9 +323,9 @@ def _view(run: Run, key: str, of: int) -> View:
         "table": _table_view(results, styles),
         "all_differences": _all_differences(results),
         "forest": _forest(results, styles, key),
-        "curves": _curve_figures(run["curves"], names, styles, key),
+        "curves": _curve_figures(run["curves"], names, styles, key, _LINE_BUDGET // of),
         "margin_accuracy": _margin_accuracy(results, key),
-        "shaping": _shaping(results, styles, key),
+        "shaping": _shaping(results, styles, key, _CLOUD_BUDGET // of),
         "samples": _samples(results, _TEXT_BUDGET // of),
         "stages": _stages(results),
         "recipe": _cut(run["recipe"], 40_000) if run["recipe"] else None,
@@ -483,7 +486,7 @@ def _method_of(stage: str, names: list[str]) -> str | None:
 
 
 def _curve_figures(
-    curves: dict[str, dict[str, list[Points]]], names: list[str], styles: dict[str, Any], key: str
+    curves: dict[str, dict[str, list[Points]]], names: list[str], styles: dict[str, Any], key: str, budget: int
 ) -> View | None:
     """One panel per logged metric with a line per method; the stages before the students by themselves."""
     from prefdistill.report import figures
@@ -500,6 +503,7 @@ def _curve_figures(
     order = {name: i for i, name in enumerate(names)}
     logps = [v for m in ("logps/chosen", "logps/rejected") for ls in methods[m].values() for ln in ls for _, v in ln]
     shared = figures.limits(logps, zero=False)
+    points = max(20, min(80, budget // max(1, sum(map(len, methods.values())))))
     panels = []
     for i, (metric, title) in enumerate(PANELS.items()):
         runs = dict(sorted(methods[metric].items(), key=lambda item: order.get(item[0], len(order))))
@@ -509,7 +513,7 @@ def _curve_figures(
         alt = f"{title} by optimiser step. At the last step: {', '.join(ends)}."
         y_limits = shared if metric.startswith("logps/") else None
         panels.append(
-            figures.curves(runs, styles, title=title, alt=alt, key=f"{key}-curve{i}", y_limits=y_limits),
+            figures.curves(runs, styles, title=title, alt=alt, key=f"{key}-curve{i}", y_limits=y_limits, points=points),
         )
     early = []
     for i, (stage, lines) in enumerate(list(before.items())[:8]):
@@ -557,7 +561,7 @@ def _margin_accuracy(results: Results, key: str) -> View | None:
     return {"svg": figures.bars(rows, title="Margin accuracy", alt=alt, key=f"{key}-accuracy")}
 
 
-def _shaping(results: Results, styles: dict[str, Any], key: str) -> View | None:
+def _shaping(results: Results, styles: dict[str, Any], key: str, budget: int) -> View | None:
     """The spread of the shaping margin beside that of the DPO margin, and a scatter of one against the other."""
     from prefdistill.report import figures
 
@@ -580,11 +584,12 @@ def _shaping(results: Results, styles: dict[str, Any], key: str) -> View | None:
     if not rows:
         return None
     clouds = clouds[:_MAX_SCATTERS]
+    shown = max(40, budget // max(1, len(clouds)))
     x_limits = figures.limits(x for _, points, _ in clouds for x, _ in points)
     y_limits = figures.limits(y for _, points, _ in clouds for _, y in points)
     plots = [
         figures.scatter(
-            points,
+            points[:: math.ceil(len(points) / shown)],
             style,
             title=name,
             key=f"{key}-scatter{i}",

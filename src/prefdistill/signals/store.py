@@ -118,7 +118,7 @@ class Signals:
     def ragged(self, column: str, rows: np.ndarray) -> list[np.ndarray]:
         """One array per row, e.g. `ragged("chosen_values", rows)` -> n arrays [T + 1]."""
         chunk = self.table.data.column(column).combine_chunks()
-        flat, ends = chunk.flatten().to_numpy(), chunk.offsets.to_numpy()
+        flat, ends = chunk.flatten().to_numpy().copy(), chunk.offsets.to_numpy()
         start = ends[0]
         return [flat[ends[place] - start : ends[place + 1] - start] for place in self.places(rows)]
 

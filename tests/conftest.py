@@ -1,0 +1,71 @@
+"""Small models, a tokenizer and pairs that every test can share. Nothing is downloaded."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run two at a time on two cores
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+WORDS = "the small teacher reads a long prompt and answers with care while every student copies what it says".split()
+
+
+def sentence(n: int, start: int) -> str:
+    return " ".join(WORDS[(start * 7 + 3 * i) % len(WORDS)] for i in range(n))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from prefdistill.models import train_tokenizer
+
+    return train_tokenizer([sentence(20, k) for k in range(50)], vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """24 conversations with responses of many lengths."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": sentence(2 + i % 5, i)}],
+                "chosen": [{"role": "assistant", "content": sentence(1 + i % 9, i + 1)}],
+                "rejected": [{"role": "assistant", "content": sentence(1 + (i * 5) % 11, i + 2)}],
+                "score_chosen": 1.0 + i % 3,
+                "score_rejected": float(i % 2),
+            }
+            for i in range(24)
+        ]
+    )
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """A random Llama over the tokenizer's vocabulary, with weights large enough that log-probs differ."""
+    from prefdistill.models import random_model
+
+    def make(seed: int = 0, scale: float = 8.0, **shape):
+        model = random_model(tokenizer, SHAPE | shape, seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(scale)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real preference pairs; tests that need them skip where they are not."""
+    path = Path(os.environ.get("PREFDISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (path / "alpacaeval_pairs").is_dir():
+        pytest.skip(f"no real data at {path} (set PREFDISTILL_DATA to the directory that holds alpacaeval_pairs)")
+    return path

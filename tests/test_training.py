@@ -1,0 +1,363 @@
+"""The student's trainer: TRL's trajectory, TVKD as DPO, resuming, accumulation, adapters."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from prefdistill import METHODS, PrefDistillTrainer
+from prefdistill.data import Truncation
+from prefdistill.errors import UserError
+from prefdistill.methods import make_method
+from prefdistill.signals import extract_signals
+from prefdistill.training import fit
+
+
+def arguments(out, **more):
+    options = {
+        "output_dir": str(out / "checkpoints"),
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 11,
+    }
+    return TrainingArguments(**(options | more))
+
+
+@pytest.fixture
+def reference(tmp_path, make_model, pairs, tokenizer):
+    return extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "reference", role="reference")
+
+
+@pytest.fixture
+def teacher(tmp_path, make_model, pairs, tokenizer):
+    return extract_signals(make_model(5), pairs, tokenizer, ("values",), tmp_path / "teacher")
+
+
+@pytest.fixture
+def train(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+    """Train a fresh copy of the student; returns the trainer after its run."""
+
+    def run(method, *, args=None, model=None, signals=None, **more):
+        trainer = PrefDistillTrainer(
+            model=model or make_model(),
+            method=method,
+            args=args or arguments(tmp_path),
+            train_dataset=pairs,
+            signals=[reference, teacher] if signals is None else signals,
+            processing_class=tokenizer,
+            **more,
+        )
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def history(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_dpo_has_the_trajectory_of_trl(tmp_path, train, make_model, pairs, tokenizer):
+    """Same model, data, seed and arguments as TRL's DPOTrainer: the same loss at every step, the same weights."""
+    from trl import DPOConfig, DPOTrainer
+
+    ours = train(METHODS["dpo"](beta=0.2))
+    options = arguments(tmp_path).to_dict()
+    keep = ("output_dir", "per_device_train_batch_size", "max_steps", "learning_rate", "lr_scheduler_type")
+    keep += ("warmup_steps", "logging_steps", "save_strategy", "disable_tqdm", "use_cpu", "seed")
+    config = DPOConfig(
+        **{key: options[key] for key in keep}, report_to="none", beta=0.2, max_length=None, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trl = DPOTrainer(
+        model=make_model(),
+        ref_model=make_model(),
+        args=config,
+        train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+    )
+    trl.train()
+    assert len(history(ours)) == 8
+    assert max(history(ours)) - min(history(ours)) > 0.05  # something is learnt, or agreement says nothing
+    np.testing.assert_allclose(history(ours), history(trl), atol=2e-5, rtol=1e-4)
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        np.testing.assert_allclose(history(ours, key), history(trl, key), atol=2e-3)
+    learning = slice(2, None)  # before, every reward is 0 but for rounding
+    assert history(ours, "rewards/accuracies")[learning] == history(trl, "rewards/accuracies")[learning]
+    for (name, a), b in zip(weights(ours).items(), weights(trl).values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_alpha_zero_is_dpo_to_the_last_bit(train):
+    dpo, tvkd = train(METHODS["dpo"]()), train(METHODS["tvkd"](alpha=0.0))
+    assert history(dpo) == history(tvkd)
+    assert all(torch.equal(a, b) for a, b in zip(weights(dpo).values(), weights(tvkd).values(), strict=True))
+
+
+def test_zero_terminal_without_discount_is_dpo_to_the_last_bit(train):
+    dpo, tvkd = train(METHODS["dpo"]()), train(METHODS["tvkd"](alpha=0.7, terminal="zero"))
+    assert history(dpo) == history(tvkd)
+    assert all(torch.equal(a, b) for a, b in zip(weights(dpo).values(), weights(tvkd).values(), strict=True))
+
+
+def test_tvkd_is_dpo_with_shifted_references(train, reference, teacher, monkeypatch):
+    """Any DPO trainer that takes reference columns can train TVKD: ref'(y) = ref(y) - alpha/beta * Psi(y)."""
+    method = METHODS["tvkd"](alpha=0.7, beta=0.1, terminal="bootstrap")
+    tvkd = train(method)
+
+    class Shifted(METHODS["dpo"]):
+        needs = method.needs
+
+        def features(self, signals):
+            found = method.features(signals)
+            return {f"ref_{s}": found[f"ref_{s}"] - 7.0 * found[f"shaping_{s}"] for s in ("chosen", "rejected")}
+
+    shifted = train(Shifted(beta=0.1))
+    dpo = train(METHODS["dpo"](beta=0.1))
+    np.testing.assert_allclose(history(tvkd), history(shifted), atol=1e-5)
+    assert not np.allclose(history(tvkd), history(dpo), atol=1e-2)
+
+
+def test_accumulation_and_micro_batches_do_not_change_the_trajectory(tmp_path, train):
+    whole = train(METHODS["tvkd"](), args=arguments(tmp_path))
+    parts = train(
+        METHODS["tvkd"](), args=arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    )
+    np.testing.assert_allclose(history(whole), history(parts), atol=1e-5)
+    for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, train):
+    plain = train(METHODS["tvkd"]())
+    saving = train(METHODS["tvkd"](), args=arguments(tmp_path, gradient_checkpointing=True))
+    np.testing.assert_allclose(history(plain), history(saving), atol=1e-5)
+
+
+def test_bf16_autocast_is_in_force_and_close_to_float32(tmp_path, train):
+    """Accelerate puts autocast on the model's forward, which the log-probabilities go around."""
+    plain = train(METHODS["dpo"]())
+    half = train(METHODS["dpo"](), args=arguments(tmp_path, bf16=True))
+    assert history(plain) != history(half)
+    np.testing.assert_allclose(history(plain), history(half), atol=0.15)
+    assert all(p.dtype == torch.float32 for p in weights(half).values())
+
+
+def test_same_seed_same_training_other_seed_other_order(tmp_path, train):
+    first, second = train(METHODS["tvkd"]()), train(METHODS["tvkd"]())
+    assert history(first) == history(second)
+    other = train(METHODS["tvkd"](), args=arguments(tmp_path, data_seed=12))
+    assert history(first) != history(other)
+
+
+def test_adapters_train_and_the_base_stays(tmp_path, train, make_model):
+    from peft import LoraConfig
+
+    student = make_model()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    trainer = train(
+        METHODS["tvkd"](), model=student, peft_config=LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+    )
+    after = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in weights(trainer).items()}
+    for name, value in before.items():
+        assert torch.equal(after[name], value)
+    assert any(p.abs().sum() > 0 for name, p in after.items() if "lora_B" in name)
+    assert history(trainer)[0] == pytest.approx(history(train(METHODS["tvkd"]()))[0], abs=1e-5)
+
+
+def test_sft_reads_chosen_responses_only(tmp_path, train, make_model, pairs, tokenizer):
+    store = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
+    rows = range(len(pairs))
+    expected = -sum(store.row(i)["chosen"]["logps"] for i in rows) / sum(store.row(i)["chosen"]["tokens"] for i in rows)
+    args = arguments(tmp_path, per_device_train_batch_size=24, max_steps=1)
+    trainer = train(METHODS["sft"](), signals=[], truncation=Truncation(), args=args)
+    assert history(trainer) == pytest.approx([expected], abs=1e-4)
+
+
+def test_evaluation_during_training(tmp_path, train, pairs, reference, teacher):
+    trainer = train(
+        METHODS["tvkd"](),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=4),
+        eval_dataset=pairs,
+        eval_signals=[reference, teacher],
+    )
+    losses = history(trainer, "eval_loss")
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupted_run(
+    tmp_path, make_model, pairs, tokenizer, reference, teacher
+):
+    def trainer(out):
+        return PrefDistillTrainer(
+            model=make_model(),
+            method=METHODS["tvkd"](),
+            args=arguments(out, save_strategy="steps", save_steps=100),
+            train_dataset=pairs,
+            signals=[reference, teacher],
+            processing_class=tokenizer,
+        )
+
+    straight = trainer(tmp_path / "straight")
+    fit(straight, tmp_path / "straight", "straight")
+
+    broken = trainer(tmp_path / "broken")
+    broken.callback_handler.callbacks.insert(0, StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, tmp_path / "broken", "broken")
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    again = trainer(tmp_path / "broken")
+    fit(again, tmp_path / "broken", "broken")
+
+    assert not (tmp_path / "broken" / "checkpoints").exists()
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
+    logs = [
+        [entry["loss"] for entry in map(json.loads, (tmp_path / run / "metrics.jsonl").open()) if "loss" in entry]
+        for run in ("straight", "broken")
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 8
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_signal_says_which_command_makes_it(train, reference):
+    with pytest.raises(UserError, match=r"TVKD lacks teacher.values. .*signals --role teacher --kind values"):
+        train(METHODS["tvkd"](), signals=[reference])
+    with pytest.raises(UserError, match=r"DPO lacks reference.logps"):
+        train(METHODS["dpo"](), signals=[])
+    with pytest.raises(UserError, match=r"teacher_reference.logps"):
+        train(METHODS["tvkd"](potential="implicit_reward"))
+
+
+def test_signals_of_another_tokenizer_are_refused(tmp_path, make_model, pairs, tokenizer, reference):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("<|assistant|>", "<|assistant|>:")
+    with pytest.raises(UserError, match=r"another tokenizer .*template_sha256"):
+        PrefDistillTrainer(make_model(), METHODS["dpo"](), arguments(tmp_path), pairs, [reference], other)
+
+
+def test_values_of_another_temperature_are_refused(train):
+    with pytest.raises(UserError, match="value_temperature=1.0, the method asks for 0.5"):
+        train(METHODS["tvkd"](value_temperature=0.5))
+
+
+def test_a_constant_signal_is_an_error(tmp_path, train, make_model, pairs, tokenizer, reference):
+    """A head of zeros has the same value everywhere."""
+    model = make_model()
+    model.lm_head.weight.data.zero_()
+    flat = extract_signals(model, pairs, tokenizer, ("values",), tmp_path / "flat")
+    with pytest.raises(UserError, match="it tells nothing"):
+        train(METHODS["tvkd"](), signals=[reference, flat])
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, train, make_model):
+    student = make_model()
+    student.lm_head.weight.data[5] = float("inf")
+    with pytest.raises(UserError, match=r"loss is nan at step 1, rows \[\d+, \d+, \d+, \d+\]"):
+        train(METHODS["dpo"](), model=student)
+
+
+def test_a_reference_that_is_not_the_student_is_pointed_out(train, make_model, capsys):
+    train(METHODS["dpo"]())
+    assert "differ by" not in capsys.readouterr().err
+    train(METHODS["dpo"](), model=make_model(3))
+    assert "student and its reference signals differ by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tvkdd", {}, "unknown method 'tvkdd'; known: sft, dpo, tvkd"),
+        ("dpo", {"alpha": 1.0}, "dpo has no option 'alpha'; its options: beta"),
+        ("sft", {"beta": 1.0}, "its options: none"),
+        ("dpo", {"beta": "big"}, "beta must be a number"),
+        ("dpo", {"beta": True}, "beta must be a number"),
+        ("dpo", {"beta": 0.0}, "beta must be positive"),
+        ("tvkd", {"potential": "kinetic"}, "unknown potential 'kinetic'"),
+        ("tvkd", {"terminal": "never"}, "unknown terminal 'never'"),
+        ("tvkd", {"discount": 1.5}, "discount must lie in 0..1"),
+    ],
+)
+def test_bad_methods(name, options, message):
+    with pytest.raises(UserError, match=message):
+        make_method(name, options)
+
+
+# -- potentials --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signals(tmp_path, make_model, pairs, tokenizer, reference):
+    from prefdistill.data import data_fingerprint
+    from prefdistill.signals import SignalSet
+
+    teacher = extract_signals(make_model(5), pairs, tokenizer, out=tmp_path / "t")
+    base = extract_signals(make_model(6), pairs, tokenizer, ("logps",), tmp_path / "tr", role="teacher_reference")
+    return SignalSet.of([reference, teacher, base], pairs, data_fingerprint(pairs))
+
+
+def test_the_value_potential_is_the_shaping_return_of_each_row(signals):
+    found = METHODS["tvkd"](terminal="bootstrap").features(signals)
+    last = METHODS["tvkd"](terminal="last").features(signals)
+    for i in (0, 7, 23):
+        values = signals.stores["teacher"].row(i)["rejected"]["values"]
+        assert found["shaping_rejected"][i] == pytest.approx(values[-1] - values[0], abs=1e-6)
+        assert last["shaping_rejected"][i] == pytest.approx(values[-2] - values[0], abs=1e-6)
+
+
+def test_the_implicit_reward_potential_is_the_teachers_dpo_reward(signals):
+    found = METHODS["tvkd"](potential="implicit_reward", teacher_beta=0.5).features(signals)
+    teacher, base = signals.stores["teacher"].row(3), signals.stores["teacher_reference"].row(3)
+    expected = 0.5 * (teacher["chosen"]["logps"] - base["chosen"]["logps"])
+    assert found["shaping_chosen"][3] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_reward_potential_is_the_score_column(signals, pairs):
+    found = METHODS["tvkd"](potential="reward").features(signals)
+    assert found["shaping_chosen"].tolist() == pairs["score_chosen"][:]
+    assert found["shaping_rejected"].tolist() == pairs["score_rejected"][:]
+
+
+def test_the_placebo_moves_every_pair_to_another_row_and_keeps_the_distribution(signals):
+    true = METHODS["tvkd"]().features(signals)
+    placebo = METHODS["tvkd"](potential="shuffled").features(signals)
+    margin = true["shaping_chosen"] - true["shaping_rejected"]
+    moved = placebo["shaping_chosen"] - placebo["shaping_rejected"]
+    assert sorted(margin) == sorted(moved)
+    from prefdistill.methods import _other_rows
+
+    for n in (2, 3, 24, 1000):
+        other = _other_rows(n)
+        assert sorted(other) == list(range(n))
+        assert all(other != np.arange(n))
