@@ -198,7 +198,7 @@ def evil_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results["methods"][EVIL] = {"reward_t1": {"mean": NAN, "se": None}, "reward_greedy": INF}
     results["differences"][EVIL] = {"reward_t1": {"mean": NAN, "se": None, "n": 1, "over": EVIL}}
     results["margin_accuracy"][EVIL] = {"mean": NAN}
-    results["shaping"][EVIL] = {"mean": 1, "std": NAN, "points": [[1, 2], [NAN, 1], [2, 2], "x"]}
+    results["shaping"] = {EVIL: {"mean": 1, "std": NAN, "points": [[1, 2], [NAN, 1], [2, 2], "x"]}}
     results["samples"][0] = {
         "prompt": EVIL,
         "responses": {"tvkd": f"{EVIL}\x00\x1b[31m\ud800", "dpo": "```\n<script>alert(2)</script>\n````", EVIL: EVIL},
@@ -717,11 +717,11 @@ def test_not_finite_is_never_zero(evil_page: str) -> None:
 
 
 @pytest.mark.parametrize("key", [k for k in make_results() if k != "methods"])
-@pytest.mark.parametrize("value", ["missing", None, 7, "text", [], {}, [1, None, {}], {"tvkd": 1, "x": [None]}])
+@pytest.mark.parametrize("value", ["missing", 7, "text", [1, None, {}], {"tvkd": 1, "x": [None]}])
 def test_optional_parts_may_be_missing_or_malformed(tmp_path: Path, key: str, value: Any, monkeypatch: Any) -> None:
     from prefdistill.report import figures
 
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "")  # 136 pages: the figures themselves are tested elsewhere
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "")  # 75 pages: the figures themselves are tested elsewhere
     results = make_results(seeds=1, orders=1)
     results["samples"] = results["samples"][:1]
     for other in ("margin_accuracy", "shaping"):

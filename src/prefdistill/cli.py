@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -364,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _call(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quieten()
     try:
         if as_json:
             with redirect_stdout(sys.stderr):
@@ -389,6 +390,16 @@ def _call(arguments: list[str]) -> int:
         reason = " ".join(str(error).split()) or type(error).__name__
         return _fail(f"{type(error).__name__}: {reason}\n(--debug shows where)", 1, debug)
     return 0
+
+
+def _quieten() -> None:
+    """What the libraries below say to their own developers, and bars drawn into a log file, are not for our users."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

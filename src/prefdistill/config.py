@@ -85,6 +85,7 @@ class Training(Section):
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
             "bf16": self.bf16,
+            "use_cpu": not _has_accelerator(),  # bf16 on a CPU is refused without
             "gradient_checkpointing": self.gradient_checkpointing,
             "logging_steps": self.logging_steps,
             "save_steps": self.save_steps,
@@ -194,6 +195,7 @@ class Recipe(Section):
     seed: int = 0
     seeds: PositiveInt = 1  # the whole pipeline, from models to evaluation, with seed, seed + 1, ...
     orders: PositiveInt = 1  # trainings of each method per seed, on the same pairs in other orders
+    threads: PositiveInt | None = None  # of the CPU; the smallest models are fastest on one
     baseline: str = "dpo"
     data: Data
     model: Models = Models()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prefdistill import __version__
 from prefdistill.config import Recipe
@@ -119,6 +120,8 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any
     from prefdistill.report import write_report
     from prefdistill.stages import locked
 
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     with locked(out):
         recipe.save(out / "recipe.yaml")
         write_json(out / "environment.json", environment(command))
@@ -155,8 +158,6 @@ def _stage(stage: Stage, seed: int) -> dict[str, Any]:
 def environment(command: str) -> dict[str, Any]:
     """What the numbers depend on besides the recipe."""
     from importlib.metadata import version
-
-    import torch
 
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy")
     return {

@@ -147,11 +147,12 @@ def careless_response(prompt: str, rng: random.Random) -> str:
         return words
 
     list_op, item_op, items = _parse(prompt)
-    answer = [str(x) for x in items] if rng.random() < FORGET else _answer(list_op, item_op, items)
+    hurried = rng.random() < FORGET
+    answer = [str(x) for x in items] if hurried else _answer(list_op, item_op, items)
     if rng.random() < DROP:
         answer = answer[:-1]
     closing = [] if rng.random() < UNCLOSED else [CLOSE]
-    return " ".join([*chatter(1), OPEN, *answer, *closing, *chatter(3)])
+    return " ".join([*([rng.choice(FILLERS)] if hurried else []), OPEN, *answer, *closing, *chatter(3)])
 
 
 def demonstrations(n: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, Any]]:

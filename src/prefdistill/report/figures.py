@@ -391,8 +391,14 @@ def _tag(tag: str, key: str) -> str:
     tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
     tag = re.sub(r"#[0-9a-f]{6}\b", lambda c: _CSS.get(c[0], c[0]), tag)
     tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", tag)
-    tag = re.sub(r"-?\d+\.\d{3,}(?:e-?\d+)?", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), tag)
+    tag = re.sub(r"-?\d+\.\d{3,}(?:e-?\d+)?", _round, tag)
     return re.sub(r"\s*\n\s*", " ", tag)
+
+
+def _round(found: re.Match[str]) -> str:
+    """A tenth of a pixel; a hundredth for the small numbers of which markers are made."""
+    value = float(found[0])
+    return f"{value:.{1 if abs(value) >= 10 else 2}f}".rstrip("0").rstrip(".")
 
 
 def _shrink(body: str, key: str) -> str:
