@@ -13,7 +13,26 @@ import torch
 torch.set_num_threads(1)  # tests run two at a time on two cores
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-WORDS = "the small teacher reads a long prompt and answers with care while every student copies what it says".split()
+WORDS = [
+    "the",
+    "small",
+    "teacher",
+    "reads",
+    "a",
+    "long",
+    "prompt",
+    "and",
+    "answers",
+    "with",
+    "care",
+    "while",
+    "every",
+    "student",
+    "copies",
+    "what",
+    "it",
+    "says",
+]
 
 
 def sentence(n: int, start: int) -> str:

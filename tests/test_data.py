@@ -113,6 +113,8 @@ def test_fingerprint_depends_on_texts_order_and_scores_only():
     assert fingerprint == data_fingerprint(dataset.remove_columns("source"))
     with_empty_key = [{**row, "prompt": [{**row["prompt"][0], "name": None}]} for row in PAIRS]
     assert fingerprint == data_fingerprint(Dataset.from_list(with_empty_key))
+    whole = [Dataset.from_list([{**PAIRS[0], "score_chosen": n, "score_rejected": n}]) for n in (1, 1.0)]
+    assert data_fingerprint(whole[0]) == data_fingerprint(whole[1])
     changed = [
         dataset.select([1, 0]),
         dataset.select([0]),
@@ -550,6 +552,7 @@ def test_truncation_by_hand():
         (9, None): (prompt, chosen, rejected, (True, True)),
         (8, None): (prompt, chosen[:3], rejected, (False, True)),
         (6, None): (prompt, chosen[:1], rejected[:1], (False, False)),
+        (None, 6): (prompt, chosen, rejected, (True, True)),
         (None, 5): (prompt, chosen, rejected, (True, True)),
         (None, 3): ([bos, *prompt[-2:]], chosen, rejected, (True, True)),
         (6, 3): ([bos, *prompt[-2:]], chosen[:3], rejected, (False, True)),
@@ -674,9 +677,9 @@ def test_collator_by_hand():
 
 
 def test_collator_of_one_response():
-    batch = PairCollator(pad_token_id=-1, responses=("rejected",))(ROWS)
-    assert batch["input_ids"].tolist() == [[1, 2, 4], [5, 0, 0]]
-    assert batch["lengths"].tolist() == [1, 2]
+    batch = PairCollator(pad_token_id=-1, responses=("chosen",))(ROWS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, -1], [5, 6, 7, 8, 9]]
+    assert batch["lengths"].tolist() == [2, 4]
     assert batch["features"] == {}
 
 

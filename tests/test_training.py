@@ -171,9 +171,13 @@ def test_adapters_train_and_the_base_stays(tmp_path, train, make_model):
     student = make_model()
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     trainer = train(
-        METHODS["tvkd"](), model=student, peft_config=LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+        METHODS["tvkd"](),
+        model=student,
+        peft_config=LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"),
     )
-    after = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in weights(trainer).items()}
+    after = {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in weights(trainer).items()
+    }
     for name, value in before.items():
         assert torch.equal(after[name], value)
     assert any(p.abs().sum() > 0 for name, p in after.items() if "lora_B" in name)
@@ -268,7 +272,7 @@ def test_signals_of_another_tokenizer_are_refused(tmp_path, make_model, pairs, t
 
 
 def test_values_of_another_temperature_are_refused(train):
-    with pytest.raises(UserError, match="value_temperature=1.0, the method asks for 0.5"):
+    with pytest.raises(UserError, match=r"value_temperature=1\.0, the method asks for 0\.5"):
         train(METHODS["tvkd"](value_temperature=0.5))
 
 

@@ -26,7 +26,7 @@ _HOME = {
     "load_pairs": "data",
     "margin_accuracy": "evaluation",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,9 @@ Overrides = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of weights, data order and sampling.")]
 Data = Annotated[
     str,
-    typer.Option("--data", help="Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."),
+    typer.Option(
+        "--data", help="Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."
+    ),
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens of prompt and response; the response is cut on the right.")]
 MaxPrompt = Annotated[int | None, typer.Option(help="Tokens of the prompt; a longer one keeps its end.")]
@@ -51,7 +53,9 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/quickstart"),
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="Full runs, each with its own models and data.")] = 1,
-    methods: Annotated[str | None, typer.Option(help="Only these, e.g. dpo,tvkd (the baseline dpo always runs).")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Only these, e.g. dpo,tvkd (the baseline dpo always runs).")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
@@ -68,7 +72,9 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/NAME of the recipe.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="The recipe's small profile: everything runs, nothing is learnt.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="The recipe's small profile: everything runs, nothing is learnt.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
@@ -79,7 +85,9 @@ def run(
     return _run(recipe, out, overrides or [], fast=fast)
 
 
-def _run(recipe_path: Path, out: Path | None, overrides: list[str], *, fast: bool, only: str | None = None) -> dict[str, Any]:
+def _run(
+    recipe_path: Path, out: Path | None, overrides: list[str], *, fast: bool, only: str | None = None
+) -> dict[str, Any]:
     from prefdistill.config import load_recipe
 
     recipe = load_recipe(recipe_path, overrides, fast=fast, only=only.split(",") if only else None)
@@ -96,7 +104,9 @@ def _run(recipe_path: Path, out: Path | None, overrides: list[str], *, fast: boo
 @app.command()
 def sft(
     model: Annotated[str, typer.Option("--model", help="Hub name or directory to start from.")],
-    data: Annotated[str, typer.Option("--data", help="Rows with messages, prompt and completion, or pairs (the chosen).")],
+    data: Annotated[
+        str, typer.Option("--data", help="Rows with messages, prompt and completion, or pairs (the chosen).")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Directory for the trained model.")],
     overrides: Overrides = None,
     seed: Seed = 0,
@@ -118,15 +128,15 @@ def sft(
     training = _training(Training, overrides)
     rows = load_messages(data)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
     return _stage(
         "sft",
         out,
-        {"model": model, "data": data, "training": training.model_dump(), "max_length": max_length, "seed": seed, "dtype": dtype},
+        {"model": model, "data": data, "training": training.model_dump(), **options, "max_length": max_length},
         lambda directory: train_sft(
-            model, rows, tokenizer, training, directory,
-            truncation=Truncation(max_length), dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+            model, rows, tokenizer, training, directory, truncation=Truncation(max_length), **options
         ),
-    )  # fmt: skip
+    )
 
 
 @app.command()
@@ -154,15 +164,15 @@ def dpo(
     training = _training(DPOTraining, overrides)
     pairs = load_pairs(data)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
     return _stage(
         "dpo",
         out,
-        {"model": model, "data": data, "training": training.model_dump(), "max_length": max_length, "seed": seed, "dtype": dtype},
+        {"model": model, "data": data, "training": training.model_dump(), **options, "max_length": max_length},
         lambda directory: train_dpo(
-            model, pairs, tokenizer, training, directory,
-            truncation=Truncation(max_length), dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+            model, pairs, tokenizer, training, directory, truncation=Truncation(max_length), **options
         ),
-    )  # fmt: skip
+    )
 
 
 @app.command()
@@ -171,7 +181,9 @@ def signals(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="Directory of the signal store.")],
     kind: Annotated[str, typer.Option(help="values, logps, or both with a comma.")] = "values,logps",
-    role: Annotated[str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")] = "teacher",
+    role: Annotated[
+        str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")
+    ] = "teacher",
     max_length: MaxLength = 1024,
     max_prompt_length: MaxPrompt = None,
     value_temperature: Annotated[float, typer.Option(help="b of the soft value b*logsumexp(z/b).")] = 1.0,
@@ -216,7 +228,9 @@ def distill(
     signals: Annotated[list[Path] | None, typer.Option("--signals", help="Signal stores; once for each.")] = None,
     overrides: Overrides = None,
     seed: Seed = 0,
-    max_length: Annotated[int | None, typer.Option(help="Only for methods without signals; others truncate as these did.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Only for methods without signals; others truncate as these did.")
+    ] = None,
     dtype: Dtype = "float32",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -227,8 +241,6 @@ def distill(
     Example: prefdistill distill --student my/student --data pairs.jsonl --signals signals/teacher --signals
     signals/reference --method tvkd --out models/tvkd alpha=0.7 beta=0.1 learning_rate=1e-6
     """
-    from dataclasses import asdict
-
     from prefdistill.config import Training
     from prefdistill.data import Truncation, data_fingerprint, load_pairs
     from prefdistill.files import file_digest
@@ -262,7 +274,7 @@ def distill(
         "student": student,
         "data": data_fingerprint(pairs),
         "method": method,
-        "options": asdict(chosen),
+        "options": repr(chosen),
         "training": training.model_dump(),
         "signals": [file_digest(path / "manifest.json") for path in signals or []],
         "max_length": max_length,
@@ -278,7 +290,9 @@ def evaluate(
     data: Data,
     reference: Annotated[Path, typer.Option("--reference", help="logps signals of the student's start on this data.")],
     out: Annotated[Path, typer.Option("--out", help="File for the results (JSON).")],
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="values,logps signals of the teacher on this data.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="values,logps signals of the teacher on this data.")
+    ] = None,
     dtype: Dtype = "float32",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -291,13 +305,13 @@ def evaluate(
     from prefdistill.data import load_pairs
     from prefdistill.evaluation.pairs import evaluate_pairs
     from prefdistill.files import write_json
-    from prefdistill.models import default_device, load_model, load_tokenizer
+    from prefdistill.models import load_model, load_tokenizer, ready
     from prefdistill.signals import Signals
 
     pairs = load_pairs(data)
     stores = [Signals.open(path) for path in (reference, teacher) if path]
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    student = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(default_device()).eval()
+    student = ready(load_model(model, dtype=dtype, trust_remote_code=trust_remote_code))
     results = evaluate_pairs(student, pairs, tokenizer, stores)
     write_json(out, results)
     for name, value in [*results["metrics"].items(), *results["margin_accuracy"].items()]:
@@ -319,10 +333,7 @@ def report(
     """
     from prefdistill.report import write_report
 
-    kind = format or ("md" if out.suffix == ".md" else "html")
-    if kind not in ("html", "md"):
-        raise UserError(f"--format must be html or md, got {kind!r}")
-    write_report(runs, out, format=kind)
+    write_report(runs, out, format=format or ("md" if out.suffix == ".md" else "html"))
     _print(str(out))
     return {"out": str(out), "runs": [str(path) for path in runs]}
 
@@ -382,7 +393,9 @@ def _call(arguments: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("prefdistill: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "prefdistill: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr
+        )
         return 130
     except Exception as error:
         if debug:

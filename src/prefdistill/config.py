@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from prefdistill.errors import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import TrainingArguments
 
 Options = dict[str, Any]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -177,7 +185,7 @@ class MethodRun(Section):
     options: Options = {}
     label: str = ""
     control: bool = False  # a placebo, bound or noise floor: shown beside the methods, never the verdict
-    first_order: int = Field(0, ge=0)
+    first_order: NonNegativeInt = 0
     training: Training
 
 
@@ -186,7 +194,7 @@ class Evaluation(Section):
 
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
-    samples: int = Field(0, ge=0)  # generations kept for the report
+    samples: NonNegativeInt = 0  # generations kept for the report
 
 
 class Recipe(Section):

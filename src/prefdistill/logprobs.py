@@ -55,11 +55,16 @@ def sum_by_row(per_state: Tensor, states: Tensor) -> Tensor:
     return per_state.new_zeros(states.shape[0]).index_add(0, rows, per_state)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The transformers model inside whatever wraps it (data parallel, PEFT)."""
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def vocabulary_rows(model: nn.Module) -> int:
+    """Rows of a model's head, padding of the vocabulary included."""
+    return causal_lm(model).get_output_embeddings().weight.shape[0]
 
 
 def reduce_logits(
@@ -97,8 +102,14 @@ def reduce_logits(
         """The model's own forward, started from the last hidden state: its backbone is replaced by a constant."""
         constant = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        asked = []
-        with _forward(backbone, lambda *_, **__: asked.append(1) or constant):
+        asked = False
+
+        def answer(*_: Any, **__: Any) -> Any:
+            nonlocal asked
+            asked = True
+            return constant
+
+        with _forward(backbone, answer):
             logits = own_forward(lm, input_ids=ids, use_cache=False).logits[0].float()
         if not asked:  # then those logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that its get_decoder() names")
@@ -131,13 +142,13 @@ class _forward:
 
     def __enter__(self) -> None:
         self.previous = self.module.__dict__.get("forward")
-        self.module.forward = self.forward  # type: ignore[method-assign]
+        self.module.forward = self.forward
 
     def __exit__(self, *_: object) -> None:
         if self.previous is None:
             del self.module.forward
         else:
-            self.module.forward = self.previous  # type: ignore[method-assign]
+            self.module.forward = self.previous
 
 
 def sequence_logps(

@@ -14,19 +14,23 @@ from prefdistill.errors import UserError
 from prefdistill.losses import TERMINALS, dpo_loss, sft_loss, shaping_return, tvkd_loss
 from prefdistill.signals.store import SIDES, SignalSet
 
-POTENTIALS = ("value", "implicit_reward", "reward", "shuffled")
+# What each potential is made from.
+POTENTIALS = {
+    "value": ("teacher.values",),
+    "shuffled": ("teacher.values",),
+    "implicit_reward": ("teacher.logps", "teacher_reference.logps"),
+    "reward": ("data.score_chosen", "data.score_rejected"),
+}
 Features = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Student:
-    """What the student says about a batch: sequence log-probabilities in nats and response tokens, [B] each."""
+    """What the student says of a batch by response ("chosen", "rejected"): log-probs in nats and tokens, [B] each."""
 
-    chosen_logps: Tensor
-    chosen_tokens: Tensor
-    rejected_logps: Tensor | None = None
-    rejected_tokens: Tensor | None = None
+    logps: dict[str, Tensor]
+    tokens: dict[str, Tensor]
 
 
 class Method(Protocol):
@@ -55,8 +59,8 @@ class SFT:
         return {}
 
     def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        loss = sft_loss(student.chosen_logps, student.chosen_tokens)
-        return loss, {"logps/chosen": student.chosen_logps.detach().mean()}
+        loss = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+        return loss, {"logps/chosen": student.logps["chosen"].detach().mean()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class DPO:
         return {f"ref_{side}": signals.scalar("reference", "logps", side) for side in SIDES}
 
     def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        logps = (student.chosen_logps, student.rejected_logps, signals["ref_chosen"], signals["ref_rejected"])
+        logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         return dpo_loss(*logps, beta=self.beta).mean(), self._reward_metrics(*logps)
 
     def _reward_metrics(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Metrics:
@@ -101,15 +105,15 @@ class DPO:
 
 @dataclass(frozen=True, kw_only=True)
 class TVKD(DPO):
-    """Teacher value-based knowledge distillation (arXiv 2509.16965): DPO with the teacher's shaping return as an offset.
+    """Teacher value-based knowledge distillation (arXiv 2509.16965): DPO with the teacher's shaping return as offset.
 
     Args:
         beta: strength of the pull towards the reference, per nat.
         alpha: weight of the shaping margin. alpha / beta is the teacher's strength in nats of log-ratio.
         potential: what the potential of a state is. "value": the teacher's soft value, as in the paper.
-            "implicit_reward": the teacher's DPO reward so far, whose return is that of the whole response. "reward": the
-            data's score columns (with a true reward: the best any offset can do). "shuffled": the value of another row,
-            a placebo.
+            "implicit_reward": the teacher's DPO reward so far, whose return is that of the whole response. "reward":
+            the data's score columns (with a true reward: the best any offset can do). "shuffled": the value of another
+            row, a placebo.
         discount: gamma of the shaping term; "value" and "shuffled" only.
         terminal: the potential after the end token, see `losses.shaping_return`; "value" and "shuffled" only.
         value_temperature: b of the soft value the signals must have been made with.
@@ -134,12 +138,7 @@ class TVKD(DPO):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return super().needs + {
-            "value": ("teacher.values",),
-            "shuffled": ("teacher.values",),
-            "implicit_reward": ("teacher.logps", "teacher_reference.logps"),
-            "reward": ("data.score_chosen", "data.score_rejected"),
-        }[self.potential]
+        return super().needs + POTENTIALS[self.potential]
 
     def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
         shaping = {f"shaping_{side}": self._shaping(signals, side) for side in SIDES}
@@ -171,7 +170,7 @@ class TVKD(DPO):
         return shaping_returns(signals, side, discount=self.discount, terminal=self.terminal)
 
     def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        logps = (student.chosen_logps, student.rejected_logps, signals["ref_chosen"], signals["ref_rejected"])
+        logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         shaping = (signals["shaping_chosen"], signals["shaping_rejected"])
         margin = self.alpha * (shaping[0] - shaping[1])
         return tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha).mean(), {

@@ -33,6 +33,11 @@ def default_device() -> "torch.device":
     return torch.device("cpu")
 
 
+def ready(model: Any) -> "PreTrainedModel":
+    """The model in eval mode on the accelerator, where there is one."""
+    return model.to(default_device()).eval()
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Tokenizer of a Hub name or directory; one without a padding token pads with its end token."""
     from transformers import AutoTokenizer
@@ -87,14 +92,14 @@ def _not_loaded(what: str, name: str, error: Exception) -> str:
 
 def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
     """What makes two models the same for us: name, Hub revision, architecture, dtype and a digest of every weight."""
+    import torch
+
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
-        import torch
-
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
     return {
-        "name": name or model.config.name_or_path,
+        "name": name or model.name_or_path,
         "revision": hub_revision(name),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -146,7 +151,8 @@ def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokeni
             f"differ, e.g. {clash[0]!r}; choose a teacher and a student of one family"
         )
     if len(a) != len(b):
-        say(f"{ours.name_or_path} has {len(a)} tokens, {theirs.name_or_path} {len(b)}; the shared {len(a.keys() & b.keys())} agree")
+        shared = len(a.keys() & b.keys())
+        say(f"{ours.name_or_path} has {len(a)} tokens, {theirs.name_or_path} {len(b)}; the {shared} they share agree")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":

@@ -16,10 +16,10 @@ from prefdistill.files import file_digest, read_json, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method
 from prefdistill.models import (
     check_same_tokens,
-    default_device,
     load_model,
     load_tokenizer,
     random_model,
+    ready,
     texts_of,
     train_tokenizer,
 )
@@ -137,7 +137,7 @@ class SeedRun:
         load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
         if names.student is None and names.teacher is None:
             return load(str(self.root / "init" / "tokenizer"))
-        tokenizer = load(names.student or names.teacher)
+        tokenizer = load(str(names.student or names.teacher))
         if names.student and names.teacher:
             theirs = load(names.teacher)
             check_same_tokens(tokenizer, theirs)
@@ -372,10 +372,8 @@ class SeedRun:
         return Measured(metrics, items, samples)
 
     def _load(self, name: str) -> Any:
-        model = load_model(
-            name, dtype=self.recipe.model.dtype, trust_remote_code=self.recipe.model.trust_remote_code
-        )
-        return model.to(default_device()).eval()
+        names = self.recipe.model
+        return ready(load_model(name, dtype=names.dtype, trust_remote_code=names.trust_remote_code))
 
     def _sample(self, model: Any, prompts: list[str], *, temperature: float, seed: int, what: str) -> list[Response]:
         return sample(

@@ -49,18 +49,15 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
     names = list(by_seed[0])
     present = {metric for name in names for metric in by_seed[0][name][0].metrics}
     metrics = [metric for metric in METRICS if metric in present]
-    methods: dict[str, Any] = {name: {} for name in names}
+    methods: dict[str, Any] = {}
     differences: dict[str, Any] = {}
+    baseline = [seed[recipe.baseline] for seed in by_seed]
     for name in names:
-        for metric in metrics:
-            if metric in by_seed[0][name][0].metrics:
-                methods[name][metric] = _mean([seed[name] for seed in by_seed], metric)
+        runs = [seed[name] for seed in by_seed]
+        shown = [metric for metric in metrics if metric in runs[0][0].metrics]
+        methods[name] = {metric: _mean(runs, metric) for metric in shown}
         if name != recipe.baseline and name in recipe.methods:
-            differences[name] = {
-                metric: _difference([seed[name] for seed in by_seed], [seed[recipe.baseline] for seed in by_seed], metric)
-                for metric in methods[name]
-                if metric in methods.get(recipe.baseline, {})
-            }
+            differences[name] = {metric: _difference(runs, baseline, metric) for metric in shown}
     return {
         "methods": methods,
         "differences": differences,
@@ -69,7 +66,7 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
 
 
 def _mean(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
-    per_seed = [np.mean([run.metrics[metric] for run in runs]) for runs in by_seed]
+    per_seed = [float(np.mean([run.metrics[metric] for run in runs])) for runs in by_seed]
     if len(per_seed) > 1:
         return mean_and_error(per_seed) | {"over": "seeds"}
     runs = by_seed[0]
@@ -85,7 +82,7 @@ def _difference(ours: list[list[Measured]], theirs: list[list[Measured]], metric
         for a_runs, b_runs in zip(ours, theirs, strict=True)
     ]
     if len(per_order) > 1:
-        return mean_and_error([np.mean(orders) for orders in per_order]) | {"over": "seeds"}
+        return mean_and_error([float(np.mean(orders)) for orders in per_order]) | {"over": "seeds"}
     if len(per_order[0]) > 1:
         return mean_and_error(per_order[0]) | {"over": "data orders"}
     return paired_difference(ours[0][0].items[metric], theirs[0][0].items[metric]) | {"over": "test items"}

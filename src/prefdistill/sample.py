@@ -1,15 +1,12 @@
 """Responses from a model: transformers' own batched generation."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from prefdistill.data import end_token_ids
 from prefdistill.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -21,8 +18,8 @@ class Response:
 
 @torch.no_grad()
 def sample(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Any,
+    tokenizer: Any,
     prompts: list[Any],
     *,
     temperature: float = 1.0,
@@ -43,15 +40,7 @@ def sample(
         seed: of the draws; the same seed, prompts and batch size give the same responses on the same machine.
         what: name on the progress bar.
     """
-    texts = [
-        prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    templated = [not isinstance(prompt, str) for prompt in prompts]
-    ids = [
-        tokenizer(text, add_special_tokens=not chat)["input_ids"]
-        for text, chat in zip(texts, templated, strict=True)
-    ]
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = sorted(end_token_ids(tokenizer))
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -76,3 +65,10 @@ def sample(
                 found[place] = Response(text, len(body) + (stop is not None), stop is not None)
             progress.update(len(places))
     return [found[i] for i in range(len(ids))]
+
+
+def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -32,7 +32,7 @@ def run_stage(name: str, directory: Path, request: dict[str, Any], make: Callabl
     """Have `make(directory)` done for this request.
 
     The key of a stage is a digest of its request, which holds the keys of the stages it builds on. A finished directory
-    of the same key is reused, an unfinished one is handed to `make` as it is (to resume), one of another key is emptied.
+    of the same key is reused, an unfinished one is handed to `make` as it is (to resume), one of another is emptied.
 
     Raises:
         UserError: if the directory holds files that no stage has put there.

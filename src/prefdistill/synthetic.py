@@ -152,7 +152,9 @@ def careless_response(prompt: str, rng: random.Random) -> str:
     if rng.random() < DROP:
         answer = answer[:-1]
     closing = [] if rng.random() < UNCLOSED else [CLOSE]
-    return " ".join([*([rng.choice(FILLERS)] if hurried else []), OPEN, *answer, *closing, *chatter(3)])
+    return " ".join(
+        [*([rng.choice(FILLERS)] if hurried else []), OPEN, *answer, *closing, *(chatter(3) if hurried else [])]
+    )
 
 
 def demonstrations(n: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -213,7 +215,9 @@ def preference_pairs(
     ([{'role': 'assistant', 'content': '< 1 2 3 >'}], 4.0, -0.75)
     """
     if not len(prompts) == len(first) == len(second):
-        raise UserError(f"{len(prompts)} prompts but {len(first)} first and {len(second)} second responses: give one each")
+        raise UserError(
+            f"{len(prompts)} prompts but {len(first)} first and {len(second)} second responses: give one each"
+        )
     rng = random.Random(f"pairs {seed}")
     rows = []
     for prompt, *candidates in zip(prompts, first, second, strict=True):

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from prefdistill.data import PairCollator, Truncation, data_fingerprint, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
-from prefdistill.logprobs import causal_lm, emittable_ids, sequence_logps
+from prefdistill.logprobs import emittable_ids, sequence_logps, vocabulary_rows
 from prefdistill.methods import Method, Student
 from prefdistill.models import load_model, tokenizer_identity
 from prefdistill.progress import Progress, say
@@ -78,25 +78,23 @@ class PrefDistillTrainer(Trainer):
     ) -> None:
         if processing_class is None:
             raise UserError("PrefDistillTrainer needs the student's tokenizer: pass processing_class=tokenizer")
-        if isinstance(model, str):
-            model = load_model(model)
-        disable_dropout(model)
-        model.config.use_cache = False
+        student: nn.Module = load_model(model) if isinstance(model, str) else model
+        disable_dropout(student)
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            student = get_peft_model(student, peft_config)
         self.method = method
         train_rows = _prepare(train_dataset, method, signals, processing_class, truncation)
         eval_rows = _prepare(eval_dataset, method, eval_signals, processing_class, truncation) if eval_dataset else None
         args.remove_unused_columns = False  # our columns are not the model's arguments
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=PairCollator(
                 processing_class.pad_token_id,
                 responses=method.responses,
-                features=tuple(c for c in train_rows.column_names if c.startswith("feature_")) + ("row",),
+                features=("row", *(name for name in train_rows.column_names if name.startswith("feature_"))),
             ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
@@ -104,8 +102,7 @@ class PrefDistillTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        head = causal_lm(self.model).get_output_embeddings()
-        self._emittable = emittable_ids(processing_class, head.weight.shape[0])
+        self._emittable = emittable_ids(processing_class, vocabulary_rows(student))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._reference_checked = False
 
@@ -122,9 +119,11 @@ class PrefDistillTrainer(Trainer):
         # accelerate's autocast sits on the model's forward, which `reduce_logits` goes around
         with self.accelerator.autocast():
             logps = sequence_logps(model, inputs, emittable=self._emittable)
-        by_side = dict(zip(self.method.responses, logps.chunk(len(self.method.responses)), strict=True))
-        tokens = dict(zip(self.method.responses, inputs["lengths"].chunk(len(self.method.responses)), strict=True))
-        student = Student(by_side["chosen"], tokens["chosen"], by_side.get("rejected"), tokens.get("rejected"))
+        sides = self.method.responses
+        student = Student(
+            logps=dict(zip(sides, logps.chunk(len(sides)), strict=True)),
+            tokens=dict(zip(sides, inputs["lengths"].chunk(len(sides)), strict=True)),
+        )
         features = {name.removeprefix("feature_"): value for name, value in features.items()}
         loss, metrics = self.method.loss(student, features)
         if not torch.isfinite(loss):
@@ -158,7 +157,7 @@ class PrefDistillTrainer(Trainer):
         if self._reference_checked or "ref_chosen" not in features or self.state.global_step > 0:
             return
         self._reference_checked = True
-        gap = (student.chosen_logps.detach() - features["ref_chosen"]).abs().sum() / student.chosen_tokens.sum()
+        gap = (student.logps["chosen"].detach() - features["ref_chosen"]).abs().sum() / student.tokens["chosen"].sum()
         if gap > REFERENCE_GAP:
             say(
                 f"warning: before training, the student and its reference signals differ by {gap:.3f} nats per token; "
@@ -215,14 +214,14 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def fit(trainer: Trainer, out: Path, what: str) -> None:
     """Train to the end, from the last checkpoint if there is one, and save model and tokenizer into `out`.
 
-    Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and stops;
-    the same call later goes on from it.
+    Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and
+    stops; the same call later goes on from it.
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
@@ -230,7 +229,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     from transformers import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    checkpoints = Path(trainer.args.output_dir)
+    checkpoints = Path(str(trainer.args.output_dir))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
         say(f"{what}: going on from step {Path(last).name.rpartition('-')[2]}")

@@ -65,7 +65,7 @@ def implicit_rewards(
 def evaluate_pairs(
     student: "PreTrainedModel", pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]
 ) -> dict[str, Any]:
-    """Accuracy of a student's implicit reward on held-out pairs and, where the teacher's signals are given, of its terms.
+    """Accuracy of a student's implicit reward on held-out pairs, and of the teacher's terms where it is given.
 
     Args:
         student: in eval mode, on its device.
@@ -111,7 +111,7 @@ def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "la
     terms["teacher log-prob"] = logps
     if signals.stores["teacher"].manifest["value_temperature"] == 1:
         choosing = [[v[:-1].sum() for v in signals.ragged("teacher", "values", side)] for side in SIDES]
-        terms["teacher Q (raw logits)"] = [l + np.array(v) for l, v in zip(logps, choosing, strict=True)]
+        terms["teacher Q (raw logits)"] = [logp + np.array(v) for logp, v in zip(logps, choosing, strict=True)]
     if not signals.missing(("teacher_reference.logps",)):
         reference = scalar("teacher_reference", "logps")
         terms["teacher implicit reward"] = [t - r for t, r in zip(logps, reference, strict=True)]

@@ -66,8 +66,9 @@ def tvkd_loss(
               - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}] + \alpha [\Psi(y_w) - \Psi(y_l)]\big)
 
     The shaping returns carry no gradient. A response whose return is high needs less log-ratio for the same loss: over
-    many pairs whose labels follow a reward R the minimiser is `ref(y) * exp((R(y) - alpha * Psi(y)) / beta)`. Equal to `dpo_loss` with reference log-probabilities
-    `ref(y) - alpha / beta * Psi(y)`, and to `dpo_loss` itself, bit for bit, at `alpha=0` (finite Psi).
+    many pairs whose labels follow a reward R the minimiser is `ref(y) exp((R(y) - alpha Psi(y)) / beta)`, normalised.
+    Equal to `dpo_loss` with reference log-probabilities `ref(y) - alpha / beta * Psi(y)`, and to `dpo_loss` itself, bit
+    for bit, at `alpha=0` (finite Psi).
 
     Args:
         policy_chosen, policy_rejected, ref_chosen, ref_rejected: sequence log-probabilities in nats, shape [B].

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
@@ -241,7 +241,7 @@ def render_markdown(runs: list[Path]) -> str:
     return _printable("\n\n".join(part for part in parts if part) + "\n")
 
 
-def write_report(runs: list[Path], out: str | Path, format: Literal["html", "md"] = "html") -> Path:
+def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Path:
     """Render `runs` and write the page to `out`; nothing is left half written. Returns `out`."""
     renderers = {"html": render_html, "md": render_markdown}
     if format not in renderers:

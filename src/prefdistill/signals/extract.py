@@ -13,9 +13,17 @@ from prefdistill import __version__
 from prefdistill.data import PairCollator, Truncation, data_fingerprint, encode_pairs, load_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, write_json
-from prefdistill.logprobs import emittable_ids, next_tokens, reduce_logits, response_states, sum_by_row, token_logps
+from prefdistill.logprobs import (
+    emittable_ids,
+    next_tokens,
+    reduce_logits,
+    response_states,
+    sum_by_row,
+    token_logps,
+    vocabulary_rows,
+)
 from prefdistill.losses.value import soft_value
-from prefdistill.models import default_device, load_model, load_tokenizer, model_identity, tokenizer_identity
+from prefdistill.models import load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import ROLES, SCHEMA, SIDES, Signals
 
@@ -84,11 +92,11 @@ def extract_signals(
     if isinstance(dataset, str):
         dataset = load_pairs(dataset)
     if tokenizer is None:
-        source = model if isinstance(model, str) else model.config.name_or_path
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        source = model if isinstance(model, str) else model.name_or_path
+        tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
     if isinstance(model, str):
         model = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    model = model.to(default_device()).eval()
+    model = ready(model)
 
     encoded, dropped = encode_pairs(dataset, tokenizer, truncation)
     request = {
@@ -196,7 +204,7 @@ def score_pairs(
     Raises:
         UserError: if a model's logits are not finite, naming the rows.
     """
-    emittable = emittable_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+    emittable = emittable_ids(tokenizer, vocabulary_rows(model))
     found: dict[str, list[Any]] = {f"{side}_{kind}": [None] * len(rows) for side in SIDES for kind in kinds}
     ids = {column: rows[column][:] for column in ("prompt_ids", "chosen_ids", "rejected_ids")}
     for places in _batches(ids, batch_tokens):

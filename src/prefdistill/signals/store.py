@@ -90,7 +90,7 @@ class Signals:
         """Signals of row i of the data: `{"chosen": {"tokens": T, "ended": bool, ...}, "rejected": {...}}`."""
         if i not in self._place:
             dropped = self.manifest["dropped"]
-            why = f"it was dropped ({', '.join(dropped['reasons'])})" if i in dropped["rows"] else f"of {len(self)} rows"
+            why = f"dropped ({', '.join(dropped['reasons'])})" if i in dropped["rows"] else f"of {len(self)} rows"
             raise IndexError(f"row {i} has no signals: {why}")
         line = self.table[self._place[i]]
         found: dict[str, dict[str, Any]] = {side: {} for side in SIDES}
