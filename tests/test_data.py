@@ -217,7 +217,7 @@ NO_START = "'chosen' and 'rejected' do not start alike. Add a `prompt` column."
             f": row 1 ('chosen') is plain text and row 0 ('prompt') {FORMS}",
         ),
         (
-            [TALK, TALK.replace('"user"', '"assistant"')],
+            [TALK, TALK.replace('"content": "p"}', '"content": "p"}, {"role": "assistant", "content": "a"}')],
             ", row 1: the prompt ends with an assistant message. End it with the turn to answer.",
         ),
         (
@@ -415,6 +415,21 @@ def test_multi_turn_prompts_and_two_message_responses():
     text = tokenizer.decode(row["chosen_ids"])
     assert text == "one<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>"
     assert tokenizer.decode(row["prompt_ids"]).count("A<|eot_id|>") == 1
+
+
+def test_keys_that_a_message_does_not_have_stay_hidden_from_the_template():
+    source = make_tokenizer("chatml")
+    names = "{% if message.name is defined %}({{ message.name }}){% endif %}"
+    tokenizer = type(source)(
+        tokenizer_object=source.backend_tokenizer,
+        eos_token=source.eos_token,
+        chat_template=source.chat_template.replace("{{ message['content'] }}", names + "{{ message['content'] }}"),
+    )
+    rows = [{**conversation("Q", "A", "B"), "prompt": [{**user("Q"), "name": name}]} for name in ("Ann", None)]
+    encoded, _ = encode(rows, tokenizer)
+    texts = [tokenizer.decode(row["prompt_ids"]) for row in encoded]
+    assert ["(Ann)Q" in text for text in texts] == [True, False]
+    assert "(" not in texts[1]
 
 
 def test_an_end_token_inside_the_content_does_not_cut_it():
