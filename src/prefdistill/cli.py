@@ -88,6 +88,7 @@ def run(
 def _run(
     recipe_path: Path, out: Path | None, overrides: list[str], *, fast: bool, only: str | None = None
 ) -> dict[str, Any]:
+    _one_process("run")
     from prefdistill.config import load_recipe
 
     recipe = load_recipe(recipe_path, overrides, fast=fast, only=only.split(",") if only else None)
@@ -198,6 +199,7 @@ def signals(
 
     Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind values
     """
+    _one_process("signals")
     from prefdistill.data import Truncation
     from prefdistill.signals import extract_signals
 
@@ -302,6 +304,7 @@ def evaluate(
 
     Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reference signals/reference-test --out e.json
     """
+    _one_process("evaluate")
     from prefdistill.data import load_pairs
     from prefdistill.evaluation.pairs import evaluate_pairs
     from prefdistill.files import write_json
@@ -331,6 +334,7 @@ def report(
 
     Example: prefdistill report runs/quickstart runs/tvkd --out report.html
     """
+    _one_process("report")
     from prefdistill.report import write_report
 
     write_report(runs, out, format=format or ("md" if out.suffix == ".md" else "html"))
@@ -357,6 +361,12 @@ def _training(kind: type[Any], overrides: "list[str] | dict[str, Any] | None") -
 
     raw = overrides if isinstance(overrides, dict) else _overrides(overrides)
     return validate(kind, raw, "command line")
+
+
+def _one_process(verb: str) -> None:
+    """Verbs that are not training know nothing of other processes, which would all write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"`prefdistill {verb}` runs in one process; launch only sft, dpo and distill on several")
 
 
 def _stage(name: str, out: Path, request: dict[str, Any], make: Any) -> dict[str, Any]:

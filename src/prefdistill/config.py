@@ -1,6 +1,9 @@
 """Recipes: what a run is made of, checked before anything starts. Unknown keys and wrong types are errors."""
 
 import difflib
+import re
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -22,12 +26,28 @@ from prefdistill.errors import UserError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-Options = dict[str, Any]
+Options = dict[str, JsonValue]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
+RESERVED_NAMES = ("teacher", "start")  # evaluated beside the methods
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, and numbers such as 1e-6, which it takes for words."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would take for numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Lora(Section):
@@ -72,35 +92,38 @@ class Training(Section):
 
     def to_arguments(self, out: Path, *, seed: int, data_seed: int, kind: type[Any] | None = None, **more: Any) -> Any:
         """The matching `TrainingArguments` (or `kind` of them, such as TRL's SFTConfig)."""
-        from accelerate import PartialState
+        import torch
         from transformers import TrainingArguments
 
-        processes = PartialState().num_processes
+        from prefdistill.stages import processes
+
+        team = processes().num_processes
+        accelerator = torch.accelerator.is_available()
         micro = min(self.micro_batch_size, self.batch_size)
-        if self.batch_size % (micro * processes):
+        if self.batch_size % (micro * team):
             raise UserError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch_size x processes = "
-                f"{micro} x {processes}; change one of them"
+                f"{micro} x {team}; change one of them"
             )
-        options: Options = {
+        options: dict[str, Any] = {
             "learning_rate": self.learning_rate,
             "num_train_epochs": self.epochs,
             "max_steps": self.max_steps or -1,
             "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": self.batch_size // (micro * processes),
+            "gradient_accumulation_steps": self.batch_size // (micro * team),
             "warmup_steps": self.warmup,
             "lr_scheduler_type": self.schedule,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
             "bf16": self.bf16,
-            "use_cpu": not _has_accelerator(),  # bf16 on a CPU is refused without
+            "use_cpu": not accelerator,  # bf16 on a CPU is refused without
             "gradient_checkpointing": self.gradient_checkpointing,
             "logging_steps": self.logging_steps,
             "save_steps": self.save_steps,
             "save_total_limit": 1,
             "report_to": self.report_to or "none",
             "disable_tqdm": True,
-            "dataloader_pin_memory": _has_accelerator(),
+            "dataloader_pin_memory": accelerator,
             "seed": seed,
             "data_seed": data_seed,
             **more,
@@ -110,12 +133,6 @@ class Training(Section):
             return (kind or TrainingArguments)(output_dir=str(out), **options)
         except (TypeError, ValueError) as error:
             raise UserError(f"training arguments: {error}".splitlines()[0]) from error
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
 
 
 class DPOTraining(Training):
@@ -200,7 +217,7 @@ class Evaluation(Section):
 class Recipe(Section):
     name: str
     task: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)  # what numpy takes
     seeds: PositiveInt = 1  # the whole pipeline, from models to evaluation, with seed, seed + 1, ...
     orders: PositiveInt = 1  # trainings of each method per seed, on the same pairs in other orders
     threads: PositiveInt | None = None  # of the CPU; the smallest models are fastest on one
@@ -244,6 +261,12 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if not self.methods:
             raise ValueError("methods is empty; name at least one, e.g. `methods: {dpo: {}, tvkd: {}}`")
+        for name in (self.name, *self.methods):
+            if not DIRECTORY_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} names a directory: use letters, digits and . _ + - only")
+        for name in RESERVED_NAMES:
+            if name in self.methods:
+                raise ValueError(f"methods.{name}: that name is taken in the results; call it something else")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline {self.baseline!r} is not among the methods: {', '.join(self.methods)}")
         if (self.data.train is None) == (self.data.synthetic is None):
@@ -255,14 +278,14 @@ class Recipe(Section):
     def save(self, path: Path) -> None:
         from prefdistill.files import write_text
 
-        write_text(path, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{where} must be a mapping of names to values, got {value!r}")
+        raise ValueError(f"{where} must be a mapping of names to values, got {reprlib.repr(value)}")
     return value
 
 
@@ -280,18 +303,21 @@ class Override:
             raise UserError(f"{text!r} is not an override; write key=value, e.g. training.learning_rate=1e-6")
         return cls(key.strip(), parse_value(value, key))
 
+    def apply(self, raw: dict[str, Any]) -> None:
+        *parents, last = self.key.split(".")
+        place = raw
+        for part in parents:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        place[last] = self.value
+
 
 def parse_value(text: str, where: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # PyYAML's constructors raise what they like, e.g. KeyError for `!!bool x`
         raise UserError(f"{where}: {text!r} is not a YAML value") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def load_recipe(
@@ -316,22 +342,27 @@ def load_recipe(
     if not path.is_file():
         raise UserError(f"no recipe at {path}; the shipped ones are under recipes/")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except Exception as error:  # as in parse_value
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a recipe: it must be a mapping with keys such as data, model, methods")
-    raw = _floats(raw)
-    changes = [Override(key, value) for key, value in (raw.get("fast") or {}).items()] if fast else []
+    try:
+        profile = _mapping(raw.get("fast"), "fast") if fast else {}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    changes = [Override(key, value) for key, value in profile.items()]
     changes += [Override.parse(text) for text in overrides]
     for change in changes:
-        _set(raw, change)
-    if only is not None and isinstance(raw.get("methods"), dict):
-        if unknown := [name for name in only if name not in raw["methods"]]:
-            raise UserError(f"{path} has no method {unknown[0]!r}; it has {', '.join(raw['methods'])}")
-        kept = {*only, raw.get("baseline", Recipe.model_fields["baseline"].default)}
-        raw["methods"] = {name: method for name, method in raw["methods"].items() if name in kept}
+        change.apply(raw)
+    if isinstance(raw.get("training"), dict):  # on its own first: it is part of every training below
+        validate(Training, raw["training"], f"{path}: training")
     recipe = validate(Recipe, raw, str(path))
+    if only is not None:
+        if unknown := [name for name in only if name not in recipe.methods]:
+            raise UserError(f"{path} has no method {unknown[0]!r}; it has {', '.join(recipe.methods)}")
+        kept = {*only, recipe.baseline}
+        recipe = recipe.model_copy(update={"methods": {n: run for n, run in recipe.methods.items() if n in kept}})
     from prefdistill.methods import make_method
 
     for name, run in recipe.methods.items():
@@ -342,27 +373,31 @@ def load_recipe(
     return recipe
 
 
-def validate(kind: type[Any], raw: Any, where: str) -> Any:
-    """`kind(**raw)`, with its complaint as one line that says the fix."""
+def validate(kind: type[Any], raw: Any, where: str, also: Iterable[str] = ()) -> Any:
+    """`kind(**raw)`, with its complaint as one line that says the fix; `also` are keys known at the top besides."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(kind, error)}") from error
+        raise UserError(f"{where}: {_explain(kind, error, also)}") from error
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+def _explain(kind: type[BaseModel], error: ValidationError, also: Iterable[str]) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key, got = ".".join(str(part) for part in first["loc"]), reprlib.repr(first["input"])
     if first["type"] == "extra_forbidden":
-        known = _keys_at(kind, first["loc"][:-1])
+        known = [*_keys_at(kind, first["loc"][:-1]), *also]
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+        text = f"unknown key {key!r}; {hint}"
+    elif first["type"] == "missing":
+        text = f"{key} is missing"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    elif first["type"] in ("model_type", "dict_type"):
+        text = f"{key} must be a mapping of names to values, got {got}"
+    else:
+        text = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {got}"
+    return " ".join(text.split())
 
 
 def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
@@ -373,27 +408,3 @@ def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
         options = [annotation, *typing.get_args(annotation)]
         kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), kind)
     return list(kind.model_fields)
-
-
-def _set(raw: dict[str, Any], change: Override) -> None:
-    *parents, last = change.key.split(".")
-    place = raw
-    for part in parents:
-        if not isinstance(place.get(part), dict):
-            place[part] = {}
-        place = place[part]
-    place[last] = change.value
-
-
-def _floats(value: Any) -> Any:
-    """Numbers such as 1e-6 that YAML 1.1 reads as words."""
-    if isinstance(value, dict):
-        return {key: _floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_floats(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

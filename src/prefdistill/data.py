@@ -472,6 +472,7 @@ class _PairEncoder:
             return prompt, prompt + chosen, prompt + rejected
         from jinja2 import TemplateError
 
+        # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
         prompt, chosen, rejected = (_without_nulls(messages) for messages in (prompt, chosen, rejected))
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         try:

@@ -258,7 +258,10 @@ class SeedRun:
         for role, kinds in wanted.items():
             self._extract(role, "train", kinds)
         if self.test is not None:
-            for role in wanted:
+            roles = set(wanted)
+            if "teacher" in roles and self.recipe.teacher.dpo:
+                roles.add("teacher_reference")  # its implicit reward is a term to compare with, if no method uses it
+            for role in sorted(roles):
                 self._extract(role, "test", {"values", "logps"} if role == "teacher" else {"logps"})
 
     def _extract(self, role: str, split: str, kinds: set[str]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from prefdistill import __version__
@@ -28,6 +30,11 @@ class Stage:
     reused: bool
 
 
+def processes() -> PartialState:
+    """The processes of this run: one, or those that accelerate or torchrun has started."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def run_stage(name: str, directory: Path, request: dict[str, Any], make: Callable[[Path], None]) -> Stage:
     """Have `make(directory)` done for this request.
 
@@ -38,32 +45,59 @@ def run_stage(name: str, directory: Path, request: dict[str, Any], make: Callabl
         UserError: if the directory holds files that no stage has put there.
     """
     key = value_digest({**request, "version": __version__})
-    if (directory / DONE).is_file():
-        done = read_json(directory / DONE)
-        if done.get("key") == key:
-            say(f"{name}: reused")
-            return Stage(name, directory, key, done["seconds"], reused=True)
-    before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
-    spent = 0.0
-    if before is not None and before.get("key") == key:
-        say(f"{name}: going on with an interrupted run")
-        spent = before.get("seconds", 0.0)
-    elif before is not None:
-        say(f"{name}: made again, because what it is made from has changed")
-        shutil.rmtree(directory)
-    elif directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
-        raise UserError(f"{directory} is not empty and was not made by prefdistill; give another --out")
-    write_json(directory / REQUEST, {"key": key, "request": request})
+    team = processes()
+    with team.main_process_first():  # it clears the way, the others find it cleared
+        finished, spent = _look(name, directory, key)
+        if finished:
+            return Stage(name, directory, key, spent, reused=True)
+        if team.is_main_process:
+            write_json(directory / REQUEST, {"key": key, "request": request, "seconds": spent})
     start = time.monotonic()
     try:
         make(directory)
-    except BaseException:
-        write_json(directory / REQUEST, {"key": key, "request": request, "seconds": spent + time.monotonic() - start})
+    except UserError:
+        if not _work(directory):
+            (directory / REQUEST).unlink(missing_ok=True)  # refused before anything was made: leave nothing behind
         raise
-    seconds = spent + time.monotonic() - start
-    write_json(directory / DONE, {"name": name, "key": key, "seconds": round(seconds, 3)})
-    say(f"{name}: done in {seconds:.1f} s")
-    return Stage(name, directory, key, round(seconds, 3), reused=False)
+    except BaseException:
+        if team.is_main_process:
+            spent += time.monotonic() - start
+            write_json(directory / REQUEST, {"key": key, "request": request, "seconds": round(spent, 3)})
+        raise
+    seconds = round(spent + time.monotonic() - start, 3)
+    team.wait_for_everyone()
+    if team.is_main_process:
+        write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds})
+        say(f"{name}: done in {seconds:.1f} s")
+    return Stage(name, directory, key, seconds, reused=False)
+
+
+def _look(name: str, directory: Path, key: str) -> tuple[bool, float]:
+    """Whether the stage is finished, and the seconds it has taken so far; removes what another request has left."""
+    main = processes().is_main_process
+    if (directory / DONE).is_file():
+        done = read_json(directory / DONE)
+        if done.get("key") == key:
+            say(f"{name}: reused") if main else None
+            return True, done["seconds"]
+    before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
+    if before is None and _work(directory):
+        raise UserError(f"{directory} is not empty and was not made by prefdistill; give another --out")
+    if before is not None and before.get("key") == key:
+        if _work(directory) and main:
+            say(f"{name}: going on with an interrupted run")
+        return False, before.get("seconds", 0.0)
+    if _work(directory) and main:
+        say(f"{name}: made again, because what it is made from has changed")
+        for path in directory.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return False, 0.0
+
+
+def _work(directory: Path) -> list[Path]:
+    """What is in a directory besides our own notes."""
+    return [path for path in directory.iterdir() if path.name not in (REQUEST, LOCK)] if directory.exists() else []
 
 
 @contextmanager
@@ -74,6 +108,9 @@ def locked(directory: Path) -> Iterator[None]:
         UserError: if another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if not processes().is_main_process:
+        yield
+        return
     lock = FileLock(directory / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -78,6 +78,11 @@ class PrefDistillTrainer(Trainer):
     ) -> None:
         if processing_class is None:
             raise UserError("PrefDistillTrainer needs the student's tokenizer: pass processing_class=tokenizer")
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs are visible to one process: start one for each with `accelerate launch`, or show "
+                "it one with CUDA_VISIBLE_DEVICES=0"
+            )
         student: nn.Module = load_model(model) if isinstance(model, str) else model
         disable_dropout(student)
         if peft_config is not None:
@@ -244,7 +249,8 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     if stop.asked:
         raise KeyboardInterrupt
     trainer.save_model(str(out))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 class StopOnInterrupt(TrainerCallback):
