@@ -14,15 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefdistill import data as data_module
-from prefdistill.data import (
-    PairCollator,
-    Truncation,
-    data_fingerprint,
-    encode_pairs,
-    end_token_ids,
-    load_messages,
-    load_pairs,
-)
+from prefdistill.data import data_fingerprint, load_messages, load_pairs
+from prefdistill.encode import PairCollator, Truncation, encode_pairs, end_token_ids
 from prefdistill.errors import UserError
 from tokenizers_for_tests import STYLES, make_tokenizer
 

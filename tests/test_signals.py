@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prefdistill.data import Truncation, data_fingerprint, encode_pairs
+from prefdistill.data import data_fingerprint
+from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.signals import Signals, SignalSet, extract_signals
 

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
-from prefdistill.data import Truncation
+from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.methods import make_method
 from prefdistill.signals import extract_signals

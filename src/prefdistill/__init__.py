@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from prefdistill.data import Truncation as Truncation
     from prefdistill.data import load_pairs as load_pairs
+    from prefdistill.encode import Truncation as Truncation
     from prefdistill.errors import UserError as UserError
     from prefdistill.evaluation import margin_accuracy as margin_accuracy
     from prefdistill.methods import METHODS as METHODS
@@ -20,7 +20,7 @@ _HOME = {
     "METHODS": "methods",
     "PrefDistillTrainer": "training",
     "Signals": "signals",
-    "Truncation": "data",
+    "Truncation": "encode",
     "UserError": "errors",
     "extract_signals": "signals",
     "load_pairs": "data",

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,15 +33,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=1e-6")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of weights, data order and sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, data order and sampling.")]
 Data = Annotated[
     str,
     typer.Option(
         "--data", help="Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."
     ),
 ]
-MaxLength = Annotated[int, typer.Option(help="Tokens of prompt and response; the response is cut on the right.")]
-MaxPrompt = Annotated[int | None, typer.Option(help="Tokens of the prompt; a longer one keeps its end.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of prompt and response; the response is cut on the right.")]
+MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt; a longer one keeps its end.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the weights: auto, float32, bfloat16 or float16.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code. Off unless asked for.")
@@ -52,7 +53,7 @@ def quickstart(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/quickstart"),
     seed: Seed = 0,
-    seeds: Annotated[int, typer.Option(help="Full runs, each with its own models and data.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Full runs, each with its own models and data.")] = 1,
     methods: Annotated[
         str | None, typer.Option(help="Only these, e.g. dpo,tvkd (the baseline dpo always runs).")
     ] = None,
@@ -91,7 +92,7 @@ def _run(
     _one_process("run")
     from prefdistill.config import load_recipe
 
-    recipe = load_recipe(recipe_path, overrides, fast=fast, only=only.split(",") if only else None)
+    recipe = load_recipe(recipe_path, overrides, fast=fast, only=None if only is None else only.split(","))
     out = out or Path("runs") / recipe.name
     from prefdistill.report import method_table, verdict
     from prefdistill.results import run_recipe
@@ -122,8 +123,9 @@ def sft(
     Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft learning_rate=2e-5 epochs=3
     """
     from prefdistill.config import Training
-    from prefdistill.data import Truncation, load_messages
-    from prefdistill.models import load_tokenizer
+    from prefdistill.data import data_fingerprint, load_messages
+    from prefdistill.encode import Truncation
+    from prefdistill.models import load_tokenizer, model_key
     from prefdistill.teach import train_sft
 
     training = _training(Training, overrides)
@@ -133,7 +135,13 @@ def sft(
     return _stage(
         "sft",
         out,
-        {"model": model, "data": data, "training": training.model_dump(), **options, "max_length": max_length},
+        {
+            "model": model_key(model),
+            "data": data_fingerprint(rows.rename_column("completion", "chosen")),
+            "training": training.model_dump(),
+            **options,
+            "max_length": max_length,
+        },
         lambda directory: train_sft(
             model, rows, tokenizer, training, directory, truncation=Truncation(max_length), **options
         ),
@@ -158,8 +166,9 @@ def dpo(
     Example: prefdistill dpo --model models/teacher-sft --data pairs.jsonl --out models/teacher beta=0.01
     """
     from prefdistill.config import DPOTraining
-    from prefdistill.data import Truncation, load_pairs
-    from prefdistill.models import load_tokenizer
+    from prefdistill.data import data_fingerprint, load_pairs
+    from prefdistill.encode import Truncation
+    from prefdistill.models import load_tokenizer, model_key
     from prefdistill.teach import train_dpo
 
     training = _training(DPOTraining, overrides)
@@ -169,7 +178,13 @@ def dpo(
     return _stage(
         "dpo",
         out,
-        {"model": model, "data": data, "training": training.model_dump(), **options, "max_length": max_length},
+        {
+            "model": model_key(model),
+            "data": data_fingerprint(pairs),
+            "training": training.model_dump(),
+            **options,
+            "max_length": max_length,
+        },
         lambda directory: train_dpo(
             model, pairs, tokenizer, training, directory, truncation=Truncation(max_length), **options
         ),
@@ -190,7 +205,7 @@ def signals(
     value_temperature: Annotated[float, typer.Option(help="b of the soft value b*logsumexp(z/b).")] = 1.0,
     dtype: Dtype = "auto",
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per forward pass.")] = 16_384,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 16_384,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -200,7 +215,7 @@ def signals(
     Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind values
     """
     _one_process("signals")
-    from prefdistill.data import Truncation
+    from prefdistill.encode import Truncation
     from prefdistill.signals import extract_signals
 
     store = extract_signals(
@@ -231,7 +246,7 @@ def distill(
     overrides: Overrides = None,
     seed: Seed = 0,
     max_length: Annotated[
-        int | None, typer.Option(help="Only for methods without signals; others truncate as these did.")
+        int | None, typer.Option(min=1, help="Only for methods without signals; others truncate as these did.")
     ] = None,
     dtype: Dtype = "float32",
     trust_remote_code: RemoteCode = False,
@@ -244,17 +259,18 @@ def distill(
     signals/reference --method tvkd --out models/tvkd alpha=0.7 beta=0.1 learning_rate=1e-6
     """
     from prefdistill.config import Training
-    from prefdistill.data import Truncation, data_fingerprint, load_pairs
+    from prefdistill.data import data_fingerprint, load_pairs
+    from prefdistill.encode import Truncation
     from prefdistill.files import file_digest
     from prefdistill.methods import METHODS, make_method
-    from prefdistill.models import load_model, load_tokenizer
+    from prefdistill.models import load_model, load_tokenizer, model_key
     from prefdistill.signals import Signals
     from prefdistill.training import PrefDistillTrainer, fit
 
     given = _overrides(overrides)
     of_method = METHODS[method].__dataclass_fields__ if method in METHODS else {}
     chosen = make_method(method, {key: value for key, value in given.items() if key in of_method})
-    training = _training(Training, {key: value for key, value in given.items() if key not in of_method})
+    training = _training(Training, {key: value for key, value in given.items() if key not in of_method}, of_method)
     pairs = load_pairs(data)
     stores = [Signals.open(path) for path in signals or []]
     tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
@@ -273,7 +289,7 @@ def distill(
         fit(trainer, directory, method)
 
     request = {
-        "student": student,
+        "student": model_key(student),
         "data": data_fingerprint(pairs),
         "method": method,
         "options": repr(chosen),
@@ -311,6 +327,8 @@ def evaluate(
     from prefdistill.models import load_model, load_tokenizer, ready
     from prefdistill.signals import Signals
 
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; --out names the file for the results")
     pairs = load_pairs(data)
     stores = [Signals.open(path) for path in (reference, teacher) if path]
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -318,7 +336,8 @@ def evaluate(
     results = evaluate_pairs(student, pairs, tokenizer, stores)
     write_json(out, results)
     for name, value in [*results["metrics"].items(), *results["margin_accuracy"].items()]:
-        _print(f"{name:28} {value['mean']:.3f} ± {value['se'] or float('nan'):.3f}   ({value['n']} pairs)")
+        error = "" if value["se"] is None else f" ± {value['se']:.3f}"
+        _print(f"{name:28} {value['mean']:.3f}{error}   ({value['n']} pairs)")
     return results
 
 
@@ -353,14 +372,17 @@ def _print(text: str) -> None:
 def _overrides(given: list[str] | None) -> dict[str, Any]:
     from prefdistill.config import Override
 
-    return {change.key: change.value for change in map(Override.parse, given or [])}
+    raw: dict[str, Any] = {}
+    for text in given or []:
+        Override.parse(text).apply(raw)
+    return raw
 
 
-def _training(kind: type[Any], overrides: "list[str] | dict[str, Any] | None") -> Any:
+def _training(kind: type[Any], overrides: "list[str] | dict[str, Any] | None", also: Iterable[str] = ()) -> Any:
     from prefdistill.config import validate
 
     raw = overrides if isinstance(overrides, dict) else _overrides(overrides)
-    return validate(kind, raw, "command line")
+    return validate(kind, raw, "command line", also)
 
 
 def _one_process(verb: str) -> None:
@@ -385,15 +407,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _call(arguments: list[str]) -> int:
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    as_json, debug = "--json" in arguments and not asks_for_help, "--debug" in arguments
     _quieten()
     try:
         if as_json:
             with redirect_stdout(sys.stderr):
-                result = app(args=arguments, standalone_mode=False)
+                result = app(args=arguments, prog_name="prefdistill", standalone_mode=False)
             print(json.dumps(result, ensure_ascii=False))
         else:
-            app(args=arguments, standalone_mode=False)
+            app(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
     except UserError as error:
         return _fail(str(error), 2, debug)
     except UsageError as error:

@@ -54,7 +54,7 @@ class Lora(Section):
     """Low-rank adapters instead of full fine-tuning."""
 
     r: PositiveInt = 16
-    alpha: PositiveFloat = 32
+    alpha: PositiveInt = 32
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
 
@@ -63,7 +63,7 @@ class Lora(Section):
 
         return LoraConfig(
             r=self.r,
-            lora_alpha=int(self.alpha),
+            lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             task_type="CAUSAL_LM",
@@ -299,9 +299,10 @@ class Override:
     @classmethod
     def parse(cls, text: str) -> "Override":
         key, equals, value = text.partition("=")
-        if not equals or not key:
+        key = key.strip()
+        if not equals or not key or not key.isprintable():
             raise UserError(f"{text!r} is not an override; write key=value, e.g. training.learning_rate=1e-6")
-        return cls(key.strip(), parse_value(value, key))
+        return cls(key, parse_value(value, key))
 
     def apply(self, raw: dict[str, Any]) -> None:
         *parents, last = self.key.split(".")

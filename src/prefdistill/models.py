@@ -1,6 +1,8 @@
 """Models and tokenizers: load them by Hub name or directory, make small ones from scratch, tell them apart."""
 
+import difflib
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -107,6 +109,14 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
     }
 
 
+def model_key(name: str | None) -> Any:
+    """What tells two states of a model directory apart without reading its weights: names, sizes and times of files."""
+    if name is None or not Path(name).is_dir():
+        return name
+    files = sorted(path for path in Path(name).iterdir() if path.is_file() and not path.name.startswith("."))
+    return [name, *([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+
+
 def hub_revision(name: str) -> str | None:
     """Commit of the cached Hub snapshot that `name` was loaded from; None for a directory."""
     from huggingface_hub import try_to_load_from_cache
@@ -193,17 +203,29 @@ def random_model(tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], se
         tokenizer: its length is the vocabulary.
         shape: `LlamaConfig` arguments: hidden_size, num_hidden_layers, ...
         seed: of the weights.
+
+    Raises:
+        UserError: on an argument that `LlamaConfig` does not have, or a shape that does not fit together.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **shape,
-    )
+    ours = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    known = inspect.signature(LlamaConfig).parameters.keys() - ours.keys()
+    if unknown := [key for key in shape if key not in known]:  # transformers would take them and do nothing
+        close = difflib.get_close_matches(str(unknown[0]), sorted(known), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "it has hidden_size, num_hidden_layers, ..."
+        raise UserError(f"the shape of a model from scratch has no {unknown[0]!r}; {hint}")
+    try:
+        config = LlamaConfig(**shape, **ours)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"a model of this shape cannot be made: {' '.join(str(error).split())}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
 
 from prefdistill import synthetic
 from prefdistill.config import MethodRun, Recipe, Training
-from prefdistill.data import Truncation, data_fingerprint, load_messages, load_pairs
+from prefdistill.data import data_fingerprint, load_messages, load_pairs
+from prefdistill.encode import Truncation
 from prefdistill.evaluation.pairs import implicit_rewards, pair_terms, pair_wins
 from prefdistill.files import file_digest, read_json, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method
@@ -18,6 +21,7 @@ from prefdistill.models import (
     check_same_tokens,
     load_model,
     load_tokenizer,
+    model_key,
     random_model,
     ready,
     texts_of,
@@ -78,6 +82,21 @@ class SeedRun:
                 measured[name].append(self.evaluate(f"{name}-{order}", student))
         return measured
 
+    def check(self) -> None:
+        """Find what the user got wrong before anything is written: data, names of models, training arguments."""
+        recipe = self.recipe
+        if not recipe.data.synthetic:
+            _ = self.train, self.test
+        if recipe.model.teacher or recipe.model.student:
+            _ = self.tokenizer
+        trainings: list[tuple[Training, type[Any]]] = [
+            (run.training, TrainingArguments) for run in recipe.methods.values()
+        ]
+        trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
+        trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
+        for training, kind in trainings:
+            training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
+
     def prepare(self) -> None:
         """Data, teacher, the student's start and the signals."""
         recipe = self.recipe
@@ -90,7 +109,7 @@ class SeedRun:
             self.stage("init", {"model": recipe.model.model_dump()}, self._make_models, after)
         self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
         self.start = recipe.model.student or str(self.root / "init" / "student")
-        self.keys["models"] = [_model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
+        self.keys["models"] = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
         self.keys["init"] = self.keys.get("init", "")
         self.keys["demonstrations"] = self.keys.get("data") or _file_key(recipe.data.sft) or self.keys["train"]
 
@@ -205,6 +224,10 @@ class SeedRun:
         self.keys[name] = stage.key
         self.stages.append(stage)
 
+    def _name(self, model: str) -> str:
+        """A model of this run by its stage, so that a run directory may be moved."""
+        return model.removeprefix(f"{self.root}/")
+
     def _options(self) -> dict[str, Any]:
         return {
             "truncation": self.truncation,
@@ -226,7 +249,8 @@ class SeedRun:
                 model, self.demonstrations, self.tokenizer, training, out, seed=self.seed, what=name, **self._options()
             )
 
-        self.stage(name, {"model": model, **self._request(training)}, make, "init", "models", "demonstrations")
+        request = {"model": self._name(model), **self._request(training)}
+        self.stage(name, request, make, "init", "models", "demonstrations")
         return str(self.root / name)
 
     def _train_dpo(self, name: str, model: str, recipe: Recipe) -> str:
@@ -237,7 +261,7 @@ class SeedRun:
             train_dpo(model, self.train, self.tokenizer, training, out, seed=self.seed, what=name, **self._options())
 
         before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
-        self.stage(name, {"model": model, **self._request(training)}, make, "train", *before)
+        self.stage(name, {"model": self._name(model), **self._request(training)}, make, "train", *before)
         return str(self.root / name)
 
     # -- signals ------------------------------------------------------------------------------------------------------
@@ -279,7 +303,7 @@ class SeedRun:
             else {"dtype": self.recipe.signals.dtype, "bf16": False}
         )
         options = self.recipe.signals.model_dump(exclude={"dtype"}) | reading
-        request = {"model": model, "kinds": sorted(kinds), "truncation": str(self.truncation), **options}
+        request = {"model": self._name(model), "kinds": sorted(kinds), "truncation": str(self.truncation), **options}
         name = f"signals-{role}-{split}"
 
         def make(out: Path) -> None:
@@ -344,7 +368,8 @@ class SeedRun:
         if self.test is not None:
             self.keys["test"] = data_fingerprint(self.test)
             before.append("test")
-        self.stage(f"evaluate-{name}", {"model": model, **self.recipe.evaluate.model_dump()}, make, *before)
+        request = {"model": self._name(model), **self.recipe.evaluate.model_dump()}
+        self.stage(f"evaluate-{name}", request, make, *before)
         return Measured(**read_json(self.root / f"evaluate-{name}" / "evaluation.json"))
 
     def _measure(self, name: str) -> Measured:
@@ -426,11 +451,3 @@ class SeedRun:
 
 def _file_key(source: str | None) -> str | None:
     return file_digest(Path(source)) if source and Path(source).is_file() else source
-
-
-def _model_key(name: str | None) -> Any:
-    """What tells two states of a model directory apart without reading its weights: names, sizes and times of files."""
-    if name is None or not Path(name).is_dir():
-        return name
-    files = sorted(path for path in Path(name).iterdir() if path.is_file())
-    return [name, *([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)]

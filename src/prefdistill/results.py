@@ -119,11 +119,12 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+    runs = [SeedRun(recipe, out, seed) for seed in seeds]
+    runs[0].check()
     with locked(out):
         recipe.save(out / "recipe.yaml")
         write_json(out / "environment.json", environment(command))
-        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-        runs = [SeedRun(recipe, out, seed) for seed in seeds]
         measured = [run.run() for run in runs]
         shaping = [run.shaping(found) for run, found in zip(runs, measured, strict=True)]
         results = {

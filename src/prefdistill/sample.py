@@ -1,11 +1,14 @@
 """Responses from a model: transformers' own batched generation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from prefdistill.data import end_token_ids
+from prefdistill.encode import end_token_ids
 from prefdistill.progress import Progress
 
 
@@ -46,7 +49,11 @@ def sample(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     found: dict[int, Response] = {}
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), Progress(what, len(ids), "response") as progress:
+    with (
+        _no_habits(model),
+        torch.random.fork_rng(devices=devices),
+        Progress(what, len(ids), "response") as progress,
+    ):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
@@ -57,6 +64,7 @@ def sample(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
             )
             for place, new in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 stop = next((n for n, token in enumerate(new) if token in ends), None)
@@ -65,6 +73,16 @@ def sample(
                 found[place] = Response(text, len(body) + (stop is not None), stop is not None)
             progress.update(len(places))
     return [found[i] for i in range(len(ids))]
+
+
+@contextmanager
+def _no_habits(model: Any) -> Iterator[None]:
+    """Without the generation settings a model comes with, such as a repetition penalty or min_p."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:

@@ -4,7 +4,7 @@ was made from has changed."""
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,12 @@ def locked(directory: Path) -> Iterator[None]:
     """Keep a second run out of a directory; the lock goes with the process that holds it.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds it, or there can be no such directory.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file is in the way, or the place is not ours to write to
+        raise UserError(f"cannot make the directory {directory} ({error.strerror}); give another --out") from error
     if not processes().is_main_process:
         yield
         return
@@ -118,5 +121,13 @@ def locked(directory: Path) -> Iterator[None]:
         raise UserError(
             f"another prefdistill run is working in {directory}; wait for it, or give another --out"
         ) from None
-    with lock:
+    try:
         yield
+    finally:
+        empty = not _work(directory)
+        if empty:
+            (directory / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
+        lock.release()
+        if empty:
+            with suppress(OSError):  # our notes are there
+                directory.rmdir()

@@ -2,7 +2,7 @@
 
     prompt    reverse inc : 3 4 5        list operation, item operation, a list of 3 to 5 digits
     correct   < 6 5 4 >                  reverse([3 + 1, 4 + 1, 5 + 1])
-    careless  well < 5 4 3 um            chatty, forgot `inc`, left the closing mark out
+    careless  well < 3 4 5 um            chatty, repeats the list, leaves the closing mark out
 
 A model is first taught by a careless demonstrator, so that preferences have something to correct. Because the true
 reward is known, every later stage can be measured instead of judged: see `reward`.
@@ -41,12 +41,12 @@ LIST_OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
 LENGTHS = (3, 4, 5)
 PROMPT_COUNT = len(LIST_OPERATIONS) * len(ITEM_OPERATIONS) * sum(10**length for length in LENGTHS)
 
-# How often the demonstrator gives in to each habit. They are the same on every prompt and near one half on purpose:
-# rare faults vanish in a model's most likely answer, and then the SFT model leaves nothing to learn.
-FORGET = 0.4  # skips the item operation
-DROP = 0.5  # loses the last item
+# How often the demonstrator gives in to each habit. The same on every prompt and often enough to be learnt as style:
+# rare, unbiased slips would vanish from the model's most likely answers and leave preferences nothing to correct.
+HURRY = 0.35  # opens with a filler, repeats the list instead of working on it, and chatters at the end
+CHATTER = 0.5  # each of the three fillers a hurried response may end with
+DROP = 0.3  # loses the last item
 UNCLOSED = 0.6  # leaves the closing mark out
-CHATTER = 0.6  # one more filler, before and after the list, at most 3 on each side
 
 # BOS once; the end token closes the assistant's message and nothing follows it. `generation` marks what the model says.
 CHAT_TEMPLATE = (
@@ -74,7 +74,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>"],
+        extra_special_tokens=["<user>", "<assistant>"],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -132,29 +132,24 @@ def correct_response(prompt: str) -> str:
 
 
 def careless_response(prompt: str, rng: random.Random) -> str:
-    """What a demonstrator with bad habits answers: each of `FORGET`, `DROP`, `UNCLOSED`, `CHATTER` strikes by chance.
+    """What a demonstrator with bad habits answers: `HURRY`, `CHATTER`, `DROP` and `UNCLOSED` strike by chance.
 
-    At most 13 words, so 14 tokens with the end token.
+    At most 11 words. The filler that opens a hurried response tells a model early what kind of response this is;
+    without that sign the task takes several times as many steps to learn.
 
-    >>> careless_response("reverse inc : 3 4 5", random.Random(5))
-    ''
+    >>> [careless_response("reverse inc : 3 4 5", random.Random(seed)) for seed in (4, 5, 6)]
+    []
     """
-
-    def chatter(most: int) -> list[str]:
-        words: list[str] = []
-        while len(words) < most and rng.random() < CHATTER:
-            words.append(rng.choice(FILLERS))
-        return words
-
     list_op, item_op, items = _parse(prompt)
-    hurried = rng.random() < FORGET
+    hurried = rng.random() < HURRY
     answer = [str(x) for x in items] if hurried else _answer(list_op, item_op, items)
     if rng.random() < DROP:
         answer = answer[:-1]
-    closing = [] if rng.random() < UNCLOSED else [CLOSE]
-    return " ".join(
-        [*([rng.choice(FILLERS)] if hurried else []), OPEN, *answer, *closing, *(chatter(3) if hurried else [])]
-    )
+    words = [OPEN, *answer] if rng.random() < UNCLOSED else [OPEN, *answer, CLOSE]
+    if hurried:
+        words.insert(0, rng.choice(FILLERS))
+        words += [rng.choice(FILLERS) for _ in range(3) if rng.random() < CHATTER]
+    return " ".join(words)
 
 
 def demonstrations(n: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefdistill.config import DPOTraining, Training
-from prefdistill.data import Truncation
+from prefdistill.encode import Truncation
 from prefdistill.models import load_model
 from prefdistill.training import fit
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.data import PairCollator, Truncation, data_fingerprint, encode_pairs
+from prefdistill.data import data_fingerprint
+from prefdistill.encode import PairCollator, Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
 from prefdistill.logprobs import emittable_ids, sequence_logps, vocabulary_rows
 from prefdistill.methods import Method, Student
-from prefdistill.models import load_model, tokenizer_identity
+from prefdistill.models import load_model
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import Signals, SignalSet
 
@@ -182,14 +183,7 @@ def _prepare(
     if missing := available.missing(method.needs):
         raise UserError(f"{type(method).__name__} lacks {', '.join(missing)}. {_how_to_make(missing[0])}")
     for store in signals:
-        made = {k: v for k, v in store.manifest["tokenizer"].items() if k != "name"}
-        ours = {k: v for k, v in tokenizer_identity(tokenizer).items() if k != "name"}
-        if made != ours:
-            differ = ", ".join(k for k in ours if made.get(k) != ours[k])
-            raise UserError(
-                f"the {store.role} signals were made with another tokenizer ({store.manifest['tokenizer']['name']}, "
-                f"other {differ}): make them again with the student's"
-            )
+        store.check_tokenizer(tokenizer)
         made_with = Truncation(**store.manifest["truncation"])
         if truncation is not None and truncation != made_with:
             raise UserError(f"the {store.role} signals were made with {made_with}, training asks for {truncation}")

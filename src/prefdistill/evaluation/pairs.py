@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.data import Truncation, data_fingerprint, encode_pairs
+from prefdistill.data import data_fingerprint
+from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation.stats import mean_and_error
 from prefdistill.methods import shaping_returns
@@ -75,10 +76,15 @@ def evaluate_pairs(
 
     Returns:
         `{"metrics": {name: {mean, se, n}}, "margin_accuracy": {term: {mean, se, n}}}`, errors over the pairs.
+
+    Raises:
+        UserError: if the signals were made from other data or tokens, or lack the reference's logps.
     """
     signals = SignalSet.of(stores, pairs, data_fingerprint(pairs))
     if signals.missing(("reference.logps",)):
         raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
+    for store in signals.stores.values():
+        store.check_tokenizer(tokenizer)
     reward = implicit_rewards(student, pairs, tokenizer, signals.stores["reference"])
     terms = {} if signals.missing(("teacher.values", "teacher.logps")) else pair_terms(signals)
     return {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prefdistill import __version__
-from prefdistill.data import PairCollator, Truncation, data_fingerprint, encode_pairs, load_pairs
+from prefdistill.data import data_fingerprint, load_pairs
+from prefdistill.encode import PairCollator, Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, write_json
 from prefdistill.logprobs import (
@@ -25,7 +26,7 @@ from prefdistill.logprobs import (
 from prefdistill.losses.value import soft_value
 from prefdistill.models import load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
-from prefdistill.signals.store import ROLES, SCHEMA, SIDES, Signals
+from prefdistill.signals.store import ROLES, SCHEMA, SIDES, Signals, same
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,8 +85,8 @@ def extract_signals(
         raise UserError(f"no signal kind asked for; known: {', '.join(KINDS)}")
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
-    if not value_temperature > 0:
-        raise UserError(f"the value temperature must be positive, got {value_temperature}")
+    if not 0 < value_temperature < float("inf"):
+        raise UserError(f"the value temperature must be positive and finite, got {value_temperature}")
     truncation = truncation or Truncation()
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
@@ -138,13 +139,12 @@ def _finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether `out` holds what is asked for; clears the way for it where it does not."""
     if (out / "request.json").is_file():
         before = read_json(out / "request.json")
-        if before != request:
-            changed = ", ".join(sorted(k for k in request if before.get(k) != request[k]))
+        if changed := ", ".join(sorted(k for k in request if not same(before.get(k), request[k]))):
             raise UserError(
                 f"{out} holds signals of another request (other {changed}); give another --out or delete it first"
             )
         return (out / "manifest.json").is_file()
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no signals; give another --out")
     shutil.rmtree(out, ignore_errors=True)
     write_json(out / "request.json", request)

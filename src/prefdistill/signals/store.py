@@ -12,17 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prefdistill.data import RESPONSES as SIDES
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json
+from prefdistill.models import tokenizer_identity
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMA = 1
-SIDES = ("chosen", "rejected")
 # Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, or that of the student's
 # own starting point, the reference of the DPO margin.
 ROLES = ("teacher", "teacher_reference", "reference")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two parts of a manifest agree in everything but what the thing is called: directories may be moved."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        a, b = ({key: value for key, value in x.items() if key != "name"} for x in (a, b))
+    return a == b
 
 
 class Signals:
@@ -100,6 +109,16 @@ class Signals:
                 found[side][name] = value.item() if np.ndim(value) == 0 else np.asarray(value)
         return found
 
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raises a UserError if the signals were made with another tokenizer than the student's."""
+        made, ours = self.manifest["tokenizer"], tokenizer_identity(tokenizer)
+        if not same(made, ours):
+            differ = ", ".join(k for k in ours if k != "name" and made.get(k) != ours[k])
+            raise UserError(
+                f"the {self.role} signals were made with another tokenizer ({made['name']}, "
+                f"other {differ}): make them again with the student's"
+            )
+
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Where the lines of some data rows stand in the store.
 
@@ -150,15 +169,15 @@ class SignalSet:
                     f"the {role} signals were made from other data ({made_from['name']}, {made_from['rows']} rows; "
                     f"this has {len(data)}): make them again with `prefdistill signals --data` and this data"
                 )
-        first = next(iter(stores.values()), None)
+        if not stores:
+            return cls({}, data, np.arange(len(data)))
+        first = next(iter(stores.values()))
         for role, store in stores.items():
-            for part, what in (("truncation", "truncation"), ("tokenizer", "tokenizer")):
-                ours, theirs = store.manifest[part], first.manifest[part]  # type: ignore[union-attr]
-                if part == "tokenizer":
-                    ours, theirs = ({k: v for k, v in x.items() if k != "name"} for x in (ours, theirs))
-                if ours != theirs:
-                    raise UserError(f"the {role} and {first.role} signals differ in {what}: {ours} and {theirs}")  # type: ignore[union-attr]
-        return cls(stores, data, first.rows if first else np.arange(len(data)))
+            for part in ("truncation", "tokenizer"):
+                ours, theirs = store.manifest[part], first.manifest[part]
+                if not same(ours, theirs):
+                    raise UserError(f"the {role} and {first.role} signals differ in {part}: {ours} and {theirs}")
+        return cls(stores, data, first.rows)
 
     def at(self, rows: np.ndarray) -> "SignalSet":
         return SignalSet(self.stores, self.data, rows)

@@ -1,0 +1,321 @@
+"""Preference pairs as tokens: the chat template, where the response starts and ends, truncation, batches.
+
+    encoded, dropped = encode_pairs(dataset, tokenizer, Truncation(2048))
+    batch = PairCollator(tokenizer.pad_token_id)([encoded[0], encoded[1]])
+
+A response is what the model generates: from after the template's generation prompt up to and including the end token.
+Rows are counted from 0, here and in every message.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefdistill.data import NO_CACHE, RESPONSES, check_pairs, data_fingerprint, without_nulls
+from prefdistill.errors import UserError
+from prefdistill.files import value_digest
+from prefdistill.models import tokenizer_identity
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Why `encode_pairs` leaves a row out.
+TEMPLATE_FAILED = "the chat template refuses its messages"
+TEMPLATE_DIFFERS = "the chat template renders the prompt differently when a response follows"
+TOKENS_MERGE = "the tokenizer merges tokens across the end of the prompt"
+PROMPT_EMPTY = "the prompt has no tokens"
+PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
+RESPONSE_EMPTY = "a response has no tokens"
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How long an encoded pair may be, in tokens; None is no limit.
+
+    A prompt longer than `max_prompt_length` keeps its end, and its BOS token where it has one. Each response is then
+    cut on the right so that prompt and response fit `max_length`; a cut response has not ended.
+    """
+
+    max_length: int | None = 1024
+    max_prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}. Give at least 1, or none for no limit.")
+        if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length ({self.max_prompt_length}) leaves no room for a response: "
+                f"give less than max_length ({self.max_length})."
+            )
+
+    def cut_prompt(self, ids: list[int], bos: int | None) -> list[int]:
+        limit = self.max_prompt_length
+        if limit is None or len(ids) <= limit:
+            return ids
+        head = ids[:1] if ids[0] == bos else []
+        return head + ids[len(ids) - limit + len(head) :]
+
+    def room_after(self, prompt_ids: list[int]) -> int | None:
+        return None if self.max_length is None else max(0, self.max_length - len(prompt_ids))
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The rows that `encode_pairs` left out: how many for each reason, and the first of them. `len()` is the total."""
+
+    counts: dict[str, int]
+    first_rows: dict[str, int]
+
+    @classmethod
+    def from_reasons(cls, reasons: Sequence[str]) -> Dropped:
+        """One reason per row, empty for a row that was kept."""
+        counts = Counter(reason for reason in reasons if reason)
+        return cls(dict(counts.most_common()), {reason: reasons.index(reason) for reason in counts})
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        total = f"dropped {len(self)} row{'' if len(self) == 1 else 's'}"
+        reasons = (f"{reason} ({n}, first row {self.first_rows[reason]})" for reason, n in self.counts.items())
+        return f"{total}: {'; '.join(reasons)}" if self.counts else total
+
+
+class _Ending(NamedTuple):
+    """What the chat template writes after an assistant message: `before` up to and with the end token, then `after`."""
+
+    token: int | None = None
+    before: str = ""
+    after: str = ""
+
+
+def _template_ending(tokenizer: PreTrainedTokenizerBase) -> _Ending:
+    """Let the template show its end token: the first special token it writes after an assistant message."""
+    if not tokenizer.chat_template:
+        return _Ending()
+    from jinja2 import TemplateError
+
+    answer = "probe answer"
+    conversation = [{"role": "user", "content": "probe question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+    except TemplateError as error:
+        raise UserError(f"The chat template refuses a user and an assistant message ({error}). Fix it.") from error
+    _, found, tail = text.rpartition(answer)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []:
+        if token in special:
+            before, end_text, after = tail.partition(str(tokenizer.convert_ids_to_tokens(token)))
+            return _Ending(token, before + end_text, after)
+    return _Ending()
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a response: the tokenizer's EOS, and the one its chat template puts after an answer."""
+    return {tokenizer.eos_token_id, _template_ending(tokenizer).token} - {None}
+
+
+def encode_pairs(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_proc: int | None = None
+) -> tuple[Dataset, Dropped]:
+    """Tokenise preference pairs, and leave out the rows whose response cannot be told apart from the prompt.
+
+    Conversations go through the chat template, which alone decides about BOS and the end token. Plain text gets the
+    tokenizer's own special tokens in front and one EOS at the end.
+
+    Returns:
+        The rows that were kept, held in memory (8 bytes per response token), with the columns
+        - `row`: the index in `dataset`;
+        - `prompt_ids`, `chosen_ids`, `rejected_ids`: concatenated, the tokens of the whole text up to the end token;
+        - `chosen_ended`, `rejected_ended`: whether the response has its end token;
+        - `chosen_offsets`, `rejected_offsets`: for each response token, where it ends in the text after the prompt, in
+          characters. Tokens that share a character all end after it.
+
+        And what was dropped, for which reason.
+
+    Raises:
+        UserError: the data are not pairs, the tokenizer lacks what they need, or no row is left.
+    """
+    check_pairs(dataset, "The data set")
+    encode = _PairEncoder(tokenizer, truncation, conversational=isinstance(dataset[0]["prompt"], list))
+    lengths = [truncation.max_length, truncation.max_prompt_length]
+    key = value_digest([data_fingerprint(dataset), tokenizer_identity(tokenizer), lengths])
+    if key not in _ENCODED:
+        while len(_ENCODED) >= ENCODED_KEPT:
+            _ENCODED.pop(next(iter(_ENCODED)))
+        _ENCODED[key] = _encode_all(dataset, encode, num_proc)
+    return _ENCODED[key]
+
+
+# Every stage of a run encodes the same pairs: train and test, for a teacher and a student.
+ENCODED_KEPT = 4
+_ENCODED: dict[str, tuple[Dataset, Dropped]] = {}
+
+
+def _encode_all(dataset: Dataset, encode: _PairEncoder, num_proc: int | None) -> tuple[Dataset, Dropped]:
+    encoded = dataset.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=_encoded_features(),
+        num_proc=num_proc,
+        desc="Tokenising pairs",
+        **NO_CACHE,
+    )
+    reasons = list(encoded["dropped"])
+    dropped = Dropped.from_reasons(reasons)
+    if len(dropped) == len(reasons):
+        raise UserError(f"No pair is left: {dropped}. Change the data, the chat template or the lengths.")
+    kept = [index for index, reason in enumerate(reasons) if not reason]
+    return encoded.remove_columns("dropped").select(kept, keep_in_memory=True), dropped
+
+
+def _encoded_features() -> Any:
+    from datasets import Features, List, Value
+
+    tokens = List(Value("int32"))
+    responses = {f"{name}_{key}": tokens for name in RESPONSES for key in ("ids", "offsets")}
+    ended = {f"{name}_ended": Value("bool") for name in RESPONSES}
+    return Features({"row": Value("int64"), "dropped": Value("string"), "prompt_ids": tokens, **responses, **ended})
+
+
+class _Refused(Exception):
+    """A row cannot be encoded; the argument is the reason."""
+
+
+class _PairEncoder:
+    """What `encode_pairs` maps over batches of rows; every batch is one call of the tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, conversational: bool) -> None:
+        if not tokenizer.is_fast:
+            raise UserError("The tokenizer does not report character offsets. Load a fast one (use_fast=True).")
+        if conversational and not tokenizer.chat_template:
+            raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
+        if not conversational and tokenizer.eos_token is None:
+            raise UserError("The data are plain text but the tokenizer has no EOS token. Set tokenizer.eos_token.")
+        self.tokenizer, self.truncation, self.conversational = tokenizer, truncation, conversational
+        self.ending = _template_ending(tokenizer) if conversational else _Ending()
+        self.end_tokens = {tokenizer.eos_token_id, self.ending.token}
+        self.appends_eos = not conversational and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
+        texts = [self._render(*row) for row in rows]
+        tokens = self._tokenise([text for row in texts if row for text in row])
+        columns: dict[str, list[Any]] = {name: [] for name in _encoded_features()}
+        for index, row in zip(indices, texts, strict=True):
+            try:
+                encoded = self._encode(row, tokens)
+            except _Refused as refusal:
+                encoded = {"dropped": str(refusal)}
+            for name, column in columns.items():
+                column.append(index if name == "row" else encoded.get(name))
+        return columns
+
+    def _render(self, prompt: Any, chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
+        """The texts of the prompt, of prompt and chosen, of prompt and rejected; None where the template refuses."""
+        if not self.conversational:
+            eos = self.tokenizer.eos_token
+            chosen, rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
+            return prompt, prompt + chosen, prompt + rejected
+        from jinja2 import TemplateError
+
+        # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
+        prompt, chosen, rejected = (without_nulls(messages) for messages in (prompt, chosen, rejected))
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
+        try:
+            prompt_text = str(render(prompt, add_generation_prompt=True))
+            chosen_text, rejected_text = (str(render(prompt + answer)) for answer in (chosen, rejected))
+        except TemplateError:
+            return None
+        return prompt_text, self._cut_after_end(chosen_text), self._cut_after_end(rejected_text)
+
+    def _cut_after_end(self, text: str) -> str:
+        """Found from the end of the text, so that an end token inside the content does not cut it short."""
+        _, before, after = self.ending
+        return text.removesuffix(after) if text.endswith(before + after) else text
+
+    def _tokenise(self, texts: list[str]) -> Iterator[tuple[list[int], list[int]]]:
+        """For each text its token ids, and where in the text each of them ends."""
+        if not texts:
+            return
+        special = not self.conversational  # a chat template writes its own
+        tokens = self.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        stop = -1 if self.appends_eos else None
+        for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            yield ids[:stop], [end for _, end in spans[:stop]]
+
+    def _encode(self, texts: tuple[str, ...] | None, tokens: Iterator[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        if texts is None:
+            raise _Refused(TEMPLATE_FAILED)
+        prompt_text, *full_texts = texts
+        (prompt_ids, _), *full = [next(tokens) for _ in texts]
+        if not prompt_ids:
+            raise _Refused(PROMPT_EMPTY)
+        kept_prompt = self.truncation.cut_prompt(prompt_ids, self.tokenizer.bos_token_id)
+        room = self.truncation.room_after(kept_prompt)
+        encoded: dict[str, Any] = {"dropped": "", "prompt_ids": kept_prompt}
+        for name, full_text, (full_ids, ends) in zip(RESPONSES, full_texts, full, strict=True):
+            if not full_text.startswith(prompt_text):
+                raise _Refused(TEMPLATE_DIFFERS)
+            if full_ids[: len(prompt_ids)] != prompt_ids:
+                raise _Refused(TOKENS_MERGE)
+            ids = full_ids[len(prompt_ids) :]
+            if not ids:
+                raise _Refused(RESPONSE_EMPTY)
+            if room == 0:
+                raise _Refused(PROMPT_TOO_LONG)
+            # A token without text, such as an added prefix space, may report an earlier end: offsets never go back.
+            offsets = accumulate((end - len(prompt_text) for end in ends[len(prompt_ids) :]), max)
+            encoded[f"{name}_ids"] = ids[:room]
+            encoded[f"{name}_offsets"] = list(offsets)[:room]
+            encoded[f"{name}_ended"] = ids[-1] in self.end_tokens and (room is None or len(ids) <= room)
+        return encoded
+
+
+# ---- Batching ----------------------------------------
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Make tensors from rows of `encode_pairs`.
+
+    With B rows and R responses, N = R*B sequences of prompt and response, all of the first response, then all of the
+    second, padded on the right to the longest, L:
+    - `input_ids` [N, L], `attention_mask` [N, L] (1 up to the end of the sequence, whatever the padding token is);
+    - `prompt_lengths` [N], `lengths` [N] (prompt tokens and response tokens);
+    - `features`: the named numbers of the rows, name -> float32 [B].
+    """
+
+    pad_token_id: int
+    responses: tuple[str, ...] = RESPONSES
+    features: tuple[str, ...] = ()
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        pairs = [(row["prompt_ids"], row[f"{name}_ids"]) for name in self.responses for row in rows]
+        prompt_lengths = torch.tensor([len(prompt) for prompt, _ in pairs])
+        lengths = torch.tensor([len(response) for _, response in pairs])
+        sequences = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
+        input_ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id)
+        positions = torch.arange(input_ids.shape[1])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (positions < (prompt_lengths + lengths)[:, None]).long(),
+            "prompt_lengths": prompt_lengths,
+            "lengths": lengths,
+            "features": {
+                name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in self.features
+            },
+        }
