@@ -67,6 +67,7 @@ def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
         UserError: if there is no such model, or it cannot be loaded as a causal language model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
@@ -81,13 +82,13 @@ def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
 
             return AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload()
         return AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_not_loaded("model", name, error)) from error
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if Path(name).exists():
+    if name and Path(name).exists():
         return f"{name} is there but holds no {what} that transformers can load: {reason}"
     return f"no {what} at {name!r}: neither a directory here nor a name the Hub gave us ({reason})"
 

@@ -134,11 +134,11 @@ def correct_response(prompt: str) -> str:
 def careless_response(prompt: str, rng: random.Random) -> str:
     """What a demonstrator with bad habits answers: `HURRY`, `CHATTER`, `DROP` and `UNCLOSED` strike by chance.
 
-    At most 11 words. The filler that opens a hurried response tells a model early what kind of response this is;
-    without that sign the task takes several times as many steps to learn.
+    At most 11 words, 12 tokens with the end token. The filler that opens a hurried response tells a model early which
+    kind it is in: with habits that cannot be told apart, tiny models need many more steps to learn the task.
 
     >>> [careless_response("reverse inc : 3 4 5", random.Random(seed)) for seed in (4, 5, 6)]
-    []
+    ['um < 3 4 well so', '< 6 5 4 >', '< 6 5 4']
     """
     list_op, item_op, items = _parse(prompt)
     hurried = rng.random() < HURRY

@@ -1,0 +1,308 @@
+"""Models and tokenizers: loading says what is wrong, identities tell weights and tokens apart, nothing leaks."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefdistill.encode import end_token_ids
+from prefdistill.errors import UserError
+from prefdistill.models import (
+    check_same_tokens,
+    load_model,
+    load_tokenizer,
+    model_identity,
+    model_key,
+    random_model,
+    texts_of,
+    tokenizer_identity,
+    train_tokenizer,
+)
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 10
+
+
+@pytest.fixture
+def saved(tmp_path, make_model, tokenizer):
+    """A directory with a model and its tokenizer."""
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 9)[None]).logits[0]
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_a_saved_model_is_loaded_in_the_dtype_asked_for(saved, make_model, dtype, found):
+    model = load_model(saved, dtype=dtype)
+    assert model.dtype == getattr(torch, found)
+    if found == "float32":
+        assert torch.equal(logits(model.eval()), logits(make_model()))
+
+
+def test_auto_is_the_dtype_of_the_file(tmp_path, make_model):
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).dtype == torch.bfloat16
+    assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float", "", "float64"])
+def test_dtypes_that_are_none(saved, dtype):
+    with pytest.raises(UserError, match="dtype must be one of auto, float32, bfloat16, float16, got"):
+        load_model(saved, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no-org/no-model", "models/nowhere", "a/b/c", "has space", ""])
+@pytest.mark.parametrize(("load", "what"), [(load_model, "model"), (load_tokenizer, "tokenizer")])
+def test_a_name_that_is_nothing(name, load, what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"no {what} at {name!r}: neither a directory here nor a name the Hub") as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_holds_no_model(tmp_path):
+    for load, what in ((load_model, "model"), (load_tokenizer, "tokenizer")):
+        with pytest.raises(UserError, match=f"is there but holds no {what}") as error:
+            load(str(tmp_path))
+        assert "\n" not in str(error.value)
+        assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", "{"), ("config.json", '{"model_type": "no-such-type"}'), ("model.safetensors", "no tensors")],
+)
+def test_a_damaged_model_directory(saved, tmp_path, name, content):
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(UserError, match="is there but holds no model"):
+        load_model(saved)
+
+
+def test_a_model_that_is_no_causal_language_model(tmp_path):
+    from transformers import T5Config, T5Model
+
+    T5Model(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is there but holds no model"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_is_merged_into_its_base(saved, tmp_path, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(load_model(saved), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = load_model(str(tmp_path / "adapter"), dtype="float32").eval()
+    assert type(found).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name in found.state_dict())
+    torch.testing.assert_close(logits(found), logits(adapted.eval()), atol=1e-3, rtol=1e-3)
+    assert (logits(found) - logits(load_model(saved).eval())).abs().max() > 1
+
+
+def test_an_adapter_whose_base_is_gone(saved, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapter = get_peft_model(load_model(saved), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="gone"):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    found = load_tokenizer(str(tmp_path))
+    assert (found.pad_token, found.pad_token_id) == (found.eos_token, found.eos_token_id)
+
+
+def test_a_tokenizer_without_an_end_token(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    with pytest.raises(UserError, match=r"has no end token \(eos_token\); set one in its tokenizer_config.json"):
+        load_tokenizer(str(tmp_path))
+
+
+# -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_weight_makes_another_model(make_model):
+    same, other = make_model(), make_model()
+    with torch.no_grad():
+        other.lm_head.weight[3, 5] += 1e-3
+    digests = [model_identity(model)["weights_sha256"] for model in (make_model(), same, other, make_model(1))]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_identity_goes_by_the_weights_not_the_place(saved, make_model):
+    found, made = model_identity(load_model(saved), saved), model_identity(make_model())
+    assert found["weights_sha256"] == made["weights_sha256"]
+    assert found["name"] == saved
+    assert (found["revision"], found["dtype"], found["architecture"]) == (None, "float32", "LlamaForCausalLM")
+
+
+def test_another_dtype_is_another_model(make_model):
+    found = model_identity(make_model().to(torch.bfloat16))
+    assert found["dtype"] == "bfloat16"
+    assert found["weights_sha256"] != model_identity(make_model())["weights_sha256"]
+
+
+def test_identity_does_not_depend_on_mode_or_gradients(make_model):
+    model = make_model().train().requires_grad_(False)
+    assert model_identity(model) == model_identity(make_model())
+
+
+def test_the_key_of_a_directory_changes_with_its_files(saved, tmp_path):
+    before = model_key(saved)
+    (tmp_path / "model" / ".lock").write_text("")  # ours, says nothing of the model
+    assert model_key(saved) == before == model_key(saved)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert model_key(saved) != before
+    assert (model_key("org/name"), model_key(None)) == ("org/name", None)
+
+
+def test_a_tokenizer_is_its_rules_not_its_state():
+    used, fresh = (train_tokenizer(TEXTS, 300) for _ in range(2))
+    used(["a", "the cat"], padding=True, truncation=True, max_length=8)
+    assert used.backend_tokenizer.padding is not None
+    assert tokenizer_identity(used) == tokenizer_identity(fresh)
+
+
+def test_tokenizers_that_differ_are_told_apart():
+    identity = tokenizer_identity(train_tokenizer(TEXTS, 300))
+    other_template, other_end = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300)
+    other_template.chat_template += " "
+    other_end.eos_token = "<|pad|>"
+    assert tokenizer_identity(other_template)["template_sha256"] != identity["template_sha256"]
+    assert tokenizer_identity(other_template)["sha256"] == identity["sha256"]
+    assert tokenizer_identity(other_end)["sha256"] != identity["sha256"]
+    assert tokenizer_identity(train_tokenizer(TEXTS[:1], 300))["sha256"] != identity["sha256"]
+
+
+def test_a_tokenizer_is_the_same_after_saving(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    before, after = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(str(tmp_path)))
+    assert {k: v for k, v in before.items() if k != "name"} == {k: v for k, v in after.items() if k != "name"}
+    assert after["name"] == str(tmp_path)
+
+
+# -- the same tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_equal_tokenizers_need_no_words(capsys):
+    check_same_tokens(train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("larger_first", [False, True])
+def test_more_tokens_of_one_are_allowed_and_said(capsys, larger_first):
+    small, large = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300)
+    size = len(small)
+    large.add_tokens(["<|tool|>", "<|image|>"])
+    check_same_tokens(*((large, small) if larger_first else (small, large)))
+    assert f"the {size} they share agree" in capsys.readouterr().err
+
+
+def test_other_tokens_are_refused_with_an_example():
+    one, other = train_tokenizer(TEXTS, 300), train_tokenizer(["zebra quartz vexing"] * 10, 300)
+    with pytest.raises(UserError, match=r"have different tokenizers: \d+ of \d+ tokens differ, e\.g\. '.+'; choose"):
+        check_same_tokens(one, other)
+
+
+def test_one_id_with_two_meanings_is_refused():
+    one, other = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300)
+    one.add_tokens(["<|mine|>"])
+    other.add_tokens(["<|yours|>"])
+    with pytest.raises(UserError, match=r"1 of \d+ tokens differ, e\.g\. '<\|mine\|>'"):
+        check_same_tokens(one, other)
+
+
+# -- made here ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["the cat sat", " two  spaces ", "naïve 猫 🙂\n\ttabs", "<|user|> in the text"])
+def test_a_trained_tokenizer_gives_back_the_text(text):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_training_learns_merges_up_to_the_size_asked_for():
+    small, large = train_tokenizer(TEXTS, 262), train_tokenizer(TEXTS, 275)
+    assert (len(small), len(large)) == (262, 275)  # 256 bytes and 6 special tokens, then merges
+    assert len(large("the cat")["input_ids"]) < len(small("the cat")["input_ids"]) == len("the cat")
+
+
+def test_the_prompt_is_a_prefix_of_the_conversation(tokenizer):
+    prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what it says"}]
+    answer = {"role": "assistant", "content": "the small teacher"}
+    render = {"return_dict": False}
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **render)
+    whole = tokenizer.apply_chat_template([*prompt, answer], **render)
+    assert whole[: len(start)] == start
+    assert whole[len(start) :] == [*tokenizer(answer["content"])["input_ids"], tokenizer.eos_token_id]
+    assert whole.count(tokenizer.bos_token_id) == 1
+    assert end_token_ids(tokenizer) == {tokenizer.eos_token_id}
+
+
+def test_random_models_depend_on_their_seed_alone(tokenizer):
+    torch.manual_seed(1)
+    one = model_identity(random_model(tokenizer, SHAPE, 0))
+    torch.manual_seed(2)
+    assert model_identity(random_model(tokenizer, SHAPE, 0)) == one
+    assert model_identity(random_model(tokenizer, SHAPE, 1)) != one
+
+
+def test_making_a_model_draws_nothing_from_the_global_generator(tokenizer):
+    before = torch.get_rng_state()
+    random_model(tokenizer, SHAPE, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_random_model_fits_its_tokenizer(tokenizer, tmp_path):
+    model = random_model(tokenizer, SHAPE, 0)
+    assert model.get_output_embeddings().weight.shape == (len(tokenizer), 16)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model_identity(again)["weights_sha256"] == model_identity(model)["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 8}, "has no 'hiden_size'; did you mean 'hidden_size'"),
+        ({"vocab_size": 8}, "has no 'vocab_size'"),  # the tokenizer says
+        ({"hidden_size": "large"}, "cannot be made: .*hidden_size.*expected int"),
+        ({"num_attention_heads": 3}, r"cannot be made: .*hidden size \(16\) is not a multiple"),
+    ],
+)
+def test_shapes_that_are_none(tokenizer, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        random_model(tokenizer, SHAPE | change, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_texts_of_every_kind_of_data():
+    message = {"role": "user", "content": "q"}
+    rows = [
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+        {"prompt": [message], "completion": [{"role": "assistant", "content": "a"}], "chosen": None},
+        {"messages": [message, {"role": "assistant", "content": "b"}]},
+    ]
+    assert list(texts_of(rows)) == ["p", "c", "r", "q", "a", "q", "b"]

@@ -1,0 +1,250 @@
+"""Stages are done once, gone on with and made again; locks go with their process; files are whole or not there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from prefdistill import stages
+from prefdistill.errors import UserError
+from prefdistill.files import atomic_path, file_digest, read_json, value_digest, write_json, write_jsonl, write_text
+from prefdistill.stages import locked, run_stage
+
+
+class Work:
+    """A stage's work that counts its calls, and leaves a file for each."""
+
+    def __init__(self, fail=None):
+        self.calls, self.fail = 0, fail
+
+    def __call__(self, directory):
+        self.calls += 1
+        (directory / f"made-{self.calls}").write_text("x")
+        if self.fail:
+            raise self.fail
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_finished_stage_is_reused(tmp_path, capsys):
+    work, out = Work(), tmp_path / "stage"
+    first = run_stage("sft", out, {"a": 1, "b": [2]}, work)
+    again = run_stage("sft", out, {"b": [2], "a": 1}, work)  # the order of keys is no change
+    assert work.calls == 1
+    assert (first.reused, again.reused) == (False, True)
+    assert (first.key, first.seconds, first.directory) == (again.key, again.seconds, again.directory)
+    assert "sft: reused" in capsys.readouterr().err
+    assert read_json(out / "stage.json")["name"] == "sft"
+
+
+def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
+    work, out = Work(), tmp_path / "stage"
+    first = run_stage("sft", out, {"rate": 1}, work)
+    (out / "checkpoints").mkdir()
+    second = run_stage("sft", out, {"rate": 2}, work)
+    assert work.calls == 2
+    assert second.key != first.key
+    assert second.reused is False
+    assert names(out) == ["made-2", "stage-request.json", "stage.json"]
+    assert "sft: made again" in capsys.readouterr().err
+    assert run_stage("sft", out, {"rate": 2}, work).reused is True
+
+
+def test_another_version_makes_it_again(tmp_path, monkeypatch):
+    work = Work()
+    run_stage("sft", tmp_path / "stage", {}, work)
+    monkeypatch.setattr(stages, "__version__", "9.9")
+    assert run_stage("sft", tmp_path / "stage", {}, work).reused is False
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), UserError("a bad row")])
+def test_an_interrupted_stage_keeps_its_files_and_goes_on(tmp_path, capsys, error):
+    out = tmp_path / "stage"
+    with pytest.raises(type(error)):
+        run_stage("sft", out, {"a": 1}, Work(fail=error))
+    assert names(out) == ["made-1", "stage-request.json"]
+
+    def go_on(directory):
+        assert (directory / "made-1").exists()
+        (directory / "rest").write_text("x")
+
+    assert run_stage("sft", out, {"a": 1}, go_on).reused is False
+    assert names(out) == ["made-1", "rest", "stage-request.json", "stage.json"]
+    assert "sft: going on with an interrupted run" in capsys.readouterr().err
+
+
+def test_an_interrupted_stage_of_another_request_is_emptied(tmp_path):
+    out = tmp_path / "stage"
+    with pytest.raises(RuntimeError):
+        run_stage("sft", out, {"a": 1}, Work(fail=RuntimeError()))
+    run_stage("sft", out, {"a": 2}, lambda directory: (directory / "new").write_text("x"))
+    assert names(out) == ["new", "stage-request.json", "stage.json"]
+
+
+def test_the_seconds_of_all_attempts_count(tmp_path, monkeypatch):
+    clock = iter([10.0, 13.5, 20.0, 22.0])
+    monkeypatch.setattr(stages.time, "monotonic", lambda: next(clock))
+    with pytest.raises(RuntimeError):
+        run_stage("sft", tmp_path / "stage", {}, Work(fail=RuntimeError()))
+    assert run_stage("sft", tmp_path / "stage", {}, Work()).seconds == 5.5
+    assert run_stage("sft", tmp_path / "stage", {}, Work()).seconds == 5.5  # reused
+
+
+def test_a_mistake_found_before_anything_was_made_leaves_nothing(tmp_path):
+    def refuse(directory):
+        raise UserError("batch_size=5 is not a multiple of 4")
+
+    out = tmp_path / "stage"
+    with pytest.raises(UserError, match="multiple"), locked(out):
+        run_stage("sft", out, {}, refuse)
+    assert not out.exists()
+
+
+def test_a_directory_of_someone_else_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "stage"
+    out.mkdir()
+    (out / "thesis.tex").write_text("all of it")
+    work = Work()
+    with (
+        pytest.raises(UserError, match="is not empty and was not made by prefdistill; give another --out"),
+        locked(out),
+    ):
+        run_stage("sft", out, {}, work)
+    assert work.calls == 0
+    assert (out / "thesis.tex").read_text() == "all of it"
+
+
+def test_an_empty_directory_will_do(tmp_path):
+    (tmp_path / "stage").mkdir()
+    assert run_stage("sft", tmp_path / "stage", {}, Work()).reused is False
+
+
+def test_damaged_notes_are_named(tmp_path):
+    run_stage("sft", tmp_path / "stage", {}, Work())
+    (tmp_path / "stage" / "stage.json").write_text("{")
+    with pytest.raises(UserError, match=r"stage\.json is not valid JSON"):
+        run_stage("sft", tmp_path / "stage", {}, Work())
+
+
+# -- locks -------------------------------------------------------------------------------------------------------------
+
+# Holds a lock as `locked` does, without waiting for torch to be imported.
+HOLDER = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1] + "/.lock")
+lock.acquire(timeout=0)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_refused(tmp_path, holder):
+    message = "another prefdistill run is working in"
+    with pytest.raises(UserError, match=message) as error, locked(tmp_path):
+        pytest.fail("two at once")
+    assert str(tmp_path) in str(error.value)
+    holder.communicate("")  # it ends
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, holder):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_we_keep_a_second_process_out(tmp_path):
+    attempt = HOLDER.replace("sys.stdin.read()", "")
+    with locked(tmp_path):
+        refused = subprocess.run([sys.executable, "-c", attempt, str(tmp_path)], capture_output=True, text=True)
+    assert "Timeout" in refused.stderr
+    assert subprocess.run([sys.executable, "-c", attempt, str(tmp_path)], capture_output=True).returncode == 0
+
+
+def test_the_lock_is_released_at_the_end_of_the_block_even_while_the_error_is_looked_at(tmp_path):
+    (tmp_path / "work").write_text("x")
+    with pytest.raises(RuntimeError) as error, locked(tmp_path):
+        raise RuntimeError
+    with locked(tmp_path):  # `error` still holds the frames of the first block
+        assert error.tb is not None
+
+
+def test_a_place_where_no_directory_can_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"cannot make the directory .* give another --out"), locked(out):
+            pytest.fail("in a file?")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def fail_half_way(path, error):
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_half_written_is_left(tmp_path, error):
+    path = tmp_path / "new" / "results.json"
+    with pytest.raises(error):
+        fail_half_way(path, error)
+    assert names(path.parent) == []
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        fail_half_way(path, RuntimeError)
+    assert path.read_text() == "old"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent  # a rename within one file system is atomic
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["results.json"]
+
+
+def test_values_that_are_no_json_leave_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1, None]})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert read_json(tmp_path / "a.json") == {"é": [1, None]}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_json_lines(tmp_path):
+    rows = [{"text": "one\ntwo"}, {"text": "ü"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_digests(tmp_path):
+    write_text(tmp_path / "a", "abc")
+    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert value_digest({"a": 1, "b": 2}) == value_digest({"b": 2, "a": 1})
+    assert len({value_digest(value) for value in (1, "1", [1], {"1": 1}, None, 1.5, True)}) == 7
