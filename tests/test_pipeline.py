@@ -12,7 +12,7 @@ from prefdistill.results import run_recipe
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "src" / "prefdistill" / "recipes" / "quickstart.yaml"
 TINY = [
-    "data.synthetic={demonstrations: 96, pairs: 60, test_prompts: 24}",
+    "data.synthetic={demonstrations: 96, teacher_pairs: 60, pairs: 40, test_prompts: 24}",
     "teacher.sft.max_steps=30",
     "teacher.dpo.max_steps=2",
     "student.sft.max_steps=30",
@@ -42,7 +42,8 @@ def copy(finished, tmp_path):
 
 def test_the_quickstart_has_every_method_and_control(finished):
     out, results = finished
-    methods = ["sft-chosen", "dpo", "tvkd", "tvkd-shuffled", "oracle-margin", "dpo-other-order"]
+    controls = ["tvkd-shuffled", "tvkd-reversed-shuffled", "oracle-margin", "dpo-other-order"]
+    methods = ["sft-chosen", "dpo", "tvkd", "tvkd-reversed", *controls]
     assert list(results["methods"]) == ["teacher", "start", *methods]
     assert list(results["differences"]) == [name for name in methods if name != "dpo"]
     for name in methods:
@@ -53,7 +54,7 @@ def test_the_quickstart_has_every_method_and_control(finished):
     assert {"shaping return", "teacher log-prob", "teacher Q (raw logits)", "teacher implicit reward"} <= set(
         results["margin_accuracy"]
     )
-    assert results["controls"] == ["tvkd-shuffled", "oracle-margin", "dpo-other-order"]
+    assert results["controls"] == controls
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
 
 

@@ -162,7 +162,8 @@ def test_a_second_process_is_refused(tmp_path, holder):
     assert str(tmp_path) in str(error.value)
     holder.communicate("")  # it ends
     with locked(tmp_path):
-        pass
+        assert (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, holder):

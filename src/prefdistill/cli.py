@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,8 @@ from prefdistill.errors import UserError
 
 # Newer typers carry their own click: the error of a bad command line is found through typer's public subclass of it.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="prefdistill",
@@ -411,28 +413,30 @@ def _call(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments and not asks_for_help, "--debug" in arguments
     _quieten()
     try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = app(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
+        if result == INTERRUPTED:  # a verb returns a dict; a number is the status typer would have exited with
+            raise KeyboardInterrupt
+        if isinstance(result, int):
+            return result
         if as_json:
-            with redirect_stdout(sys.stderr):
-                result = app(args=arguments, prog_name="prefdistill", standalone_mode=False)
             print(json.dumps(result, ensure_ascii=False))
-        else:
-            app(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
     except UserError as error:
         return _fail(str(error), 2, debug)
     except UsageError as error:
         where = getattr(error, "ctx", None)
         hint = f" (see `{where.command_path} --help`)" if where else ""
         return _fail(f"{error.format_message()}{hint}", 2, debug)
-    except typer.Exit as stop:
-        return stop.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         print(
             "prefdistill: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr
         )
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, typer.Abort) and error.__cause__ is not None:  # typer's name for an EOFError
+            error = error.__cause__  # type: ignore[assignment]
         reason = " ".join(str(error).split()) or type(error).__name__
         return _fail(f"{type(error).__name__}: {reason}\n(--debug shows where)", 1, debug)
     return 0

@@ -143,7 +143,8 @@ class Synthetic(Section):
     """The built-in task with a known reward, in place of data files."""
 
     demonstrations: PositiveInt
-    pairs: PositiveInt
+    teacher_pairs: PositiveInt  # the teacher's DPO sees these prompts,
+    pairs: PositiveInt  # the student the first of them: a teacher is worth asking because it has seen more
     test_prompts: PositiveInt
 
 

@@ -3,7 +3,6 @@ per pair once before training, and maps what the student says to a loss. To add 
 a dataclass here, and its line in `METHODS`.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -225,6 +224,6 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         wanted = type(known[key].default)
         if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             raise UserError(f"{name}: {key} must be a {'number' if wanted is float else 'word'}, got {value!r}")
-        if wanted is float and not math.isfinite(value):
+        if isinstance(value, float) and not np.isfinite(value):
             raise UserError(f"{name}: {key} must be a finite number, got {value!r}")
     return METHODS[name](**options)

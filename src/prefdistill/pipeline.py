@@ -129,7 +129,14 @@ class SeedRun:
 
     @functools.cached_property
     def train(self) -> "Dataset":
+        if self.recipe.data.synthetic:
+            return self.teacher_pairs.select(range(min(self.recipe.data.synthetic.pairs, len(self.teacher_pairs))))
         return self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train)
+
+    @functools.cached_property
+    def teacher_pairs(self) -> "Dataset":
+        """What the teacher's DPO is trained on."""
+        return self._pairs(None, "train", None) if self.recipe.data.synthetic else self.train
 
     @functools.cached_property
     def test(self) -> "Dataset | None":
@@ -174,7 +181,7 @@ class SeedRun:
         test = synthetic.sample_prompts(size.test_prompts, seed=self.seed + 1_000_003)
         write_json(
             out / "prompts.json",
-            {"train": synthetic.sample_prompts(size.pairs, seed=self.seed, exclude=test), "test": test},
+            {"train": synthetic.sample_prompts(size.teacher_pairs, seed=self.seed, exclude=test), "test": test},
         )
         write_jsonl(out / "demonstrations.jsonl", synthetic.demonstrations(size.demonstrations, seed=self.seed))
         synthetic.build_tokenizer().save_pretrained(out / "tokenizer")
@@ -258,7 +265,7 @@ class SeedRun:
         assert training is not None
 
         def make(out: Path) -> None:
-            train_dpo(model, self.train, self.tokenizer, training, out, seed=self.seed, what=name, **self._options())
+            train_dpo(model, self.teacher_pairs, self.tokenizer, training, out, seed=self.seed, what=name, **self._options())
 
         before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
         self.stage(name, {"model": self._name(model), **self._request(training)}, make, "train", *before)

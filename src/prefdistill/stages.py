@@ -124,10 +124,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        empty = not _work(directory)
-        if empty:
-            (directory / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
+        (directory / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
         lock.release()
-        if empty:
-            with suppress(OSError):  # our notes are there
-                directory.rmdir()
+        with suppress(OSError):  # not empty, as it should be
+            directory.rmdir()

@@ -1,0 +1,383 @@
+"""The command line: help at once, mistakes in a line or two with status 2 and nothing written, verbs end to end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+
+from prefdistill import __version__
+from prefdistill.cli import _call, app
+
+VERBS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+FAST = ["max_steps=2", "batch_size=4", "micro_batch_size=4", "learning_rate=1e-3"]
+
+
+def write_pairs(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
+    """A working directory with pairs and a tiny model, and things that are neither."""
+    datasets.disable_progress_bars()  # the command does so through the environment, before it imports datasets
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
+    (tmp_path / "columns.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "recipe.yaml").write_text(
+        "name: x\ndata: {train: nowhere.jsonl}\nmodel: {teacher: model, student: model}\nmethods: {dpo: {}}\n"
+    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("all of it")
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def files(directory):
+    return {path: path.is_dir() or path.stat().st_mtime_ns for path in Path(directory).rglob("*")}
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "prefdistill", *arguments], capture_output=True, text=True, **options)
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert min(seconds) < 1
+
+
+def test_help_and_the_package_itself_do_not_load_the_heavy_libraries():
+    code = (
+        "import sys; from prefdistill.cli import _call; import prefdistill\n"
+        "for verb in sys.argv[1:]: assert _call([verb, '--help']) == 0\n"
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'peft', 'matplotlib', 'yaml')"
+        " if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *VERBS], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_verb_explains_itself_with_an_example(verb, flag, capsys):
+    assert _call([verb, flag]) == 0
+    out = capsys.readouterr().out
+    assert f"Usage: prefdistill {verb}" in out
+    assert f"Example: prefdistill {verb} " in " ".join(out.split())
+    assert "--json" in out
+    assert "--debug" in out
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert _call([]) == 0
+    assert "Usage: prefdistill [OPTIONS] COMMAND" in capsys.readouterr().out
+
+
+def test_help_wins_over_json(capsys):
+    assert _call(["run", "--json", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: prefdistill run")
+
+
+def test_version(capsys):
+    assert _call(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+MODEL, PAIRS, OUT = ["--model", "model"], ["--data", "pairs.jsonl"], ["--out", "out"]
+DISTILL = ["distill", "--student", "model", *PAIRS, *OUT]
+EVALUATE = ["evaluate", *MODEL, *PAIRS, "--out", "out.json"]
+MISTAKES = [
+    (["frobnicate"], "No such command 'frobnicate'"),
+    (["distil"], "No such command 'distil'. Did you mean 'distill'?"),
+    (["--bogus"], "No such option: --bogus"),
+    (["run"], "Missing argument 'recipe'"),
+    (["run", "recipe.yaml", "--bogus"], "No such option: --bogus"),
+    (["run", "none.yaml"], "no recipe at none.yaml"),
+    (["run", "empty"], "no recipe at empty"),
+    (["run", "pairs.jsonl"], "pairs.jsonl is not"),
+    (["run", "recipe.yaml", "training.learning_rat=1", *OUT], "did you mean 'learning_rate'?"),
+    (["run", "recipe.yaml", "fast", *OUT], "'fast' is not an override; write key=value"),
+    (["run", "recipe.yaml", *OUT], "nowhere.jsonl: no such file or directory"),
+    (["run", "recipe.yaml", "data.train=pairs.jsonl", "data.test=broken.jsonl", *OUT], "broken.jsonl, line 1"),
+    (["run", "recipe.yaml", "data.train=pairs.jsonl", "model.student=empty", *OUT], "empty is there but holds no"),
+    (["run", "recipe.yaml", "data.train=pairs.jsonl", "training.batch_size=5", *OUT], "batch_size=5 is not a multiple"),
+    (["quickstart", "--methods", "dpo,nope", *OUT], "has no method 'nope'; it has sft-chosen, dpo"),
+    (["quickstart", "--methods", "", *OUT], "has no method ''"),
+    (["quickstart", "--seeds", "0", *OUT], "'--seeds': Input should be greater than or equal to 1"),
+    (["quickstart", "--seed", "-1", *OUT], "'--seed': Input should be greater than or equal to 0"),
+    (["quickstart", "--seed", "one", *OUT], "Invalid value for '--seed'"),
+    (["sft", *MODEL, "--data", "pairs.jsonl"], "Missing option '--out'"),
+    (["sft", *MODEL, "--data", "columns.jsonl", *OUT], "SFT data has `messages`, or `prompt` and `completion`"),
+    (["sft", *MODEL, *PAIRS, *OUT, "beta=0.1"], "command line: unknown key 'beta'"),
+    (["sft", *MODEL, *PAIRS, *OUT, "learning_rate=-1"], "learning_rate: input should be greater than 0, got -1"),
+    (["sft", *MODEL, *PAIRS, *OUT, "batch_size=5"], "batch_size=5 is not a multiple of micro_batch_size x processes"),
+    (["sft", *MODEL, *PAIRS, "--out", "full"], "full is not empty and was not made by prefdistill; give another --out"),
+    (["sft", *MODEL, *PAIRS, "--out", "pairs.jsonl"], "cannot make the directory pairs.jsonl"),
+    (["dpo", "--model", "nowhere", *PAIRS, *OUT], "no tokenizer at 'nowhere'"),
+    (["dpo", *MODEL, "--data", "broken.jsonl", *OUT], "broken.jsonl, line 1: not valid JSON"),
+    (["dpo", *MODEL, "--data", "empty.jsonl", *OUT], "empty.jsonl: there are no rows in it"),
+    (["dpo", *MODEL, *PAIRS, *OUT, "beta=strong"], "beta: input should be a valid number, got 'strong'"),
+    (["dpo", *MODEL, *PAIRS, *OUT, "--dtype", "int8"], "dtype must be one of auto, float32"),
+    (["dpo", *MODEL, *PAIRS, *OUT, "--max-length", "0"], "'--max-length': Input should be greater than or equal to 1"),
+    (["dpo", *MODEL, *PAIRS, *OUT, "arguments.optim=adamx"], "training arguments: adamx is not a valid"),
+    (["signals", "--model", "empty", *PAIRS, *OUT], "empty is there but holds no tokenizer"),
+    (["signals", *MODEL, "--data", "columns.jsonl", *OUT], "columns.jsonl: no column"),
+    (["signals", *MODEL, *PAIRS, *OUT, "--kind", "values,hopes"], "unknown signal kind 'hopes'; known: values, logps"),
+    (["signals", *MODEL, *PAIRS, *OUT, "--kind", ""], "no signal kind asked for"),
+    (["signals", *MODEL, *PAIRS, *OUT, "--role", "parrot"], "unknown role 'parrot'"),
+    (["signals", *MODEL, *PAIRS, *OUT, "--value-temperature", "inf"], "temperature must be positive and finite"),
+    (["signals", *MODEL, *PAIRS, *OUT, "--batch-tokens", "0"], "'--batch-tokens': Input should be greater"),
+    (["signals", *MODEL, *PAIRS, *OUT, "--max-prompt-length", "2000"], "max_prompt_length (2000) leaves no room"),
+    (["signals", *MODEL, *PAIRS, "--out", "full"], "full is not empty and holds no signals; give another --out"),
+    (["signals", *MODEL, *PAIRS, "--out", "pairs.jsonl"], "pairs.jsonl is not"),
+    ([*DISTILL, "--method", "magic"], "unknown method 'magic'; known: sft, dpo, tvkd"),
+    ([*DISTILL, "alpah=0.5"], "command line: unknown key 'alpah'; did you mean 'alpha'?"),
+    ([*DISTILL, "beta=inf"], "tvkd: beta must be a"),
+    ([*DISTILL, "potential=hope"], "unknown potential 'hope'"),
+    ([*DISTILL, "lora.rank=2"], "command line: unknown key 'lora.rank'"),
+    ([*DISTILL, *FAST], "TVKD lacks reference.logps, teacher.values. Make it with `prefdistill signals --role"),
+    ([*DISTILL, "--signals", "empty"], "no signals in empty: make them with `prefdistill signals --out empty"),
+    ([*DISTILL, "--method", "sft", "batch_size=5"], "batch_size=5 is not a multiple"),
+    ([*EVALUATE], "Missing option '--reference'"),
+    ([*EVALUATE, "--reference", "empty"], "no signals in empty"),
+    ([*EVALUATE[:-1], "empty", "--reference", "empty"], "empty is a directory; --out names the file"),
+    (["report", *OUT], "Missing argument 'runs'"),
+    (["report", "nowhere", "--out", "r.html"], "run directory nowhere does not exist"),
+    (["report", "empty", "--out", "r.html"], "empty holds no results.json"),
+    (["report", "empty", "--out", "r.html", "--format", "pdf"], "unknown report format"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_mistakes(place, capsys, arguments, message):
+    before = files(place)
+    assert _call(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    lines = err.strip().splitlines()
+    assert len(lines) <= 2
+    assert lines[0].startswith("prefdistill: ")
+    assert "Traceback" not in err
+    assert files(place) == before
+
+
+def test_a_mistake_in_a_real_process(place):
+    done = run("run", "recipe.yaml", "nmae=x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "prefdistill: recipe.yaml: unknown key 'nmae'; did you mean 'name'?\n"
+
+
+def test_debug_shows_where_a_mistake_was_found(place, capsys):
+    assert _call(["run", "none.yaml", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("prefdistill: no recipe at none.yaml; the shipped ones are under recipes/\n")
+
+
+def test_json_says_nothing_on_stdout_for_a_mistake(place, capsys):
+    assert _call(["run", "none.yaml", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("prefdistill: no recipe")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make loading a recipe raise."""
+
+    def fail_with(error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("prefdistill.config.load_recipe", fail)
+
+    return fail_with
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no space\nleft on device"), KeyError("x"), OSError(28, "No space left")]
+)
+def test_a_failure_is_not_the_users_mistake(failing, capsys, error):
+    failing(error)
+    assert _call(["run", "x.yaml"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"prefdistill: {type(error).__name__}: ")
+    assert len(err.splitlines()) == 2
+    assert "--debug" in err.splitlines()[1]
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where_it_failed(failing):
+    failing(RuntimeError("at the bottom"))
+    with pytest.raises(RuntimeError, match="at the bottom") as error:
+        _call(["run", "x.yaml", "--debug"])
+    assert error.traceback[-1].name == "fail"
+
+
+def test_the_end_of_a_file_is_no_interruption(failing, capsys):
+    failing(EOFError("compressed file ended early"))
+    assert _call(["run", "x.yaml"]) == 1
+    assert capsys.readouterr().err.lstrip().startswith("prefdistill: EOFError: compressed file ended early\n")
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"], ["--debug"]])
+def test_an_interruption_is_130_and_says_what_was_kept(failing, capsys, flag):
+    failing(KeyboardInterrupt())
+    assert _call(["run", "x.yaml", *flag]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("prefdistill: interrupted; what was finished is kept")
+
+
+def test_one_process_only(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _call(["run", "x.yaml"]) == 2
+    assert "`prefdistill run` runs in one process" in capsys.readouterr().err
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+def call(capfd, *arguments):
+    """The JSON object a verb prints, and what it says on stderr."""
+    capfd.readouterr()
+    status = _call([*arguments, "--json"])
+    out, err = capfd.readouterr()
+    assert status == 0, err
+    found = json.loads(out)
+    assert isinstance(found, dict)
+    assert out.count("\n") == 1
+    return found, err
+
+
+def test_from_pairs_to_an_evaluated_student(place, capfd, make_model, tokenizer):
+    import torch
+
+    from prefdistill.models import load_model
+
+    found, _ = call(capfd, "sft", *MODEL, *PAIRS, "--out", "sft", *FAST)
+    assert (found["out"], found["reused"]) == ("sft", False)
+    call(capfd, "dpo", "--model", "sft", *PAIRS, "--out", "teacher", *FAST, "beta=0.05")
+    learnt = [load_model(name).lm_head.weight for name in ("model", "sft", "teacher")]
+    assert not torch.equal(learnt[0], learnt[1])
+    assert not torch.equal(learnt[1], learnt[2])
+
+    found, _ = call(
+        capfd, "signals", "--model", "teacher", *PAIRS, "--kind", "values,logps", "--out", "signals-teacher"
+    )
+    assert (found["pairs"], found["rows"], sorted(found["kinds"])) == (24, 24, ["logps", "values"])
+    assert found["bytes"] == sum(path.stat().st_size for path in (place / "signals-teacher" / "shards").iterdir())
+    reference = ["--model", "model", *PAIRS, "--role", "reference", "--kind", "logps", "--out", "signals-start"]
+    call(capfd, "signals", *reference)
+
+    distill = ["distill", "--student", "model", *PAIRS, "--signals", "signals-teacher", "--signals", "signals-start"]
+    distill += ["--method", "tvkd", "--out", "student", "alpha=0.5", "beta=0.2", *FAST]
+    found, err = call(capfd, *distill)
+    assert found["reused"] is False
+    assert "warning" not in err  # the student is its reference
+    metrics = [json.loads(line) for line in (place / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["step"] == 2
+    assert not (place / "student" / "checkpoints").exists()
+    found, err = call(capfd, *distill)
+    assert found["reused"] is True
+    assert "distill tvkd: reused" in err
+    found, err = call(capfd, *distill, "alpha=0.6")
+    assert found["reused"] is False
+    assert "made again" in err
+
+    evaluate = [
+        "evaluate",
+        "--model",
+        "student",
+        *PAIRS,
+        "--reference",
+        "signals-start",
+        "--teacher",
+        "signals-teacher",
+    ]
+    found, _ = call(capfd, *evaluate, "--out", "e.json")
+    assert found == json.loads((place / "e.json").read_text())
+    assert found["metrics"]["reward_accuracy"]["n"] == 24
+    assert {"shaping return", "teacher Q (raw logits)"} <= found["margin_accuracy"].keys()
+    assert found["metrics"]["chosen_logp"]["mean"] < 0
+    assert _call([*evaluate, "--out", "e.json"]) == 0
+    out = capfd.readouterr().out
+    assert "reward_accuracy" in out
+    assert "(24 pairs)" in out
+
+
+def test_an_adapter_is_trained_and_evaluated(place, capfd):
+    call(capfd, "signals", *MODEL, *PAIRS, "--role", "reference", "--kind", "logps", "--out", "start")
+    distill = ["distill", "--student", "model", *PAIRS, "--signals", "start", "--method", "dpo", *FAST]
+    call(capfd, *distill, "--out", "one", "lora={r: 4}", "learning_rate=1e-1")
+    config = json.loads((place / "one" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, "model")
+    assert not (place / "one" / "model.safetensors").exists()
+    call(capfd, *distill, "--out", "two", "lora.r=4", "learning_rate=1e-1")  # a dotted key says the same
+    assert json.loads((place / "two" / "adapter_config.json").read_text())["r"] == 4
+    found, _ = call(capfd, "evaluate", "--model", "one", *PAIRS, "--reference", "start", "--out", "e.json")
+    assert found["metrics"]["reward_accuracy"]["mean"] != 0.5  # it has moved from its reference
+    assert found["metrics"]["reward_accuracy"]["n"] == 24
+
+
+def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_model, pairs):
+    """New data or new weights under an old name: made again."""
+    sft = ["sft", *MODEL, *PAIRS, "--out", "out", *FAST[1:], "max_steps=1"]
+    assert call(capfd, *sft)[0]["reused"] is False
+    assert call(capfd, *sft)[0]["reused"] is True
+    write_pairs(place / "pairs.jsonl", [row | {"chosen": row["rejected"]} for row in pairs])
+    assert call(capfd, *sft)[0]["reused"] is False
+    make_model(7).save_pretrained(place / "model")
+    assert call(capfd, *sft)[0]["reused"] is False
+    assert call(capfd, *sft)[0]["reused"] is True
+
+
+def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatch):
+    signals = ["signals", *MODEL, *PAIRS, "--out", "out"]
+    first, _ = call(capfd, *signals)
+    monkeypatch.setattr("prefdistill.signals.extract.score_pairs", None)
+    assert call(capfd, *signals)[0] == first
+    assert _call([*signals, "--max-length", "20"]) == 2
+    assert "holds signals of another request (other dropped, truncation)" in capfd.readouterr().err
+
+
+@pytest.fixture
+def finished(place):
+    """The results of a run."""
+    (place / "run").mkdir()
+    results = {"methods": {"dpo": {"reward": {"mean": 1.0, "se": 0.1, "n": 3}}}, "baseline": "dpo"}
+    (place / "run" / "results.json").write_text(json.dumps(results))
+
+
+def test_a_report_of_a_run(place, capfd, finished):
+    found, _ = call(capfd, "report", "run", "--out", "page.html")
+    assert found == {"out": "page.html", "runs": ["run"]}
+    assert "<html" in (place / "page.html").read_text()
+    call(capfd, "report", "run", "--out", "page.md")
+    assert "<html" not in (place / "page.md").read_text()
+
+
+def test_json_alone_is_on_stdout_in_a_real_process(finished):
+    done = run("report", "run", "--out", "page.md", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"out": "page.md", "runs": ["run"]})
