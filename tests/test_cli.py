@@ -341,16 +341,19 @@ def test_an_adapter_is_trained_and_evaluated(place, capfd):
     assert found["metrics"]["reward_accuracy"]["n"] == 24
 
 
-def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_model, pairs):
+@pytest.mark.parametrize(
+    "verb", [["sft", *MODEL], ["dpo", *MODEL], ["distill", "--student", "model", "--method", "sft"]]
+)
+def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_model, pairs, verb):
     """New data or new weights under an old name: made again."""
-    sft = ["sft", *MODEL, *PAIRS, "--out", "out", *FAST[1:], "max_steps=1"]
-    assert call(capfd, *sft)[0]["reused"] is False
-    assert call(capfd, *sft)[0]["reused"] is True
+    stage = [*verb, *PAIRS, *OUT, *FAST[1:], "max_steps=1"]
+    assert call(capfd, *stage)[0]["reused"] is False
+    assert call(capfd, *stage)[0]["reused"] is True
     write_pairs(place / "pairs.jsonl", [row | {"chosen": row["rejected"]} for row in pairs])
-    assert call(capfd, *sft)[0]["reused"] is False
+    assert call(capfd, *stage)[0]["reused"] is False
     make_model(7).save_pretrained(place / "model")
-    assert call(capfd, *sft)[0]["reused"] is False
-    assert call(capfd, *sft)[0]["reused"] is True
+    assert call(capfd, *stage)[0]["reused"] is False
+    assert call(capfd, *stage)[0]["reused"] is True
 
 
 def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatch):

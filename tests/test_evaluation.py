@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from prefdistill.config import Recipe
 from prefdistill.data import data_fingerprint
@@ -14,7 +15,7 @@ from prefdistill.evaluation import margin_accuracy, mean_and_error, pair_terms, 
 from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
 from prefdistill.pipeline import Measured
 from prefdistill.results import margin_accuracies, side_by_side, summarise
-from prefdistill.signals import SignalSet, extract_signals
+from prefdistill.signals import Signals, SignalSet, extract_signals
 
 # -- means and wins ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,44 @@ def test_terms_are_what_a_naive_forward_gives(pairs, stores, naive):
         np.testing.assert_array_equal(found[name], values, err_msg=name)
     assert len({tuple(values) for values in found.values()}) == len(found)  # no term stands for another
     assert 0.5 in found["longer is better"]  # there are ties
+
+
+def by_hand(role, *rows):
+    """A store whose rows are given as (values, log-prob, ended) of chosen and rejected."""
+    table = [
+        {"row": i} | {
+            f"{side}_{name}": value
+            for side, (values, logp, ended) in zip(("chosen", "rejected"), row, strict=True)
+            for name, value in {"values": values, "logps": logp, "ended": ended, "tokens": len(values) - 1}.items()
+        }
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    return Signals({"role": role, "value_temperature": 1.0, "kinds": ["values", "logps"]}, Dataset.from_list(table))
+
+
+def test_terms_by_hand():
+    teacher = by_hand(
+        "teacher",
+        (([1.0, 2.0, 50.0], -3.0, True), ([1.0, 3.0, 0.0], -3.5, True)),
+        (([1.0, 4.0, 0.0], -9.0, True), ([1.0, 2.0, 3.0, 5.0], -1.0, False)),  # cut: its last state counts
+        (([2.0, 7.0], -1.0, True), ([2.0, 7.0], -1.0, True)),
+    )
+    reference = by_hand(
+        "teacher_reference",
+        (([0.0] * 3, -1.0, True), ([0.0] * 3, -3.5, True)),
+        (([0.0] * 3, -12.0, True), ([0.0] * 4, -1.0, False)),
+        (([0.0] * 2, -1.0, True), ([0.0] * 2, -1.0, True)),
+    )
+    signals = SignalSet({"teacher": teacher, "teacher_reference": reference}, Dataset.from_list([{}] * 3), np.arange(3))
+    found = {name: values.tolist() for name, values in pair_terms(signals).items()}
+    assert found == {
+        "shaping return": [0, 0, 0.5],  # 1 : 2, 3 : 4, 0 : 0
+        "value after the end token": [1, 0, 0.5],  # 49 : -1, -1 : 4
+        "teacher log-prob": [1, 0, 0.5],
+        "teacher Q (raw logits)": [0, 0, 0.5],  # -3 + 3 : -3.5 + 4, -9 + 5 : -1 + 6
+        "teacher implicit reward": [0, 1, 0.5],  # -2 : 0, 3 : 0
+        "longer is better": [0.5, 0, 0.5],
+    }
 
 
 def test_discount_and_terminal_are_those_of_the_method(pairs, stores, naive):

@@ -265,7 +265,9 @@ class SeedRun:
         assert training is not None
 
         def make(out: Path) -> None:
-            train_dpo(model, self.teacher_pairs, self.tokenizer, training, out, seed=self.seed, what=name, **self._options())
+            train_dpo(
+                model, self.teacher_pairs, self.tokenizer, training, out, seed=self.seed, what=name, **self._options()
+            )
 
         before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
         self.stage(name, {"model": self._name(model), **self._request(training)}, make, "train", *before)
