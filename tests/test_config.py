@@ -206,7 +206,7 @@ BAD_OVERRIDES = [
     ("methods={}", "methods is empty; name at least one"),
     ("methods=null", "methods is empty; name at least one"),
     ("baseline=sft", "baseline 'sft' is not among the methods: dpo, tvkd"),
-    ("data.synthetic={demonstrations: 1, pairs: 1, test_prompts: 1}", "data needs either `train`"),
+    ("data.synthetic={demonstrations: 1, teacher_pairs: 1, pairs: 1, test_prompts: 1}", "data needs either `train`"),
     ("data.train=null", "data needs either `train` (pairs) or `synthetic`; give data.train="),
     ("model.student=null", "model.teacher and model.student must be named, or model.scratch"),
     ("data=null", "data must be a mapping of names to values, got None"),

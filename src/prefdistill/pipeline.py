@@ -70,6 +70,8 @@ class SeedRun:
 
     def run(self) -> dict[str, list[Measured]]:
         """Every stage; returns what was measured, by method: one entry per data order."""
+        if self.recipe.seeds > 1:
+            say(f"seed {self.seed}")
         measured: dict[str, list[Measured]] = {}
         self.prepare()
         if self.recipe.data.synthetic:

@@ -2,14 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 60.0
-T = TypeVar("T")
 
 
 class Progress:
@@ -49,14 +47,6 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def track(items: Iterable[T], what: str, total: int, unit: str = "it") -> Iterator[T]:
-    """Yield `items`, counting each when the next one is asked for."""
-    with Progress(what, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.update()
 
 
 def say(message: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from prefdistill.encode import end_token_ids
+from prefdistill.errors import UserError
 from prefdistill.progress import Progress
 
 
@@ -43,6 +44,8 @@ def sample(
         seed: of the draws; the same seed, prompts and batch size give the same responses on the same machine.
         what: name on the progress bar.
     """
+    if temperature < 0:
+        raise UserError(f"temperature must be 0 (greedy) or more, got {temperature}")
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = sorted(end_token_ids(tokenizer))
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -123,14 +123,25 @@ def extract_signals(
         say(f"signals: {dropped}")
 
     shards = []
-    with Progress(f"signals ({role})", len(encoded), "pair") as progress:
+    with Progress(f"signals ({role})", 2 * len(encoded), "response") as progress:
         for start in range(0, len(encoded), shard_rows):
             path = out / "shards" / f"{start // shard_rows:05d}.parquet"
             rows = encoded.select(range(start, min(start + shard_rows, len(encoded))))
-            if not path.exists():
-                _write_shard(path, rows, model, tokenizer, kinds, value_temperature, bf16, batch_tokens)
+            if path.exists():
+                progress.update(2 * len(rows))
+            else:
+                found = score_pairs(
+                    model,
+                    rows,
+                    tokenizer,
+                    kinds,
+                    value_temperature=value_temperature,
+                    bf16=bf16,
+                    batch_tokens=batch_tokens,
+                    progress=progress,
+                )
+                _write_shard(path, rows, kinds, found)
             shards.append({"file": path.name, "rows": len(rows), "sha256": file_digest(path)})
-            progress.update(len(rows))
     write_json(out / "manifest.json", {**request, "shards": shards, "versions": _versions()})
     return Signals.open(out)
 
@@ -157,22 +168,10 @@ def _versions() -> dict[str, str]:
     return {"prefdistill": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _write_shard(
-    path: Path,
-    rows: "Dataset",
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    kinds: tuple[str, ...],
-    value_temperature: float,
-    bf16: bool,
-    batch_tokens: int,
-) -> None:
+def _write_shard(path: Path, rows: "Dataset", kinds: tuple[str, ...], found: dict[str, list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = score_pairs(
-        model, rows, tokenizer, kinds, value_temperature=value_temperature, bf16=bf16, batch_tokens=batch_tokens
-    )
     columns: dict[str, Any] = {"row": pa.array(rows["row"][:], pa.int64())}
     for side in SIDES:
         columns[f"{side}_tokens"] = pa.array([len(ids) for ids in rows[f"{side}_ids"]], pa.int32())
@@ -196,6 +195,7 @@ def score_pairs(
     value_temperature: float = 1.0,
     bf16: bool = False,
     batch_tokens: int = 16_384,
+    progress: Progress | None = None,
 ) -> dict[str, list[Any]]:
     """Signals of encoded pairs (`encode_pairs`), in memory: `{"chosen_values": [array [T+1], ...], ...}`.
 
@@ -217,6 +217,8 @@ def score_pairs(
         for n, (i, side) in enumerate(places):
             for kind in kinds:
                 found[f"{side}_{kind}"][i] = scored[kind][n]
+        if progress is not None:
+            progress.update(len(places))
     if "values" in kinds:
         for chosen, rejected in zip(found["chosen_values"], found["rejected_values"], strict=True):
             rejected[0] = chosen[0]
