@@ -15,7 +15,7 @@ from prefdistill.config import MethodRun, Recipe, Training
 from prefdistill.data import data_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
 from prefdistill.evaluation.pairs import implicit_rewards, pair_terms, pair_wins
-from prefdistill.files import file_digest, read_json, write_json, write_jsonl
+from prefdistill.files import read_json, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method
 from prefdistill.models import (
     check_same_tokens,
@@ -113,13 +113,17 @@ class SeedRun:
         self.start = recipe.model.student or str(self.root / "init" / "student")
         self.keys["models"] = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
         self.keys["init"] = self.keys.get("init", "")
-        self.keys["demonstrations"] = self.keys.get("data") or _file_key(recipe.data.sft) or self.keys["train"]
+        self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
+        if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
+            as_pairs = self.demonstrations.rename_column("completion", "chosen")
+            self.keys["demonstrations"] = data_fingerprint(as_pairs)
 
         if recipe.teacher.sft:
             self.teacher = self._train_sft("teacher-sft", self.teacher, recipe.teacher.sft)
         self.teacher_reference = self.teacher
         if recipe.data.synthetic:
-            self.stage("pairs", {"max_new_tokens": recipe.evaluate.max_new_tokens}, self._make_pairs, "teacher-sft")
+            teacher = "teacher-sft" if recipe.teacher.sft else "init"
+            self.stage("pairs", {"max_new_tokens": recipe.evaluate.max_new_tokens}, self._make_pairs, teacher)
             self.keys["train"] = self.keys["pairs"]
         if recipe.teacher.dpo:
             self.teacher = self._train_dpo("teacher-dpo", self.teacher, recipe)
@@ -458,7 +462,3 @@ class SeedRun:
                     f"(spread {margin.std():.2f}); a lower alpha or a higher beta gives the pairs more say"
                 )
         return found
-
-
-def _file_key(source: str | None) -> str | None:
-    return file_digest(Path(source)) if source and Path(source).is_file() else source
