@@ -189,7 +189,9 @@ class SeedRun:
             out / "prompts.json",
             {"train": synthetic.sample_prompts(size.teacher_pairs, seed=self.seed, exclude=test), "test": test},
         )
-        write_jsonl(out / "demonstrations.jsonl", synthetic.demonstrations(size.demonstrations, seed=self.seed))
+        write_jsonl(
+            out / "demonstrations.jsonl", synthetic.demonstrations(size.demonstrations, seed=self.seed, exclude=test)
+        )
         synthetic.build_tokenizer().save_pretrained(out / "tokenizer")
 
     def _make_models(self, out: Path) -> None:
