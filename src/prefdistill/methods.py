@@ -60,7 +60,7 @@ class SFT:
 
     def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
         loss = sft_loss(student.logps["chosen"], student.tokens["chosen"])
-        return loss, {"logps/chosen": student.logps["chosen"].detach().mean()}
+        return loss.mean(), {"logps/chosen": student.logps["chosen"].detach().mean()}
 
 
 @dataclass(frozen=True, kw_only=True)

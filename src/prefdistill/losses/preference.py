@@ -5,22 +5,24 @@ from torch import Tensor
 
 
 def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
-    r"""Negative log-likelihood of the chosen responses per response token.
+    r"""Negative log-likelihood of the chosen response per response token.
 
-    .. math:: -\sum_i \log \pi_\theta(y_i | x_i) / \sum_i T_i
+    .. math:: -\log \pi_\theta(y | x) / T
 
     Args:
         policy_chosen: sequence log-probabilities in nats, shape [B].
-        tokens: response tokens of each, shape [B].
+        tokens: response tokens T of each, shape [B].
 
     Returns:
-        A scalar, in nats per token.
+        One loss per response, shape [B], in nats per token. Their mean does not depend on how a batch is cut into
+        micro-batches, as a mean over all tokens of each micro-batch would.
 
     Example:
         >>> sft_loss(torch.tensor([-4.0, -2.0]), torch.tensor([2, 1]))
-        tensor(2.)
+        tensor([2., 2.])
     """
-    return -policy_chosen.sum() / tokens.sum()
+    _check_shapes(policy_chosen, tokens)
+    return -policy_chosen / tokens
 
 
 def dpo_loss(
