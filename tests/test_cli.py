@@ -302,9 +302,8 @@ def test_from_pairs_to_an_evaluated_student(place, capfd, make_model, tokenizer)
     found, err = call(capfd, *distill)
     assert found["reused"] is True
     assert "distill tvkd: reused" in err
-    found, err = call(capfd, *distill, "alpha=0.6")
-    assert found["reused"] is False
-    assert "made again" in err
+    assert _call([*distill, "alpha=0.6"]) == 2
+    assert "give another --out" in capfd.readouterr().err
 
     evaluate = [
         "evaluate",
@@ -331,11 +330,11 @@ def test_an_adapter_is_trained_and_evaluated(place, capfd):
     call(capfd, "signals", *MODEL, *PAIRS, "--role", "reference", "--kind", "logps", "--out", "start")
     distill = ["distill", "--student", "model", *PAIRS, "--signals", "start", "--method", "dpo", *FAST]
     call(capfd, *distill, "--out", "one", "lora={r: 4}", "learning_rate=1e-1")
-    config = json.loads((place / "one" / "adapter_config.json").read_text())
+    config = json.loads((place / "one" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, "model")
-    assert not (place / "one" / "model.safetensors").exists()
+    assert (place / "one" / "model.safetensors").exists()  # merged: it needs no other directory
     call(capfd, *distill, "--out", "two", "lora.r=4", "learning_rate=1e-1")  # a dotted key says the same
-    assert json.loads((place / "two" / "adapter_config.json").read_text())["r"] == 4
+    assert json.loads((place / "two" / "adapter" / "adapter_config.json").read_text())["r"] == 4
     found, _ = call(capfd, "evaluate", "--model", "one", *PAIRS, "--reference", "start", "--out", "e.json")
     assert found["metrics"]["reward_accuracy"]["mean"] != 0.5  # it has moved from its reference
     assert found["metrics"]["reward_accuracy"]["n"] == 24
@@ -345,15 +344,28 @@ def test_an_adapter_is_trained_and_evaluated(place, capfd):
     "verb", [["sft", *MODEL], ["dpo", *MODEL], ["distill", "--student", "model", "--method", "sft"]]
 )
 def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_model, pairs, verb):
-    """New data or new weights under an old name: made again."""
+    """New data or new weights under an old name are other inputs, and what was made from the old ones is kept."""
     stage = [*verb, *PAIRS, *OUT, *FAST[1:], "max_steps=1"]
     assert call(capfd, *stage)[0]["reused"] is False
     assert call(capfd, *stage)[0]["reused"] is True
+    assert call(capfd, *stage, "report_to=[]", "logging_steps=3")[0]["reused"] is True  # how it is watched is no input
+    made = (place / OUT[1] / "model.safetensors").read_bytes()
+    before = (place / "pairs.jsonl").read_bytes()
     write_pairs(place / "pairs.jsonl", [row | {"chosen": row["rejected"]} for row in pairs])
-    assert call(capfd, *stage)[0]["reused"] is False
-    make_model(7).save_pretrained(place / "model")
-    assert call(capfd, *stage)[0]["reused"] is False
+    assert _call(stage) == 2
+    assert "made from other inputs or options" in capfd.readouterr().err
+    (place / "pairs.jsonl").write_bytes(before)
     assert call(capfd, *stage)[0]["reused"] is True
+    make_model(7).save_pretrained(place / "model")
+    assert _call(stage) == 2
+    assert (place / OUT[1] / "model.safetensors").read_bytes() == made
+
+
+def test_a_model_is_never_made_over_itself(place, capfd):
+    call(capfd, "sft", *MODEL, *PAIRS, "--out", "first", *FAST[1:], "max_steps=1")
+    made = (place / "first" / "model.safetensors").read_bytes()
+    assert _call(["dpo", "--model", "first", *PAIRS, "--out", "first", *FAST[1:], "max_steps=1"]) == 2
+    assert (place / "first" / "model.safetensors").read_bytes() == made
 
 
 def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatch):

@@ -46,7 +46,10 @@ def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
     work, out = Work(), tmp_path / "stage"
     first = run_stage("sft", out, {"rate": 1}, work)
     (out / "checkpoints").mkdir()
-    second = run_stage("sft", out, {"rate": 2}, work)
+    with pytest.raises(UserError, match="made from other inputs or options"):  # someone may want it
+        run_stage("sft", out, {"rate": 2}, work)
+    assert work.calls == 1
+    second = run_stage("sft", out, {"rate": 2}, work, replace=True)
     assert work.calls == 2
     assert second.key != first.key
     assert second.reused is False
@@ -59,7 +62,7 @@ def test_another_version_makes_it_again(tmp_path, monkeypatch):
     work = Work()
     run_stage("sft", tmp_path / "stage", {}, work)
     monkeypatch.setattr(stages, "__version__", "9.9")
-    assert run_stage("sft", tmp_path / "stage", {}, work).reused is False
+    assert run_stage("sft", tmp_path / "stage", {}, work, replace=True).reused is False
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), UserError("a bad row")])
@@ -82,7 +85,7 @@ def test_an_interrupted_stage_of_another_request_is_emptied(tmp_path):
     out = tmp_path / "stage"
     with pytest.raises(RuntimeError):
         run_stage("sft", out, {"a": 1}, Work(fail=RuntimeError()))
-    run_stage("sft", out, {"a": 2}, lambda directory: (directory / "new").write_text("x"))
+    run_stage("sft", out, {"a": 2}, lambda directory: (directory / "new").write_text("x"), replace=True)
     assert names(out) == ["new", "stage-request.json", "stage.json"]
 
 

@@ -133,10 +133,11 @@ def test_tvkd_is_dpo_with_shifted_references(train, reference, teacher, monkeypa
     assert not np.allclose(history(tvkd), history(dpo), atol=1e-2)
 
 
-def test_accumulation_and_micro_batches_do_not_change_the_trajectory(tmp_path, train):
-    whole = train(METHODS["tvkd"](), args=arguments(tmp_path))
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulation_and_micro_batches_do_not_change_the_trajectory(tmp_path, train, name):
+    whole = train(METHODS[name](), args=arguments(tmp_path))
     parts = train(
-        METHODS["tvkd"](), args=arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        METHODS[name](), args=arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     )
     np.testing.assert_allclose(history(whole), history(parts), atol=1e-5)
     for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True):
@@ -187,7 +188,7 @@ def test_adapters_train_and_the_base_stays(tmp_path, train, make_model):
 def test_sft_reads_chosen_responses_only(tmp_path, train, make_model, pairs, tokenizer):
     store = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
     rows = range(len(pairs))
-    expected = -sum(store.row(i)["chosen"]["logps"] for i in rows) / sum(store.row(i)["chosen"]["tokens"] for i in rows)
+    expected = np.mean([-store.row(i)["chosen"]["logps"] / store.row(i)["chosen"]["tokens"] for i in rows])
     args = arguments(tmp_path, per_device_train_batch_size=24, max_steps=1)
     trainer = train(METHODS["sft"](), signals=[], truncation=Truncation(), args=args)
     assert history(trainer) == pytest.approx([expected], abs=1e-4)
@@ -240,7 +241,6 @@ def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupte
     again = trainer(tmp_path / "broken")
     fit(again, tmp_path / "broken", "broken")
 
-    assert not (tmp_path / "broken" / "checkpoints").exists()
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
     logs = [
         [entry["loss"] for entry in map(json.loads, (tmp_path / run / "metrics.jsonl").open()) if "loss" in entry]
@@ -248,6 +248,87 @@ def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupte
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 8
+
+
+def whole_run(out, make_model, pairs, tokenizer, signals, **more):
+    more = {"max_steps": 7, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 7} | more
+    return PrefDistillTrainer(make_model(), METHODS["tvkd"](), arguments(out, **more), pairs, signals, tokenizer)
+
+
+def test_a_run_that_was_only_to_be_saved_trains_no_further_step(
+    tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
+):
+    """Killed between the last checkpoint and the end: resuming must not take an eighth step of seven."""
+    signals = [reference, teacher]
+    trained = whole_run(tmp_path, make_model, pairs, tokenizer, signals)
+    fit(trained, tmp_path, "whole")
+    expected = weights(trained)
+    again = whole_run(tmp_path, make_model, pairs, tokenizer, signals)
+    fit(again, tmp_path, "again")
+    assert again.state.global_step == 0
+    assert all(torch.equal(a, b) for a, b in zip(expected.values(), weights(again).values(), strict=True))
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+    signals = [reference, teacher]
+    fit(whole_run(tmp_path / "straight", make_model, pairs, tokenizer, signals), tmp_path / "straight", "straight")
+    first = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, save_steps=4)
+    first.callback_handler.callbacks.insert(0, StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, tmp_path / "cut", "first")
+    partial = tmp_path / "cut" / "checkpoints" / "checkpoint-6"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    again = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals)
+    fit(again, tmp_path / "cut", "again")
+    assert again.state.global_step == 7
+    a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "cut"))
+    assert a == b
+
+
+def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+    """A second adapter is trained on base and first adapter; what is saved holds both."""
+    from peft import LoraConfig
+
+    from prefdistill.models import load_model
+
+    lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+
+    def adapt(model, out):
+        trainer = PrefDistillTrainer(
+            model, METHODS["tvkd"](), arguments(out, learning_rate=1e-2), pairs, [reference, teacher], tokenizer,
+            peft_config=lora,
+        )  # fmt: skip
+        fit(trainer, out, "adapter")
+        return load_model(str(out)).state_dict()
+
+    base = make_model()
+    base.save_pretrained(tmp_path / "base")
+    first = adapt(load_model(str(tmp_path / "base")), tmp_path / "first")
+    second = adapt(load_model(str(tmp_path / "first")), tmp_path / "second")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    a, b, c = base.state_dict()[name], first[name], second[name]
+    assert (b - a).abs().max() > 1e-4
+    assert (c - b).abs().max() > 1e-4
+    update = torch.linalg.matrix_rank(c - a, atol=1e-5)
+    assert update > 4  # two adapters of rank 4: more than the last alone can do
+    assert (tmp_path / "second" / "adapter" / "adapter_config.json").exists()
+
+
+def test_dropout_is_off_in_families_that_keep_it_as_a_number():
+    import transformers as tf
+
+    from prefdistill.training import disable_dropout
+
+    config = tf.OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        dropout=0.5, attention_dropout=0.5,
+    )  # fmt: skip
+    model = tf.OPTForCausalLM(config).train()
+    ids = torch.randint(3, 97, (2, 9))
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def sft(
         {
             "model": model_key(model),
             "data": data_fingerprint(rows.rename_column("completion", "chosen")),
-            "training": training.model_dump(),
+            "training": training.essence(),
             **options,
             "max_length": max_length,
         },
@@ -183,7 +183,7 @@ def dpo(
         {
             "model": model_key(model),
             "data": data_fingerprint(pairs),
-            "training": training.model_dump(),
+            "training": training.essence(),
             **options,
             "max_length": max_length,
         },
@@ -205,7 +205,9 @@ def signals(
     max_length: MaxLength = 1024,
     max_prompt_length: MaxPrompt = None,
     value_temperature: Annotated[float, typer.Option(help="b of the soft value b*logsumexp(z/b).")] = 1.0,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the weights; default: float32 for a reference, else auto.")
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 16_384,
     trust_remote_code: RemoteCode = False,
@@ -295,7 +297,7 @@ def distill(
         "data": data_fingerprint(pairs),
         "method": method,
         "options": repr(chosen),
-        "training": training.model_dump(),
+        "training": training.essence(),
         "signals": [file_digest(path / "manifest.json") for path in signals or []],
         "max_length": max_length,
         "seed": seed,

@@ -90,6 +90,10 @@ class Training(Section):
     lora: Lora | None = None
     arguments: Options = {}
 
+    def essence(self) -> Options:
+        """What the trained weights depend on: everything but how the training is watched."""
+        return self.model_dump(exclude={"report_to", "logging_steps", "save_steps"})
+
     def to_arguments(self, out: Path, *, seed: int, data_seed: int, kind: type[Any] | None = None, **more: Any) -> Any:
         """The matching `TrainingArguments` (or `kind` of them, such as TRL's SFTConfig)."""
         import torch
@@ -157,7 +161,7 @@ class Data(Section):
     max_train: PositiveInt | None = None  # use the first rows only
     max_test: PositiveInt | None = None
     max_length: PositiveInt | None = 1024
-    max_prompt_length: PositiveInt | None = None
+    max_prompt_length: PositiveInt | None = None  # not in the SFT and DPO stages: TRL knows max_length only
     synthetic: Synthetic | None = None
 
 
@@ -272,6 +276,10 @@ class Recipe(Section):
             raise ValueError(f"baseline {self.baseline!r} is not among the methods: {', '.join(self.methods)}")
         if (self.data.train is None) == (self.data.synthetic is None):
             raise ValueError("data needs either `train` (pairs) or `synthetic`; give data.train=FILE_OR_HUB_NAME")
+        if self.data.synthetic:
+            for key in ("test", "sft", "max_train", "max_test"):
+                if getattr(self.data, key) is not None:
+                    raise ValueError(f"data.{key} has no part in a synthetic task; leave it out")
         if (self.model.teacher is None or self.model.student is None) and self.model.scratch is None:
             raise ValueError("model.teacher and model.student must be named, or model.scratch say how to make them")
         return self

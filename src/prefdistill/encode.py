@@ -293,7 +293,8 @@ class PairCollator:
     second, padded on the right to the longest, L:
     - `input_ids` [N, L], `attention_mask` [N, L] (1 up to the end of the sequence, whatever the padding token is);
     - `prompt_lengths` [N], `lengths` [N] (prompt tokens and response tokens);
-    - `features`: the named numbers of the rows, name -> float32 [B].
+    - `features`: the named numbers of the rows, name -> list of B. Not tensors: what casts a batch to 16 bits, as
+      DeepSpeed does, must not round log-probabilities.
     """
 
     pad_token_id: int
@@ -315,7 +316,5 @@ class PairCollator:
             "attention_mask": (positions < (prompt_lengths + lengths)[:, None]).long(),
             "prompt_lengths": prompt_lengths,
             "lengths": lengths,
-            "features": {
-                name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in self.features
-            },
+            "features": {name: [row[name] for row in rows] for name in self.features},
         }

@@ -113,9 +113,9 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
 def model_key(name: str | None) -> Any:
     """What tells two states of a model directory apart without reading its weights: names, sizes and times of files."""
     if name is None or not Path(name).is_dir():
-        return name
+        return [name, hub_revision(name or "")]
     files = sorted(path for path in Path(name).iterdir() if path.is_file() and not path.name.startswith("."))
-    return [name, *([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def hub_revision(name: str) -> str | None:

@@ -14,6 +14,7 @@ from prefdistill import synthetic
 from prefdistill.config import MethodRun, Recipe, Training
 from prefdistill.data import data_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
+from prefdistill.errors import UserError
 from prefdistill.evaluation.pairs import implicit_rewards, pair_terms, pair_wins
 from prefdistill.files import read_json, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method
@@ -98,6 +99,22 @@ class SeedRun:
         trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
         for training, kind in trainings:
             training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
+        for name, method in self.methods.items():
+            self._check_method(f"methods.{name}", method)
+        if len(self._reference_bf16()) > 1:
+            raise UserError("training.bf16 differs between methods, which share one reference that is read alike")
+
+    def _check_method(self, where: str, method: Method) -> None:
+        """Whether this recipe will make the signals that a method needs."""
+        made = self.recipe.signals.value_temperature
+        if "teacher.values" in method.needs and getattr(method, "value_temperature", made) != made:
+            raise UserError(f"{where}.value_temperature differs from signals.value_temperature={made}; set both alike")
+        if "teacher_reference.logps" in method.needs and self.recipe.teacher.dpo is None:
+            raise UserError(f"{where} needs the model the teacher's DPO started from: let the recipe do teacher.dpo")
+        for need in method.needs:
+            role, _, column = need.partition(".")
+            if role == "data" and not self.recipe.data.synthetic and column not in self.train.column_names:
+                raise UserError(f"{where} needs a column {column!r}, a score for every pair; the data has none")
 
     def prepare(self) -> None:
         """Data, teacher, the student's start and the signals."""
@@ -123,7 +140,8 @@ class SeedRun:
         self.teacher_reference = self.teacher
         if recipe.data.synthetic:
             teacher = "teacher-sft" if recipe.teacher.sft else "init"
-            self.stage("pairs", {"max_new_tokens": recipe.evaluate.max_new_tokens}, self._make_pairs, teacher)
+            sampling = recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
+            self.stage("pairs", sampling, self._make_pairs, teacher)
             self.keys["train"] = self.keys["pairs"]
         if recipe.teacher.dpo:
             self.teacher = self._train_dpo("teacher-dpo", self.teacher, recipe)
@@ -219,8 +237,9 @@ class SeedRun:
         """Two samples of the teacher's SFT model per prompt, labelled by the known reward with Bradley-Terry noise."""
         model = self._load(self.teacher_reference)
         for split, prompts in read_json(self.root / "data" / "prompts.json").items():
+            asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
             first, second = (
-                self._sample(model, prompts, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
+                self._sample(model, asked, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
                 for shift in (0, 1)
             )
             # a response that never ended would get an end token from the chat template: not what was sampled
@@ -235,7 +254,7 @@ class SeedRun:
 
     def stage(self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str) -> None:
         request = {**request, "seed": self.seed, "after": {key: self.keys[key] for key in after}}
-        stage = run_stage(name, self.root / name, request, make)
+        stage = run_stage(name, self.root / name, request, make, replace=True)
         self.keys[name] = stage.key
         self.stages.append(stage)
 
@@ -253,7 +272,7 @@ class SeedRun:
     def _request(self, training: Training) -> dict[str, Any]:
         model = self.recipe.model
         return {
-            "training": training.model_dump(),
+            "training": training.essence(),
             "truncation": [self.truncation.max_length, self.truncation.max_prompt_length],
             "dtype": model.dtype,
         }
@@ -305,6 +324,11 @@ class SeedRun:
             for role in sorted(roles):
                 self._extract(role, "test", {"values", "logps"} if role == "teacher" else {"logps"})
 
+    def _reference_bf16(self) -> set[bool]:
+        """The precisions in which the methods that have a reference train."""
+        runs = self.recipe.methods
+        return {runs[name].training.bf16 for name, method in self.methods.items() if "reference.logps" in method.needs}
+
     def _extract(self, role: str, split: str, kinds: set[str]) -> None:
         model, made_by = {
             "teacher": (self.teacher, ("teacher-dpo", "teacher-sft")),
@@ -315,7 +339,7 @@ class SeedRun:
         assert data is not None
         # the reference is read as the student is trained: same weights, same precision
         reading = (
-            {"dtype": self.recipe.model.dtype, "bf16": any(run.training.bf16 for run in self.recipe.methods.values())}
+            {"dtype": self.recipe.model.dtype, "bf16": True in self._reference_bf16()}
             if role == "reference"
             else {"dtype": self.recipe.signals.dtype, "bf16": False}
         )
@@ -381,7 +405,8 @@ class SeedRun:
             measured = self._measure(model)
             write_json(out / "evaluation.json", measured.__dict__)
 
-        before = [key for key in (f"distill-{name}", "teacher-dpo", "teacher-sft", "student-sft") if key in self.keys]
+        made_from = (f"distill-{name}", "teacher-dpo", "teacher-sft", "student-sft", "signals-reference-test")
+        before = [key for key in made_from if key in self.keys]
         if self.test is not None:
             self.keys["test"] = data_fingerprint(self.test)
             before.append("test")
@@ -397,7 +422,8 @@ class SeedRun:
         if self.recipe.data.synthetic:
             prompts = read_json(self.root / "data" / "prompts.json")["test"]
             for metric, temperature in (("reward", 1.0), ("reward_greedy", 0.0)):
-                found = self._sample(model, prompts, temperature=temperature, seed=self.seed, what=f"{metric}")
+                asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+                found = self._sample(model, asked, temperature=temperature, seed=self.seed, what=metric)
                 items[metric] = [
                     synthetic.reward(prompt, response.text, response.ended)
                     for prompt, response in zip(prompts, found, strict=True)
@@ -407,6 +433,13 @@ class SeedRun:
                         {"prompt": prompt, "response": response.text, "score": score}
                         for prompt, response, score in zip(prompts, found, items[metric], strict=True)
                     ][: self.recipe.evaluate.samples]
+        elif self.test is not None and self.recipe.evaluate.samples:
+            prompts = self.test["prompt"][: self.recipe.evaluate.samples]
+            found = self._sample(model, prompts, temperature=1.0, seed=self.seed, what="samples")
+            samples = [
+                {"prompt": p if isinstance(p, str) else p[-1]["content"], "response": response.text}
+                for p, response in zip(prompts, found, strict=True)
+            ]
         reference = next((store for store in self.stores["test"] if store.role == "reference"), None)
         if reference is not None and self.test is not None and name not in (self.start, self.teacher):
             reward = implicit_rewards(model, self.test, self.tokenizer, reference)
@@ -420,11 +453,11 @@ class SeedRun:
         names = self.recipe.model
         return ready(load_model(name, dtype=names.dtype, trust_remote_code=names.trust_remote_code))
 
-    def _sample(self, model: Any, prompts: list[str], *, temperature: float, seed: int, what: str) -> list[Response]:
+    def _sample(self, model: Any, prompts: list[Any], *, temperature: float, seed: int, what: str) -> list[Response]:
         return sample(
             model,
             self.tokenizer,
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            prompts,
             temperature=temperature,
             max_new_tokens=self.recipe.evaluate.max_new_tokens,
             batch_size=self.recipe.evaluate.batch_size,

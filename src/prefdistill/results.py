@@ -106,7 +106,7 @@ def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
         {
             "prompt": rows[0]["prompt"],
             "responses": {name: row["response"] for name, row in zip(first, rows, strict=True)},
-            "scores": {name: row["score"] for name, row in zip(first, rows, strict=True)},
+            "scores": {name: row["score"] for name, row in zip(first, rows, strict=True) if "score" in row},
         }
         for rows in zip(*first.values(), strict=True)
     ]

@@ -35,19 +35,25 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def run_stage(name: str, directory: Path, request: dict[str, Any], make: Callable[[Path], None]) -> Stage:
+def run_stage(
+    name: str, directory: Path, request: dict[str, Any], make: Callable[[Path], None], *, replace: bool = False
+) -> Stage:
     """Have `make(directory)` done for this request.
 
     The key of a stage is a digest of its request, which holds the keys of the stages it builds on. A finished directory
-    of the same key is reused, an unfinished one is handed to `make` as it is (to resume), one of another is emptied.
+    of the same key is reused, and an unfinished one is handed to `make` as it is, to go on with. Checkpoints in
+    `directory/checkpoints` are removed when the stage is done.
+
+    Args:
+        replace: empty a directory of another key: for the parts of a run, which are ours to make again.
 
     Raises:
-        UserError: if the directory holds files that no stage has put there.
+        UserError: if the directory holds files that no stage has put there, or (without `replace`) other work.
     """
     key = value_digest({**request, "version": __version__})
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
-        finished, spent = _look(name, directory, key)
+        finished, spent = _look(name, directory, key, replace)
         if finished:
             return Stage(name, directory, key, spent, reused=True)
         if team.is_main_process:
@@ -68,11 +74,12 @@ def run_stage(name: str, directory: Path, request: dict[str, Any], make: Callabl
     team.wait_for_everyone()
     if team.is_main_process:
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds})
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         say(f"{name}: done in {seconds:.1f} s")
     return Stage(name, directory, key, seconds, reused=False)
 
 
-def _look(name: str, directory: Path, key: str) -> tuple[bool, float]:
+def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[bool, float]:
     """Whether the stage is finished, and the seconds it has taken so far; removes what another request has left."""
     main = processes().is_main_process
     if (directory / DONE).is_file():
@@ -87,6 +94,10 @@ def _look(name: str, directory: Path, key: str) -> tuple[bool, float]:
         if _work(directory) and main:
             say(f"{name}: going on with an interrupted run")
         return False, before.get("seconds", 0.0)
+    if _work(directory) and not replace:
+        raise UserError(
+            f"{directory} holds what was made from other inputs or options; delete it or give another --out"
+        )
     if _work(directory) and main:
         say(f"{name}: made again, because what it is made from has changed")
         for path in directory.iterdir():

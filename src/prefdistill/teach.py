@@ -1,11 +1,13 @@
 """SFT and DPO of a teacher, and SFT of a student's start: TRL's own trainers, unmodified."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefdistill.config import DPOTraining, Training
 from prefdistill.encode import Truncation
+from prefdistill.errors import UserError
 from prefdistill.models import load_model
+from prefdistill.progress import say
 from prefdistill.training import fit
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def train_sft(
         processing_class=tokenizer,
         peft_config=training.lora.config() if training.lora else None,
     )
+    _count_dropped(trainer, len(demonstrations), truncation, what)
     fit(trainer, out, what)
 
 
@@ -74,4 +77,14 @@ def train_dpo(
         processing_class=tokenizer,
         peft_config=training.lora.config() if training.lora else None,
     )
+    _count_dropped(trainer, len(pairs), truncation, what)
     fit(trainer, out, what)
+
+
+def _count_dropped(trainer: Any, rows: int, truncation: Truncation, what: str) -> None:
+    """TRL leaves out rows whose prompt fills max_length; say how many, and stop where that is all of them."""
+    kept = len(trainer.train_dataset)
+    if kept == 0:
+        raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
+    if kept < rows:
+        say(f"{what}: dropped {rows - kept} of {rows} rows, whose prompts fill max_length={truncation.max_length}")

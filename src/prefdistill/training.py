@@ -1,7 +1,6 @@
 """The student's trainer: a transformers.Trainer whose loss is a method's."""
 
 import json
-import shutil
 import signal
 import threading
 from collections import defaultdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,6 +23,7 @@ from prefdistill.methods import Method, Student
 from prefdistill.models import load_model
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import Signals, SignalSet
+from prefdistill.stages import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +38,8 @@ class PrefDistillTrainer(Trainer):
     """Trains a student on preference pairs with any method of `METHODS`. Only the student is in memory.
 
     Args:
-        model: the student, or the Hub name or directory to load it from.
+        model: the student, or the Hub name or directory to load it from (in float32: the small steps of preference
+            training are lost in 16-bit weights; `bf16=True` in `args` makes the products 16-bit, not the weights).
         method: e.g. `METHODS["tvkd"](alpha=0.7, beta=0.1)`.
         args: any `transformers.TrainingArguments`.
         train_dataset: preference pairs in TRL's format.
@@ -84,7 +86,7 @@ class PrefDistillTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process: start one for each with `accelerate launch`, or show "
                 "it one with CUDA_VISIBLE_DEVICES=0"
             )
-        student: nn.Module = load_model(model) if isinstance(model, str) else model
+        student: nn.Module = load_model(model, dtype="float32") if isinstance(model, str) else model
         disable_dropout(student)
         if peft_config is not None:
             from peft import get_peft_model
@@ -121,7 +123,7 @@ class PrefDistillTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         features = inputs.pop("features")
-        rows = features.pop("row").long()
+        rows = features.pop("row")
         # accelerate's autocast sits on the model's forward, which `reduce_logits` goes around
         with self.accelerator.autocast():
             logps = sequence_logps(model, inputs, emittable=self._emittable)
@@ -130,13 +132,15 @@ class PrefDistillTrainer(Trainer):
             logps=dict(zip(sides, logps.chunk(len(sides)), strict=True)),
             tokens=dict(zip(sides, inputs["lengths"].chunk(len(sides)), strict=True)),
         )
-        features = {name.removeprefix("feature_"): value for name, value in features.items()}
+        features = {
+            name.removeprefix("feature_"): torch.tensor(values, dtype=torch.float32, device=logps.device)
+            for name, values in features.items()
+        }
         loss, metrics = self.method.loss(student, features)
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows.tolist()} of the data: "
-                "try a lower learning rate, max_grad_norm=1, or bf16=false; "
-                "the checkpoints written so far are kept"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows} of the data: "
+                "try a lower learning rate, max_grad_norm=1, or bf16=false"
             )
         if model.training:
             self._check_reference(student, features)
@@ -212,39 +216,68 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():  # some families keep the rate as a number of their own
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def fit(trainer: Trainer, out: Path, what: str) -> None:
-    """Train to the end, from the last checkpoint if there is one, and save model and tokenizer into `out`.
+    """Train to the end, from the last whole checkpoint if there is one, and save model and tokenizer into `out`.
 
     Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and
-    stops; the same call later goes on from it.
+    stops; the same call later goes on from it. An adapter is saved into `out/adapter`, and merged into its base in
+    `out`: what is trained on top of it needs no other directory.
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
     """
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
-    checkpoints = Path(str(trainer.args.output_dir))
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = _last_checkpoint(Path(str(trainer.args.output_dir)))
     if last is not None:
-        say(f"{what}: going on from step {Path(last).name.rpartition('-')[2]}")
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            say(f"{what}: trained, only to be saved")
+            _load_weights(trainer.model, last)
+            _save(trainer, out)
+            return
+        say(f"{what}: going on from step {state.global_step}")
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
     trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         stop.restore()
     if stop.asked:
         raise KeyboardInterrupt
-    trainer.save_model(str(out))
+    _save(trainer, out)
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that is whole. The Trainer writes trainer_state.json last; what lacks it was cut off."""
+    found = [path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _load_weights(model: Any, checkpoint: Path) -> None:
+    if hasattr(model, "peft_config"):
+        model.load_adapter(str(checkpoint), adapter_name="default")
+    else:
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+
+
+def _save(trainer: Trainer, out: Path) -> None:
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        trainer.save_model(str(out))
+        return
+    trainer.save_model(str(out / "adapter"))
     if trainer.is_world_process_zero():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(out)
+        trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -271,6 +304,9 @@ class StopOnInterrupt(TrainerCallback):
             self.previous = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        team = processes()
+        if team.num_processes > 1:  # all stop at the same step, whichever of them heard it
+            self.asked = bool(reduce(torch.tensor(float(self.asked), device=team.device), reduction="sum") > 0)
         if self.asked:
             control.should_save = control.should_training_stop = True
 

@@ -57,7 +57,14 @@ def implicit_rewards(
     """
     encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**reference.manifest["truncation"]))
     rows = np.asarray(encoded["row"][:])
-    found = score_pairs(student, encoded, tokenizer, ("logps",), bf16=reference.manifest["model"]["bf16"])
+    found = score_pairs(
+        student,
+        encoded,
+        tokenizer,
+        ("logps",),
+        bf16=reference.manifest["model"]["bf16"],
+        batch_tokens=reference.manifest["batch_tokens"],
+    )
     logps = {side: np.array(found[f"{side}_logps"], dtype=np.float64) for side in SIDES}
     ratios = {side: logps[side] - reference.scalar(f"{side}_logps", rows) for side in SIDES}
     return {**ratios, "chosen_logp": logps["chosen"] / reference.scalar("chosen_tokens", rows)}
@@ -99,9 +106,10 @@ def evaluate_pairs(
 def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "last") -> dict[str, np.ndarray]:
     """Per-pair wins of the shaping return and of the baselines it must be seen beside, from the teacher's signals.
 
-    Terms: "shaping return" as the method uses it, "value after the end token" (terminal "bootstrap"), the teacher's
-    log-probability of the response, its Q (raw logits of the tokens, summed; only at value temperature 1, where
-    z(s,a) = log pi(a|s) + V(s)), its implicit reward where a teacher reference is there, and length.
+    Terms: "shaping return" (by default that of the formula: discount 1, terminal "last"), "value after the end token"
+    (terminal "bootstrap"), the teacher's log-probability of the response, its Q (raw logits of the tokens, summed; only
+    at value temperature 1, where z(s,a) = log pi(a|s) + V(s)), its implicit reward where a teacher reference is there,
+    and length.
     """
 
     def scalar(role: str, name: str) -> list[np.ndarray]:

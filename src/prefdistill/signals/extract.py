@@ -45,7 +45,7 @@ def extract_signals(
     role: str = "teacher",
     truncation: Truncation | None = None,
     value_temperature: float = 1.0,
-    dtype: str = "auto",
+    dtype: str | None = None,
     bf16: bool = False,
     batch_tokens: int = 16_384,
     shard_rows: int = 1_024,
@@ -66,7 +66,8 @@ def extract_signals(
         role: whose word it is: "teacher", "teacher_reference" or "reference" (the student's starting point).
         truncation: see `prefdistill.data.Truncation`.
         value_temperature: b of the soft value.
-        dtype: of the weights, when the model is loaded here.
+        dtype: of the weights, when the model is loaded here. Default: "float32" for a reference, which must be read as
+            the student is trained, "auto" (as stored) for a teacher.
         bf16: run the float32 model under bfloat16 autocast, as a bf16 training run does.
         batch_tokens: padded tokens per forward pass.
         shard_rows: pairs per file, the unit of resuming.
@@ -96,6 +97,7 @@ def extract_signals(
         source = model if isinstance(model, str) else model.name_or_path
         tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
     if isinstance(model, str):
+        dtype = dtype or ("float32" if role == "reference" else "auto")
         model = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     model = ready(model)
 
