@@ -174,7 +174,7 @@ def test_the_key_of_a_directory_changes_with_its_files(saved, tmp_path):
     assert model_key(saved) == before == model_key(saved)
     (tmp_path / "model" / "config.json").write_text("{}")
     assert model_key(saved) != before
-    assert (model_key("org/name"), model_key(None)) == ("org/name", None)
+    assert (model_key("org/name"), model_key(None)) == (["org/name", None], None)
 
 
 def test_a_tokenizer_is_its_rules_not_its_state():

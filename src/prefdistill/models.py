@@ -111,9 +111,12 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
 
 
 def model_key(name: str | None) -> Any:
-    """What tells two states of a model directory apart without reading its weights: names, sizes and times of files."""
-    if name is None or not Path(name).is_dir():
-        return [name, hub_revision(name or "")]
+    """What tells two states of a model apart without reading its weights: names, sizes and times of the files of a
+    directory, wherever it lies; name and revision on the Hub."""
+    if name is None:
+        return None
+    if not Path(name).is_dir():
+        return [name, hub_revision(name)]
     files = sorted(path for path in Path(name).iterdir() if path.is_file() and not path.name.startswith("."))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
