@@ -347,6 +347,20 @@ VERDICTS = {
         "TVKD scored 1.000 and DPO 1.000 on reward, but no paired difference was recorded, so neither can be called "
         "better.",
     ),
+    "another TVKD came out ahead": (
+        small({"tvkd": (-0.114, 0.021, 10), "tvkd-reversed": (0.093, 0.019, 10), "tvkd-shuffled": (0.2, 0.01, 10)}),
+        "TVKD lost to DPO by 0.114 ± 0.021 on reward (mean ± s.e. over 10 seeds); the placebo with shuffled values "
+        "(+0.200 ± 0.010) did no worse. tvkd-reversed came out ahead of DPO by 0.093 ± 0.019.",
+    ),
+    "another TVKD came out ahead of few seeds": (
+        small({"tvkd": (0.0, 0.01, 3), "tvkd-reversed": (-0.093, 0.03, 3)}, seeds=3, higher=False),
+        "No difference between TVKD and DPO could be told apart from noise on reward: 0.000 ± 0.010 (mean ± s.e. over "
+        "3 seeds). tvkd-reversed came out ahead of DPO by 0.093 ± 0.030, but its 95 % interval includes zero.",
+    ),
+    "another TVKD behind, within noise or in one run is not mentioned": (
+        small({"tvkd": (0.1, 0.01, 9), "tvkd-a": (-1, 0.1, 9), "tvkd-b": (0.1, 0.1, 9), "tvkd-c": (1, None, 1)}),
+        "TVKD beat DPO by 0.100 ± 0.010 on reward (mean ± s.e. over 9 seeds).",
+    ),
     "no TVKD: every other method, no control": (
         small({"dckd": (0.14, 0.02, 10), "adpa": (-0.2, 0.02, 10), "seqkd": (0.01, 0.02, 10), "oracle": (1, 0.1, 10)}),
         "Against DPO on reward: DCKD ahead (+0.140 ± 0.020), ADPA behind (-0.200 ± 0.020), SeqKD within noise "
@@ -541,15 +555,15 @@ def test_logs_of_interrupted_and_diverged_runs(tmp_path: Path) -> None:
 
 
 def test_stage_names() -> None:
-    from prefdistill.report.page import _method_of
+    from prefdistill.report.sections import method_of
 
     names = ["dpo", "tvkd", "tvkd-shuffled", "dpo-other-order", "tvkd-2"]
-    assert _method_of("distill-tvkd-0", names) == "tvkd"
-    assert _method_of("distill-tvkd-shuffled-11", names) == "tvkd-shuffled"
-    assert _method_of("distill-dpo-other-order-1", names) == "dpo-other-order"
-    assert _method_of("distill-tvkd-2-0", names) == "tvkd-2"
-    assert _method_of("distill-unknown-0", names) == "unknown"
-    assert _method_of("teacher-dpo", names) is None
+    assert method_of("distill-tvkd-0", names) == "tvkd"
+    assert method_of("distill-tvkd-shuffled-11", names) == "tvkd-shuffled"
+    assert method_of("distill-dpo-other-order-1", names) == "dpo-other-order"
+    assert method_of("distill-tvkd-2-0", names) == "tvkd-2"
+    assert method_of("distill-unknown-0", names) == "unknown"
+    assert method_of("teacher-dpo", names) is None
 
 
 def test_average_takes_the_steps_that_all_runs_share() -> None:

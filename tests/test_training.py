@@ -269,6 +269,13 @@ def test_a_run_that_was_only_to_be_saved_trains_no_further_step(
     assert all(torch.equal(a, b) for a, b in zip(expected.values(), weights(again).values(), strict=True))
 
 
+def test_what_a_tracker_logs_is_kept(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+    pytest.importorskip("tensorboard")
+    signals = [reference, teacher]
+    fit(whole_run(tmp_path, make_model, pairs, tokenizer, signals, report_to="tensorboard"), tmp_path, "logged")
+    assert list((tmp_path / "runs").rglob("*tfevents*"))
+
+
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pairs, tokenizer, reference, teacher):
     signals = [reference, teacher]
     fit(whole_run(tmp_path / "straight", make_model, pairs, tokenizer, signals), tmp_path / "straight", "straight")

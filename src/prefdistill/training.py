@@ -1,6 +1,7 @@
 """The student's trainer: a transformers.Trainer whose loss is a method's."""
 
 import json
+import shutil
 import signal
 import threading
 from collections import defaultdict
@@ -269,6 +270,9 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
 
 
 def _save(trainer: Trainer, out: Path) -> None:
+    logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which go
+    if logs.is_dir() and trainer.is_world_process_zero():
+        shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "peft_config"):
         trainer.save_model(str(out))

@@ -5,7 +5,9 @@
 Importing this package is cheap; matplotlib and jinja2 are loaded when a page is rendered.
 """
 
-from prefdistill.report.page import load_run, render_html, render_markdown, write_report
+from prefdistill.report.markdown import render_markdown
+from prefdistill.report.page import render_html, write_report
+from prefdistill.report.run import load_run
 from prefdistill.report.table import method_table, verdict
 
 __all__ = ["load_run", "method_table", "render_html", "render_markdown", "verdict", "write_report"]

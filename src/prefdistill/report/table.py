@@ -259,7 +259,8 @@ def verdict(results: Results) -> str:
     """One sentence: did TVKD (or, where it was not run, each method that is not a control) beat the baseline?
 
     "beat" needs a paired difference of the headline metric of more than two standard errors that also exceeds the
-    noise floor (see `judge`). A loss is said in the same words as a win, and a tie is called one.
+    noise floor (see `judge`). A loss is said in the same words as a win, and a tie is called one. Where another form of
+    TVKD ("tvkd-...", not a control) came out ahead of the baseline, a second short sentence says so.
     """
     names = [n for n in mapping(results.get("methods")) if role(results, n) == "method"]
     headline = next(iter(metrics_of(results)), None)
@@ -272,8 +273,9 @@ def verdict(results: Results) -> str:
     if not names:
         return "Only baselines and controls were run, so there is nothing to compare."
     if "tvkd" in names:
-        names = ["tvkd"]
-    elif any(n.startswith("tvkd") for n in names):
+        others = [n for n in names if n.startswith("tvkd-")]
+        return _sentence(results, "tvkd", baseline, headline) + _ahead(results, others, baseline, headline)
+    if any(n.startswith("tvkd") for n in names):
         names = [n for n in names if n.startswith("tvkd")]
     if len(names) == 1:
         return _sentence(results, names[0], baseline, headline)
@@ -323,6 +325,20 @@ def _sentence(results: Results, name: str, baseline: str, metric: Metric) -> str
             low, high = (metric.format(x, sign=True) for x in estimate.interval() or (0.0, 0.0))
             text += f", but with so few repeats the 95 % interval ({low} to {high}) still includes zero"
     return text + _caveat(results, estimate) + _placebo(results, name, metric, judgement) + "."
+
+
+def _ahead(results: Results, names: list[str], baseline: str, metric: Metric) -> str:
+    """A short second sentence on those of `names` that came out ahead of the baseline, "" where none did."""
+    parts = []
+    for name in names:
+        judgement = judge(results, name, metric)
+        estimate = judgement.estimate
+        if estimate is None or judgement.kind not in ("clear", "leaning") or judgement.good <= 0:
+            continue
+        amount = f"{metric.format(abs(estimate.mean))} ± {metric.format(estimate.se or 0.0)}"
+        part = f"{pretty(name)} came out ahead of {pretty(baseline)} by {amount}"
+        parts.append(part if judgement.kind == "clear" else f"{part}, but its 95 % interval includes zero")
+    return f" {'; '.join(parts)}." if parts else ""
 
 
 def _list(results: Results, names: list[str], baseline: str, metric: Metric) -> str:

@@ -1,0 +1,134 @@
+"""The report as GitHub markdown; text from a model or from data is escaped by `markdown_cell` or fenced."""
+
+import re
+from pathlib import Path
+
+from prefdistill.report.run import Run, load_runs
+from prefdistill.report.sections import (
+    TEXT_BUDGET,
+    cell_of,
+    comparison_of,
+    facts_of,
+    reading_of,
+    samples_of,
+    stages_of,
+    title_of,
+    warnings_of,
+)
+from prefdistill.report.table import (
+    Estimate,
+    Metric,
+    Results,
+    clean,
+    mapping,
+    markdown_cell,
+    markdown_table,
+    method_table,
+    verdict,
+)
+from prefdistill.report.text import cut, flat, printable
+
+
+def render_markdown(runs: list[Path]) -> str:
+    """The report as GitHub markdown: the tables and texts of the page, without its figures."""
+    loaded = load_runs(runs)
+    parts = [f"# {markdown_cell(title_of(loaded))}"]
+    if len(loaded) > 1:
+        parts += _comparison_parts(loaded)
+    for run in loaded:
+        parts += _run_parts(run, heading="## " if len(loaded) > 1 else "", budget=TEXT_BUDGET // len(loaded))
+    parts += ["## How to read this", "\n".join(f"- **{term}**: {text}" for term, text in reading_of(loaded))]
+    return printable("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
+    results: Results = run["results"]
+    level = "#" * (3 if heading else 2)
+    parts = [f"{heading}{markdown_cell(run['name'])}"] if heading else []
+    parts.append(f"**{markdown_cell(verdict(results))}**")
+    about = [clean(results.get("task", "")), "; ".join(facts_of(results))]
+    parts += [markdown_cell(line) for line in about if line]
+    warnings = warnings_of(run)
+    if warnings:
+        parts.append("> [!WARNING]\n" + "\n".join(f"> - {markdown_cell(w)}" for w in warnings))
+    parts += [f"{level} Methods", method_table(results, markdown=True)]
+    labels = mapping(results.get("labels"))
+    named = [f"- {markdown_cell(n)}: {markdown_cell(labels[n])}" for n in results["methods"] if labels.get(n)]
+    parts.append("\n".join(named))
+
+    accuracy = Metric("accuracy", "margin accuracy", True)
+    terms = [
+        [markdown_cell(t), e.text(accuracy)]
+        for t, v in mapping(results.get("margin_accuracy")).items()
+        if (e := Estimate.parse(v))
+    ]
+    if terms:
+        parts += [
+            f"{level} Margin accuracy",
+            markdown_table(["term", "fraction of held-out pairs ordered right"], terms),
+        ]
+    shaping = []
+    for name, value in mapping(results.get("shaping")).items():
+        about_ = mapping(value)
+        numbers = [cell_of(Estimate.parse(about_.get(k)), accuracy)["mean"] for k in ("mean", "std", "dpo_margin_std")]
+        shaping.append([markdown_cell(name), *numbers])
+    if shaping:
+        header = ["method", "mean shaping margin", "its spread", "spread of the DPO margin"]
+        parts += [f"{level} Shaping margin", markdown_table(header, shaping)]
+
+    samples = samples_of(results, budget)
+    if samples:
+        parts.append(f"{level} Samples")
+        for sample in samples:
+            parts.append("Prompt:\n\n" + _fence(sample["prompt"]))
+            for card in sample["cards"]:
+                score = f" (score {card['score']})" if card["score"] else ""
+                parts.append(f"{markdown_cell(card['name'])}{score}:\n\n" + _fence(card["text"]))
+    stages = stages_of(results)
+    if stages:
+        rows = [[markdown_cell(r["name"]), str(r["runs"]), r["time"], r["reused"]] for r in stages["rows"]]
+        parts += [f"{level} Time", markdown_table(["stage", "runs", "time", ""], rows)]
+    notes = [f"- {markdown_cell(n)}" for n in results.get("notes", [])]
+    if notes:
+        parts += [f"{level} Notes", "\n".join(notes)]
+    parts += _provenance_parts(run, level)
+    return parts
+
+
+def _provenance_parts(run: Run, level: str) -> list[str]:
+    parts = []
+    if run["recipe"]:
+        recipe = _fence(cut(run["recipe"], 40_000), "yaml")
+        parts.append(f"<details><summary>Recipe</summary>\n\n{recipe}\n\n</details>")
+    rows = [[markdown_cell(k), markdown_cell(v)] for k, v in flat(run["environment"] or {})]
+    if rows:
+        parts.append(markdown_table(["environment", ""], rows, left=2))
+    return [f"{level} Provenance", *parts] if parts else []
+
+
+def _comparison_parts(runs: list[Run]) -> list[str]:
+    parts = ["## Comparison"]
+    for table in comparison_of(runs):
+        rows = []
+        for row in table["rows"]:
+            cells = []
+            for cell in row["cells"]:
+                value, d = cell["value"], cell["difference"]
+                text = f"{value['mean']} ± {value['se']}" if value["se"] else value["mean"]
+                if d:
+                    text += f" ({d['mean']} ± {d['se']})" if d["se"] else f" ({d['mean']})"
+                cells.append(text)
+            rows.append([markdown_cell(row["name"]), *cells])
+        header = [markdown_cell(table["metric"]), *map(markdown_cell, table["runs"])]
+        parts.append(markdown_table(header, rows))
+    if len(parts) == 1:
+        parts.append("The runs share no metric.")
+    else:
+        parts.append("In brackets: the paired difference to each run's own baseline.")
+    return parts
+
+
+def _fence(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any in `text`."""
+    ticks = "`" * max(3, 1 + max((len(t) for t in re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text}\n{ticks}"

@@ -1,0 +1,59 @@
+"""Small text helpers of the report."""
+
+import json
+import math
+import re
+from typing import Any
+
+from prefdistill.report.table import NOT_FINITE, clean
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested environment values as dotted names and text."""
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{clean(key)}"
+        if isinstance(item, dict) and item and prefix.count(".") < 4:
+            rows += flat(item, f"{name}.")
+        else:
+            text = ", ".join(map(str, item)) if isinstance(item, list) else string(item)
+            rows.append((name, cut(text, 1_000)))
+    return rows[:300]
+
+
+def string(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} … (cut here: {len(text):,} characters in all)"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return NOT_FINITE
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def printable(text: str) -> str:
+    """Control characters as their pictures, so that no browser or terminal guesses; lone surrogates as "?"."""
+    pictures = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n\r"}
+    return text.encode("utf-8", errors="replace").decode().translate(pictures)
+
+
+def typeset(text: str) -> str:
+    """A true minus before numbers, and no line break inside "0.1 ± 0.2" or "95 %"."""
+    text = re.sub(r"(?<![\w.)])-(?=[\d.])", "−", text)
+    return re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", text)
+
+
+def plural(n: int, one: str, many: str) -> str:
+    return one if n == 1 else many
+
+
+def natural(text: str) -> list[Any]:
+    """Sort "seed-10" after "seed-2"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
