@@ -270,7 +270,6 @@ def test_a_run_that_was_only_to_be_saved_trains_no_further_step(
 
 
 def test_what_a_tracker_logs_is_kept(tmp_path, make_model, pairs, tokenizer, reference, teacher):
-    pytest.importorskip("tensorboard")
     signals = [reference, teacher]
     fit(whole_run(tmp_path, make_model, pairs, tokenizer, signals, report_to="tensorboard"), tmp_path, "logged")
     assert list((tmp_path / "runs").rglob("*tfevents*"))
