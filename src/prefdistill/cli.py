@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,29 +125,13 @@ def sft(
     Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft learning_rate=2e-5 epochs=3
     """
     from prefdistill.config import Training
-    from prefdistill.data import data_fingerprint, load_messages
-    from prefdistill.encode import Truncation
-    from prefdistill.models import load_tokenizer, model_key
+    from prefdistill.data import demonstrations_fingerprint, load_messages
     from prefdistill.teach import train_sft
 
     training = _training(Training, overrides)
     rows = load_messages(data)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
-    return _stage(
-        "sft",
-        out,
-        {
-            "model": model_key(model),
-            "data": data_fingerprint(rows.rename_column("completion", "chosen")),
-            "training": training.essence(),
-            **options,
-            "max_length": max_length,
-        },
-        lambda directory: train_sft(
-            model, rows, tokenizer, training, directory, truncation=Truncation(max_length), **options
-        ),
-    )
+    options = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
+    return _teach("sft", train_sft, model, rows, demonstrations_fingerprint(rows), training, out, max_length, options)
 
 
 @app.command()
@@ -169,28 +153,12 @@ def dpo(
     """
     from prefdistill.config import DPOTraining
     from prefdistill.data import data_fingerprint, load_pairs
-    from prefdistill.encode import Truncation
-    from prefdistill.models import load_tokenizer, model_key
     from prefdistill.teach import train_dpo
 
     training = _training(DPOTraining, overrides)
     pairs = load_pairs(data)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
-    return _stage(
-        "dpo",
-        out,
-        {
-            "model": model_key(model),
-            "data": data_fingerprint(pairs),
-            "training": training.essence(),
-            **options,
-            "max_length": max_length,
-        },
-        lambda directory: train_dpo(
-            model, pairs, tokenizer, training, directory, truncation=Truncation(max_length), **options
-        ),
-    )
+    options = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
+    return _teach("dpo", train_dpo, model, pairs, data_fingerprint(pairs), training, out, max_length, options)
 
 
 @app.command()
@@ -287,7 +255,7 @@ def distill(
             train_dataset=pairs,
             signals=stores,
             processing_class=tokenizer,
-            peft_config=training.lora.config() if training.lora else None,
+            peft_config=training.peft_config(),
             truncation=Truncation(max_length) if max_length else None,
         )
         fit(trainer, directory, method)
@@ -393,6 +361,36 @@ def _one_process(verb: str) -> None:
     """Verbs that are not training know nothing of other processes, which would all write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"`prefdistill {verb}` runs in one process; launch only sft, dpo and distill on several")
+
+
+def _teach(
+    name: str,
+    train: Callable[..., None],
+    model: str,
+    rows: Any,
+    fingerprint: str,
+    training: Any,
+    out: Path,
+    max_length: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """One of TRL's trainings, as a stage of its own."""
+    from prefdistill.encode import Truncation
+    from prefdistill.models import load_tokenizer, model_key
+
+    tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
+    request = {
+        "model": model_key(model),
+        "data": fingerprint,
+        "training": training.essence(),
+        **options,
+        "max_length": max_length,
+    }
+
+    def make(directory: Path) -> None:
+        train(model, rows, tokenizer, training, directory, truncation=Truncation(max_length), **options)
+
+    return _stage(name, out, request, make)
 
 
 def _stage(name: str, out: Path, request: dict[str, Any], make: Any) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class Training(Section):
     lora: Lora | None = None
     arguments: Options = {}
 
+    def peft_config(self) -> "LoraConfig | None":
+        return self.lora.config() if self.lora else None
+
     def essence(self) -> Options:
         """What the trained weights depend on: everything but how the training is watched."""
         return self.model_dump(exclude={"report_to", "logging_steps", "save_steps"})

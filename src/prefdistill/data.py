@@ -77,6 +77,11 @@ def load_messages(source: str, *, split: str = "train") -> Dataset:
     return dataset.select_columns(["prompt", "completion"])
 
 
+def demonstrations_fingerprint(demonstrations: Dataset) -> str:
+    """`data_fingerprint` of what `load_messages` gives."""
+    return data_fingerprint(demonstrations.rename_column("completion", "chosen"))
+
+
 def data_fingerprint(dataset: Dataset) -> str:
     """SHA-256 over prompt, chosen, rejected and scores of every row, in order; the same for JSONL, Parquet and Hub."""
     digest = hashlib.sha256()

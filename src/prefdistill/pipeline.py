@@ -12,7 +12,7 @@ from trl import DPOConfig, SFTConfig
 
 from prefdistill import synthetic
 from prefdistill.config import MethodRun, Recipe, Training
-from prefdistill.data import data_fingerprint, load_messages, load_pairs
+from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.pairs import implicit_rewards, pair_terms, pair_wins
@@ -129,14 +129,16 @@ class SeedRun:
         self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
         self.start = recipe.model.student or str(self.root / "init" / "student")
         self.keys["models"] = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
-        self.keys["init"] = self.keys.get("init", "")
+        self.keys.setdefault("init", "")
         self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
         if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
-            as_pairs = self.demonstrations.rename_column("completion", "chosen")
-            self.keys["demonstrations"] = data_fingerprint(as_pairs)
+            self.keys["demonstrations"] = demonstrations_fingerprint(self.demonstrations)
+        demonstrated = ("init", "models", "demonstrations")
 
         if recipe.teacher.sft:
-            self.teacher = self._train_sft("teacher-sft", self.teacher, recipe.teacher.sft)
+            self.teacher = self._teach(
+                "teacher-sft", train_sft, "demonstrations", self.teacher, recipe.teacher.sft, *demonstrated
+            )
         self.teacher_reference = self.teacher
         if recipe.data.synthetic:
             teacher = "teacher-sft" if recipe.teacher.sft else "init"
@@ -144,9 +146,16 @@ class SeedRun:
             self.stage("pairs", sampling, self._make_pairs, teacher)
             self.keys["train"] = self.keys["pairs"]
         if recipe.teacher.dpo:
-            self.teacher = self._train_dpo("teacher-dpo", self.teacher, recipe)
+            before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
+            self.teacher = self._teach(
+                "teacher-dpo", train_dpo, "teacher_pairs", self.teacher, recipe.teacher.dpo, "train", *before
+            )
         if recipe.student.sft:
-            self.start = self._train_sft("student-sft", self.start, recipe.student.sft)
+            self.start = self._teach(
+                "student-sft", train_sft, "demonstrations", self.start, recipe.student.sft, *demonstrated
+            )
+        if self.test is not None:
+            self.keys["test"] = data_fingerprint(self.test)
         self._extract_all()
 
     # -- data and models ----------------------------------------------------------------------------------------------
@@ -235,9 +244,9 @@ class SeedRun:
 
     def _make_pairs(self, out: Path) -> None:
         """Two samples of the teacher's SFT model per prompt, labelled by the known reward with Bradley-Terry noise."""
-        model = self._load(self.teacher_reference)
+        model = ready(self._load(self.teacher_reference))
         for split, prompts in read_json(self.root / "data" / "prompts.json").items():
-            asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            asked = _as_messages(prompts)
             first, second = (
                 self._sample(model, asked, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
                 for shift in (0, 1)
@@ -262,13 +271,6 @@ class SeedRun:
         """A model of this run by its stage, so that a run directory may be moved."""
         return model.removeprefix(f"{self.root}/")
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "truncation": self.truncation,
-            "dtype": self.recipe.model.dtype,
-            "trust_remote_code": self.recipe.model.trust_remote_code,
-        }
-
     def _request(self, training: Training) -> dict[str, Any]:
         model = self.recipe.model
         return {
@@ -277,27 +279,26 @@ class SeedRun:
             "dtype": model.dtype,
         }
 
-    def _train_sft(self, name: str, model: str, training: Training) -> str:
-        def make(out: Path) -> None:
-            train_sft(
-                model, self.demonstrations, self.tokenizer, training, out, seed=self.seed, what=name, **self._options()
-            )
-
-        request = {"model": self._name(model), **self._request(training)}
-        self.stage(name, request, make, "init", "models", "demonstrations")
-        return str(self.root / name)
-
-    def _train_dpo(self, name: str, model: str, recipe: Recipe) -> str:
-        training = recipe.teacher.dpo
-        assert training is not None
+    def _teach(
+        self, name: str, train: Callable[..., None], rows: str, model: str, training: Training, *after: str
+    ) -> str:
+        """A stage of TRL's on `self.ROWS`, which are read only if it is not reused."""
 
         def make(out: Path) -> None:
-            train_dpo(
-                model, self.teacher_pairs, self.tokenizer, training, out, seed=self.seed, what=name, **self._options()
+            train(
+                model,
+                getattr(self, rows),
+                self.tokenizer,
+                training,
+                out,
+                truncation=self.truncation,
+                dtype=self.recipe.model.dtype,
+                trust_remote_code=self.recipe.model.trust_remote_code,
+                seed=self.seed,
+                what=name,
             )
 
-        before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
-        self.stage(name, {"model": self._name(model), **self._request(training)}, make, "train", *before)
+        self.stage(name, {"model": self._name(model), **self._request(training)}, make, *after)
         return str(self.root / name)
 
     # -- signals ------------------------------------------------------------------------------------------------------
@@ -361,8 +362,6 @@ class SeedRun:
             )
 
         before = next((key for key in made_by if key in self.keys), "init")
-        if split == "test":
-            self.keys["test"] = data_fingerprint(data)
         self.stage(name, request, make, split, before, "models")
         self.stores[split].append(Signals.open(self.root / name / "store"))
 
@@ -377,9 +376,7 @@ class SeedRun:
 
         def make(out: Path) -> None:
             trainer = PrefDistillTrainer(
-                model=load_model(
-                    self.start, dtype=self.recipe.model.dtype, trust_remote_code=self.recipe.model.trust_remote_code
-                ),
+                model=self._load(self.start),
                 method=method,
                 args=run.training.to_arguments(
                     out / "checkpoints", seed=self.seed, data_seed=self.seed * 1_000 + order
@@ -387,7 +384,7 @@ class SeedRun:
                 train_dataset=self.train,
                 signals=stores,
                 processing_class=self.tokenizer,
-                peft_config=run.training.lora.config() if run.training.lora else None,
+                peft_config=run.training.peft_config(),
                 truncation=self.truncation,
             )
             fit(trainer, out, stage)
@@ -405,24 +402,21 @@ class SeedRun:
             measured = self._measure(model)
             write_json(out / "evaluation.json", measured.__dict__)
 
-        made_from = (f"distill-{name}", "teacher-dpo", "teacher-sft", "student-sft", "signals-reference-test")
+        made_from = (f"distill-{name}", "teacher-dpo", "teacher-sft", "student-sft", "signals-reference-test", "test")
         before = [key for key in made_from if key in self.keys]
-        if self.test is not None:
-            self.keys["test"] = data_fingerprint(self.test)
-            before.append("test")
         request = {"model": self._name(model), **self.recipe.evaluate.model_dump()}
         self.stage(f"evaluate-{name}", request, make, *before)
         return Measured(**read_json(self.root / f"evaluate-{name}" / "evaluation.json"))
 
     def _measure(self, name: str) -> Measured:
-        model = self._load(name)
+        model = ready(self._load(name))
         metrics: dict[str, float] = {}
         items: dict[str, list[float]] = {}
         samples: list[dict[str, Any]] = []
         if self.recipe.data.synthetic:
             prompts = read_json(self.root / "data" / "prompts.json")["test"]
+            asked = _as_messages(prompts)
             for metric, temperature in (("reward", 1.0), ("reward_greedy", 0.0)):
-                asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
                 found = self._sample(model, asked, temperature=temperature, seed=self.seed, what=metric)
                 items[metric] = [
                     synthetic.reward(prompt, response.text, response.ended)
@@ -451,7 +445,7 @@ class SeedRun:
 
     def _load(self, name: str) -> Any:
         names = self.recipe.model
-        return ready(load_model(name, dtype=names.dtype, trust_remote_code=names.trust_remote_code))
+        return load_model(name, dtype=names.dtype, trust_remote_code=names.trust_remote_code)
 
     def _sample(self, model: Any, prompts: list[Any], *, temperature: float, seed: int, what: str) -> list[Response]:
         return sample(
@@ -468,7 +462,7 @@ class SeedRun:
     def _test_signals(self) -> SignalSet | None:
         if self.test is None or not any(store.role == "teacher" for store in self.stores["test"]):
             return None
-        return SignalSet.of(self.stores["test"], self.test, data_fingerprint(self.test))
+        return SignalSet.of(self.stores["test"], self.test, self.keys["test"])
 
     def margin_terms(self) -> dict[str, np.ndarray]:
         """Per test pair, whether each term of the teacher orders it right."""
@@ -497,3 +491,7 @@ class SeedRun:
                     f"(spread {margin.std():.2f}); a lower alpha or a higher beta gives the pairs more say"
                 )
         return found
+
+
+def _as_messages(prompts: list[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -39,7 +39,7 @@ def train_sft(
         args=args,
         train_dataset=demonstrations.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
-        peft_config=training.lora.config() if training.lora else None,
+        peft_config=training.peft_config(),
     )
     _count_dropped(trainer, len(demonstrations), truncation, what)
     fit(trainer, out, what)
@@ -75,7 +75,7 @@ def train_dpo(
         args=args,
         train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
         processing_class=tokenizer,
-        peft_config=training.lora.config() if training.lora else None,
+        peft_config=training.peft_config(),
     )
     _count_dropped(trainer, len(pairs), truncation, what)
     fit(trainer, out, what)

@@ -151,14 +151,14 @@ class SignalSet:
     rows: np.ndarray
 
     @classmethod
-    def of(cls, signals: "list[Signals] | dict[str, Signals]", data: "Dataset", fingerprint: str) -> "SignalSet":
+    def of(cls, signals: "list[Signals]", data: "Dataset", fingerprint: str) -> "SignalSet":
         """Gather stores by role and check that they speak of this data, in the same way.
 
         Raises:
             UserError: if two have one role, or one was made from other data, another tokenizer or other truncation.
         """
         stores: dict[str, Signals] = {}
-        for store in signals.values() if isinstance(signals, dict) else signals:
+        for store in signals:
             if store.role in stores:
                 raise UserError(f"two signal stores have the role {store.role}; give one of each")
             stores[store.role] = store
