@@ -11,7 +11,7 @@ def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         policy_chosen: sequence log-probabilities in nats, shape [B].
-        tokens: response tokens T of each, shape [B].
+        tokens: response tokens T of each, shape [B]; a response without any has loss 0.
 
     Returns:
         One loss per response, shape [B], in nats per token. Their mean does not depend on how a batch is cut into
@@ -21,8 +21,8 @@ def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
         >>> sft_loss(torch.tensor([-4.0, -2.0]), torch.tensor([2, 1]))
         tensor([2., 2.])
     """
-    _check_shapes(policy_chosen, tokens)
-    return -policy_chosen / tokens
+    check_shapes(policy_chosen, tokens)
+    return -policy_chosen / tokens.clamp(min=1)
 
 
 def dpo_loss(
@@ -47,7 +47,7 @@ def dpo_loss(
         >>> dpo_loss(zero, zero, zero, zero, beta=0.1)
         tensor([0.6931])
     """
-    _check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
 
 
@@ -88,12 +88,12 @@ def tvkd_loss(
         >>> tvkd_loss(zero, zero, zero, zero, one, zero, beta=0.1, alpha=0.7)     # -log sigmoid(0.7)
         tensor([0.4032])
     """
-    _check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected, shaping_chosen, shaping_rejected)
+    check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected, shaping_chosen, shaping_rejected)
     margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     return -F.logsigmoid(margin + alpha * (shaping_chosen - shaping_rejected).detach())
 
 
-def _check_shapes(first: Tensor, *others: Tensor) -> None:
+def check_shapes(first: Tensor, *others: Tensor) -> None:
     """Refuse to broadcast: a [B, 1] beside a [B] would silently become B x B losses."""
     for other in others:
         if other.shape != first.shape:

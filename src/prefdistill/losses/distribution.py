@@ -1,0 +1,130 @@
+"""Divergences of two token distributions that are known at k ids and as one bucket for the rest of the mass.
+
+Every state has its own k ids, the same for both models. A log-probability of -inf is an id that does not count: what
+fills up a state with fewer ids than the others. Where the k ids are the whole vocabulary the rest is empty, and every
+number here, value and gradient, is that of the full distributions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rest_logprob(logprobs: Tensor) -> Tensor:
+    r"""Log of the mass that k log-probabilities leave: `log(1 - sum_a exp(logprobs_a))`.
+
+    What rounding leaves of a distribution that is given whole counts as nothing. Where the rest is small and matters,
+    take it from the logits instead, as `logprobs.topk_logps` does.
+
+    Args:
+        logprobs: shape [..., k], in nats.
+
+    Returns:
+        Shape [...]; -inf where nothing is left.
+
+    Example:
+        >>> rest_logprob(torch.tensor([0.25, 0.25]).log())              # log 0.5
+        tensor(-0.6931)
+    """
+    given = torch.logsumexp(logprobs, dim=-1)
+    nothing = given > -_rounding(logprobs)
+    left = torch.log(-torch.expm1(given.masked_fill(nothing, -math.log(2))))
+    return left.masked_fill(nothing, -math.inf)
+
+
+def _rounding(logprobs: Tensor) -> float:
+    """The mass that rounding may add to or take from a sum of k probabilities."""
+    return 4 * logprobs.shape[-1] * torch.finfo(logprobs.dtype).eps
+
+
+def skew_kl(
+    p_logprobs: Tensor,
+    q_logprobs: Tensor,
+    *,
+    skew: float,
+    p_rest: Tensor | None = None,
+    q_rest: Tensor | None = None,
+) -> Tensor:
+    r"""Skew Kullback-Leibler divergence: of p to a mixture of p and q.
+
+    .. math:: KL\big(p \,\|\, \lambda p + (1 - \lambda) q\big), \qquad \lambda = skew
+
+    Over k tokens and the bucket of the rest, which bounds the divergence over the whole vocabulary from below.
+
+    Args:
+        p_logprobs, q_logprobs: log-probabilities of the same ids, shape [N, k], in nats.
+        skew: lambda in 0..1; 0 is the plain divergence.
+        p_rest, q_rest: log of the mass of all other ids, shape [N]. Default: `rest_logprob`.
+
+    Returns:
+        Shape [N], in nats, at least 0 (to rounding). Its gradient reaches both p and q.
+
+    Raises:
+        ValueError: on shapes that do not fit, or a skew outside 0..1.
+
+    Source: DistiLLM (arXiv 2402.03898), equation 4; the bucket is ours.
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.25]]).log()
+        >>> skew_kl(p, q, skew=0.0)                                     # 0.5 log 2 + 0.25 log(1/2)
+        tensor([0.1733])
+    """
+    if p_logprobs.shape != q_logprobs.shape or p_logprobs.dim() != 2:
+        raise ValueError(f"both must be [N, k], got {list(p_logprobs.shape)} and {list(q_logprobs.shape)}")
+    if not 0 <= skew <= 1:
+        raise ValueError(f"skew must lie in 0..1, got {skew}")
+    if q_rest is None:  # rounding must not make an empty bucket, and an infinite loss, of a small one
+        q_rest = rest_logprob(q_logprobs).clamp(min=math.log(_rounding(q_logprobs)))
+    p, q = with_rest(p_logprobs, p_rest), with_rest(q_logprobs, q_rest)
+    # Where p has no mass the sum has no term; 0 stands there so that no -inf - -inf reaches the gradient.
+    nothing = p == -math.inf
+    p, q = p.masked_fill(nothing, 0.0), q.masked_fill(nothing, 0.0)
+    mixture = torch.logaddexp(p + math.log(skew), q + math.log1p(-skew)) if 0 < skew < 1 else p if skew else q
+    return (p.exp() * (p - mixture)).masked_fill(nothing, 0.0).sum(-1)
+
+
+def topk_kl(
+    teacher_logprobs: Tensor,
+    student_logprobs: Tensor,
+    teacher_rest: Tensor | None = None,
+    student_rest: Tensor | None = None,
+) -> Tensor:
+    r"""Forward divergence of a teacher and a student at the teacher's k ids; the rest of the mass is one bucket more.
+
+    .. math:: KL(\pi_T \| \pi_\theta) = \sum_{a \in k} \pi_T(a) \log\frac{\pi_T(a)}{\pi_\theta(a)}
+              + \bar\pi_T \log\frac{\bar\pi_T}{\bar\pi_\theta}, \qquad \bar\pi = 1 - \sum_{a \in k} \pi(a)
+
+    Equal to the divergence over the vocabulary where the k ids are all of it, and never above it otherwise.
+
+    Args:
+        teacher_logprobs, student_logprobs: log-probabilities of the same ids, shape [N, k], in nats.
+        teacher_rest, student_rest: log of the mass of all other ids, shape [N]. Default: `rest_logprob`.
+
+    Returns:
+        Shape [N], in nats.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+
+    Source: Hinton et al. (arXiv 1503.02531) per token; ADPA (arXiv 2502.17927) on both responses of a pair.
+
+    Example:
+        >>> p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> topk_kl(p, p)
+        tensor([0.])
+    """
+    return skew_kl(teacher_logprobs, student_logprobs, skew=0.0, p_rest=teacher_rest, q_rest=student_rest)
+
+
+def with_rest(logprobs: Tensor, rest: Tensor | None = None) -> Tensor:
+    """The k log-probabilities and that of the rest as one tensor: [N, k], [N] -> [N, k + 1].
+
+    Example:
+        >>> with_rest(torch.tensor([[0.5]]).log())
+        tensor([[-0.6931, -0.6931]])
+    """
+    rest = rest_logprob(logprobs) if rest is None else rest
+    if rest.shape != logprobs.shape[:-1]:
+        raise ValueError(f"the rest must be [N] beside [N, k], got {list(rest.shape)} and {list(logprobs.shape)}")
+    return torch.cat([logprobs, rest[..., None]], dim=-1)
