@@ -66,7 +66,7 @@ def pairs():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer):
     """A random Llama over the tokenizer's vocabulary, with weights large enough that log-probs differ."""
     from prefdistill.models import random_model

@@ -103,6 +103,8 @@ def test_version(capsys):
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 MODEL, PAIRS, OUT = ["--model", "model"], ["--data", "pairs.jsonl"], ["--out", "out"]
+SAMPLE = ["sample", *MODEL, *PAIRS, "--out"]
+SIGNALS = ["signals", *MODEL, *PAIRS, *OUT]
 DISTILL = ["distill", "--student", "model", *PAIRS, *OUT]
 EVALUATE = ["evaluate", *MODEL, *PAIRS, "--out", "out.json"]
 MISTAKES = [
@@ -139,9 +141,23 @@ MISTAKES = [
     (["dpo", *MODEL, *PAIRS, *OUT, "--dtype", "int8"], "dtype must be one of auto, float32"),
     (["dpo", *MODEL, *PAIRS, *OUT, "--max-length", "0"], "'--max-length': Input should be greater than or equal to 1"),
     (["dpo", *MODEL, *PAIRS, *OUT, "arguments.optim=adamx"], "training arguments: adamx is not a valid"),
+    (["sample", *MODEL, *PAIRS], "Missing option '--out'"),
+    ([*SAMPLE, "out"], "out: unknown file type. Give --out a name that ends in .jsonl, .jsonl.gz, .parquet"),
+    ([*SAMPLE, "out.jsonl", "--n", "0"], "'--n': Input should be greater than or equal to 1"),
+    ([*SAMPLE, "out.jsonl", "--n", "2", "--temperature", "0"], "temperature 0 would give the same response 2 times"),
+    ([*SAMPLE, "out.jsonl", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
+    ([*SAMPLE, "out.jsonl", "--top-p", "0"], "top_p must be above 0 and at most 1"),
+    ([*SAMPLE, "out.jsonl", "--column", "chosen"], "pairs.jsonl has a column 'chosen' already; name another"),
+    ([*SAMPLE, "out.jsonl", "--engine", "magic"], "unknown engine 'magic'; known: transformers, vllm"),
+    ([*SAMPLE, "out.jsonl", "--dtype", "int8"], "dtype must be one of auto, float32"),
+    ([*SAMPLE, "out.jsonl", "--max-length", "3"], "No prompt is left: dropped 24 rows: the prompt leaves no room"),
+    ([*SAMPLE, "pairs.jsonl"], "pairs.jsonl is there and is not as `prefdistill sample` wrote it; give another --out"),
+    (["sample", *MODEL, "--data", "columns.jsonl", "--out", "out.jsonl"], "columns.jsonl: no column 'prompt'"),
+    (["sample", "--model", "empty", *PAIRS, "--out", "out.jsonl"], "empty is there but holds no tokenizer"),
     (["signals", "--model", "empty", *PAIRS, *OUT], "empty is there but holds no tokenizer"),
     (["signals", *MODEL, "--data", "columns.jsonl", *OUT], "columns.jsonl: no column"),
-    (["signals", *MODEL, *PAIRS, *OUT, "--kind", "values,hopes"], "unknown signal kind 'hopes'; known: values, logps"),
+    ([*SIGNALS, "--kind", "values,hopes"], "unknown signal kind 'hopes'; known: values, logprob_values, logps, q"),
+    ([*SIGNALS, "--ids-from", "own"], "no signals in own"),
     (["signals", *MODEL, *PAIRS, *OUT, "--kind", ""], "no signal kind asked for"),
     (["signals", *MODEL, *PAIRS, *OUT, "--role", "parrot"], "unknown role 'parrot'"),
     (["signals", *MODEL, *PAIRS, *OUT, "--value-temperature", "inf"], "temperature must be positive and finite"),
@@ -152,9 +168,23 @@ MISTAKES = [
     ([*DISTILL, "--method", "magic"], "unknown method 'magic'; known: sft, dpo, tvkd"),
     ([*DISTILL, "alpah=0.5"], "command line: unknown key 'alpah'; did you mean 'alpha'?"),
     ([*DISTILL, "beta=inf"], "tvkd: beta must be a"),
-    ([*DISTILL, "potential=hope"], "unknown potential 'hope'"),
+    ([*DISTILL, "potential=hope"], "tvkd: potential must be 'value', 'shuffled', "),
     ([*DISTILL, "lora.rank=2"], "command line: unknown key 'lora.rank'"),
-    ([*DISTILL, *FAST], "TVKD lacks reference.logps, teacher.values. Make it with `prefdistill signals --role"),
+    (
+        [*DISTILL, *FAST],
+        "TVKD lacks reference.logps of chosen, rejected; teacher.values of chosen, rejected. Make it with "
+        "`prefdistill signals --role reference --kind logps --model STUDENT --data DATA --out DIR`",
+    ),
+    ([*DISTILL, "--method", "adpa", *FAST], "`prefdistill sample --column student_response` makes such a column"),
+    ([*DISTILL, "--method", "dckd", *FAST], "DCKD lacks teacher.topk of chosen, rejected. Make it with"),
+    ([*DISTILL, "--method", "wpo", "gamma=1.0", *FAST], "unknown key 'gamma'"),
+    ([*SIGNALS, "--kind", "topk", "--k", "many"], "--k takes a number of tokens or the word vocab, got 'many'"),
+    ([*SIGNALS, "--kind", "topk", "--k", "0"], "k must be 1 or more"),
+    ([*SIGNALS, "--kind", "topk", "--p", "2"], "p is a share of the probability"),
+    ([*SIGNALS, "--responses", "student_response"], "no column 'student_response'"),
+    ([*SIGNALS, "--responses", ""], "responses must name columns of the data"),
+    ([*SIGNALS, "--kind", "logprob_values"], "their value at temperature 1 is 0 everywhere"),
+    ([*SIGNALS, "--kind", "topk", "--ids-from", "nowhere"], "no signals in nowhere"),
     ([*DISTILL, "--signals", "empty"], "no signals in empty: make them with `prefdistill signals --out empty"),
     ([*DISTILL, "--method", "sft", "batch_size=5"], "batch_size=5 is not a multiple"),
     ([*EVALUATE], "Missing option '--reference'"),
@@ -254,6 +284,8 @@ def test_one_process_only(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert _call(["run", "x.yaml"]) == 2
     assert "`prefdistill run` runs in one process" in capsys.readouterr().err
+    assert _call([*SAMPLE, "out.jsonl"]) == 2
+    assert "`prefdistill sample` runs in one process" in capsys.readouterr().err
 
 
 # -- end to end --------------------------------------------------------------------------------------------------------
@@ -284,9 +316,10 @@ def test_from_pairs_to_an_evaluated_student(place, capfd, make_model, tokenizer)
     assert not torch.equal(learnt[1], learnt[2])
 
     found, _ = call(
-        capfd, "signals", "--model", "teacher", *PAIRS, "--kind", "values,logps", "--out", "signals-teacher"
+        capfd, "signals", "--model", "teacher", *PAIRS, "--kind", "values,logps,q", "--out", "signals-teacher"
     )
-    assert (found["pairs"], found["rows"], sorted(found["kinds"])) == (24, 24, ["logps", "values"])
+    assert (found["pairs"], found["rows"], sorted(found["kinds"])) == (24, 24, ["logps", "q", "values"])
+    assert 0 <= found["gauge_flips"]["mean"] <= 1
     assert found["bytes"] == sum(path.stat().st_size for path in (place / "signals-teacher" / "shards").iterdir())
     reference = ["--model", "model", *PAIRS, "--role", "reference", "--kind", "logps", "--out", "signals-start"]
     call(capfd, "signals", *reference)
@@ -324,6 +357,40 @@ def test_from_pairs_to_an_evaluated_student(place, capfd, make_model, tokenizer)
     out = capfd.readouterr().out
     assert "reward_accuracy" in out
     assert "(24 pairs)" in out
+
+
+def test_from_pairs_to_an_adpa_student_by_way_of_its_own_samples(place, capfd):
+    """Sample, read the teacher there, read its reference at the teacher's tokens, distill; each verb on its own."""
+    own, of_own = ["--data", "own.jsonl"], ["--responses", "student_response", "--kind", "topk"]
+    call(
+        capfd, "sample", "--model", "model", *PAIRS, "--column", "student_response", "--out", "own.jsonl",
+        "--max-new-tokens", "8",
+    )  # fmt: skip
+    call(capfd, "signals", "--model", "model", *own, *of_own, "--k", "7", "--out", "teacher")
+    lacking = ["distill", "--student", "model", *own, "--method", "adpa", "--signals", "teacher", "--out", "s", *FAST]
+    assert _call(lacking) == 2
+    told = capfd.readouterr().err
+    assert "ADPA lacks teacher_reference.topk of student_response" in told
+    assert "--role teacher_reference --kind topk --responses student_response --ids-from" in told
+    reference = ["--role", "teacher_reference", "--ids-from", "teacher", "--out", "reference"]
+    found, _ = call(capfd, "signals", "--model", "model", *own, *of_own, *reference)
+    assert found["kinds"] == ["topk"]
+    found, _ = call(capfd, *lacking, "--signals", "reference", "gamma=0.5", "logging_steps=1")
+    assert found["reused"] is False
+    metrics = [json.loads(line) for line in (place / "s" / "metrics.jsonl").read_text().splitlines()]
+    assert any(entry.get("advantage") == 0 for entry in metrics)  # the teacher is its own reference here
+    # the reference was read at the ids of one teacher store and goes with no other
+    call(capfd, "signals", "--model", "model", *own, *of_own, "--k", "5", "--out", "other")
+    stores = ["--signals", "other", "--signals", "reference"]
+    assert _call(["distill", "--student", "model", *own, "--method", "adpa", *stores, "--out", "t", *FAST]) == 2
+    assert "were not read at the token ids of this teacher store" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["simpo", "wpo"])
+def test_methods_of_trl_need_no_signals(place, capfd, method):
+    found, _ = call(capfd, "distill", "--student", "model", *PAIRS, "--method", method, "--out", "s", *FAST)
+    assert found["reused"] is False
+    assert (place / "s" / "model.safetensors").exists()
 
 
 def test_an_adapter_is_trained_and_evaluated(place, capfd):
@@ -375,6 +442,27 @@ def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatc
     assert call(capfd, *signals)[0] == first
     assert _call([*signals, "--max-length", "20"]) == 2
     assert "holds signals of another request (other dropped, truncation)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own.parquet"])
+def test_sampled_responses_are_data_like_any_other(place, capfd, name):
+    sample = [*SAMPLE, name, "--column", "completion", "--n", "2", "--max-new-tokens", "8", "--top-p", "0.95"]
+    found, err = call(capfd, *sample, "--max-length", "60", "--seed", "3")
+    rows = datasets.load_dataset(name.rpartition(".")[2].replace("jsonl", "json"), data_files=name, split="train")
+    assert (found["out"], found["responses"], found["reused"]) == (name, 48, False)
+    assert found["ended_share"] == pytest.approx(sum(rows["completion_ended"]) / 48, abs=1e-6)
+    assert 48 <= found["tokens"] <= 48 * 8
+    assert f"{found['tokens']:,} tokens, {found['tokens_per_second']:,} tokens/s" in err
+    assert rows["prompt"][::2] == rows["prompt"][1::2]
+    assert rows["completion"][::2] != rows["completion"][1::2]
+    again, err = call(capfd, *sample, "--max-length", "60", "--seed", "3")
+    assert again == found | {"reused": True}
+    assert f"{name} reused" in err
+    assert _call([*sample, "--max-length", "60", "--seed", "4"]) == 2
+    assert f"{name} holds responses of another request (other seed); give another --out" in capfd.readouterr().err
+    call(capfd, "sft", *MODEL, "--data", name, "--out", "sft", *FAST)
+    assert _call([*SAMPLE, "other.jsonl", "--max-new-tokens", "2"]) == 0
+    assert "24 responses" in capfd.readouterr().out
 
 
 @pytest.fixture

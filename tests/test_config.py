@@ -52,7 +52,7 @@ def test_recipes_are_shipped_in_both_places():
 
 def needed(path):
     """A recipe for the user's own data has to be told where they are."""
-    if (yaml.safe_load(path.read_text())["data"]).get("synthetic"):
+    if "synthetic:" in path.read_text():
         return []
     with pytest.raises(UserError, match=r"give data\.train="):
         load_recipe(path)
@@ -196,10 +196,10 @@ BAD_OVERRIDES = [
     ("methods.dpo.beta=strong", "methods.dpo: dpo: beta must be a number, got 'strong'"),
     ("methods.dpo.beta=true", "methods.dpo: dpo: beta must be a number, got True"),
     ("methods.tvkd.alpha=.inf", "input should be a finite number, got inf"),
-    ("methods.dpo.beta=-0.1", "methods.dpo: beta must be positive, got -0.1"),
-    ("methods.tvkd.potential=3", "methods.tvkd: tvkd: potential must be a word, got 3"),
-    ("methods.tvkd.potential=hope", "methods.tvkd: unknown potential 'hope'; known: value"),
-    ("methods.tvkd.discount=1.5", "methods.tvkd: discount must lie in 0..1, got 1.5"),
+    ("methods.dpo.beta=-0.1", "methods.dpo: dpo: beta must be positive, got -0.1"),
+    ("methods.tvkd.potential=3", "methods.tvkd: tvkd: potential must be 'value', 'shuffled', "),
+    ("methods.tvkd.potential=hope", "methods.tvkd: tvkd: potential must be 'value', 'shuffled', "),
+    ("methods.tvkd.discount=1.5", "methods.tvkd: tvkd: discount must lie in 0..1, got 1.5"),
     ("methods.dpo.options=3", "methods.dpo.options must be a mapping of names to values, got 3"),
     ("methods.dpo=3", "methods.dpo must be a mapping of names to values, got 3"),
     ("methods=[dpo]", "methods must be a mapping of names to values, got ['dpo']"),

@@ -544,6 +544,120 @@ def test_tokens_are_those_of_trls_dpo_trainer(tmp_path, form):
     ]
 
 
+# ---- Responses that were sampled
+
+
+def answered(content, ended=None, *, form=conversation):
+    row = form("What is the capital?", content, "x")
+    row = {"prompt": row["prompt"], "student_response": row["chosen"]}
+    return row if ended is None else row | {"student_response_ended": ended}
+
+
+def encode_answers(rows, tokenizer, truncation=UNLIMITED):
+    encoded, dropped = encode_pairs(Dataset.from_list(rows), tokenizer, truncation, responses=("student_response",))
+    assert set(encoded.column_names) == {
+        "row", "prompt_ids", *(f"student_response_{part}" for part in ("ids", "offsets", "ended"))
+    }  # fmt: skip
+    return [{name.removeprefix("student_response_"): value for name, value in row.items()} for row in encoded], dropped
+
+
+@pytest.mark.parametrize("style", [*(name for name in STYLES if STYLES[name].end and name != "not_a_prefix"), "plain"])
+def test_a_response_that_was_cut_is_the_ended_one_without_its_end_token(style):
+    form = plain if style == "plain" else conversation
+    tokenizer = make_tokenizer("zephyr" if style == "plain" else style)
+    text = "Paris, the\n\ncapital 🙂"
+    (unsaid,), _ = encode_answers([answered(text, form=form)], tokenizer)
+    rows = [answered(text, flag, form=form) for flag in (True, False)]
+    (ended, cut), dropped = encode_answers(rows, tokenizer)
+    assert not dropped
+    assert {**unsaid, "row": 0} == ended
+    assert (ended["ended"], cut["ended"]) == (True, False)
+    assert ended["ids"][-1] in end_token_ids(tokenizer)
+    assert cut["prompt_ids"] == ended["prompt_ids"]
+    assert cut["ids"] == ended["ids"][:-1]
+    assert tokenizer.decode(cut["ids"]) == text
+    assert cut["offsets"] == ended["offsets"][:-1]
+    assert cut["offsets"][-1] == len(text)
+    # the same tokens as of a pair
+    pair, _ = encode([form("What is the capital?", text, "x")], tokenizer)
+    assert pair[0]["chosen_ids"] == ended["ids"]
+
+
+def test_a_response_that_was_cut_may_be_cut_again_and_one_without_tokens_is_dropped():
+    tokenizer = make_tokenizer("chatml")
+    rows = [answered("one two three four", False), answered("one two three four", True), answered("", False)]
+    whole, dropped = encode_answers(rows, tokenizer)
+    assert dropped.counts == {encoding.RESPONSE_EMPTY: 1}
+    assert dropped.first_rows == {encoding.RESPONSE_EMPTY: 2}
+    room = len(whole[0]["prompt_ids"]) + len(whole[0]["ids"])
+    for less, kept, ended in ((0, 0, False), (1, 1, False), (-1, 0, True)):
+        found, _ = encode_answers(rows[:2], tokenizer, Truncation(max_length=room - less))
+        assert found[0]["ids"] == whole[0]["ids"][: len(whole[0]["ids"]) - kept]
+        assert (found[0]["ended"], found[1]["ended"]) == (False, ended)
+
+
+def test_the_responses_asked_for_are_those_encoded():
+    """Also where the same rows were encoded before, for others."""
+    tokenizer = make_tokenizer("chatml")
+    row = {**conversation("Q?", "yes", "no"), "student_response": [assistant("perhaps")], "note": "kept out"}
+    data = Dataset.from_list([row])
+    both, _ = encode_pairs(data, tokenizer, UNLIMITED)
+    one, _ = encode_pairs(data, tokenizer, UNLIMITED, responses=("rejected",))
+    mixed, _ = encode_pairs(data, tokenizer, UNLIMITED, responses=("student_response", "chosen"))
+    assert "student_response_ids" not in both.column_names
+    assert {name for name in one.column_names if name.endswith("_ids")} == {"prompt_ids", "rejected_ids"}
+    assert one[0]["rejected_ids"] == both[0]["rejected_ids"]
+    assert mixed[0]["chosen_ids"] == both[0]["chosen_ids"]
+    assert tokenizer.decode(mixed[0]["student_response_ids"]) == "perhaps<|im_end|>"
+
+
+def test_the_fingerprint_is_of_the_responses_that_are_read():
+    rows = [{**row, "student_response": [assistant("A")], "student_response_ended": True} for row in PAIRS]
+    data = Dataset.from_list(rows)
+    assert data_fingerprint(data) == data_fingerprint(Dataset.from_list(PAIRS))  # what others read changes nothing
+    own = data_fingerprint(data, ("student_response",))
+    assert own == data_fingerprint(data.remove_columns(["chosen", "rejected", "score_chosen"]), ("student_response",))
+    chosen = data_fingerprint(data, ("chosen",))
+    assert chosen == data_fingerprint(data.remove_columns(["rejected", "score_chosen"]), ("chosen",))
+    cut = [{**row, "student_response_ended": i == 0} for i, row in enumerate(rows)]
+    changed = [
+        data_fingerprint(data),
+        chosen,
+        data_fingerprint(data, ("student_response", "chosen")),
+        data_fingerprint(data.select([1, 0]), ("student_response",)),
+        data_fingerprint(Dataset.from_list(cut), ("student_response",)),
+        data_fingerprint(data.remove_columns("student_response_ended"), ("student_response",)),
+    ]
+    assert len({own, *changed}) == 1 + len(changed)
+
+
+def test_sampled_rows_are_loaded_without_being_pairs(tmp_path):
+    path = write_jsonl(tmp_path / "own.jsonl", [answered("Paris", True), answered("Rome", False)])
+    found = load_pairs(path, responses=("student_response",))
+    assert found["student_response_ended"][:] == [True, False]
+    with pytest.raises(UserError, match="no column 'chosen', 'rejected'; it has"):
+        load_pairs(path)
+    for name, fix in (("teacher_response", "prefdistill sample --column teacher_response"), ("chosen", "A pair has")):
+        with pytest.raises(UserError, match=rf"no column '{name}'; it has .*{fix}"):
+            load_pairs(path, responses=(name,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_response_ended": "yes"}, "column 'student_response_ended' must hold true or false, it holds string"),
+        ({"student_response": 3}, "row 0: 'student_response' must be text or a list of messages"),
+        ({"student_response": [{"role": "user", "content": "x"}]}, "row 0: 'student_response' has a message with the"),
+        ({"student_response": "text"}, "is plain text and"),
+    ],
+)
+def test_what_is_wrong_with_sampled_rows_is_said(tmp_path, change, message):
+    path = write_jsonl(tmp_path / "own.jsonl", [answered("Paris", True) | change])
+    with pytest.raises(UserError) as raised:
+        load_pairs(path, responses=("student_response",))
+    assert message in str(raised.value)
+
+
 # ---- Truncation
 
 

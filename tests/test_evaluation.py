@@ -8,10 +8,16 @@ import torch
 from datasets import Dataset
 
 from prefdistill.config import Recipe
-from prefdistill.data import data_fingerprint
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
-from prefdistill.evaluation import margin_accuracy, mean_and_error, pair_terms, pair_wins, paired_difference
+from prefdistill.evaluation import (
+    gauge_flips,
+    margin_accuracy,
+    mean_and_error,
+    pair_terms,
+    pair_wins,
+    paired_difference,
+)
 from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
 from prefdistill.pipeline import Measured
 from prefdistill.results import margin_accuracies, side_by_side, summarise
@@ -56,7 +62,7 @@ def test_ties_count_one_half(chosen, rejected, accuracy):
 def stores(tmp_path, make_model, pairs, tokenizer):
     """The stores of a teacher, of the model its DPO started from, and of a student's start."""
 
-    def make(role, seed, kinds=("values", "logps"), **options):
+    def make(role, seed, kinds=("values", "logps", "q"), **options):
         out = tmp_path / f"{role}-{len(list(tmp_path.iterdir()))}"
         return extract_signals(make_model(seed), pairs, tokenizer, kinds, out, role=role, **options)
 
@@ -64,7 +70,7 @@ def stores(tmp_path, make_model, pairs, tokenizer):
 
 
 def gathered(pairs, *stores):
-    return SignalSet.of(list(stores), pairs, data_fingerprint(pairs))
+    return SignalSet.of(stores, pairs)
 
 
 @pytest.fixture
@@ -114,38 +120,41 @@ def test_terms_are_what_a_naive_forward_gives(pairs, stores, naive):
 
 
 def by_hand(role, *rows):
-    """A store whose rows are given as (values, log-prob, ended) of chosen and rejected."""
+    """A store whose rows are given as (values, log-prob, raw logits, ended) of chosen and rejected."""
+    sides = ("chosen", "rejected")
     table = [
         {"row": i} | {
             f"{side}_{name}": value
-            for side, (values, logp, ended) in zip(("chosen", "rejected"), row, strict=True)
-            for name, value in {"values": values, "logps": logp, "ended": ended, "tokens": len(values) - 1}.items()
+            for side, (values, logp, q, ended) in zip(sides, row, strict=True)
+            for name, value in
+            {"values": values, "logps": logp, "q": q, "ended": ended, "tokens": len(values) - 1}.items()
         }
         for i, row in enumerate(rows)
     ]  # fmt: skip
-    return Signals({"role": role, "value_temperature": 1.0, "kinds": ["values", "logps"]}, Dataset.from_list(table))
+    manifest = {"role": role, "value_temperature": 1.0, "kinds": ["values", "logps", "q"], "responses": sides}
+    return Signals(manifest, Dataset.from_list(table))
 
 
 def test_terms_by_hand():
     teacher = by_hand(
         "teacher",
-        (([1.0, 2.0, 50.0], -3.0, True), ([1.0, 3.0, 0.0], -3.5, True)),
-        (([1.0, 4.0, 0.0], -9.0, True), ([1.0, 2.0, 3.0, 5.0], -1.0, False)),  # cut: its last state counts
-        (([2.0, 7.0], -1.0, True), ([2.0, 7.0], -1.0, True)),
+        (([1.0, 2.0, 50.0], -3.0, 0.0, True), ([1.0, 3.0, 0.0], -3.5, 0.5, True)),
+        (([1.0, 4.0, 0.0], -9.0, -4.0, True), ([1.0, 2.0, 3.0, 5.0], -1.0, 5.0, False)),  # cut: its last state counts
+        (([2.0, 7.0], -1.0, 1.0, True), ([2.0, 7.0], -1.0, 1.0, True)),
     )
     reference = by_hand(
         "teacher_reference",
-        (([0.0] * 3, -1.0, True), ([0.0] * 3, -3.5, True)),
-        (([0.0] * 3, -12.0, True), ([0.0] * 4, -1.0, False)),
-        (([0.0] * 2, -1.0, True), ([0.0] * 2, -1.0, True)),
+        (([0.0] * 3, -1.0, 0.0, True), ([0.0] * 3, -3.5, 0.0, True)),
+        (([0.0] * 3, -12.0, 0.0, True), ([0.0] * 4, -1.0, 0.0, False)),
+        (([0.0] * 2, -1.0, 0.0, True), ([0.0] * 2, -1.0, 0.0, True)),
     )
-    signals = SignalSet({"teacher": teacher, "teacher_reference": reference}, Dataset.from_list([{}] * 3), np.arange(3))
+    signals = SignalSet((teacher, reference), Dataset.from_list([{}] * 3), np.arange(3))
     found = {name: values.tolist() for name, values in pair_terms(signals).items()}
     assert found == {
         "shaping return": [0, 0, 0.5],  # 1 : 2, 3 : 4, 0 : 0
         "value after the end token": [1, 0, 0.5],  # 49 : -1, -1 : 4
         "teacher log-prob": [1, 0, 0.5],
-        "teacher Q (raw logits)": [0, 0, 0.5],  # -3 + 3 : -3.5 + 4, -9 + 5 : -1 + 6
+        "teacher Q (raw logits)": [0, 0, 0.5],
         "teacher implicit reward": [0, 1, 0.5],  # -2 : 0, 3 : 0
         "longer is better": [0.5, 0, 0.5],
     }
@@ -167,10 +176,38 @@ def test_discount_and_terminal_are_those_of_the_method(pairs, stores, naive):
     )
 
 
-def test_raw_logits_are_not_to_be_had_at_another_temperature(pairs, stores):
+def test_raw_logits_are_no_matter_of_temperature_and_shown_where_they_were_read(pairs, stores, naive):
     terms = pair_terms(gathered(pairs, stores("teacher", 5, value_temperature=0.5)))
+    np.testing.assert_array_equal(terms["teacher Q (raw logits)"], wins(naive, lambda row: row["q"]))
+    terms = pair_terms(gathered(pairs, stores("teacher", 5, ("values", "logps"))))
     assert "teacher Q (raw logits)" not in terms
     assert "shaping return" in terms
+
+
+def test_gauge_flips_by_hand():
+    """Margins 3, -1, 0 and 2 of V at the last states, under two directions. Turned are 1 in 4 pairs and 2 in 4."""
+    margins = [  # last values of chosen and rejected, shifts of chosen and of rejected
+        ((5.0, 2.0), (0.0, -4.0), (2.0, -1.0)),  # 3 - 2, 3 - 3: neither has turned
+        ((1.0, 2.0), (0.5, 3.0), (0.0, 1.0)),  # -1 + 0.5 has not, -1 + 2 has
+        ((4.0, 4.0), (1.0, -1.0), (0.0, 0.0)),  # 0 has no order that could turn
+        ((3.0, 1.0), (-1.0, 0.0), (2.0, 5.0)),  # 2 - 3 and 2 - 5 both have
+    ]
+    table = [
+        {
+            "row": i,
+            # an ended response counts by the state before its end token, a cut one by its last
+            "chosen_values": [9.0, values[0], -99.0],
+            "rejected_values": [9.0, 77.0, values[1]],
+            "chosen_gauge": chosen,
+            "rejected_gauge": rejected,
+            **{f"{side}_tokens": 2 for side in ("chosen", "rejected")},
+            "chosen_ended": True,
+            "rejected_ended": False,
+        }
+        for i, (values, chosen, rejected) in enumerate(margins)
+    ]
+    manifest = {"role": "teacher", "kinds": ["values"], "responses": ["chosen", "rejected"]}
+    assert gauge_flips(Signals(manifest, Dataset.from_list(table))) == mean_and_error([1 / 4, 2 / 4])
 
 
 def test_a_cut_response_keeps_its_last_state(pairs, stores, naive):
@@ -178,7 +215,7 @@ def test_a_cut_response_keeps_its_last_state(pairs, stores, naive):
     truncation = Truncation(max_length=14)
     store = stores("teacher", 5, truncation=truncation)
     signals = gathered(pairs, store)
-    ended = [signals.scalar("teacher", "ended", side) for side in ("chosen", "rejected")]
+    ended = [signals.scalar("teacher", "values", side, "ended") for side in ("chosen", "rejected")]
     assert not all(map(np.all, ended))
     assert any(map(np.any, ended))
     returns = [

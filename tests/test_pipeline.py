@@ -1,13 +1,19 @@
 """Whole recipes, small: every stage runs, is reused, and is made again when what it is made from changes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from prefdistill.config import load_recipe
+from prefdistill.data import load_pairs
+from prefdistill.errors import UserError
+from prefdistill.methods import METHODS
+from prefdistill.models import model_key
 from prefdistill.results import run_recipe
+from prefdistill.signals import Signals
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "src" / "prefdistill" / "recipes" / "quickstart.yaml"
@@ -118,16 +124,153 @@ def test_two_seeds_are_two_pipelines(tmp_path):
     assert first.read_text() != second.read_text()
 
 
-def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
-    """The recipe for one's own pairs, in its fast profile and smaller still, with named models the second time."""
+# -- samples, starts, rounds -------------------------------------------------------------------------------------------
+
+SMALL = [*TINY, "orders=1"]
+
+
+def requests(out, stage):
+    return json.loads((out / "seed-0" / stage / "stage-request.json").read_text())["request"]
+
+
+def keys(out, stage):
+    return json.loads((out / "seed-0" / stage / "stage.json").read_text())["key"]
+
+
+def test_all_methods_on_the_quickstart(tmp_path):
+    out = tmp_path / "run"
+    recipe = load_recipe(QUICKSTART, SMALL, only=["all"])
+    results = run_recipe(recipe, out)
+    used = {run.method for run in recipe.methods.values()}
+    assert used == set(METHODS)
+    for name in recipe.methods:
+        assert results["methods"][name]["reward"]["n"] > 1, name
+        assert (name == "dpo") or name in results["differences"]
+    # ADPA+ starts from the DCKD student, and so do the samples whose states it learns from
+    dckd = str(out / "seed-0" / "distill-dckd-0")
+    made = requests(out, "distill-adpa-plus-0")["after"]
+    assert made["distill-dckd-0"] == keys(out, "distill-dckd-0")
+    assert "student-sft" not in made
+    sampled = requests(out, "sample-dckd-0")
+    assert sampled["model"] == "distill-dckd-0"
+    told = json.loads((out / "seed-0" / "sample-dckd-0" / "responses.jsonl.meta.json").read_text())
+    assert told["request"]["model"]["key"] == model_key(dckd)
+    # the teacher's reference is read where the teacher was, at its tokens
+    teacher, reference = (
+        Signals.open(out / "seed-0" / f"signals-{role}-student_response-dckd-0" / "store")
+        for role in ("teacher", "teacher_reference")
+    )
+    assert reference.manifest["topk"]["ids_from"] == teacher.digest
+    # only what is needed is made: no distributions of the pairs from the teacher's reference, no values of samples
+    assert teacher.kinds == ("topk",)
+    assert not (out / "seed-0" / "signals-teacher_reference-train").exists()
+    # a stage that several methods share is made once
+    names = [stage["name"] for stage in results["stages"]]
+    assert len(names) == len(set(names))
+    again = run_recipe(recipe, out)
+    assert all(stages(again).values())
+
+
+def test_rounds_sample_read_and_train_again_from_the_last_student(tmp_path):
+    out = tmp_path / "run"
+    recipe = load_recipe(QUICKSTART, [*SMALL, "methods.adpa.rounds=3"], only=["adpa"])
+    results = run_recipe(recipe, out)
+    first, second, third = ("distill-adpa-0-round-1", "distill-adpa-0-round-2", "distill-adpa-0")
+    assert requests(out, first)["after"]["student-sft"] == keys(out, "student-sft")
+    assert requests(out, second)["after"][first] == keys(out, first)
+    assert requests(out, third)["after"][second] == keys(out, second)
+    responses = [
+        (out / "seed-0" / name / "responses.jsonl").read_text()
+        for name in ("sample-start", "sample-adpa-0-round-1", "sample-adpa-0-round-2")
+    ]
+    assert len(set(responses)) == 3
+    weights = {(out / "seed-0" / name / "model.safetensors").read_bytes() for name in (first, second, third)}
+    assert len(weights) == 3
+    assert results["methods"]["adpa"]["reward"]["n"] == 24
+    # fewer rounds: the last student is another one, and is made again from what there is
+    fewer = run_recipe(load_recipe(QUICKSTART, [*SMALL, "methods.adpa.rounds=2"], only=["adpa"]), out)
+    made = {name for name, reused in stages(fewer).items() if not reused}
+    assert made == {"distill-adpa-0", "evaluate-adpa-0"}
+
+
+def test_several_samples_of_each_prompt(tmp_path):
+    out = tmp_path / "run"
+    run_recipe(load_recipe(QUICKSTART, [*SMALL, "sampling.n=2"], only=["dpkd", "adpa"]), out)
+    made = out / "seed-0"
+    pairs = load_pairs(str(made / "pairs" / "train.jsonl"))
+    teacher = load_pairs(str(made / "sample-teacher" / "responses.jsonl"), responses=("teacher_response",))
+    student = load_pairs(str(made / "sample-start" / "responses.jsonl"), responses=("student_response",))
+    prompts = [row["prompt"] for row in pairs][: len(teacher) // 2]
+    assert teacher["prompt"][::2] == teacher["prompt"][1::2] == student["prompt"][::2] == prompts
+    store = Signals.open(made / "signals-teacher-teacher_response" / "store")
+    assert len(store) == len(teacher) == len(student)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["methods.tvkd.rounds=2"], "methods.tvkd.rounds: tvkd does not learn from the student's own responses"),
+        (["methods.dpo.start=adpa"], "methods.dpo.start: 'adpa' must be a method that stands above it"),
+        (["methods.adpa-plus.first_order=7"], "methods.adpa-plus.first_order differs from that of dckd"),
+        (["methods.tvkd.values_from=logprobs", "methods.tvkd.value_temperature=2.0"], "differs from signals.value"),
+        (["teacher.dpo=null"], "the model the teacher's DPO started from: name it as model.teacher_reference"),
+        (["signals.k=0"], "signals.k"),
+        (["signals.p=1.5"], "signals.p"),
+        (["sampling.engine=magic"], "sampling.engine"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_recipe(load_recipe(QUICKSTART, [*SMALL, *overrides], only=["all"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# -- real pairs --------------------------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def fast(data_dir):
     data = data_dir / "alpacaeval_pairs"
-    overrides = [
+    return [
         f"data.train={data / 'train.jsonl.gz'}",
         f"data.test={data / 'test.jsonl.gz'}",
         "data.max_train=48",
         "data.max_test=24",
         "training.batch_size=16",
     ]
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory):
+    """One run directory for all recipes: they differ in methods only, and share teacher, start and signals."""
+    return tmp_path_factory.mktemp("real") / "run"
+
+
+def test_every_method_has_a_recipe_and_a_page():
+    recipes = [load_recipe(path, ["data.train=x.jsonl"]) for path in RECIPES]
+    assert {run.method for recipe in recipes for run in recipe.methods.values()} == set(METHODS)
+    index = (ROOT / "docs" / "methods.md").read_text()
+    for name in METHODS:
+        assert (ROOT / "recipes" / "local-pairs" / f"{name}.yaml").exists(), name
+        assert (ROOT / "docs" / "methods" / f"{name}.md").exists(), name
+        assert f"methods/{name}.md" in index, name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_from_real_pairs_to_the_report(shared_run, data_dir, path):
+    recipe = load_recipe(path, fast(data_dir), fast=True)
+    results = run_recipe(recipe, shared_run)
+    for name in recipe.methods:
+        assert results["methods"][name]["reward_accuracy"]["n"] == 24
+    assert set(results["differences"]) == set(recipe.methods) - {recipe.baseline}
+    page = (shared_run / "report.html").read_text()
+    assert all(name in page for name in recipe.methods)
+
+
+def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
+    """The recipe for one's own pairs, in its fast profile and smaller still, with named models the second time."""
+    overrides = fast(data_dir)
     recipe = ROOT / "recipes" / "local-pairs" / "tvkd.yaml"
     results = run_recipe(load_recipe(recipe, overrides, fast=True), tmp_path / "scratch")
     for name in ("dpo", "tvkd"):

@@ -21,7 +21,7 @@ def test_two_processes_have_the_trajectory_of_one(tmp_path, make_model, pairs, t
     from prefdistill.data import load_pairs
 
     pairs = load_pairs(str(tmp_path / "pairs.jsonl"))
-    extract_signals(make_model(5), pairs, tokenizer, ("values",), tmp_path / "teacher")
+    extract_signals(make_model(5), pairs, tokenizer, ("values", "topk"), tmp_path / "teacher", k=7)
     extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "reference", role="reference")
     runs = []
     for processes, micro in ((1, 8), (2, 4)):
@@ -35,12 +35,15 @@ def test_two_processes_have_the_trajectory_of_one(tmp_path, make_model, pairs, t
         )
         assert done.returncode == 0, done.stderr[-3000:]
         runs.append(json.loads(out.read_text()))
-    one, two = runs
-    for key in ("loss", "rewards/margins", "shaping/margins_abs"):
-        a, b = ([entry[key] for entry in run["history"] if key in entry] for run in (one, two))
-        assert len(a) == 5
-        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=key)
-    assert one["weights"] == pytest.approx(two["weights"], abs=1e-3)
+    logged = {"tvkd": ("loss", "rewards/margins", "shaping/margins_abs"), "dckd": ("loss", "kl/chosen", "kl/rejected")}
+    assert runs[0].keys() == runs[1].keys() == logged.keys()
+    for name, keys in logged.items():
+        one, two = (run[name] for run in runs)
+        for key in keys:
+            a, b = ([entry[key] for entry in run["history"] if key in entry] for run in (one, two))
+            assert len(a) == len(set(a)) == 5
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f"{name} {key}")
+        assert one["weights"] == pytest.approx(two["weights"], abs=1e-3)
 
 
 def test_the_command_line_trains_on_two_processes_and_refuses_the_rest(tmp_path, make_model, pairs, tokenizer):

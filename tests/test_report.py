@@ -357,6 +357,19 @@ VERDICTS = {
         "No difference between TVKD and DPO could be told apart from noise on reward: 0.000 ± 0.010 (mean ± s.e. over "
         "3 seeds). tvkd-reversed came out ahead of DPO by 0.093 ± 0.030, but its 95 % interval includes zero.",
     ),
+    "of many methods, those ahead are named, and how many there were": (
+        small(
+            {
+                "tvkd": (0.0, 0.01, 10),
+                "dckd": (0.1, 0.01, 10),
+                **dict.fromkeys(("adpa", "dpkd", "seqkd", "wpo"), (-0.1, 0.01, 10)),
+                "distillm2": (0.2, 0.01, 10),
+            }
+        ),
+        "No difference between TVKD and DPO could be told apart from noise on reward: 0.000 ± 0.010 (mean ± s.e. over "
+        "10 seeds). DCKD came out ahead of DPO by 0.100 ± 0.010; DistiLLM-2 came out ahead of DPO by 0.200 ± 0.010 "
+        "(6 other methods were compared).",
+    ),
     "another TVKD behind, within noise or in one run is not mentioned": (
         small({"tvkd": (0.1, 0.01, 9), "tvkd-a": (-1, 0.1, 9), "tvkd-b": (0.1, 0.1, 9), "tvkd-c": (1, None, 1)}),
         "TVKD beat DPO by 0.100 ± 0.010 on reward (mean ± s.e. over 9 seeds).",

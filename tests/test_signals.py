@@ -1,16 +1,20 @@
 """The signal store: what is in it equals a naive forward, and a store that is not whole or not ours is refused."""
 
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from prefdistill.data import data_fingerprint
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
-from prefdistill.signals import Signals, SignalSet, extract_signals
+from prefdistill.evaluation import gauge_flips, mean_and_error, pair_terms
+from prefdistill.signals import Need, Signals, SignalSet, extract_signals
+from prefdistill.signals.gauge import DIRECTIONS, gauge_directions
 
 
 @pytest.fixture
@@ -18,14 +22,43 @@ def store(tmp_path, make_model, pairs, tokenizer):
     return extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "store", shard_rows=10)
 
 
+@pytest.fixture
+def extract(tmp_path, pairs, tokenizer):
+    """`extract_signals` on the pairs into a new directory."""
+
+    def run(model, *kinds, data=pairs, **options):
+        out = tmp_path / f"extracted-{len(list(tmp_path.iterdir()))}"
+        return extract_signals(model, data, tokenizer, kinds, out, **options)
+
+    return run
+
+
+@pytest.fixture
+def sampled(pairs):
+    """What `sample` writes: other responses to the same prompts; every third was cut before its end token."""
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "student_response": pairs[(i + 5) % 24]["rejected"],
+            "student_response_ended": i % 3 != 0,
+        }
+        for i, row in enumerate(pairs)
+    ]
+    return Dataset.from_list(rows)
+
+
 @torch.no_grad()
+def naive_logits(model, row, response):
+    """Full logits at s_0 .. s_T of one sequence, in float64."""
+    prompt, tokens = row["prompt_ids"], row[f"{response}_ids"]
+    return model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 :].double()
+
+
 def naive(model, row, side):
     """Values and log-probability from the full logits of one sequence."""
-    prompt, response = row["prompt_ids"], row[f"{side}_ids"]
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
-    values = torch.logsumexp(logits[len(prompt) - 1 :], -1)
+    logits = naive_logits(model, row, side)
     logps = logits.log_softmax(-1)
-    return values.numpy(), sum(float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(response))
+    return torch.logsumexp(logits, -1).numpy(), sum(float(logps[t, a]) for t, a in enumerate(row[f"{side}_ids"]))
 
 
 def test_rows_equal_a_naive_forward(store, make_model, pairs, tokenizer):
@@ -83,8 +116,6 @@ def test_columns_for_some_rows(store):
 def test_dropped_rows_are_named_and_have_no_signals(tmp_path, make_model, pairs, tokenizer):
     rows = [dict(row) for row in pairs]
     rows[4]["prompt"] = [{"role": "user", "content": "long " * 60}]
-    from datasets import Dataset
-
     store = extract_signals(
         make_model(), Dataset.from_list(rows), tokenizer, out=tmp_path / "s", truncation=Truncation(max_length=48)
     )
@@ -110,10 +141,17 @@ def test_a_finished_store_is_opened_not_made_again(store, tmp_path, make_model, 
     assert again.row(1)["chosen"]["logps"] == store.row(1)["chosen"]["logps"]
 
 
+@pytest.mark.parametrize("kinds", [("values", "logps"), ("topk",), ("topk", "at ids")])
 def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
-    store, tmp_path, make_model, pairs, tokenizer, monkeypatch
+    kinds, tmp_path, make_model, pairs, tokenizer, monkeypatch
 ):
     import prefdistill.signals.extract as extract
+
+    ask = {"kinds": kinds, "shard_rows": 10, "p": 0.8}
+    if "at ids" in kinds:
+        ids = extract_signals(make_model(5), pairs, tokenizer, ("topk",), tmp_path / "ids", shard_rows=7)
+        ask |= {"kinds": ("topk",), "role": "reference", "ids_from": ids}
+    extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "store", **ask)
 
     calls = []
     real = extract.score_pairs
@@ -125,14 +163,15 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(extract, "score_pairs", once)
-    ask = {"out": tmp_path / "again", "shard_rows": 10}
     with pytest.raises(KeyboardInterrupt):
-        extract_signals(make_model(), pairs, tokenizer, **ask)
+        extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "again", **ask)
     with pytest.raises(UserError, match="unfinished"):
         Signals.open(tmp_path / "again")
-    extract_signals(make_model(), pairs, tokenizer, **ask)
+    extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "again", **ask)
     assert len(calls) == 4  # one finished before, one interrupted, then only the two that were missing
-    for path in sorted((tmp_path / "store").rglob("*.*")):
+    written = [path for path in sorted((tmp_path / "store").rglob("*.*")) if path.is_file()]
+    assert len(written) == 5
+    for path in written:
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "store")).read_bytes()
 
 
@@ -198,6 +237,14 @@ def test_logits_that_are_not_finite_are_refused_with_the_row(tmp_path, make_mode
         ({"kinds": ()}, "no signal kind"),
         ({"role": "parrot"}, "unknown role 'parrot'"),
         ({"value_temperature": 0.0}, "temperature must be positive"),
+        ({"kinds": ("logprob_values",)}, "value at temperature 1 is 0 everywhere"),
+        ({"kinds": ("topk",), "k": 0}, "k must be 1 or more, or the word vocab, got 0"),
+        ({"kinds": ("topk",), "k": "all"}, "k must be 1 or more, or the word vocab, got 'all'"),
+        ({"kinds": ("topk",), "p": 0.0}, r"must lie in 0\.\.1, got 0"),
+        ({"kinds": ("topk",), "p": 1.5}, r"must lie in 0\.\.1, got 1\.5"),
+        ({"responses": ()}, "responses must name columns of the data, each once, got none"),
+        ({"responses": ("chosen", "chosen")}, "responses must name columns of the data, each once"),
+        ({"responses": ("student_response",)}, r"no column 'student_response'.*prefdistill sample --column"),
     ],
 )
 def test_bad_requests(tmp_path, make_model, pairs, tokenizer, options, message):
@@ -206,34 +253,10 @@ def test_bad_requests(tmp_path, make_model, pairs, tokenizer, options, message):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_set_of_signals_is_of_one_data_set_one_truncation_one_role_each(
-    store, tmp_path, make_model, pairs, tokenizer
-):
-    fingerprint = data_fingerprint(pairs)
-    ask = {"kinds": ("logps",), "role": "reference"}
-    reference = extract_signals(make_model(1), pairs, tokenizer, out=tmp_path / "ref", **ask)
-    both = SignalSet.of([store, reference], pairs, fingerprint)
-    assert not both.missing(("teacher.values", "reference.logps", "data.score_chosen"))
-    assert both.missing(("reference.values", "teacher_reference.logps", "data.stars")) == [
-        "reference.values",
-        "teacher_reference.logps",
-        "data.stars",
-    ]
-    with pytest.raises(UserError, match="two signal stores have the role teacher"):
-        SignalSet.of([store, store], pairs, fingerprint)
-    other = pairs.select(range(20))
-    with pytest.raises(UserError, match="teacher signals were made from other data"):
-        SignalSet.of([store], other, data_fingerprint(other))
-    short = extract_signals(
-        make_model(1), pairs, tokenizer, out=tmp_path / "short", truncation=Truncation(max_length=30), **ask
-    )
-    with pytest.raises(UserError, match="reference and teacher signals differ in truncation"):
-        SignalSet.of([store, short], pairs, fingerprint)
-
-
 def test_the_manifest_says_where_the_signals_come_from(store, pairs):
     manifest = store.manifest
     assert manifest["data"]["fingerprint"] == data_fingerprint(pairs)
+    assert (manifest["responses"], manifest["topk"]) == (["chosen", "rejected"], {})
     assert manifest["model"]["architecture"] == "LlamaForCausalLM"
     assert len(manifest["model"]["weights_sha256"]) == len(manifest["tokenizer"]["template_sha256"]) == 64
     assert manifest["model"]["dtype"] == "float32"
@@ -249,3 +272,344 @@ def test_the_store_is_plain_parquet_for_datasets(store, tmp_path):
     assert table["row"][:] == list(range(24))
     np.testing.assert_array_equal(table[2]["chosen_values"], store.row(2)["chosen"]["values"])
     shutil.rmtree(tmp_path / "cache")
+
+
+# -- kinds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def padded_model(make_model, tokenizer):
+    """A head with 7 rows more than the tokenizer has ids, whose logits are the largest of all."""
+    model = make_model(5)
+    model.resize_token_embeddings(len(tokenizer) + 7, mean_resizing=False)
+    model.lm_head.weight.data[-7:] = 4 * model.lm_head.weight.data[:7]
+    model.lm_head.weight.data *= 4
+    return model
+
+
+@pytest.fixture
+def sharp_model(make_model):
+    """Sure of itself in some states and not in others."""
+    model = make_model(5)
+    model.lm_head.weight.data *= 6
+    return model
+
+
+@pytest.mark.parametrize(
+    ("ask", "widest"), [({"k": 5}, 5), ({"k": 9, "p": 0.7}, 9), ({"k": "vocab"}, None), ({"k": 10_000}, None)]
+)
+def test_distributions_equal_a_naive_forward(extract, padded_model, pairs, tokenizer, ask, widest):
+    """The likeliest tokens of each state in order, all the mass besides; padded rows of the head are no tokens."""
+    store = extract(padded_model, "topk", **ask)
+    size = len(tokenizer)
+    widest = widest or size
+    assert store.manifest["topk"] == {"k": ask["k"], "p": ask.get("p"), "vocabulary": size}
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation())
+    widths = set()
+    for i in (0, 7, 12, 23):
+        for side in ("chosen", "rejected"):
+            found = store.row(i)[side]
+            states = naive_logits(padded_model, encoded[i], side)[:-1, :size].log_softmax(-1).numpy()
+            assert found["tokens"] == len(states) == len(found["topk_counts"]) == len(found["topk_rest"])
+            ends = np.cumsum(found["topk_counts"])
+            assert ends[-1] == len(found["topk_ids"]) == len(found["topk_logps"])
+            parts = zip(np.split(found["topk_ids"], ends), np.split(found["topk_logps"], ends), strict=True)
+            for logps, (ids, ours), rest in zip(states, parts, [*found["topk_rest"], None], strict=False):
+                order = np.argsort(-logps)
+                held = np.exp(logps[order]).cumsum()
+                width = widest if "p" not in ask else min(widest, 1 + int((held < ask["p"]).sum()))
+                widths.add(width)
+                assert ids.tolist() == order[:width].tolist()
+                np.testing.assert_allclose(ours, logps[ids], atol=1e-4)
+                left = np.exp(logps[order[width:]]).sum()
+                assert np.exp(rest) == pytest.approx(left, abs=1e-5)
+                assert (rest == -np.inf) == (width == size)
+    assert widths == {widest} if "p" not in ask else len(widths) > 3  # a nucleus is as wide as it has to be
+
+
+def test_distributions_of_some_rows_come_state_by_state(extract, sharp_model):
+    store = extract(sharp_model, "topk", k=6, p=0.6)
+    rows = np.array([5, 0, 17])
+    found = store.topk("rejected", rows)
+    alone = [store.row(i)["rejected"] for i in (5, 0, 17)]
+    counts = np.concatenate([row["topk_counts"] for row in alone])
+    assert found.ids.shape == found.logps.shape == (len(counts), counts.max())
+    assert 1 == counts.min() < counts.max() < 6  # as wide as the widest of these states
+    assert ((found.ids >= 0).sum(1) == counts).all()
+    assert (np.isneginf(found.logps) == (found.ids < 0)).all()
+    for name in ("ids", "logps"):
+        kept = getattr(found, name)[found.ids >= 0]  # filled up at the end of a state, so in the order of the store
+        np.testing.assert_array_equal(kept, np.concatenate([row[f"topk_{name}"] for row in alone]))
+    np.testing.assert_array_equal(found.rest, np.concatenate([row["topk_rest"] for row in alone]))
+    assert (found.ids.dtype, found.logps.dtype, found.rest.dtype) == (np.int64, np.float32, np.float32)
+
+
+def test_raw_logits_and_values_of_log_probabilities_equal_a_naive_forward(extract, padded_model, pairs, tokenizer):
+    store = extract(padded_model, "q", "logprob_values", value_temperature=2.0)
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation())
+    for i in range(24):
+        for side in ("chosen", "rejected"):
+            logits, found = naive_logits(padded_model, encoded[i], side)[:, : len(tokenizer)], store.row(i)[side]
+            taken = sum(float(logits[t, a]) for t, a in enumerate(encoded[i][f"{side}_ids"]))
+            assert found["q"] == pytest.approx(taken, abs=1e-3)
+            renyi = 2.0 * logits.softmax(-1).sqrt().sum(-1).log()
+            np.testing.assert_allclose(found["logprob_values"], renyi, atol=1e-4)
+    assert store.row(3)["chosen"]["logprob_values"][0] == store.row(3)["rejected"]["logprob_values"][0]
+
+
+def test_padded_rows_of_the_head_have_no_part_in_the_value_and_its_gauge(extract, padded_model, pairs, tokenizer):
+    store, size = extract(padded_model, "values"), len(tokenizer)
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation())
+    directions = gauge_directions(size + 7)[:size].double()
+    for i in (0, 12):
+        for side in ("chosen", "rejected"):
+            logits, found = naive_logits(padded_model, encoded[i], side)[:, :size], store.row(i)[side]
+            np.testing.assert_allclose(found["values"], torch.logsumexp(logits, -1), atol=1e-4)
+            np.testing.assert_allclose(found["gauge"], logits[-2] @ directions, atol=1e-3)
+
+
+def test_kinds_read_together_are_those_read_alone(extract, make_model):
+    """The values look at one state more than the rest."""
+    kinds = ("topk", "q", "values", "logps", "logprob_values")
+    ask = {"k": 4, "p": 0.9, "value_temperature": 0.5}
+    together, alone = extract(make_model(5), *kinds, **ask), [extract(make_model(5), kind, **ask) for kind in kinds]
+    rows = together.rows
+    columns = set(together.table.column_names)
+    assert columns == set().union(*(store.table.column_names for store in alone))
+    for column in columns - {"row"}:
+        store = next(store for store in alone if column in store.table.column_names)
+        read = Signals.ragged if np.ndim(together.table[0][column]) else Signals.scalar
+        for a, b in zip(read(together, column, rows), read(store, column, rows), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+# -- at the ids of another store ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [("topk",), ("topk", "values")])
+def test_a_reference_is_read_at_the_ids_of_the_teacher(extract, make_model, sharp_model, pairs, tokenizer, kinds):
+    teacher = extract(sharp_model, "topk", k=6, p=0.8)
+    reference = extract(make_model(0), *kinds, role="teacher_reference", ids_from=teacher)
+    assert reference.manifest["topk"] == {"ids_from": teacher.digest, "vocabulary": len(tokenizer)}
+    assert "chosen_topk_ids" not in reference.table.column_names
+    both = SignalSet.of([teacher, reference], pairs)
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation())
+    at = both.at(np.array([3, 0, 20]))
+    theirs, ours = at.topk("teacher", "rejected"), at.topk("teacher_reference", "rejected")
+    assert len({*(ours.ids >= 0).sum(1).tolist()}) > 2
+    np.testing.assert_array_equal(theirs.ids, ours.ids)
+    states = torch.cat([naive_logits(make_model(0), encoded[i], "rejected")[:-1] for i in (3, 0, 20)]).softmax(-1)
+    assert len(states) == len(ours.ids)
+    for chance, ids, logps, rest in zip(states.numpy(), ours.ids, ours.logps, ours.rest, strict=True):
+        named = ids[ids >= 0]
+        np.testing.assert_allclose(logps[: len(named)], np.log(chance[named]), atol=1e-4)
+        assert np.isneginf(logps[len(named) :]).all()
+        assert np.exp(rest) == pytest.approx(1 - chance[named].sum(), abs=1e-5)
+
+
+def test_a_model_read_at_its_own_ids_says_the_same_again(extract, sharp_model, pairs):
+    """To the last bit: teachers that agree have no advantage at all."""
+    teacher = extract(sharp_model, "topk", k=6, p=0.8)
+    again = extract(sharp_model, "topk", role="reference", ids_from=teacher)
+    found = SignalSet.of([teacher, again], pairs)
+    a, b = (found.topk(role, "chosen") for role in ("teacher", "reference"))
+    for name in ("ids", "logps", "rest"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_ids_that_do_not_fit_are_refused(extract, make_model, pairs, sampled, tokenizer):
+    teacher = extract(make_model(5), "topk", k=6)
+
+    def at(store, **options):
+        with pytest.raises(UserError) as refusal:
+            extract(make_model(0), "topk", **({"role": "reference", "ids_from": store} | options))
+        return str(refusal.value)
+
+    assert "has no teacher.topk of chosen, rejected; make it with --kind topk" in at(extract(make_model(5), "logps"))
+    assert "the teacher signals were made from other data" in at(teacher, data=pairs.select(range(20)))
+    half = extract(make_model(5), "topk", responses=("rejected",))
+    assert "has no teacher.topk of chosen; make" in at(half)
+    assert "truncated otherwise" in at(teacher, truncation=Truncation(max_length=30))
+    assert "cannot be read at those of a teacher" in at(teacher, role="teacher")
+    own = extract(make_model(0), "topk", role="reference", k=6)
+    assert "a teacher_reference cannot be read at those of a reference" in at(own, role="teacher_reference")
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("<|assistant|>", "<|assistant|>:")
+    with pytest.raises(UserError, match=r"made with another tokenizer .*template_sha256"):
+        extract_signals(make_model(0), pairs, other, ("topk",), "nowhere", role="reference", ids_from=teacher)
+
+
+# -- responses that were sampled ---------------------------------------------------------------------------------------
+
+
+def test_a_sampled_response_that_was_cut_has_no_end_token(extract, make_model, sampled, tokenizer):
+    model = make_model(5)
+    store = extract(model, "values", "logps", "topk", data=sampled, responses=("student_response",), k=3)
+    assert store.responses == ("student_response",)
+    assert store.manifest["data"]["fingerprint"] == data_fingerprint(sampled, ("student_response",))
+    encoded, _ = encode_pairs(sampled, tokenizer, Truncation(), responses=("student_response",))
+    directions = gauge_directions(len(tokenizer)).double()
+    for i in range(24):
+        text = sampled[i]["student_response"][0]["content"]
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ended = i % 3 != 0
+        found = store.row(i)["student_response"]
+        assert encoded[i]["student_response_ids"] == tokens + [tokenizer.eos_token_id] * ended
+        assert (found["ended"], found["tokens"]) == (ended, len(tokens) + ended)
+        assert len(found["values"]) == found["tokens"] + 1
+        assert len(found["topk_rest"]) == found["tokens"]
+        values, logp = naive(model, encoded[i], "student_response")
+        np.testing.assert_allclose(found["values"], values, atol=1e-4)
+        assert found["logps"] == pytest.approx(logp, abs=1e-3)
+        last = naive_logits(model, encoded[i], "student_response")[len(tokens)]  # after the text, ended or not
+        np.testing.assert_allclose(found["gauge"], last @ directions, atol=1e-3)
+
+
+def test_whether_a_response_has_ended_is_part_of_the_data(extract, make_model, sampled):
+    store = extract(make_model(), "logps", data=sampled, responses=("student_response",))
+    other = sampled.remove_columns("student_response_ended").add_column("student_response_ended", [True] * 24)
+    assert SignalSet.of([store], sampled).rows.tolist() == list(range(24))
+    for changed in (other, sampled.remove_columns("student_response_ended")):
+        with pytest.raises(UserError, match=r"made from other data .*student_response"):
+            SignalSet.of([store], changed)
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_distributions_that_are_not_finite_are_refused(extract, make_model, damage):
+    """-inf is a fair answer for the mass of no other token, and for nothing else."""
+    model = make_model()
+    model.lm_head.weight.data[7] = damage
+    with pytest.raises(UserError, match="not finite in 24 pairs, the first is row 0"):
+        extract(model, "topk", k="vocab")
+
+
+# -- several stores ----------------------------------------------------------------------------------------------------
+
+
+def test_a_set_of_signals_is_of_one_data_set_one_truncation_one_role_each(store, extract, make_model, pairs, sampled):
+    ask = {"role": "reference"}
+    reference = extract(make_model(1), "logps", **ask)
+    both = SignalSet.of([store, reference], pairs)
+    needs = [Need("teacher", "values"), Need("reference", "logps"), Need("data", "score_chosen", ())]
+    assert both.missing(needs) == []
+    assert both.stores == (store, reference)
+    assert both.store("reference", "logps", "chosen") is reference
+    lacking = [Need("reference", "values"), Need("teacher_reference", "logps"), Need("data", "stars", ())]
+    assert both.missing(lacking) == lacking
+    with pytest.raises(UserError, match=r"no store holds reference\.values of chosen"):
+        both.scalar("reference", "values", "chosen")
+    with pytest.raises(UserError, match=r"two signal stores have teacher\.(values|logps) of chosen; give one of each"):
+        SignalSet.of([store, store], pairs)
+    with pytest.raises(UserError, match="teacher signals were made from other data"):
+        SignalSet.of([store], pairs.select(range(20)))
+    with pytest.raises(UserError, match=r"teacher signals were made from other data .*chosen, rejected; this has 24"):
+        SignalSet.of([store], sampled)
+    short = extract(make_model(1), "logps", truncation=Truncation(max_length=30), **ask)
+    with pytest.raises(UserError, match="reference and teacher signals differ in truncation"):
+        SignalSet.of([store, short], pairs)
+
+
+def test_stores_of_one_role_that_say_different_things_go_together(extract, make_model, pairs, sampled):
+    """Other kinds, or other responses; what is missing is named with the responses that lack it."""
+    rows = pairs.add_column("student_response", sampled["student_response"][:])
+    chosen = extract(make_model(5), "logps", responses=("chosen",))
+    values = extract(make_model(5), "values")
+    own = extract(make_model(5), "logps", "topk", data=rows, responses=("student_response",))
+    found = SignalSet.of([chosen, values, own], rows)
+    assert found.missing([Need("teacher", "values"), Need("teacher", "logps", ("chosen", "student_response"))]) == []
+    missing = found.missing([Need("teacher", "logps", ("chosen", "rejected", "student_response"))])
+    assert list(map(str, missing)) == ["teacher.logps of rejected"]
+    assert list(map(str, found.missing([Need("teacher", "topk")]))) == ["teacher.topk of chosen, rejected"]
+    assert found.scalar("teacher", "logps", "student_response").tolist() == [
+        own.row(i)["student_response"]["logps"] for i in range(24)
+    ]
+    assert found.scalar("teacher", "values", "chosen", "tokens").tolist() == [
+        chosen.row(i)["chosen"]["tokens"] for i in range(24)
+    ]
+    with pytest.raises(UserError, match=r"two signal stores have teacher\.logps of chosen"):
+        SignalSet.of([chosen, extract(make_model(5), "logps", "q")], pairs)
+
+
+def test_rows_are_those_that_all_stores_have(extract, make_model, pairs):
+    rows = [dict(row) for row in pairs]
+    rows[4]["rejected"] = [{"role": "assistant", "content": ""}]
+    rows[9]["chosen"] = [{"role": "assistant", "content": ""}]
+    data = Dataset.from_list(rows)
+    cut = {"truncation": Truncation(max_length=12)}  # no room for the longest prompts
+    chosen = extract(make_model(), "logps", data=data, responses=("chosen",), **cut)
+    rejected = extract(make_model(), "logps", data=data, responses=("rejected",), **cut)
+    found = SignalSet.of([chosen, rejected], data)
+    assert found.rows.tolist() == sorted(set(chosen.rows.tolist()) & set(rejected.rows.tolist()))
+    assert 0 < len(found.rows) < 24
+    some = found.at(found.rows[[2, 0]])
+    assert some.scalar("teacher", "logps", "chosen").tolist() == [
+        chosen.row(int(i))["chosen"]["logps"] for i in found.rows[[2, 0]]
+    ]
+    assert some.column("score_chosen").tolist() == [data[int(i)]["score_chosen"] for i in found.rows[[2, 0]]]
+
+
+def test_a_store_read_at_other_ids_than_the_teachers_is_refused(extract, make_model, pairs):
+    """Numbers of different tokens would be taken for numbers of the same ones."""
+    teacher, other = extract(make_model(5), "topk", k=6), extract(make_model(6), "topk", k=6)
+    message = "the reference signals were not read at the token ids of this teacher store: make them again with `--ids"
+    for wrong in (
+        extract(make_model(), "topk", role="reference", ids_from=other),
+        extract(make_model(), "topk", role="reference", k=6),
+    ):
+        for order in ([teacher, wrong], [wrong, teacher]):
+            with pytest.raises(UserError, match=message):
+                SignalSet.of(order, pairs)
+        assert SignalSet.of([wrong], pairs).rows.tolist() == list(range(24))  # alone it says nothing wrong
+
+
+# -- the gauge of the value --------------------------------------------------------------------------------------------
+
+
+def shifted(model, direction):
+    """The same policy: u.h(s) added to all logits of a state, u being a combination of the head's rows."""
+    moved = copy.deepcopy(model)
+    u = gauge_directions(len(model.lm_head.weight))[:, direction] @ model.lm_head.weight.data
+    moved.lm_head.weight.data += u
+    return moved, u.double()
+
+
+def test_a_gauge_moves_the_values_as_the_store_says_and_nothing_else(extract, make_model, pairs, tokenizer):
+    model = make_model(5)
+    moved, u = shifted(model, 2)
+    before, after = (extract(m, "values", "logps", "topk", k=5) for m in (model, moved))
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation())
+    for i in (0, 7, 23):
+        for side in ("chosen", "rejected"):
+            a, b = before.row(i)[side], after.row(i)[side]
+            assert b["logps"] == pytest.approx(a["logps"], abs=1e-3)
+            np.testing.assert_array_equal(b["topk_ids"], a["topk_ids"])
+            np.testing.assert_allclose(b["topk_logps"], a["topk_logps"], atol=1e-4)
+            np.testing.assert_allclose(b["topk_rest"], a["topk_rest"], atol=1e-4)
+            prompt, tokens = encoded[i]["prompt_ids"], encoded[i][f"{side}_ids"]
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([prompt + tokens])).last_hidden_state[0, len(prompt) - 1 :].double()
+            np.testing.assert_allclose(b["values"] - a["values"], hidden @ u, atol=1e-4)
+            assert np.abs(hidden @ u).max() > 0.1  # a shift worth the name
+            assert a["gauge"].shape == (DIRECTIONS,)
+            assert a["gauge"][2] == pytest.approx(b["values"][-2] - a["values"][-2], abs=1e-4)
+
+
+def test_gauge_directions_are_as_long_as_a_row_of_the_head(make_model):
+    model = make_model(5)
+    rows = model.lm_head.weight.data.norm(dim=1).mean()
+    lengths = [float(shifted(model, j)[1].norm() / rows) for j in range(DIRECTIONS)]
+    assert all(0.5 < length < 2 for length in lengths)
+    assert torch.equal(gauge_directions(50), gauge_directions(50))
+
+
+def test_gauge_flips_are_the_pairs_that_other_gauges_order_otherwise(extract, make_model, pairs):
+    """Every direction for real: a model with that gauge, its signals, the order of the pairs by its shaping return."""
+    model = make_model(5)
+    original = extract(model, "values", "logps")
+    before = pair_terms(SignalSet.of([original], pairs))["shaping return"]
+    turned = []
+    for j in range(DIRECTIONS):
+        moved = extract(shifted(model, j)[0], "values", "logps")
+        turned.append(np.mean(pair_terms(SignalSet.of([moved], pairs))["shaping return"] != before))
+    assert gauge_flips(original) == pytest.approx(mean_and_error(turned))
+    assert 0.1 < np.mean(turned) < 0.9

@@ -11,7 +11,6 @@ from transformers import TrainerCallback, TrainingArguments
 from prefdistill import METHODS, PrefDistillTrainer
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.methods import make_method
 from prefdistill.signals import extract_signals
 from prefdistill.training import fit
 
@@ -131,17 +130,6 @@ def test_tvkd_is_dpo_with_shifted_references(train, reference, teacher, monkeypa
     dpo = train(METHODS["dpo"](beta=0.1))
     np.testing.assert_allclose(history(tvkd), history(shifted), atol=1e-5)
     assert not np.allclose(history(tvkd), history(dpo), atol=1e-2)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_accumulation_and_micro_batches_do_not_change_the_trajectory(tmp_path, train, name):
-    whole = train(METHODS[name](), args=arguments(tmp_path))
-    parts = train(
-        METHODS[name](), args=arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    )
-    np.testing.assert_allclose(history(whole), history(parts), atol=1e-5)
-    for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, train):
@@ -341,11 +329,11 @@ def test_dropout_is_off_in_families_that_keep_it_as_a_number():
 
 
 def test_a_missing_signal_says_which_command_makes_it(train, reference):
-    with pytest.raises(UserError, match=r"TVKD lacks teacher.values. .*signals --role teacher --kind values"):
+    with pytest.raises(UserError, match=r"TVKD lacks teacher.values of chosen, rejected. .*teacher --kind values"):
         train(METHODS["tvkd"](), signals=[reference])
-    with pytest.raises(UserError, match=r"DPO lacks reference.logps"):
+    with pytest.raises(UserError, match=r"DPO lacks reference.logps of chosen, rejected"):
         train(METHODS["dpo"](), signals=[])
-    with pytest.raises(UserError, match=r"teacher_reference.logps"):
+    with pytest.raises(UserError, match=r"teacher_reference.logps of chosen, rejected"):
         train(METHODS["tvkd"](potential="implicit_reward"))
 
 
@@ -384,71 +372,3 @@ def test_a_reference_that_is_not_the_student_is_pointed_out(train, make_model, c
     assert "differ by" not in capsys.readouterr().err
     train(METHODS["dpo"](), model=make_model(3))
     assert "student and its reference signals differ by" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("tvkdd", {}, "unknown method 'tvkdd'; known: sft, dpo, tvkd"),
-        ("dpo", {"alpha": 1.0}, "dpo has no option 'alpha'; its options: beta"),
-        ("sft", {"beta": 1.0}, "its options: none"),
-        ("dpo", {"beta": "big"}, "beta must be a number"),
-        ("dpo", {"beta": True}, "beta must be a number"),
-        ("dpo", {"beta": 0.0}, "beta must be positive"),
-        ("tvkd", {"potential": "kinetic"}, "unknown potential 'kinetic'"),
-        ("tvkd", {"terminal": "never"}, "unknown terminal 'never'"),
-        ("tvkd", {"discount": 1.5}, "discount must lie in 0..1"),
-    ],
-)
-def test_bad_methods(name, options, message):
-    with pytest.raises(UserError, match=message):
-        make_method(name, options)
-
-
-# -- potentials --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def signals(tmp_path, make_model, pairs, tokenizer, reference):
-    from prefdistill.data import data_fingerprint
-    from prefdistill.signals import SignalSet
-
-    teacher = extract_signals(make_model(5), pairs, tokenizer, out=tmp_path / "t")
-    base = extract_signals(make_model(6), pairs, tokenizer, ("logps",), tmp_path / "tr", role="teacher_reference")
-    return SignalSet.of([reference, teacher, base], pairs, data_fingerprint(pairs))
-
-
-def test_the_value_potential_is_the_shaping_return_of_each_row(signals):
-    found = METHODS["tvkd"](terminal="bootstrap").features(signals)
-    last = METHODS["tvkd"](terminal="last").features(signals)
-    for i in (0, 7, 23):
-        values = signals.stores["teacher"].row(i)["rejected"]["values"]
-        assert found["shaping_rejected"][i] == pytest.approx(values[-1] - values[0], abs=1e-6)
-        assert last["shaping_rejected"][i] == pytest.approx(values[-2] - values[0], abs=1e-6)
-
-
-def test_the_implicit_reward_potential_is_the_teachers_dpo_reward(signals):
-    found = METHODS["tvkd"](potential="implicit_reward", teacher_beta=0.5).features(signals)
-    teacher, base = signals.stores["teacher"].row(3), signals.stores["teacher_reference"].row(3)
-    expected = 0.5 * (teacher["chosen"]["logps"] - base["chosen"]["logps"])
-    assert found["shaping_chosen"][3] == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_reward_potential_is_the_score_column(signals, pairs):
-    found = METHODS["tvkd"](potential="reward").features(signals)
-    assert found["shaping_chosen"].tolist() == pairs["score_chosen"][:]
-    assert found["shaping_rejected"].tolist() == pairs["score_rejected"][:]
-
-
-def test_the_placebo_moves_every_pair_to_another_row_and_keeps_the_distribution(signals):
-    true = METHODS["tvkd"]().features(signals)
-    placebo = METHODS["tvkd"](potential="shuffled").features(signals)
-    margin = true["shaping_chosen"] - true["shaping_rejected"]
-    moved = placebo["shaping_chosen"] - placebo["shaping_rejected"]
-    assert sorted(margin) == sorted(moved)
-    from prefdistill.methods import _other_rows
-
-    for n in (2, 3, 24, 1000):
-        other = _other_rows(n)
-        assert sorted(other) == list(range(n))
-        assert all(other != np.arange(n))

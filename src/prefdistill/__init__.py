@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prefdistill.errors import UserError as UserError
     from prefdistill.evaluation import margin_accuracy as margin_accuracy
     from prefdistill.methods import METHODS as METHODS
+    from prefdistill.sample import sample_responses as sample_responses
     from prefdistill.signals import Signals as Signals
     from prefdistill.signals import extract_signals as extract_signals
     from prefdistill.training import PrefDistillTrainer as PrefDistillTrainer
@@ -25,6 +26,7 @@ _HOME = {
     "extract_signals": "signals",
     "load_pairs": "data",
     "margin_accuracy": "evaluation",
+    "sample_responses": "sample",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -45,6 +45,10 @@ Data = Annotated[
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of prompt and response; the response is cut on the right.")]
 MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt; a longer one keeps its end.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the weights: auto, float32, bfloat16 or float16.")]
+Methods = Annotated[
+    str | None,
+    typer.Option(help="Only these of the recipe, e.g. dpo,tvkd (its baseline always runs), or all it knows."),
+]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code. Off unless asked for.")
 ]
@@ -56,15 +60,13 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/quickstart"),
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Full runs, each with its own models and data.")] = 1,
-    methods: Annotated[
-        str | None, typer.Option(help="Only these, e.g. dpo,tvkd (the baseline dpo always runs).")
-    ] = None,
+    methods: Methods = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
     """The whole pipeline on a built-in task with a known reward: offline, on a CPU, in minutes.
 
-    Example: prefdistill quickstart --out runs/first --seed 1
+    Example: prefdistill quickstart --out runs/first --seed 1 --methods all
     """
     recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
     return _run(recipe, out, [f"seed={seed}", f"seeds={seeds}", *(overrides or [])], fast=False, only=methods)
@@ -78,6 +80,7 @@ def run(
     fast: Annotated[
         bool, typer.Option("--fast", help="The recipe's small profile: everything runs, nothing is learnt.")
     ] = False,
+    methods: Methods = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def run(
 
     Example: prefdistill run recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
     """
-    return _run(recipe, out, overrides or [], fast=fast)
+    return _run(recipe, out, overrides or [], fast=fast, only=methods)
 
 
 def _run(
@@ -94,7 +97,8 @@ def _run(
     _one_process("run")
     from prefdistill.config import load_recipe
 
-    recipe = load_recipe(recipe_path, overrides, fast=fast, only=None if only is None else only.split(","))
+    names = None if only is None else [name.strip() for name in only.split(",")]
+    recipe = load_recipe(recipe_path, overrides, fast=fast, only=names)
     out = out or Path("runs") / recipe.name
     from prefdistill.report import method_table, verdict
     from prefdistill.results import run_recipe
@@ -162,14 +166,82 @@ def dpo(
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Option("--model", help="Hub name or directory of the model that answers.")],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Rows with a prompt, preference pairs, or messages; Hub name, directory or file."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File for the rows: .jsonl, .jsonl.gz or .parquet.")],
+    column: Annotated[
+        str, typer.Option(help="Column for the responses, e.g. student_response or teacher_response.")
+    ] = "completion",
+    n: Annotated[int, typer.Option("--n", min=1, help="Responses per prompt, a row each.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the distribution that is drawn from; 0 is greedy.")] = 1,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability together.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response; a longer one is cut.")] = 512,
+    max_length: MaxLength = 1024,
+    max_prompt_length: MaxPrompt = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together; vLLM decides itself.")] = 64,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Responses of a model to every prompt, as a data file like any other. An interrupted file is gone on with.
+
+    Example: prefdistill sample --model my/student --data pairs.jsonl --out own.jsonl --column student_response
+    """
+    _one_process("sample")
+    from prefdistill.encode import Truncation
+    from prefdistill.files import read_json
+    from prefdistill.sample import sample_responses, sidecar
+
+    reused = out.exists()  # what is there is taken as it is, or refused
+    sample_responses(
+        model,
+        data,
+        out=out,
+        column=column,
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        truncation=Truncation(max_length, max_prompt_length),
+        batch_size=batch_size,
+        seed=seed,
+        engine=engine,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    made = read_json(sidecar(out))
+    shown = {key: made[key] for key in ("responses", "tokens", "ended_share", "tokens_per_second")}
+    ended, speed = f"{shown['ended_share']:.0%} ended", f"{shown['tokens_per_second']:g} tokens/s"
+    _print(f"{shown['responses']} responses ({ended}), {shown['tokens']} tokens ({speed}) in {out}")
+    return {"out": str(out), **shown, "reused": reused}
+
+
+@app.command()
 def signals(
     model: Annotated[str, typer.Option("--model", help="Hub name or directory of the model that is asked.")],
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="Directory of the signal store.")],
-    kind: Annotated[str, typer.Option(help="values, logps, or both with a comma.")] = "values,logps",
+    kind: Annotated[
+        str, typer.Option(help="Of values, logprob_values, logps, q and topk, with commas.")
+    ] = "values,logps",
     role: Annotated[
         str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")
     ] = "teacher",
+    responses: Annotated[
+        str, typer.Option(help="Columns to read, with commas, e.g. student_response of `prefdistill sample`.")
+    ] = "chosen,rejected",
+    k: Annotated[str, typer.Option("--k", help="Tokens of each distribution in topk; vocab is all of them.")] = "50",
+    p: Annotated[float | None, typer.Option("--p", help="Fewer, where fewer hold this share of the mass.")] = None,
+    ids_from: Annotated[
+        Path | None, typer.Option(help="A teacher's topk store at whose token ids this one is read.")
+    ] = None,
     max_length: MaxLength = 1024,
     max_prompt_length: MaxPrompt = None,
     value_temperature: Annotated[float, typer.Option(help="b of the soft value b*logsumexp(z/b).")] = 1.0,
@@ -182,30 +254,45 @@ def signals(
     as_json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """What a model says about each response, stored: soft values of every state, log-probability of the response.
+    """What a model says about each response, stored: soft values of every state (values, from raw logits, or
+    logprob_values), log-probability of the response (logps), its raw logits (q), the likeliest tokens (topk).
 
-    Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind values
+    Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind topk --k 50
     """
     _one_process("signals")
     from prefdistill.encode import Truncation
-    from prefdistill.signals import extract_signals
+    from prefdistill.evaluation import gauge_flips
+    from prefdistill.signals import Signals, extract_signals
 
+    if not (k == "vocab" or k.isdecimal()):
+        raise UserError(f"--k takes a number of tokens or the word vocab, got {k!r}")
     store = extract_signals(
         model,
         data,
-        kinds=tuple(part.strip() for part in kind.split(",") if part.strip()),
+        kinds=_listed(kind),
         out=out,
         role=role,
+        responses=_listed(responses),
         truncation=Truncation(max_length, max_prompt_length),
         value_temperature=value_temperature,
+        k="vocab" if k == "vocab" else int(k),
+        p=p,
+        ids_from=Signals.open(ids_from) if ids_from else None,
         dtype=dtype,
         bf16=bf16,
         batch_tokens=batch_tokens,
         trust_remote_code=trust_remote_code,
     )
     size = sum(path.stat().st_size for path in (out / "shards").iterdir())
-    _print(f"{len(store.rows)} of {len(store)} pairs, {', '.join(store.kinds)}, {size:,} bytes in {out}")
-    return {"out": str(out), "pairs": len(store.rows), "rows": len(store), "kinds": list(store.kinds), "bytes": size}
+    _print(f"{len(store.rows)} of {len(store)} rows, {', '.join(store.kinds)}, {size:,} bytes in {out}")
+    found = {"out": str(out), "pairs": len(store.rows), "rows": len(store), "kinds": list(store.kinds), "bytes": size}
+    if "values" in store.kinds and {"chosen", "rejected"} <= set(store.responses):
+        found["gauge_flips"] = flips = gauge_flips(store)
+        _print(
+            f"the value's order of {flips['mean']:.0%} of the pairs turns under a change of gauge that no policy shows "
+            f"(± {flips['se']:.1%} over {flips['n']} random ones; 50% would be all gauge)"
+        )
+    return found
 
 
 @app.command()
@@ -213,13 +300,20 @@ def distill(
     student: Annotated[str, typer.Option("--student", help="Hub name or directory of the student's start.")],
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="Directory for the trained student.")],
-    method: Annotated[str, typer.Option("--method", help="sft, dpo or tvkd.")] = "tvkd",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="sft, dpo, tvkd, vanillakd, seqkd, dckd, adpa, dpkd, simpo, wpo, dadpo or distillm2.",
+        ),
+    ] = "tvkd",
     signals: Annotated[list[Path] | None, typer.Option("--signals", help="Signal stores; once for each.")] = None,
     overrides: Overrides = None,
     seed: Seed = 0,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Only for methods without signals; others truncate as these did.")
+        int | None, typer.Option(min=1, help="Only for methods without signals (1024); others truncate as these did.")
     ] = None,
+    max_prompt_length: MaxPrompt = None,
     dtype: Dtype = "float32",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -237,37 +331,39 @@ def distill(
     from prefdistill.methods import METHODS, make_method
     from prefdistill.models import load_model, load_tokenizer, model_key
     from prefdistill.signals import Signals
-    from prefdistill.training import PrefDistillTrainer, fit
+    from prefdistill.training import fit, make_trainer
 
+    truncation = Truncation(max_length or 1024, max_prompt_length) if max_length or max_prompt_length else None
     given = _overrides(overrides)
     of_method = METHODS[method].__dataclass_fields__ if method in METHODS else {}
     chosen = make_method(method, {key: value for key, value in given.items() if key in of_method})
     training = _training(Training, {key: value for key, value in given.items() if key not in of_method}, of_method)
-    pairs = load_pairs(data)
+    pairs = load_pairs(data, responses=chosen.responses)
     stores = [Signals.open(path) for path in signals or []]
     tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
 
     def make(directory: Path) -> None:
-        trainer = PrefDistillTrainer(
-            model=load_model(student, dtype=dtype, trust_remote_code=trust_remote_code),
-            method=chosen,
-            args=training.to_arguments(directory / "checkpoints", seed=seed, data_seed=seed),
-            train_dataset=pairs,
+        trainer = make_trainer(
+            chosen,
+            lambda: load_model(student, dtype=dtype, trust_remote_code=trust_remote_code),
+            pairs,
+            tokenizer,
+            training,
+            directory,
             signals=stores,
-            processing_class=tokenizer,
-            peft_config=training.peft_config(),
-            truncation=Truncation(max_length) if max_length else None,
+            truncation=truncation,
+            seed=seed,
         )
         fit(trainer, directory, method)
 
     request = {
         "student": model_key(student),
-        "data": data_fingerprint(pairs),
+        "data": data_fingerprint(pairs, chosen.responses),
         "method": method,
         "options": repr(chosen),
         "training": training.essence(),
         "signals": [file_digest(path / "manifest.json") for path in signals or []],
-        "max_length": max_length,
+        "truncation": str(truncation),
         "seed": seed,
         "dtype": dtype,
     }
@@ -339,6 +435,10 @@ def report(
 def _print(text: str) -> None:
     """For a person; under --json stdout is for the JSON object alone, and this goes to stderr."""
     print(text)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _overrides(given: list[str] | None) -> dict[str, Any]:

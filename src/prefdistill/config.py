@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -180,6 +181,7 @@ class Models(Section):
     """Hub names or directories; a model that is not named is made from `scratch`."""
 
     teacher: str | None = None
+    teacher_reference: str | None = None  # what the named teacher's DPO started from, for methods that compare the two
     student: str | None = None
     scratch: Scratch | None = None
     dtype: Dtype = "float32"  # of the weights in training; with bf16=true they stay float32 and the products are bf16
@@ -200,7 +202,20 @@ class StudentStart(Section):
 class SignalOptions(Section):
     dtype: Dtype = "auto"  # of the teacher's weights while it is read; auto: as they are stored
     value_temperature: PositiveFloat = 1.0
+    k: PositiveInt | Literal["vocab"] = 50  # tokens kept of each distribution, the likeliest ones,
+    p: float | None = Field(default=None, gt=0, le=1)  # or fewer, where fewer hold this share of the probability
     batch_tokens: PositiveInt = 16_384
+
+
+class Sampling(Section):
+    """How responses are sampled for methods that learn from the teacher's or the student's own."""
+
+    temperature: NonNegativeFloat = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: PositiveInt = 1  # per prompt
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 64
+    engine: Literal["transformers", "vllm"] = "transformers"
 
 
 class MethodRun(Section):
@@ -210,6 +225,9 @@ class MethodRun(Section):
     options: Options = {}
     label: str = ""
     control: bool = False  # a placebo, bound or noise floor: shown beside the methods, never the verdict
+    on_request: bool = False  # runs only where it is asked for, by name or as one of all
+    start: str | None = None  # the method whose student this one starts from; default: the student's start
+    rounds: PositiveInt = 1  # of sampling, signals and training; each starts from the student of the one before
     first_order: NonNegativeInt = 0
     training: Training
 
@@ -235,6 +253,7 @@ class Recipe(Section):
     teacher: Teacher = Teacher()
     student: StudentStart = StudentStart()
     signals: SignalOptions = SignalOptions()
+    sampling: Sampling = Sampling()
     training: Options = {}  # defaults of every training below
     methods: dict[str, MethodRun]
     evaluate: Evaluation = Evaluation()
@@ -275,6 +294,13 @@ class Recipe(Section):
         for name in RESERVED_NAMES:
             if name in self.methods:
                 raise ValueError(f"methods.{name}: that name is taken in the results; call it something else")
+        seen: list[str] = []
+        for name, run in self.methods.items():
+            if run.start is not None and run.start not in seen:
+                raise ValueError(f"methods.{name}.start: {run.start!r} must be a method that stands above it")
+            if run.start is not None and self.methods[run.start].first_order != run.first_order:
+                raise ValueError(f"methods.{name}.first_order differs from that of {run.start}, which it starts from")
+            seen.append(name)
         if self.baseline not in self.methods:
             raise ValueError(f"baseline {self.baseline!r} is not among the methods: {', '.join(self.methods)}")
         if (self.data.train is None) == (self.data.synthetic is None):
@@ -346,20 +372,14 @@ def load_recipe(
         path: a YAML file.
         overrides: "key=value" each, e.g. "methods.tvkd.alpha=1.0"; they win over the file.
         fast: the recipe's quick profile.
-        only: keep these of its methods (and its baseline).
+        only: keep these of its methods (and its baseline, and those they start from); ["all"] keeps all, also those
+            that run on request only.
 
     Raises:
         UserError: on a missing file, broken YAML, an unknown key, a wrong type, or a method that does not exist.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no recipe at {path}; the shipped ones are under recipes/")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except Exception as error:  # as in parse_value
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a recipe: it must be a mapping with keys such as data, model, methods")
+    raw = _read(path)
     try:
         profile = _mapping(raw.get("fast"), "fast") if fast else {}
     except ValueError as error:
@@ -371,11 +391,7 @@ def load_recipe(
     if isinstance(raw.get("training"), dict):  # on its own first: it is part of every training below
         validate(Training, raw["training"], f"{path}: training")
     recipe = validate(Recipe, raw, str(path))
-    if only is not None:
-        if unknown := [name for name in only if name not in recipe.methods]:
-            raise UserError(f"{path} has no method {unknown[0]!r}; it has {', '.join(recipe.methods)}")
-        kept = {*only, recipe.baseline}
-        recipe = recipe.model_copy(update={"methods": {n: run for n, run in recipe.methods.items() if n in kept}})
+    recipe = _keep(recipe, only, str(path))
     from prefdistill.methods import make_method
 
     for name, run in recipe.methods.items():
@@ -384,6 +400,48 @@ def load_recipe(
         except UserError as error:
             raise UserError(f"{path}: methods.{name}: {error}") from error
     return recipe
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a recipe file, laid over the one it `extends`, a file named relative to it."""
+    if not path.is_file():
+        raise UserError(f"no recipe at {path}; the shipped ones are under recipes/")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except Exception as error:  # as in parse_value
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping with keys such as data, model, methods")
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or path.resolve() in above:
+        raise UserError(f"{path}: extends must name another recipe file, got {base!r}")
+    return _laid_over(_read(path.parent / base, (*above, path.resolve())), raw)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        under = below.get(key)
+        both[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:
+    """The recipe with the methods asked for, its baseline, and what they start from."""
+    if only == ["all"]:
+        return recipe
+    if only is None:
+        only = [name for name, run in recipe.methods.items() if not run.on_request]
+    if unknown := [name for name in only if name not in recipe.methods]:
+        raise UserError(f"{where} has no method {unknown[0]!r}; it has {', '.join(recipe.methods)} (or all)")
+    kept = {*only, recipe.baseline}
+    for name in reversed(recipe.methods):  # what a method starts from stands above it
+        start = recipe.methods[name].start
+        if name in kept and start is not None:
+            kept.add(start)
+    return recipe.model_copy(update={"methods": {n: run for n, run in recipe.methods.items() if n in kept}})
 
 
 def validate(kind: type[Any], raw: Any, where: str, also: Iterable[str] = ()) -> Any:

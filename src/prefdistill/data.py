@@ -34,13 +34,14 @@ NO_CACHE = {"keep_in_memory": True, "load_from_cache_file": False}
 # ---- Loading ----------------------------------------
 
 
-def load_pairs(source: str, *, split: str = "train") -> Dataset:
+def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = RESPONSES) -> Dataset:
     """Preference pairs with the columns `prompt`, `chosen`, `rejected` and whatever else the source has.
 
     The three are all text, or all lists of messages. Without a `prompt` column, the shared start of `chosen` and
     `rejected` becomes the prompt.
 
     Args:
+        responses: the responses a row must have; what `sample` has written, such as `student_response`, is one too.
         source: a .jsonl, .jsonl.gz or .parquet file; a directory that holds such files or that `save_to_disk` wrote;
             or a Hub name. `org/name#test` and `directory#test` name a split.
         split: the split to take where `source` has several and names none.
@@ -52,7 +53,7 @@ def load_pairs(source: str, *, split: str = "train") -> Dataset:
     if "prompt" not in dataset.column_names:
         _require(dataset, source, RESPONSES)
         dataset = _split_off_prompt(dataset, source)
-    check_pairs(dataset, source)
+    check_pairs(dataset, source, responses)
     return dataset
 
 
@@ -77,20 +78,50 @@ def load_messages(source: str, *, split: str = "train") -> Dataset:
     return dataset.select_columns(["prompt", "completion"])
 
 
+def load_prompts(source: str | Dataset, *, split: str = "train") -> Dataset:
+    """Prompts to answer, with the column `prompt` and whatever else the source has.
+
+    Without a `prompt` column, the shared start of `chosen` and `rejected` becomes the prompt, or `messages` is split
+    into `prompt` and `completion`, its last assistant turn. Arguments and errors are those of `load_pairs`; a data set
+    in memory is taken as it is.
+    """
+    dataset, name = (_read(source, split), source) if isinstance(source, str) else (source, "The data set")
+    columns = dataset.column_names
+    if "prompt" not in columns and {*RESPONSES} <= {*columns}:
+        dataset = _split_off_prompt(dataset, name)
+    elif "prompt" not in columns and "messages" in columns:
+        dataset = dataset.map(
+            _split_off_answer, with_indices=True, fn_kwargs={"source": name}, remove_columns="messages", **NO_CACHE
+        )
+    _require(dataset, name, ("prompt",), "Prompts are `prompt`, or the start of `messages` or of preference pairs.")
+    _check_rows(dataset, name, ("prompt",))
+    return dataset
+
+
 def demonstrations_fingerprint(demonstrations: Dataset) -> str:
     """`data_fingerprint` of what `load_messages` gives."""
     return data_fingerprint(demonstrations.rename_column("completion", "chosen"))
 
 
-def data_fingerprint(dataset: Dataset) -> str:
-    """SHA-256 over prompt, chosen, rejected and scores of every row, in order; the same for JSONL, Parquet and Hub."""
+def data_fingerprint(dataset: Dataset, responses: Sequence[str] = RESPONSES) -> str:
+    """SHA-256 over the prompt, some responses and the scores of every row, in order; the same for JSONL, Parquet, Hub.
+
+    Columns that say whether a response has ended count where they are there. The scores are those of a pair.
+    """
     digest = hashlib.sha256()
-    columns = ("prompt", *RESPONSES)
-    for row in dataset.select_columns([name for name in (*columns, *SCORES) if name in dataset.column_names]):
+    columns = ("prompt", *responses)
+    flags = [ended_column(name) for name in responses if ended_column(name) in dataset.column_names]
+    scores = SCORES if set(RESPONSES) <= set(responses) else ()
+    for row in dataset.select_columns([n for n in (*columns, *flags, *scores) if n in dataset.column_names]):
         texts = [without_nulls(row.get(name)) for name in columns]
-        scores = [None if row.get(name) is None else float(row[name]) for name in SCORES]
-        digest.update(json.dumps(texts + scores, sort_keys=True).encode() + b"\n")
+        numbers = [None if row.get(name) is None else float(row[name]) for name in (*scores, *flags)]
+        digest.update(json.dumps(texts + numbers, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def ended_column(response: str) -> str:
+    """The column that says, where it is there, whether a response has its end token. `sample` writes it."""
+    return f"{response}_ended"
 
 
 def _read(source: str, split: str) -> Dataset:
@@ -184,13 +215,19 @@ def _explain(what: str) -> Iterator[None]:
 # ---- Checking ----------------------------------------
 
 
-def check_pairs(dataset: Dataset, source: str) -> None:
-    _require(dataset, source, ("prompt", *RESPONSES))
+def check_pairs(dataset: Dataset, source: str, responses: Sequence[str] = RESPONSES) -> None:
+    made = [name for name in responses if name not in RESPONSES]
+    hint = f"`prefdistill sample --column {made[0]}` makes such a column." if made else ""
+    _require(dataset, source, ("prompt", *responses), hint)
+    for name in responses:
+        dtype = str(getattr(dataset.features.get(ended_column(name)), "dtype", "null"))
+        if dtype not in ("bool", "null"):
+            raise UserError(f"{source}: column '{ended_column(name)}' must hold true or false, it holds {dtype}.")
     for name in SCORES:
         dtype = str(getattr(dataset.features.get(name), "dtype", "null"))
         if not dtype.startswith(("float", "int", "uint", "null")):
             raise UserError(f"{source}: column '{name}' must hold numbers, it holds {dtype}. Convert or rename it.")
-    _check_rows(dataset, source, ("prompt", *RESPONSES))
+    _check_rows(dataset, source, ("prompt", *responses))
 
 
 def _require(dataset: Dataset, source: str, columns: Sequence[str], expected: str = "") -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prefdistill.data import NO_CACHE, RESPONSES, check_pairs, data_fingerprint, without_nulls
+from prefdistill.data import NO_CACHE, RESPONSES, check_pairs, data_fingerprint, ended_column, without_nulls
 from prefdistill.errors import UserError
 from prefdistill.files import value_digest
 from prefdistill.models import tokenizer_identity
@@ -124,12 +124,18 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def encode_pairs(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_proc: int | None = None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation,
+    num_proc: int | None = None,
+    *,
+    responses: tuple[str, ...] = RESPONSES,
 ) -> tuple[Dataset, Dropped]:
     """Tokenise preference pairs, and leave out the rows whose response cannot be told apart from the prompt.
 
     Conversations go through the chat template, which alone decides about BOS and the end token. Plain text gets the
-    tokenizer's own special tokens in front and one EOS at the end.
+    tokenizer's own special tokens in front and one EOS at the end. A sampled response whose column `NAME_ended` says
+    that it was cut gets no end token.
 
     Returns:
         The rows that were kept, held in memory (8 bytes per response token), with the columns
@@ -138,16 +144,17 @@ def encode_pairs(
         - `chosen_ended`, `rejected_ended`: whether the response has its end token;
         - `chosen_offsets`, `rejected_offsets`: for each response token, where it ends in the text after the prompt, in
           characters. Tokens that share a character all end after it.
+        Other `responses` than chosen and rejected have columns of the same kind.
 
         And what was dropped, for which reason.
 
     Raises:
         UserError: the data are not pairs, the tokenizer lacks what they need, or no row is left.
     """
-    check_pairs(dataset, "The data set")
-    encode = _PairEncoder(tokenizer, truncation, conversational=isinstance(dataset[0]["prompt"], list))
+    check_pairs(dataset, "The data set", responses)
+    encode = _PairEncoder(tokenizer, truncation, responses, conversational=isinstance(dataset[0]["prompt"], list))
     lengths = [truncation.max_length, truncation.max_prompt_length]
-    key = value_digest([data_fingerprint(dataset), tokenizer_identity(tokenizer), lengths])
+    key = value_digest([data_fingerprint(dataset, responses), responses, tokenizer_identity(tokenizer), lengths])
     if key not in _ENCODED:
         while len(_ENCODED) >= ENCODED_KEPT:
             _ENCODED.pop(next(iter(_ENCODED)))
@@ -155,8 +162,8 @@ def encode_pairs(
     return _ENCODED[key]
 
 
-# Every stage of a run encodes the same pairs: train and test, for a teacher and a student.
-ENCODED_KEPT = 4
+# Every stage of a run encodes the same pairs: train and test, for a teacher and a student, and what they sampled.
+ENCODED_KEPT = 8
 _ENCODED: dict[str, tuple[Dataset, Dropped]] = {}
 
 
@@ -166,7 +173,7 @@ def _encode_all(dataset: Dataset, encode: _PairEncoder, num_proc: int | None) ->
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_encoded_features(),
+        features=_encoded_features(encode.responses),
         num_proc=num_proc,
         desc="Tokenising pairs",
         **NO_CACHE,
@@ -179,13 +186,13 @@ def _encode_all(dataset: Dataset, encode: _PairEncoder, num_proc: int | None) ->
     return encoded.remove_columns("dropped").select(kept, keep_in_memory=True), dropped
 
 
-def _encoded_features() -> Any:
+def _encoded_features(responses: Sequence[str]) -> Any:
     from datasets import Features, List, Value
 
     tokens = List(Value("int32"))
-    responses = {f"{name}_{key}": tokens for name in RESPONSES for key in ("ids", "offsets")}
-    ended = {f"{name}_ended": Value("bool") for name in RESPONSES}
-    return Features({"row": Value("int64"), "dropped": Value("string"), "prompt_ids": tokens, **responses, **ended})
+    parts = {f"{name}_{key}": tokens for name in responses for key in ("ids", "offsets")}
+    ended = {f"{name}_ended": Value("bool") for name in responses}
+    return Features({"row": Value("int64"), "dropped": Value("string"), "prompt_ids": tokens, **parts, **ended})
 
 
 class _Refused(Exception):
@@ -195,7 +202,13 @@ class _Refused(Exception):
 class _PairEncoder:
     """What `encode_pairs` maps over batches of rows; every batch is one call of the tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, conversational: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        truncation: Truncation,
+        responses: tuple[str, ...],
+        conversational: bool,
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError("The tokenizer does not report character offsets. Load a fast one (use_fast=True).")
         if conversational and not tokenizer.chat_template:
@@ -203,41 +216,42 @@ class _PairEncoder:
         if not conversational and tokenizer.eos_token is None:
             raise UserError("The data are plain text but the tokenizer has no EOS token. Set tokenizer.eos_token.")
         self.tokenizer, self.truncation, self.conversational = tokenizer, truncation, conversational
+        self.responses = responses
         self.ending = _template_ending(tokenizer) if conversational else _Ending()
         self.end_tokens = {tokenizer.eos_token_id, self.ending.token}
         self.appends_eos = not conversational and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows = zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
+        rows = zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True)
         texts = [self._render(*row) for row in rows]
         tokens = self._tokenise([text for row in texts if row for text in row])
-        columns: dict[str, list[Any]] = {name: [] for name in _encoded_features()}
-        for index, row in zip(indices, texts, strict=True):
+        flags = [batch.get(ended_column(name)) or [None] * len(texts) for name in self.responses]
+        columns: dict[str, list[Any]] = {name: [] for name in _encoded_features(self.responses)}
+        for index, row, *cut in zip(indices, texts, *flags, strict=True):
             try:
-                encoded = self._encode(row, tokens)
+                encoded = self._encode(row, tokens, [ended is False for ended in cut])
             except _Refused as refusal:
                 encoded = {"dropped": str(refusal)}
             for name, column in columns.items():
                 column.append(index if name == "row" else encoded.get(name))
         return columns
 
-    def _render(self, prompt: Any, chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
-        """The texts of the prompt, of prompt and chosen, of prompt and rejected; None where the template refuses."""
+    def _render(self, prompt: Any, *responses: Any) -> tuple[str, ...] | None:
+        """The texts of the prompt, and of the prompt with each response; None where the template refuses."""
         if not self.conversational:
             eos = self.tokenizer.eos_token
-            chosen, rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
-            return prompt, prompt + chosen, prompt + rejected
+            return prompt, *(prompt + (text if text.endswith(eos) else text + eos) for text in responses)
         from jinja2 import TemplateError
 
         # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
-        prompt, chosen, rejected = (without_nulls(messages) for messages in (prompt, chosen, rejected))
+        prompt, *answers = (without_nulls(messages) for messages in (prompt, *responses))
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         try:
             prompt_text = str(render(prompt, add_generation_prompt=True))
-            chosen_text, rejected_text = (str(render(prompt + answer)) for answer in (chosen, rejected))
+            full_texts = [str(render(prompt + answer)) for answer in answers]
         except TemplateError:
             return None
-        return prompt_text, self._cut_after_end(chosen_text), self._cut_after_end(rejected_text)
+        return prompt_text, *(self._cut_after_end(text) for text in full_texts)
 
     def _cut_after_end(self, text: str) -> str:
         """Found from the end of the text, so that an end token inside the content does not cut it short."""
@@ -254,7 +268,9 @@ class _PairEncoder:
         for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
             yield ids[:stop], [end for _, end in spans[:stop]]
 
-    def _encode(self, texts: tuple[str, ...] | None, tokens: Iterator[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    def _encode(
+        self, texts: tuple[str, ...] | None, tokens: Iterator[tuple[list[int], list[int]]], cut: list[bool]
+    ) -> dict[str, Any]:
         if texts is None:
             raise _Refused(TEMPLATE_FAILED)
         prompt_text, *full_texts = texts
@@ -264,12 +280,15 @@ class _PairEncoder:
         kept_prompt = self.truncation.cut_prompt(prompt_ids, self.tokenizer.bos_token_id)
         room = self.truncation.room_after(kept_prompt)
         encoded: dict[str, Any] = {"dropped": "", "prompt_ids": kept_prompt}
-        for name, full_text, (full_ids, ends) in zip(RESPONSES, full_texts, full, strict=True):
+        for name, full_text, (full_ids, ends), was_cut in zip(self.responses, full_texts, full, cut, strict=True):
             if not full_text.startswith(prompt_text):
                 raise _Refused(TEMPLATE_DIFFERS)
             if full_ids[: len(prompt_ids)] != prompt_ids:
                 raise _Refused(TOKENS_MERGE)
             ids = full_ids[len(prompt_ids) :]
+            if was_cut and ids and ids[-1] in self.end_tokens:  # written by the template, not by who was cut
+                ids.pop()
+                ends.pop()
             if not ids:
                 raise _Refused(RESPONSE_EMPTY)
             if room == 0:
@@ -278,7 +297,8 @@ class _PairEncoder:
             offsets = accumulate((end - len(prompt_text) for end in ends[len(prompt_ids) :]), max)
             encoded[f"{name}_ids"] = ids[:room]
             encoded[f"{name}_offsets"] = list(offsets)[:room]
-            encoded[f"{name}_ended"] = ids[-1] in self.end_tokens and (room is None or len(ids) <= room)
+            whole = ids[-1] in self.end_tokens and (room is None or len(ids) <= room)
+            encoded[f"{name}_ended"] = whole and not was_cut
         return encoded
 
 

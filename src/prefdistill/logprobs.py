@@ -49,6 +49,62 @@ def token_logps(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
     return (chosen - torch.logsumexp(logits, dim=-1),)
 
 
+def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities at k ids, of all the mass besides, and the log-normaliser.
+
+    The rest is summed from the logits of the other tokens, so it is exact where it is small; the normaliser from the
+    two, so the vocabulary is gone through once.
+
+    Args:
+        logits: [n, vocab].
+        ids: [n, k], distinct in each row; -1 fills up a row that has fewer.
+
+    Returns:
+        [n, k], -inf where the id is -1; [n], -inf where the ids are all tokens with a finite logit; [n].
+    """
+    given = ids >= 0
+    # what fills up a row repeats one of its ids (or token 0 where it has none) and does not count
+    counted = given.clone()
+    counted[:, :1] |= ~given.any(dim=-1, keepdim=True)
+    at = torch.where(given, ids, ids.amax(dim=-1, keepdim=True).clamp(min=0))
+    chosen = logits.gather(-1, at)
+    others = _logsumexp(logits.scatter(-1, at, float("-inf")))
+    total = torch.logaddexp(torch.logsumexp(chosen.masked_fill(~counted, float("-inf")), dim=-1), others)
+    at_ids = (chosen - total[:, None]).masked_fill(~given, float("-inf"))
+    rest = (others - total).masked_fill(others == float("-inf"), float("-inf"))
+    return at_ids, rest.masked_fill(~given.any(dim=-1), 0.0), total
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """`torch.logsumexp` over the last dimension, with a gradient of 0, not NaN, where every number is -inf."""
+    top = x.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+    total = (x - top).exp().sum(dim=-1)  # at least 1, or 0
+    return (total.clamp(min=1.0).log() + top[..., 0]).masked_fill(total == 0, float("-inf"))
+
+
+def likeliest(logits: Tensor, k: int, mass: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The most likely tokens of each state, likeliest first.
+
+    Args:
+        logits: [n, vocab]; -inf is a token that cannot be.
+        k: how many at most; more than there are gives all.
+        mass: keep no more of the k than make up this share of the probability (a nucleus; at least one token).
+
+    Returns:
+        ids [n, k] (int32, -1 where there is none), their log-probabilities [n, k] (-inf there), and the log of the
+        mass of all others [n].
+    """
+    k = min(k, logits.shape[-1])
+    top, ids = logits.topk(k, dim=-1)
+    kept = torch.isfinite(top)
+    if mass is not None:
+        probabilities = (top - torch.logsumexp(logits, dim=-1, keepdim=True)).exp()
+        kept &= probabilities.cumsum(-1) - probabilities < mass
+    ids = ids.masked_fill(~kept, -1)
+    at_ids, rest, _ = topk_logps(logits, ids)
+    return ids.int(), at_ids, rest
+
+
 def sum_by_row(per_state: Tensor, states: Tensor) -> Tensor:
     """Sum of a quantity over the states of each row: [number of states], bool [N, width] -> [N]."""
     rows = states.nonzero()[:, 0]
@@ -149,28 +205,6 @@ class _forward:
             del self.module.forward
         else:
             self.module.forward = self.previous
-
-
-def sequence_logps(
-    model: nn.Module, batch: dict[str, Tensor], *, emittable: Tensor | None = None, tile: int | None = None
-) -> Tensor:
-    """Log-probability of each response given its prompt, in nats.
-
-    Args:
-        model: a causal language model of transformers, possibly wrapped.
-        batch: `input_ids`, `attention_mask` [N, width], `prompt_lengths`, `lengths` [N]: a `PairCollator`'s batch.
-        emittable, tile: see `reduce_logits`.
-
-    Returns:
-        float32 [N].
-    """
-    ids = batch["input_ids"]
-    states = response_states(batch["prompt_lengths"], batch["lengths"], ids.shape[1], final=False)
-    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
-    (logps,) = reduce_logits(
-        model, inputs, states, token_logps, next_tokens(ids, states), emittable=emittable, tile=tile
-    )
-    return sum_by_row(logps, states)
 
 
 def emittable_ids(tokenizer: Any, rows: int) -> Tensor | None:

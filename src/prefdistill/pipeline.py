@@ -1,5 +1,6 @@
 """A recipe, stage by stage: data -> teacher -> student's start -> signals -> methods -> evaluation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from prefdistill import synthetic
@@ -15,9 +15,9 @@ from prefdistill.config import MethodRun, Recipe, Training
 from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.evaluation.pairs import implicit_rewards, pair_terms, pair_wins
+from prefdistill.evaluation.pairs import gauge_flips, implicit_rewards, pair_terms, pair_wins
 from prefdistill.files import read_json, write_json, write_jsonl
-from prefdistill.methods import TVKD, Method, make_method
+from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
     check_same_tokens,
     load_model,
@@ -30,10 +30,12 @@ from prefdistill.models import (
 )
 from prefdistill.progress import say
 from prefdistill.sample import Response, sample
-from prefdistill.signals import Signals, SignalSet, extract_signals
+from prefdistill.signals import SignalSet
+from prefdistill.signals.store import SIDES
 from prefdistill.stages import Stage, run_stage
+from prefdistill.supply import Start, Supply
 from prefdistill.teach import train_dpo, train_sft
-from prefdistill.training import PrefDistillTrainer, fit
+from prefdistill.training import arguments_kind, fit, make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +66,7 @@ class SeedRun:
     stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, data digests
+    starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
 
     @property
     def root(self) -> Path:
@@ -93,7 +96,7 @@ class SeedRun:
         if recipe.model.teacher or recipe.model.student:
             _ = self.tokenizer
         trainings: list[tuple[Training, type[Any]]] = [
-            (run.training, TrainingArguments) for run in recipe.methods.values()
+            (run.training, arguments_kind(self.methods[name])) for name, run in recipe.methods.items()
         ]
         trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
         trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
@@ -101,20 +104,27 @@ class SeedRun:
             training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
         for name, method in self.methods.items():
             self._check_method(f"methods.{name}", method)
-        if len(self._reference_bf16()) > 1:
+        if len(self.reference_bf16()) > 1:
             raise UserError("training.bf16 differs between methods, which share one reference that is read alike")
+        for name, run in recipe.methods.items():
+            if run.rounds > 1 and "student_response" not in self.methods[name].responses:
+                raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
 
     def _check_method(self, where: str, method: Method) -> None:
         """Whether this recipe will make the signals that a method needs."""
-        made = self.recipe.signals.value_temperature
-        if "teacher.values" in method.needs and getattr(method, "value_temperature", made) != made:
+        made, names = self.recipe.signals.value_temperature, self.recipe.model
+        if isinstance(method, TVKD) and method.uses_values and method.value_temperature != made:
             raise UserError(f"{where}.value_temperature differs from signals.value_temperature={made}; set both alike")
-        if "teacher_reference.logps" in method.needs and self.recipe.teacher.dpo is None:
-            raise UserError(f"{where} needs the model the teacher's DPO started from: let the recipe do teacher.dpo")
         for need in method.needs:
-            role, _, column = need.partition(".")
-            if role == "data" and not self.recipe.data.synthetic and column not in self.train.column_names:
-                raise UserError(f"{where} needs a column {column!r}, a score for every pair; the data has none")
+            if need.role == "teacher_reference" and self.recipe.teacher.dpo is None and names.teacher_reference is None:
+                raise UserError(
+                    f"{where} needs the model the teacher's DPO started from: name it as model.teacher_reference, or "
+                    "let the recipe do teacher.dpo"
+                )
+            if need.role == "data" and not self.recipe.data.synthetic and need.kind not in self.train.column_names:
+                raise UserError(f"{where} needs a column {need.kind!r}, a score for every pair; the data has none")
+            if self.recipe.sampling.n > 1 and sampled(method) and not set(SIDES).isdisjoint(need.responses):
+                raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
 
     def prepare(self) -> None:
         """Data, teacher, the student's start and the signals."""
@@ -128,35 +138,51 @@ class SeedRun:
             self.stage("init", {"model": recipe.model.model_dump()}, self._make_models, after)
         self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
         self.start = recipe.model.student or str(self.root / "init" / "student")
-        self.keys["models"] = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
+        named = (recipe.model.teacher, recipe.model.teacher_reference, recipe.model.student)
+        self.keys["models"] = [model_key(name) for name in named]
         self.keys.setdefault("init", "")
+        before_any = "base"  # what the models are before any training
+        self.keys[before_any] = [self.keys["init"], self.keys["models"]]
         self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
         if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
             self.keys["demonstrations"] = demonstrations_fingerprint(self.demonstrations)
-        demonstrated = ("init", "models", "demonstrations")
+        demonstrated = (before_any, "demonstrations")
 
         if recipe.teacher.sft:
             self.teacher = self._teach(
                 "teacher-sft", train_sft, "demonstrations", self.teacher, recipe.teacher.sft, *demonstrated
             )
+        self.teacher_stage = self.teacher_reference_stage = "teacher-sft" if recipe.teacher.sft else before_any
         self.teacher_reference = self.teacher
+        if recipe.teacher.dpo is None and recipe.model.teacher_reference:
+            self.teacher_reference, self.teacher_reference_stage = recipe.model.teacher_reference, "models"
         if recipe.data.synthetic:
-            teacher = "teacher-sft" if recipe.teacher.sft else "init"
+            teacher = self.teacher_stage
             sampling = recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
             self.stage("pairs", sampling, self._make_pairs, teacher)
             self.keys["train"] = self.keys["pairs"]
         if recipe.teacher.dpo:
-            before = ("teacher-sft",) if recipe.teacher.sft else ("init", "models")
             self.teacher = self._teach(
-                "teacher-dpo", train_dpo, "teacher_pairs", self.teacher, recipe.teacher.dpo, "train", *before
+                "teacher-dpo",
+                train_dpo,
+                "teacher_pairs",
+                self.teacher,
+                recipe.teacher.dpo,
+                "train",
+                self.teacher_stage,
             )
+            self.teacher_stage = "teacher-dpo"
+        self.start_stage = before_any
         if recipe.student.sft:
             self.start = self._teach(
                 "student-sft", train_sft, "demonstrations", self.start, recipe.student.sft, *demonstrated
             )
+            self.start_stage = "student-sft"
+        self.starts["start"] = Start("start", self.start, self.start_stage, self._starting_from(None))
         if self.test is not None:
             self.keys["test"] = data_fingerprint(self.test)
-        self._extract_all()
+        self.supply = Supply(self)
+        self.test_stores = self.supply.test()
 
     # -- data and models ----------------------------------------------------------------------------------------------
 
@@ -267,7 +293,7 @@ class SeedRun:
         self.keys[name] = stage.key
         self.stages.append(stage)
 
-    def _name(self, model: str) -> str:
+    def name_of(self, model: str) -> str:
         """A model of this run by its stage, so that a run directory may be moved."""
         return model.removeprefix(f"{self.root}/")
 
@@ -298,102 +324,58 @@ class SeedRun:
                 what=name,
             )
 
-        self.stage(name, {"model": self._name(model), **self._request(training)}, make, *after)
+        self.stage(name, {"model": self.name_of(model), **self._request(training)}, make, *after)
         return str(self.root / name)
 
-    # -- signals ------------------------------------------------------------------------------------------------------
+    # -- methods and evaluation ---------------------------------------------------------------------------------------
 
     @functools.cached_property
     def methods(self) -> dict[str, Method]:
         return {name: make_method(run.method, run.options) for name, run in self.recipe.methods.items()}
 
-    def _extract_all(self) -> None:
-        """The signals that the methods need, for the training pairs; for the test pairs, what evaluation needs too."""
-        wanted: dict[str, set[str]] = {}
-        for method in self.methods.values():
-            for need in method.needs:
-                role, _, kind = need.partition(".")
-                if role != "data":
-                    wanted.setdefault(role, set()).add(kind)
-        self.stores: dict[str, list[Signals]] = {"train": [], "test": []}
-        for role, kinds in wanted.items():
-            self._extract(role, "train", kinds)
-        if self.test is not None:
-            roles = set(wanted)
-            if "teacher" in roles and self.recipe.teacher.dpo:
-                roles.add("teacher_reference")  # its implicit reward is a term to compare with, if no method uses it
-            for role in sorted(roles):
-                self._extract(role, "test", {"values", "logps"} if role == "teacher" else {"logps"})
-
-    def _reference_bf16(self) -> set[bool]:
+    def reference_bf16(self) -> set[bool]:
         """The precisions in which the methods that have a reference train."""
-        runs = self.recipe.methods
-        return {runs[name].training.bf16 for name, method in self.methods.items() if "reference.logps" in method.needs}
-
-    def _extract(self, role: str, split: str, kinds: set[str]) -> None:
-        model, made_by = {
-            "teacher": (self.teacher, ("teacher-dpo", "teacher-sft")),
-            "teacher_reference": (self.teacher_reference, ("teacher-sft",)),
-            "reference": (self.start, ("student-sft",)),
-        }[role]
-        data = self.train if split == "train" else self.test
-        assert data is not None
-        # the reference is read as the student is trained: same weights, same precision
-        reading = (
-            {"dtype": self.recipe.model.dtype, "bf16": True in self._reference_bf16()}
-            if role == "reference"
-            else {"dtype": self.recipe.signals.dtype, "bf16": False}
-        )
-        options = self.recipe.signals.model_dump(exclude={"dtype"}) | reading
-        request = {"model": self._name(model), "kinds": sorted(kinds), "truncation": str(self.truncation), **options}
-        name = f"signals-{role}-{split}"
-
-        def make(out: Path) -> None:
-            extract_signals(
-                model,
-                data,
-                self.tokenizer,
-                kinds=tuple(sorted(kinds)),
-                out=out / "store",
-                role=role,
-                truncation=self.truncation,
-                trust_remote_code=self.recipe.model.trust_remote_code,
-                **options,
-            )
-
-        before = next((key for key in made_by if key in self.keys), "init")
-        self.stage(name, request, make, split, before, "models")
-        self.stores[split].append(Signals.open(self.root / name / "store"))
-
-    # -- methods and evaluation ---------------------------------------------------------------------------------------
+        return {
+            self.recipe.methods[name].training.bf16
+            for name, method in self.methods.items()
+            if any(need.role == "reference" for need in method.needs)
+        }
 
     def distill(self, name: str, run: MethodRun, order: int) -> str:
-        """Train the student with one method and one order of the data."""
+        """Train the student with one method and one order of the data, in as many rounds as the recipe says."""
+        start = self.starts[f"{run.start}-{order}" if run.start else "start"]
+        for number in range(1, run.rounds + 1):
+            made = f"{name}-{order}" + (f"-round-{number}" if number < run.rounds else "")
+            stage = f"distill-{made}"
+            self._distill_round(stage, name, run, order, start)
+            start = Start(made, str(self.root / stage), stage, frozenset({name}), number + 1)
+        self.starts[f"{name}-{order}"] = dataclasses.replace(start, users=self._starting_from(name), round=1)
+        return start.model
+
+    def _starting_from(self, name: str | None) -> frozenset[str]:
+        return frozenset(method for method, run in self.recipe.methods.items() if run.start == name)
+
+    def _distill_round(self, stage: str, name: str, run: MethodRun, order: int, start: Start) -> None:
         method = self.methods[name]
-        roles = {need.partition(".")[0] for need in method.needs}
-        stores = [store for store in self.stores["train"] if store.role in roles]
-        stage = f"distill-{name}-{order}"
+        rows, stores, made_from = self.supply.of(method, start)
 
         def make(out: Path) -> None:
-            trainer = PrefDistillTrainer(
-                model=self._load(self.start),
-                method=method,
-                args=run.training.to_arguments(
-                    out / "checkpoints", seed=self.seed, data_seed=self.seed * 1_000 + order
-                ),
-                train_dataset=self.train,
+            trainer = make_trainer(
+                method,
+                functools.partial(self._load, start.model),
+                rows,
+                self.tokenizer,
+                run.training,
+                out,
                 signals=stores,
-                processing_class=self.tokenizer,
-                peft_config=run.training.peft_config(),
                 truncation=self.truncation,
+                seed=self.seed,
+                data_seed=self.seed * 1_000 + order,
             )
             fit(trainer, out, stage)
 
-        start = "student-sft" if self.recipe.student.sft else "models"
-        signals = [f"signals-{store.role}-train" for store in stores]
         request = {"method": run.method, "options": run.options, "order": order, **self._request(run.training)}
-        self.stage(stage, request, make, "train", start, *signals)
-        return str(self.root / stage)
+        self.stage(stage, request, make, "train", start.stage, *made_from)
 
     def evaluate(self, name: str, model: str) -> Measured:
         """Measure one model on the held-out pairs and, where the reward is known, by its own responses."""
@@ -402,9 +384,9 @@ class SeedRun:
             measured = self._measure(model)
             write_json(out / "evaluation.json", measured.__dict__)
 
-        made_from = (f"distill-{name}", "teacher-dpo", "teacher-sft", "student-sft", "signals-reference-test", "test")
+        made_from = (f"distill-{name}", self.teacher_stage, self.start_stage, "signals-reference-test", "test")
         before = [key for key in made_from if key in self.keys]
-        request = {"model": self._name(model), **self.recipe.evaluate.model_dump()}
+        request = {"model": self.name_of(model), **self.recipe.evaluate.model_dump()}
         self.stage(f"evaluate-{name}", request, make, *before)
         return Measured(**read_json(self.root / f"evaluate-{name}" / "evaluation.json"))
 
@@ -434,7 +416,7 @@ class SeedRun:
                 {"prompt": p if isinstance(p, str) else p[-1]["content"], "response": response.text}
                 for p, response in zip(prompts, found, strict=True)
             ]
-        reference = next((store for store in self.stores["test"] if store.role == "reference"), None)
+        reference = next((store for store in self.test_stores if store.role == "reference"), None)
         if reference is not None and self.test is not None and name not in (self.start, self.teacher):
             reward = implicit_rewards(model, self.test, self.tokenizer, reference)
             items["reward_accuracy"] = pair_wins(reward["chosen"], reward["rejected"]).tolist()
@@ -460,14 +442,18 @@ class SeedRun:
         )
 
     def _test_signals(self) -> SignalSet | None:
-        if self.test is None or not any(store.role == "teacher" for store in self.stores["test"]):
+        if self.test is None or not any(store.role == "teacher" for store in self.test_stores):
             return None
-        return SignalSet.of(self.stores["test"], self.test, self.keys["test"])
+        return SignalSet.of(self.test_stores, self.test)
 
     def margin_terms(self) -> dict[str, np.ndarray]:
         """Per test pair, whether each term of the teacher orders it right."""
         signals = self._test_signals()
         return pair_terms(signals) if signals else {}
+
+    def gauge_flips(self) -> dict[str, Any]:
+        """How far the order of the held-out pairs by the teacher's value depends on its gauge."""
+        return next((gauge_flips(store) for store in self.test_stores if "values" in store.kinds), {})
 
     def shaping(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
         """The offset of each method that has one, on the test pairs, beside the margin its DPO part has learnt."""

@@ -97,6 +97,14 @@ def margin_accuracies(terms: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     return {name: mean_and_error(wins) | {"over": "test items"} for name, wins in terms[0].items()}
 
 
+def gauge(runs: list[SeedRun]) -> dict[str, Any]:
+    """`gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
+    found = [flips for run in runs if (flips := run.gauge_flips())]
+    if len(found) < 2:
+        return found[0] | {"over": "directions"} if found else {}
+    return mean_and_error([flips["mean"] for flips in found]) | {"over": "seeds"}
+
+
 def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
     """The same prompts answered by every model (first order of each)."""
     first = {name: runs[0].samples for name, runs in measured.items() if runs[0].samples}
@@ -138,6 +146,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any
             "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
             "controls": [name for name, run in recipe.methods.items() if run.control],
             "margin_accuracy": margin_accuracies([run.margin_terms() for run in runs]),
+            "gauge_flips": gauge(runs),
             "shaping": shaping[0],
             "samples": side_by_side(measured[0]),
             "stages": [_stage(stage, run.seed) for run in runs for stage in run.stages],

@@ -1,81 +1,232 @@
-"""Responses from a model: transformers' own batched generation."""
+"""Responses from a model, in memory or as a data file like any other.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+    responses = sample(model, tokenizer, prompts, n=4, temperature=0.8)
+    dataset = sample_responses("my/student", "pairs.jsonl", out="sampled.jsonl", column="student_response")
+
+A prompt is given to the model in the very tokens that `encode_pairs` makes of it. Rows are counted from 0.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
-from prefdistill.encode import end_token_ids
+from prefdistill import __version__
+from prefdistill.data import FILE_TYPES, ended_column, load_prompts, without_nulls
+from prefdistill.encode import (
+    PROMPT_EMPTY,
+    PROMPT_TOO_LONG,
+    TEMPLATE_FAILED,
+    Dropped,
+    Truncation,
+    end_token_ids,
+)
 from prefdistill.errors import UserError
-from prefdistill.progress import Progress
+from prefdistill.files import atomic_path, file_digest, read_json, value_digest, write_json
+from prefdistill.models import load_model, load_tokenizer, model_identity, model_key, ready, tokenizer_identity
+from prefdistill.progress import Progress, say
+from prefdistill.signals.store import same
+from prefdistill.stages import LOCK, locked
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ENGINES = ("transformers", "vllm")
+REQUEST = "request.json"
 
 
 @dataclass(frozen=True)
 class Response:
+    """What a model answered: the text without special tokens, the tokens with the end token, whether it wrote one."""
+
     text: str
     tokens: int
     ended: bool
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Settings:
+    """How to draw, checked."""
+
+    n: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("n", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be 0 (greedy) or more, and finite, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1 (nothing cut off), got {self.top_p}")
+        if self.n > 1 and self.temperature == 0:
+            raise UserError(
+                f"temperature 0 would give the same response {self.n} times; ask for n=1, or a temperature above 0"
+            )
+
+
+# Prompts (token ids), the most new tokens of each, a seed -> the new tokens of n responses per prompt, consecutive,
+# which may go on after an end token.
+_Engine = Callable[[list[list[int]], list[int], int, Progress], list[list[int]]]
+
+
+# ---- In memory ----------------------------------------
+
+
 def sample(
     model: Any,
     tokenizer: Any,
     prompts: list[Any],
     *,
+    n: int = 1,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     max_new_tokens: int = 256,
+    truncation: Truncation | None = None,
     batch_size: int = 64,
     seed: int = 0,
     what: str = "sampling",
 ) -> list[Response]:
-    """One response per prompt, in the order of the prompts.
+    """Responses in the order of the prompts, the `n` of a prompt one after another.
 
     Args:
         model: a causal language model, on its device, in eval mode.
         tokenizer: its tokenizer.
         prompts: messages (through the chat template) or plain text, each.
-        temperature: of the whole vocabulary's distribution, nothing cut off; 0 is greedy.
+        n: responses per prompt, drawn independently.
+        temperature: of the whole vocabulary's distribution; 0 is greedy.
+        top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
         max_new_tokens: a response that has not ended by then is returned as it is, with `ended=False`.
-        batch_size: prompts of like length generated together.
+        truncation: prompts are cut as `encode_pairs` does, and responses end where it would cut them.
+        batch_size: responses to prompts of like length generated together.
         seed: of the draws; the same seed, prompts and batch size give the same responses on the same machine.
         what: name on the progress bar.
+
+    Raises:
+        UserError: on a setting out of its range, or a prompt that cannot be answered.
+
+    Example:
+        >>> sample(model, tokenizer, ["Once upon a time"], n=2, top_p=0.9)             # doctest: +SKIP
     """
-    if temperature < 0:
-        raise UserError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    settings = _Settings(n, temperature, top_p, max_new_tokens, batch_size)
+    sampler = _Sampler(tokenizer, settings, truncation)
+    encoded, dropped = sampler.encode_all(prompts)
+    for reason, first in dropped.first_rows.items():
+        raise UserError(f"prompt {first}: {reason}. Leave such prompts out, or change the template or the lengths.")
+    with Progress(what, n * len(prompts), "response") as progress:
+        found = sampler.respond(_transformers(model, tokenizer, settings), encoded, seed, progress)
+    return [response for response, _ in found]
+
+
+class _Sampler:
+    """From prompts to tokens, exactly as `encode_pairs` makes them, and from new tokens to responses."""
+
+    def __init__(self, tokenizer: Any, settings: _Settings, truncation: Truncation | None) -> None:
+        self.tokenizer, self.settings, self.truncation = tokenizer, settings, truncation or Truncation(None)
+        self.ends = end_token_ids(tokenizer)
+        if not self.ends:
+            raise UserError("the tokenizer has no end token, so no response would ever end; set tokenizer.eos_token")
+        self.appends_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+    def encode(self, prompt: Any, answer: str | None = None) -> list[int]:
+        """The tokens of a prompt, uncut, or of a prompt and its answer."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
+            return ids[:-1] if self.appends_eos else ids
+        if not self.tokenizer.chat_template:
+            raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
+        messages = without_nulls(prompt) + ([] if answer is None else [{"role": "assistant", "content": answer}])
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:
+        """The tokens of each prompt, cut; none of one that cannot be answered."""
+        from jinja2 import TemplateError
+
+        encoded, reasons = [], []
+        for prompt in prompts:
+            try:
+                ids, reason = self.encode(prompt), ""
+            except TemplateError:
+                ids, reason = [], TEMPLATE_FAILED
+            if ids:
+                ids = self.truncation.cut_prompt(ids, self.tokenizer.bos_token_id)
+                reason = PROMPT_TOO_LONG if self.truncation.room_after(ids) == 0 else ""
+            encoded.append([] if reason else ids)
+            reasons.append(reason or ("" if ids else PROMPT_EMPTY))
+        return encoded, Dropped.from_reasons(reasons)
+
+    def respond(
+        self, generate: _Engine, encoded: list[list[int]], seed: int, progress: Progress
+    ) -> list[tuple[Response, list[int]]]:
+        """Responses, each with its tokens without the end token."""
+        most = self.settings.max_new_tokens
+        rooms = [self.truncation.room_after(ids) for ids in encoded]
+        limits = [most if room is None else min(most, room) for room in rooms]
+        found = generate(encoded, limits, seed, progress)
+        return [self._response(new[: limits[place // self.settings.n]]) for place, new in enumerate(found)]
+
+    def _response(self, new: list[int]) -> tuple[Response, list[int]]:
+        stop = next((place for place, token in enumerate(new) if token in self.ends), None)
+        body = new[:stop]
+        text = self.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Response(text, len(body) + (stop is not None), stop is not None), body
+
+    def same_tokens_again(self, prompt: Any, text: str, body: list[int]) -> bool:
+        """Whether the text of a response, after its prompt, is made into the very tokens that were sampled."""
+        from jinja2 import TemplateError
+
+        try:
+            sampled, whole = self.encode(prompt) + body, self.encode(prompt, text)
+        except TemplateError:
+            return False
+        after = whole[len(sampled) :]
+        return whole[: len(sampled)] == sampled and (not after or after[0] in self.ends)
+
+
+def _transformers(model: Any, tokenizer: Any, settings: _Settings) -> _Engine:
+    drawing = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": settings.top_p}
     ends = sorted(end_token_ids(tokenizer))
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    found: dict[int, Response] = {}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        _no_habits(model),
-        torch.random.fork_rng(devices=devices),
-        Progress(what, len(ids), "response") as progress,
-    ):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = tokenizer.pad({"input_ids": [ids[i] for i in places]}, padding_side="left", return_tensors="pt")
-            out = model.generate(
-                **batch.to(model.device),
-                **(drawing if temperature > 0 else {"do_sample": False}),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-            )
-            for place, new in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                stop = next((n for n, token in enumerate(new) if token in ends), None)
-                body = new if stop is None else new[:stop]
-                text = tokenizer.decode(body, skip_special_tokens=True)
-                found[place] = Response(text, len(body) + (stop is not None), stop is not None)
-            progress.update(len(places))
-    return [found[i] for i in range(len(ids))]
+
+    @torch.no_grad()
+    def generate(prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
+        asked = [prompt for prompt in range(len(prompts)) for _ in range(settings.n)]
+        order = sorted(range(len(asked)), key=lambda place: -len(prompts[asked[place]]))
+        found: dict[int, list[int]] = {}
+        devices = [model.device] if model.device.type == "cuda" else []
+        with _no_habits(model), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), settings.batch_size):
+                places = order[start : start + settings.batch_size]
+                ids = [prompts[asked[place]] for place in places]
+                batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+                out = model.generate(
+                    **batch.to(model.device),
+                    **(drawing if settings.temperature > 0 else {"do_sample": False}),
+                    max_new_tokens=max(limits[asked[place]] for place in places),
+                    eos_token_id=ends,
+                    pad_token_id=tokenizer.pad_token_id,
+                    use_cache=True,
+                )
+                found.update(zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
+                progress.update(len(places))
+        return [found[place] for place in range(len(asked))]
+
+    return generate
 
 
 @contextmanager
@@ -88,8 +239,294 @@ def _no_habits(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _vllm(model: str, tokenizer: Any, settings: _Settings, *, seed: int, dtype: str, remote_code: bool) -> _Engine:
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise UserError("vLLM is not installed: `pip install vllm`, or take the engine transformers") from error
+    # "vllm": with its own neutral settings, not those that the model comes with
+    llm = LLM(
+        model=model,
+        tokenizer=tokenizer.name_or_path or model,
+        dtype=dtype,
+        trust_remote_code=remote_code,
+        seed=seed,
+        generation_config="vllm",
+    )
+    ends = sorted(end_token_ids(tokenizer))
+
+    def generate(prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
+        # Prompts with one seed would share their random numbers; vLLM counts on from it for the n of a prompt.
+        params = [
+            SamplingParams(
+                n=settings.n,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=limit,
+                seed=seed + place * settings.n,
+                stop_token_ids=ends,
+                ignore_eos=True,  # what ends a response is said above; the engine may have read another token
+                detokenize=False,
+            )
+            for place, limit in enumerate(limits)
+        ]
+        found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        progress.update(len(prompts) * settings.n)
+        return [list(answer.token_ids) for request in found for answer in request.outputs]
+
+    return generate
+
+
+# ---- As a data file ----------------------------------------
+
+
+def sample_responses(
+    model: "PreTrainedModel | str",
+    dataset: "Dataset | str",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    out: str | Path = "sampled.jsonl",
+    *,
+    column: str = "completion",
+    n: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    truncation: Truncation | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    engine: str = "transformers",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    shard_rows: int = 256,
+) -> "Dataset":
+    """Responses to every prompt, written beside everything else that its row holds: `n` rows per prompt, consecutive.
+
+    `OUT.meta.json` says what the file was made from and how fast. A finished file of the same request is read as it is;
+    an interrupted one goes on after its last whole part, and becomes the same file, to the byte, as if it had not been.
+
+    Args:
+        model: a causal language model, or the Hub name or directory to load one from.
+        dataset: prompts, see `prefdistill.data.load_prompts`, or where to load them from.
+        tokenizer: the model's tokenizer; default: the one found beside the model.
+        out: the .jsonl, .jsonl.gz or .parquet file to write.
+        column: where responses go: one assistant message to a conversation, text to text. The column `{column}_ended`
+            says whether the model wrote its end token.
+        n: responses per prompt, drawn independently.
+        temperature: of the whole vocabulary's distribution; 0 is greedy.
+        top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
+        max_new_tokens: a response that has not ended by then is kept as it is.
+        truncation: prompts are cut as `encode_pairs` does, and responses end where it would cut them. A prompt that
+            leaves no room is left out and counted. Default: no limit.
+        batch_size: responses generated together (transformers; vLLM makes its own batches).
+        seed: of the draws.
+        engine: "transformers" or "vllm".
+        dtype: of the weights, when the model is loaded here. "auto" is as stored; vLLM's auto makes 16 bits of float32.
+        trust_remote_code: let the model's repository run its own code.
+        shard_rows: prompts per part, the unit of resuming; inside a part prompts of like length are taken together.
+
+    Returns:
+        The file, loaded.
+
+    Raises:
+        UserError: on a setting out of its range, data or a model that cannot be read, a column that is there already,
+            or something else in the place of `out`.
+
+    Example:
+        >>> sample_responses("my/student", "pairs.jsonl", out="own.jsonl", column="student_response")  # doctest: +SKIP
+    """
+    out = Path(out)
+    settings = _Settings(n, temperature, top_p, max_new_tokens, batch_size)
+    _check_place(out, column)
+    if shard_rows < 1:
+        raise UserError(f"shard_rows must be at least 1, got {shard_rows}")
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    if engine == "vllm" and not isinstance(model, str):
+        raise UserError("vLLM loads a model itself: give its Hub name or directory, or take the engine transformers")
+    data_name = dataset if isinstance(dataset, str) else "a data set in memory"
+    dataset = load_prompts(dataset)
+    if taken := [name for name in (column, ended_column(column)) if name in dataset.column_names]:
+        raise UserError(f"{data_name} has a column '{taken[0]}' already; name another with --column")
+    if tokenizer is None:
+        source = model if isinstance(model, str) else model.name_or_path
+        tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
+
+    sampler = _Sampler(tokenizer, settings, truncation)
+    request = {
+        "column": column,
+        "engine": engine,
+        "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
+        "dtype": dtype,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "data": {"name": data_name, "rows": len(dataset), "fingerprint": _fingerprint(dataset, out)},
+        **asdict(settings),
+        **asdict(sampler.truncation),
+        "seed": seed,
+        "shard_rows": shard_rows,
+    }
+    parts = out.with_name(f"{out.name}.parts")
+    with locked(parts):
+        if _finished(out, parts, request):
+            say(f"sample: {out} reused")
+        else:
+            prompts = dataset["prompt"][:]
+            encoded, dropped = sampler.encode_all(prompts)
+            if len(dropped) == len(dataset):
+                raise UserError(f"No prompt is left: {dropped}. Change the data, the chat template or the lengths.")
+            if dropped:
+                say(f"sample: {dropped}")
+            if isinstance(prompts[0], str) and tokenizer.chat_template:
+                say("sample: the prompts are plain text, which does not go through the chat template")
+            if engine == "vllm":
+                generate = _vllm(str(model), tokenizer, settings, seed=seed, dtype=dtype, remote_code=trust_remote_code)
+            else:
+                if isinstance(model, str):
+                    model = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+                generate = _transformers(ready(model), tokenizer, settings)
+            write_json(parts / REQUEST, request)
+            rows = [row for row, ids in enumerate(encoded) if ids]
+            shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
+            found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, seed)
+            _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts})
+        for path in parts.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+    return load_prompts(str(out))
+
+
+def sidecar(out: Path) -> Path:
+    """Where `sample_responses` says what a file was made from, and how."""
+    return out.with_name(f"{out.name}.meta.json")
+
+
+def _check_place(out: Path, column: str) -> None:
+    if not out.name.endswith(FILE_TYPES):
+        raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(FILE_TYPES)}.")
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; --out names the file for the responses")
+    if not column.isidentifier():
+        raise UserError(f"{column!r} is no name for a column; give letters, digits and _, such as student_response")
+
+
+def _fingerprint(dataset: "Dataset", out: Path) -> str:
+    """Of everything in every row, for all of it goes into the file."""
+    digest, readable = hashlib.sha256(), str if out.name.endswith(".parquet") else None
+    for index, row in enumerate(dataset):
+        try:
+            digest.update(json.dumps(_without_nulls(row), sort_keys=True, default=readable).encode() + b"\n")
+        except TypeError as error:
+            raise UserError(
+                f"row {index} of the data holds what JSON cannot ({error}); give --out a name that ends in .parquet"
+            ) from error
+    return digest.hexdigest()
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its messages as they were before Arrow gave all of them the same keys."""
+    messages = [k for k, v in row.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
+    return row | {name: without_nulls(row[name]) for name in messages}
+
+
+def _finished(out: Path, parts: Path, request: dict[str, Any]) -> bool:
+    """Whether `out` is what is asked for; refuses anything else in its place."""
+    if out.exists():
+        made = read_json(sidecar(out)) if sidecar(out).is_file() else {}
+        if made.get("sha256") != file_digest(out):
+            raise UserError(f"{out} is there and is not as `prefdistill sample` wrote it; give another --out")
+        _check_same(made["request"], request, out)
+        return True
+    if (parts / REQUEST).is_file():
+        _check_same(read_json(parts / REQUEST), request, parts)
+        say(f"sample: going on with {out}, which was interrupted")
+    elif any(path.name != LOCK for path in parts.iterdir()):
+        raise UserError(f"{parts} is not empty and holds no responses; give another --out")
+    return False
+
+
+def _check_same(before: dict[str, Any], request: dict[str, Any], where: Path) -> None:
+    if changed := ", ".join(sorted(key for key in request if not same(before.get(key), request[key]))):
+        raise UserError(
+            f"{where} holds responses of another request (other {changed}); give another --out or delete it first"
+        )
+
+
+def _sample_parts(
+    parts: Path,
+    shards: list[list[int]],
+    sampler: _Sampler,
+    generate: _Engine,
+    prompts: list[Any],
+    encoded: list[list[int]],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """For each list of rows `{"seconds": ..., "responses": [[text, tokens, ended, the same tokens again], ...]}`.
+
+    The draws of a part depend on the seed and its number alone, so that an interruption before it changes nothing.
+    """
+    n = sampler.settings.n
+    paths = [parts / f"{number:05d}.json" for number in range(len(shards))]
+    done = sum(n * len(rows) for path, rows in zip(paths, shards, strict=True) if path.exists())
+    with Progress("sampling", n * sum(map(len, shards)), "response", done) as progress:
+        for number, (path, rows) in enumerate(zip(paths, shards, strict=True)):
+            if path.exists():
+                continue
+            begun = time.monotonic()
+            own_seed = int(value_digest([seed, number])[:15], 16)
+            found = sampler.respond(generate, [encoded[row] for row in rows], own_seed, progress)
+            seconds = round(time.monotonic() - begun, 3)
+            asked = [prompts[row] for row in rows for _ in range(n)]
+            responses = [
+                [*astuple(response), sampler.same_tokens_again(prompt, response.text, body)]
+                for prompt, (response, body) in zip(asked, found, strict=True)
+            ]
+            write_json(path, {"seconds": seconds, "responses": responses})
+    return [read_json(path) for path in paths]
+
+
+def _write(
+    out: Path, dataset: "Dataset", rows: list[int], column: str, parts: list[dict[str, Any]], made_from: dict[str, Any]
+) -> None:
+    """The rows with their responses, and beside them what is to be said of them."""
+    responses = [response for part in parts for response in part["responses"]]
+    texts, tokens, ended, same_tokens = zip(*responses, strict=True)
+    conversational = isinstance(dataset[0]["prompt"], list)
+    answers = [[{"role": "assistant", "content": text}] if conversational else text for text in texts]
+    repeated = [row for row in rows for _ in range(len(responses) // len(rows))]
+    full = dataset.select(repeated).flatten_indices(keep_in_memory=True)
+    full = full.add_column(column, answers).add_column(ended_column(column), list(ended))
+    seconds = sum(part["seconds"] for part in parts)
+    counts = {
+        "prompts": len(rows),
+        "responses": len(responses),
+        "tokens": sum(tokens),
+        "ended_share": round(sum(ended) / len(responses), 6),
+        "other_tokens_share": round(1 - sum(same_tokens) / len(responses), 6),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(sum(tokens) / max(seconds, 1e-3), 1),
+    }
+    with atomic_path(out) as temporary:
+        _write_rows(full, temporary, out.name)
+        meta = {**made_from, **counts, "sha256": file_digest(temporary), "versions": _versions()}
+        write_json(sidecar(out), meta)
+    say(
+        f"sample: {counts['responses']:,} responses, {counts['tokens']:,} tokens, "
+        f"{counts['tokens_per_second']:,} tokens/s, {counts['ended_share']:.1%} ended"
+    )
+
+
+def _write_rows(dataset: "Dataset", path: Path, name: str) -> None:
+    with path.open("wb") as file:
+        if name.endswith(".parquet"):
+            dataset.to_parquet(file)
+            return
+        # a gzip header without name and time: the same rows are the same bytes
+        lines = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if name.endswith(".gz") else nullcontext(file)
+        with lines as stream:
+            for row in dataset:
+                stream.write(json.dumps(_without_nulls(row), ensure_ascii=False).encode() + b"\n")
+
+
+def _versions() -> dict[str, str]:
+    return {"prefdistill": __version__} | {
+        name: sys.modules[name].__version__ for name in ("torch", "transformers", "vllm") if name in sys.modules
+    }

@@ -1,11 +1,13 @@
-"""The student's trainer: a transformers.Trainer whose loss is a method's."""
+"""The student's trainer: a transformers.Trainer whose loss is a method's, or TRL's for the methods that TRL has."""
 
 import json
 import shutil
 import signal
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +17,31 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.data import data_fingerprint
 from prefdistill.encode import PairCollator, Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
-from prefdistill.logprobs import emittable_ids, sequence_logps, vocabulary_rows
-from prefdistill.methods import Method, Student
+from prefdistill.logprobs import (
+    emittable_ids,
+    next_tokens,
+    reduce_logits,
+    response_states,
+    sum_by_row,
+    token_logps,
+    topk_logps,
+    vocabulary_rows,
+)
+from prefdistill.methods import Method, Student, TRLMethod, topk_needs
 from prefdistill.models import load_model
 from prefdistill.progress import Progress, say
-from prefdistill.signals.store import Signals, SignalSet
+from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
 from prefdistill.stages import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prefdistill.config import Training
 
 # Nats per token between the student and its reference before the first step that rounding does not explain.
 REFERENCE_GAP = 0.05
@@ -43,7 +55,7 @@ class PrefDistillTrainer(Trainer):
             training are lost in 16-bit weights; `bf16=True` in `args` makes the products 16-bit, not the weights).
         method: e.g. `METHODS["tvkd"](alpha=0.7, beta=0.1)`.
         args: any `transformers.TrainingArguments`.
-        train_dataset: preference pairs in TRL's format.
+        train_dataset: preference pairs in TRL's format, with the sampled responses that the method reads, if any.
         signals: the stores the method needs, each for the rows of `train_dataset`.
         processing_class: the student's tokenizer.
         eval_dataset, eval_signals: held-out pairs and their stores.
@@ -80,6 +92,8 @@ class PrefDistillTrainer(Trainer):
         truncation: Truncation | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(method, TRLMethod):
+            raise UserError(f"{type(method).__name__} is trained by TRL: use prefdistill.training.make_trainer")
         if processing_class is None:
             raise UserError("PrefDistillTrainer needs the student's tokenizer: pass processing_class=tokenizer")
         if args.n_gpu > 1:
@@ -94,17 +108,16 @@ class PrefDistillTrainer(Trainer):
 
             student = get_peft_model(student, peft_config)
         self.method = method
-        train_rows = _prepare(train_dataset, method, signals, processing_class, truncation)
-        eval_rows = _prepare(eval_dataset, method, eval_signals, processing_class, truncation) if eval_dataset else None
+        train_rows, collate = _prepare(train_dataset, method, signals, processing_class, truncation)
+        eval_rows: Dataset | None = None
+        self._collate_eval: _Collator | None = None
+        if eval_dataset:
+            eval_rows, self._collate_eval = _prepare(eval_dataset, method, eval_signals, processing_class, truncation)
         args.remove_unused_columns = False  # our columns are not the model's arguments
         super().__init__(
             model=student,
             args=args,
-            data_collator=PairCollator(
-                processing_class.pad_token_id,
-                responses=method.responses,
-                features=("row", *(name for name in train_rows.column_names if name.startswith("feature_"))),
-            ),
+            data_collator=collate,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -123,24 +136,15 @@ class PrefDistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        features = inputs.pop("features")
-        rows = features.pop("row")
+        read = inputs.pop("features")
+        features = _tensors(read, self.args.device)
         # accelerate's autocast sits on the model's forward, which `reduce_logits` goes around
         with self.accelerator.autocast():
-            logps = sequence_logps(model, inputs, emittable=self._emittable)
-        sides = self.method.responses
-        student = Student(
-            logps=dict(zip(sides, logps.chunk(len(sides)), strict=True)),
-            tokens=dict(zip(sides, inputs["lengths"].chunk(len(sides)), strict=True)),
-        )
-        features = {
-            name.removeprefix("feature_"): torch.tensor(values, dtype=torch.float32, device=logps.device)
-            for name, values in features.items()
-        }
+            student = read_student(model, inputs, self.method, features, emittable=self._emittable)
         loss, metrics = self.method.loss(student, features)
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows} of the data: "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {read['row']} of the data: "
                 "try a lower learning rate, max_grad_norm=1, or bf16=false"
             )
         if model.training:
@@ -148,6 +152,15 @@ class PrefDistillTrainer(Trainer):
             for name, value in metrics.items():
                 self._sums[name].append(value)
         return (loss, metrics) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """With the signals of the held-out rows, in place of those of the training rows."""
+        collate = self.data_collator
+        self.data_collator = self._collate_eval or collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collate
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -176,40 +189,221 @@ class PrefDistillTrainer(Trainer):
             )
 
 
+def read_student(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    method: Method,
+    signals: dict[str, Tensor],
+    *,
+    emittable: Tensor | None = None,
+    tile: int | None = None,
+) -> Student:
+    """What a method asks of the student about a batch, in one forward pass and without full logits.
+
+    Args:
+        model: the student, possibly wrapped.
+        batch: of a `PairCollator` with the method's responses.
+        method: says which responses it reads, and whether it needs the student's likeliest tokens.
+        signals: the batch's features; `RESPONSE_ids` [states, k] are the ids to read a response at.
+        emittable, tile: see `logprobs.reduce_logits`.
+    """
+    ids, lengths = batch["input_ids"], batch["lengths"]
+    responses = method.responses
+    states = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=False)
+    sizes = [int(part.sum()) for part in lengths.chunk(len(responses))]
+    asked = [signals.get(f"{response}_ids") for response in responses]
+    given = []
+    if any(part is not None for part in asked):
+        width = max(part.shape[1] for part in asked if part is not None)
+        parts = [ids.new_full((n, 0), -1) if part is None else part for part, n in zip(asked, sizes, strict=True)]
+        given = [torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])]
+
+    def reduce(logits: Tensor, tokens: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
+        if at:
+            at_ids, others, total = topk_logps(logits, *at)
+            found = [logits.gather(-1, tokens[:, None])[:, 0] - total, at_ids, others]
+        else:
+            found = [*token_logps(logits, tokens)]
+        if method.reads_likeliest:
+            best = logits.argmax(-1)
+            found += [best, *token_logps(logits, best)]
+        return tuple(found)
+
+    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    found = iter(
+        reduce_logits(model, inputs, states, reduce, next_tokens(ids, states), *given, emittable=emittable, tile=tile)
+    )
+
+    def by_response(per_state: Tensor) -> dict[str, Tensor]:
+        return dict(zip(responses, per_state.split(sizes), strict=True))
+
+    logps = sum_by_row(next(found), states).chunk(len(responses))
+    topk: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    likeliest: dict[str, tuple[Tensor, Tensor]] = {}
+    if given:
+        at_ids, others = by_response(next(found)), by_response(next(found))
+        for response, part in zip(responses, asked, strict=True):
+            if part is not None:
+                topk[response], rest[response] = at_ids[response][:, : part.shape[1]], others[response]
+    if method.reads_likeliest:
+        best, best_logps = by_response(next(found)), by_response(next(found))
+        likeliest = {response: (best[response], best_logps[response]) for response in responses}
+    tokens = dict(zip(responses, lengths.chunk(len(responses)), strict=True))
+    return Student(dict(zip(responses, logps, strict=True)), tokens, topk, rest, likeliest)
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Rows of the training set as a batch, with the token distributions of their states from the signal stores."""
+
+    pairs: PairCollator
+    signals: SignalSet
+    topk: tuple[tuple[str, str], ...]  # (role, response)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.pairs(rows)
+        signals = self.signals.at(np.array(batch["features"]["row"]))
+        batch["features"]["topk"] = {key: signals.topk(*key) for key in self.topk}
+        return batch
+
+
+def _tensors(features: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The signals of a batch, in float32 on the device. They come as lists and arrays, which nothing has cast."""
+    found = {
+        name.removeprefix("feature_"): torch.tensor(values, dtype=torch.float32, device=device)
+        for name, values in features.items()
+        if name.startswith("feature_")
+    }
+    topk: dict[tuple[str, str], TopK] = features["topk"]
+    for (role, response), states in topk.items():
+        found[f"{response}_ids"] = torch.as_tensor(states.ids, device=device)
+        found[f"{role}_{response}_topk"] = torch.tensor(states.logps, device=device)
+        found[f"{role}_{response}_rest"] = torch.tensor(states.rest, device=device)
+    return found
+
+
 def _prepare(
     dataset: "Dataset",
     method: Method,
     signals: Sequence[Signals],
     tokenizer: "PreTrainedTokenizerBase",
     truncation: Truncation | None,
-) -> "Dataset":
-    """Encoded pairs with the method's features as columns `feature_*`."""
-    available = SignalSet.of(list(signals), dataset, data_fingerprint(dataset) if signals else "")
+) -> "tuple[Dataset, _Collator]":
+    """Encoded rows with the method's features as columns `feature_*`, and what makes batches of them."""
+    available = SignalSet.of(signals, dataset)
     if missing := available.missing(method.needs):
-        raise UserError(f"{type(method).__name__} lacks {', '.join(missing)}. {_how_to_make(missing[0])}")
+        raise UserError(f"{type(method).__name__} lacks {'; '.join(map(str, missing))}. {_how_to_make(missing[0])}")
     for store in signals:
         store.check_tokenizer(tokenizer)
         made_with = Truncation(**store.manifest["truncation"])
         if truncation is not None and truncation != made_with:
             raise UserError(f"the {store.role} signals were made with {made_with}, training asks for {truncation}")
         truncation = made_with
-    encoded, dropped = encode_pairs(dataset, tokenizer, truncation or Truncation())
+    encoded, dropped = encode_pairs(dataset, tokenizer, truncation or Truncation(), responses=method.responses)
     if dropped:
         say(f"training: {dropped}")
-    features = method.features(available.at(np.asarray(encoded["row"][:])))
-    columns = ["row", "prompt_ids", *(f"{side}_ids" for side in method.responses)]
-    encoded = encoded.select_columns(columns)
+    rows = np.asarray(encoded["row"][:])
+    shared = np.isin(rows, available.rows)
+    if not shared.any():
+        raise UserError("no row of the data has all the signals that the method needs")
+    if not shared.all():
+        say(f"training: {(~shared).sum()} more rows have no signals, because another response of theirs was dropped")
+        encoded, rows = encoded.select(np.flatnonzero(shared)), rows[shared]
+    available = available.at(rows)
+    features = method.features(available)
+    encoded = encoded.select_columns(["row", "prompt_ids", *(f"{name}_ids" for name in method.responses)])
     for name, values in features.items():
         encoded = encoded.add_column(f"feature_{name}", values.astype(np.float32))
-    return encoded
+    collate = PairCollator(
+        tokenizer.pad_token_id,
+        responses=method.responses,
+        features=("row", *(name for name in encoded.column_names if name.startswith("feature_"))),
+    )
+    needs = topk_needs(method)
+    return encoded, _Collator(collate, available, tuple((need.role, r) for need in needs for r in need.responses))
 
 
-def _how_to_make(need: str) -> str:
-    role, _, kind = need.partition(".")
-    if role == "data":
-        return f"The data has no column {kind!r}; give every pair its score there"
-    whose = {"teacher": "TEACHER", "teacher_reference": "TEACHER_SFT_MODEL", "reference": "STUDENT"}[role]
-    return f"Make it with `prefdistill signals --role {role} --kind {kind} --model {whose} --data DATA --out DIR`"
+def _how_to_make(need: Need) -> str:
+    if need.role == "data":
+        return f"The data has no column {need.kind!r}; give every pair its score there"
+    whose = {"teacher": "TEACHER", "teacher_reference": "TEACHER_SFT_MODEL", "reference": "STUDENT"}[need.role]
+    options = "" if need.responses == SIDES else f" --responses {','.join(need.responses)}"
+    if need.kind == "topk" and need.role != "teacher":
+        options += " --ids-from DIR_OF_THE_TEACHERS"
+    return (
+        f"Make it with `prefdistill signals --role {need.role} --kind {need.kind}{options} --model {whose} --data DATA "
+        "--out DIR`"
+    )
+
+
+def arguments_kind(method: Method) -> type[TrainingArguments]:
+    """The training arguments that the method's trainer takes."""
+    return method.classes()[0] if isinstance(method, TRLMethod) else TrainingArguments
+
+
+def make_trainer(
+    method: Method,
+    load: Callable[[], "PreTrainedModel"],
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: "Training",
+    out: Path,
+    *,
+    signals: Sequence[Signals] = (),
+    truncation: Truncation | None = None,
+    seed: int = 0,
+    data_seed: int | None = None,
+) -> Trainer:
+    """The trainer of any method, with its checkpoints under `out`: ours, or TRL's for a method that TRL has.
+
+    Args:
+        method: of `METHODS`.
+        load: loads the student's start; TRL's trainers may hold it twice.
+        pairs, tokenizer, signals, truncation: as for `PrefDistillTrainer`.
+        training: steps, sizes, adapters.
+        out: directory of the model to come.
+        seed, data_seed: of everything random, and of the order of the rows (default: `seed`).
+
+    Raises:
+        UserError: as `PrefDistillTrainer` does.
+    """
+    data_seed = seed if data_seed is None else data_seed
+    if not isinstance(method, TRLMethod):
+        return PrefDistillTrainer(
+            model=load(),
+            method=method,
+            args=training.to_arguments(out / "checkpoints", seed=seed, data_seed=data_seed),
+            train_dataset=pairs,
+            signals=signals,
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+            truncation=truncation,
+        )
+    if signals:
+        raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
+    encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())
+    if dropped:
+        say(f"training: {dropped}")
+    config, kind = method.classes()
+    args = training.to_arguments(
+        out / "checkpoints",
+        seed=seed,
+        data_seed=data_seed,
+        kind=config,
+        max_length=sys.maxsize,  # the rows come cut
+        **method.arguments(),
+    )
+    trainer = kind(
+        **method.models(load, adapter=training.lora is not None),
+        args=args,
+        train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
+        processing_class=tokenizer,
+        peft_config=training.peft_config(),
+    )
+    # What TRL makes of a row goes on behind the end token, with what the template writes there or an EOS of its own.
+    trainer.train_dataset = method.rows(encoded)
+    return trainer
 
 
 def disable_dropout(model: nn.Module) -> None:

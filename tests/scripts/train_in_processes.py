@@ -1,4 +1,4 @@
-"""Run by test_processes.py under torchrun: TVKD over any number of processes; the main one writes the log history."""
+"""Run by test_processes.py under torchrun: methods over any number of processes; the main one writes what came out."""
 
 import json
 import sys
@@ -11,25 +11,28 @@ from prefdistill import METHODS, PrefDistillTrainer, Signals, load_pairs
 
 torch.set_num_threads(1)
 root, micro = Path(sys.argv[1]), int(sys.argv[2])
-trainer = PrefDistillTrainer(
-    model=AutoModelForCausalLM.from_pretrained(root / "model"),
-    method=METHODS["tvkd"](),
-    args=TrainingArguments(
-        str(root / "out"),
-        per_device_train_batch_size=micro,
-        max_steps=5,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        seed=3,
-    ),
-    train_dataset=load_pairs(str(root / "pairs.jsonl")),
-    signals=[Signals.open(root / "teacher"), Signals.open(root / "reference")],
-    processing_class=AutoTokenizer.from_pretrained(root / "model"),
-)
-trainer.train()
-if trainer.is_world_process_zero():
+found = {}
+for name in ("tvkd", "dckd"):
+    trainer = PrefDistillTrainer(
+        model=AutoModelForCausalLM.from_pretrained(root / "model"),
+        method=METHODS[name](),
+        args=TrainingArguments(
+            str(root / "out"),
+            per_device_train_batch_size=micro,
+            max_steps=5,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            seed=3,
+        ),
+        train_dataset=load_pairs(str(root / "pairs.jsonl")),
+        signals=[Signals.open(root / "teacher"), Signals.open(root / "reference")],
+        processing_class=AutoTokenizer.from_pretrained(root / "model"),
+    )
+    trainer.train()
     weights = {name: p.detach().double().sum().item() for name, p in trainer.model.named_parameters()}
-    Path(sys.argv[3]).write_text(json.dumps({"history": trainer.state.log_history, "weights": weights}))
+    found[name] = {"history": trainer.state.log_history, "weights": weights}
+if trainer.is_world_process_zero():
+    Path(sys.argv[3]).write_text(json.dumps(found))

@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.data import data_fingerprint
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation.stats import mean_and_error
 from prefdistill.methods import shaping_returns
 from prefdistill.signals.extract import score_pairs
-from prefdistill.signals.store import SIDES, Signals, SignalSet
+from prefdistill.signals.store import SIDES, Need, Signals, SignalSet
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,13 +86,13 @@ def evaluate_pairs(
     Raises:
         UserError: if the signals were made from other data or tokens, or lack the reference's logps.
     """
-    signals = SignalSet.of(stores, pairs, data_fingerprint(pairs))
-    if signals.missing(("reference.logps",)):
+    signals = SignalSet.of(stores, pairs)
+    if signals.missing([Need("reference", "logps")]):
         raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
-    for store in signals.stores.values():
+    for store in stores:
         store.check_tokenizer(tokenizer)
-    reward = implicit_rewards(student, pairs, tokenizer, signals.stores["reference"])
-    terms = {} if signals.missing(("teacher.values", "teacher.logps")) else pair_terms(signals)
+    reward = implicit_rewards(student, pairs, tokenizer, signals.store("reference", "logps", "chosen"))
+    terms = {} if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]) else pair_terms(signals)
     return {
         "metrics": {
             "reward_accuracy": mean_and_error(pair_wins(reward["chosen"], reward["rejected"])),
@@ -107,13 +106,12 @@ def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "la
     """Per-pair wins of the shaping return and of the baselines it must be seen beside, from the teacher's signals.
 
     Terms: "shaping return" (by default that of the formula: discount 1, terminal "last"), "value after the end token"
-    (terminal "bootstrap"), the teacher's log-probability of the response, its Q (raw logits of the tokens, summed; only
-    at value temperature 1, where z(s,a) = log pi(a|s) + V(s)), its implicit reward where a teacher reference is there,
-    and length.
+    (terminal "bootstrap"), the teacher's log-probability of the response, its Q (raw logits of the tokens, summed) and
+    its implicit reward where the signals for them are there, and length.
     """
 
-    def scalar(role: str, name: str) -> list[np.ndarray]:
-        return [signals.scalar(role, name, side) for side in SIDES]
+    def scalar(role: str, kind: str, name: str | None = None) -> list[np.ndarray]:
+        return [signals.scalar(role, kind, side, name) for side in SIDES]
 
     def returns(terminal: str) -> list[np.ndarray]:
         return [shaping_returns(signals, side, discount=discount, terminal=terminal) for side in SIDES]
@@ -123,11 +121,34 @@ def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "la
         terms["value after the end token"] = returns("bootstrap")
     logps = scalar("teacher", "logps")
     terms["teacher log-prob"] = logps
-    if signals.stores["teacher"].manifest["value_temperature"] == 1:
-        choosing = [[v[:-1].sum() for v in signals.ragged("teacher", "values", side)] for side in SIDES]
-        terms["teacher Q (raw logits)"] = [logp + np.array(v) for logp, v in zip(logps, choosing, strict=True)]
-    if not signals.missing(("teacher_reference.logps",)):
+    if not signals.missing([Need("teacher", "q")]):
+        terms["teacher Q (raw logits)"] = scalar("teacher", "q")
+    if not signals.missing([Need("teacher_reference", "logps")]):
         reference = scalar("teacher_reference", "logps")
         terms["teacher implicit reward"] = [t - r for t, r in zip(logps, reference, strict=True)]
-    terms["longer is better"] = scalar("teacher", "tokens")
+    terms["longer is better"] = scalar("teacher", "logps", "tokens")
     return {name: pair_wins(*scores) for name, scores in terms.items()}
+
+
+def gauge_flips(signals: Signals) -> dict[str, Any]:
+    """Share of the pairs whose order by the shaping return turns when u.h(s) is added to all logits of a state.
+
+    That changes no policy, see `prefdistill.signals.gauge`. The return is undiscounted, terminal "last".
+
+    Args:
+        signals: a store with "values" of both responses of each pair.
+
+    Returns:
+        `{"mean", "se", "n"}` over random directions u as long as a row of the head. Were the gauge all there is to the
+        value, half of the pairs would turn.
+    """
+    rows = signals.rows
+    values, shifts = [], []
+    for side in SIDES:
+        last = signals.scalar(f"{side}_tokens", rows) - signals.scalar(f"{side}_ended", rows).astype(np.int64)
+        states = zip(signals.ragged(f"{side}_values", rows), last, strict=True)
+        values.append(np.array([value[n] for value, n in states])[:, None])
+        shifts.append(np.stack(signals.ragged(f"{side}_gauge", rows)))
+    margin = values[0] - values[1]
+    turned = margin * (margin + shifts[0] - shifts[1]) < 0  # a tie has no order that could turn
+    return mean_and_error(turned.mean(axis=0))

@@ -9,6 +9,7 @@ from prefdistill.report.sections import (
     cell_of,
     comparison_of,
     facts_of,
+    gauge_sentence,
     reading_of,
     samples_of,
     stages_of,
@@ -67,6 +68,8 @@ def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
             f"{level} Margin accuracy",
             markdown_table(["term", "fraction of held-out pairs ordered right"], terms),
         ]
+    if gauge := gauge_sentence(results):
+        parts.append(gauge)
     shaping = []
     for name, value in mapping(results.get("shaping")).items():
         about_ = mapping(value)

@@ -28,6 +28,7 @@ PANELS = {
 # Optional sections of results.json and what they must be; anything else is left out and said so.
 _SHAPES: dict[str, type | tuple[type, ...]] = {
     "differences": dict, "labels": dict, "metrics": dict, "margin_accuracy": dict, "shaping": dict,
+    "gauge_flips": dict,
     "samples": list, "stages": list, "warnings": list, "notes": list, "seeds": list, "controls": list,
     "recipe": str, "task": str, "baseline": str, "orders": (int, float),
 }  # fmt: skip

@@ -67,6 +67,7 @@ def view_of(run: Run, key: str, of: int) -> View:
         "forest": _forest(results, styles, key),
         "curves": _curve_figures(run["curves"], names, styles, key, _LINE_BUDGET // of),
         "margin_accuracy": _margin_accuracy(results, key),
+        "gauge": gauge_sentence(results),
         "shaping": _shaping(results, styles, key, _CLOUD_BUDGET // of),
         "samples": samples_of(results, TEXT_BUDGET // of),
         "stages": stages_of(results),
@@ -301,6 +302,19 @@ def _margin_accuracy(results: Results, key: str) -> View | None:
     alt = "Fraction of held-out pairs that each term orders right; one half is chance. "
     alt += "; ".join(f"{term} {text}" for term, _, _, text, _ in rows) + "."
     return {"svg": figures.bars(rows, title="Margin accuracy", alt=alt, key=f"{key}-accuracy")}
+
+
+def gauge_sentence(results: Results) -> str | None:
+    """How much of the value's word is its gauge."""
+    flips = Estimate.parse(results.get("gauge_flips"))
+    if flips is None:
+        return None
+    share = Metric("flips", "share of pairs", False)
+    return (
+        "Adding u·h(s) to all logits of a state changes no probability, but it moves the value: for random u as long "
+        f"as a row of the head, {flips.text(share)} of the pairs change their order by the shaping return (0 if the "
+        "policy alone fixed it, one half if nothing did)."
+    )
 
 
 def _shaping(results: Results, styles: dict[str, Any], key: str, budget: int) -> View | None:

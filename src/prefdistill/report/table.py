@@ -25,7 +25,8 @@ _T975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 
 
 _PRETTY = {
     "tvkd": "TVKD", "dpo": "DPO", "sft": "SFT", "dckd": "DCKD", "adpa": "ADPA", "adpa+": "ADPA+", "dpkd": "DPKD",
-    "vanillakd": "VanillaKD", "seqkd": "SeqKD", "simpo": "SimPO", "wpo": "WPO",
+    "vanillakd": "VanillaKD", "seqkd": "SeqKD", "simpo": "SimPO", "wpo": "WPO", "dadpo": "daDPO", "adpa-plus": "ADPA+",
+    "distillm2": "DistiLLM-2",
 }  # fmt: skip
 
 
@@ -259,8 +260,8 @@ def verdict(results: Results) -> str:
     """One sentence: did TVKD (or, where it was not run, each method that is not a control) beat the baseline?
 
     "beat" needs a paired difference of the headline metric of more than two standard errors that also exceeds the
-    noise floor (see `judge`). A loss is said in the same words as a win, and a tie is called one. Where another form of
-    TVKD ("tvkd-...", not a control) came out ahead of the baseline, a second short sentence says so.
+    noise floor (see `judge`). A loss is said in the same words as a win, and a tie is called one. Where another method
+    (not a control) came out ahead of the baseline, a second short sentence says so, and of how many.
     """
     names = [n for n in mapping(results.get("methods")) if role(results, n) == "method"]
     headline = next(iter(metrics_of(results)), None)
@@ -273,7 +274,7 @@ def verdict(results: Results) -> str:
     if not names:
         return "Only baselines and controls were run, so there is nothing to compare."
     if "tvkd" in names:
-        others = [n for n in names if n.startswith("tvkd-")]
+        others = [n for n in names if n != "tvkd"]
         return _sentence(results, "tvkd", baseline, headline) + _ahead(results, others, baseline, headline)
     if any(n.startswith("tvkd") for n in names):
         names = [n for n in names if n.startswith("tvkd")]
@@ -327,6 +328,9 @@ def _sentence(results: Results, name: str, baseline: str, metric: Metric) -> str
     return text + _caveat(results, estimate) + _placebo(results, name, metric, judgement) + "."
 
 
+MANY = 5  # comparisons, from which on their number belongs beside those that came out ahead
+
+
 def _ahead(results: Results, names: list[str], baseline: str, metric: Metric) -> str:
     """A short second sentence on those of `names` that came out ahead of the baseline, "" where none did."""
     parts = []
@@ -338,7 +342,8 @@ def _ahead(results: Results, names: list[str], baseline: str, metric: Metric) ->
         amount = f"{metric.format(abs(estimate.mean))} ± {metric.format(estimate.se or 0.0)}"
         part = f"{pretty(name)} came out ahead of {pretty(baseline)} by {amount}"
         parts.append(part if judgement.kind == "clear" else f"{part}, but its 95 % interval includes zero")
-    return f" {'; '.join(parts)}." if parts else ""
+    among = f" ({len(names)} other methods were compared)" if len(names) >= MANY else ""
+    return f" {'; '.join(parts)}{among}." if parts else ""
 
 
 def _list(results: Results, names: list[str], baseline: str, metric: Metric) -> str:

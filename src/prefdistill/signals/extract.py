@@ -1,9 +1,10 @@
-"""One pass of a model over a preference data set: soft values and log-probabilities of every response."""
+"""One pass of a model over a preference data set: what it says about every response, kind by kind."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,23 +17,47 @@ from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, write_json
 from prefdistill.logprobs import (
     emittable_ids,
+    likeliest,
     next_tokens,
     reduce_logits,
     response_states,
-    sum_by_row,
     token_logps,
+    topk_logps,
     vocabulary_rows,
 )
 from prefdistill.losses.value import soft_value
 from prefdistill.models import load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
-from prefdistill.signals.store import ROLES, SCHEMA, SIDES, Signals, same
+from prefdistill.signals.gauge import gauge_directions, gauge_shifts
+from prefdistill.signals.store import KINDS, ROLES, SCHEMA, SIDES, Need, Signals, SignalSet, same
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-KINDS = ("values", "logps")
+
+@dataclass(frozen=True)
+class TopKRequest:
+    """Which tokens of each state a "topk" signal keeps.
+
+    Args:
+        k: how many, the likeliest ones; "vocab" is all of them.
+        p: keep fewer where fewer hold this share of the probability.
+        ids_from: read at the ids of this store instead, so that the two can be compared token by token.
+    """
+
+    k: int | Literal["vocab"] = 50
+    p: float | None = None
+    ids_from: Signals | None = None
+
+    def __post_init__(self) -> None:
+        if self.k != "vocab" and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
+            raise UserError(f"k must be 1 or more, or the word vocab, got {self.k!r}")
+        if self.p is not None and not 0 < self.p <= 1:
+            raise UserError(f"p is a share of the probability and must lie in 0..1, got {self.p}")
+
+    def manifest(self) -> dict[str, Any]:
+        return {"ids_from": self.ids_from.digest} if self.ids_from else {"k": self.k, "p": self.p}
 
 
 def extract_signals(
@@ -43,15 +68,19 @@ def extract_signals(
     out: str | Path = "signals",
     *,
     role: str = "teacher",
+    responses: tuple[str, ...] = SIDES,
     truncation: Truncation | None = None,
     value_temperature: float = 1.0,
+    k: int | Literal["vocab"] = 50,
+    p: float | None = None,
+    ids_from: Signals | None = None,
     dtype: str | None = None,
     bf16: bool = False,
     batch_tokens: int = 16_384,
     shard_rows: int = 1_024,
     trust_remote_code: bool = False,
 ) -> Signals:
-    r"""What a model says about both responses of every pair, stored in a directory.
+    r"""What a model says about the responses of every row, stored in a directory.
 
     .. math:: V(s_t) = b \log \sum_a \exp(z(s_t, a) / b), \qquad \log\pi(y|x) = \sum_t \log\pi(a_t|s_t)
 
@@ -61,11 +90,15 @@ def extract_signals(
         model: a causal language model, or the Hub name or directory to load one from.
         dataset: preference pairs in TRL's format, or where to load them from.
         tokenizer: the model's tokenizer; default: the one found beside the model.
-        kinds: "values" (soft value of s_0 .. s_T, float32, nats) and "logps" (log-probability of the response, nats).
+        kinds: "values" (soft value of s_0 .. s_T, from raw logits), "logprob_values" (the same from log-probabilities),
+            "logps" (log-probability of the response), "q" (sum of its tokens' raw logits), "topk" (the most likely
+            tokens of s_0 .. s_{T-1} and the mass of all others). All float32, in nats.
         out: directory of the store.
         role: whose word it is: "teacher", "teacher_reference" or "reference" (the student's starting point).
+        responses: columns of the data to read: "chosen", "rejected", or what `sample` wrote ("student_response").
         truncation: see `prefdistill.data.Truncation`.
         value_temperature: b of the soft value.
+        k, p, ids_from: which tokens a "topk" signal keeps, see `TopKRequest`.
         dtype: of the weights, when the model is loaded here. Default: "float32" for a reference, which must be read as
             the student is trained, "auto" (as stored) for a teacher.
         bf16: run the float32 model under bfloat16 autocast, as a bf16 training run does.
@@ -74,8 +107,8 @@ def extract_signals(
         trust_remote_code: let the model's repository run its own code.
 
     Raises:
-        UserError: on an unknown kind or role, data that cannot be read, a store of another request in `out`, or
-            logits that are not finite (with the rows).
+        UserError: on an unknown kind or role, data that cannot be read, a store of another request in `out`, ids of
+            a store of other data, or logits that are not finite (with the rows).
 
     Example:
         >>> extract_signals("my/teacher", "pairs.jsonl", out="signals/teacher")       # doctest: +SKIP
@@ -84,15 +117,22 @@ def extract_signals(
         raise UserError(f"unknown signal kind {sorted(unknown)[0]!r}; known: {', '.join(KINDS)}")
     if not kinds:
         raise UserError(f"no signal kind asked for; known: {', '.join(KINDS)}")
+    if not responses or len(set(responses)) < len(responses):
+        raise UserError(f"responses must name columns of the data, each once, got {', '.join(responses) or 'none'}")
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
     if not 0 < value_temperature < float("inf"):
         raise UserError(f"the value temperature must be positive and finite, got {value_temperature}")
+    if "logprob_values" in kinds and value_temperature == 1:
+        raise UserError("log-probabilities sum to one: their value at temperature 1 is 0 everywhere; give another one")
+    topk = TopKRequest(k, p, ids_from)
+    if ids_from is not None and "topk" not in kinds:
+        raise UserError(f"ids of another store are read for the kind topk only, not for {', '.join(kinds)}")
     truncation = truncation or Truncation()
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
     if isinstance(dataset, str):
-        dataset = load_pairs(dataset)
+        dataset = load_pairs(dataset, responses=responses)
     if tokenizer is None:
         source = model if isinstance(model, str) else model.name_or_path
         tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
@@ -101,15 +141,19 @@ def extract_signals(
         model = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     model = ready(model)
 
-    encoded, dropped = encode_pairs(dataset, tokenizer, truncation)
+    if ids_from is not None:
+        _check_ids(ids_from, role, dataset, tokenizer, truncation, responses)
+    encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses)
     request = {
         "schema": SCHEMA,
         "role": role,
         "kinds": sorted(kinds),
+        "responses": list(responses),
         "value_temperature": value_temperature,
+        "topk": topk.manifest() | {"vocabulary": _vocabulary(model, tokenizer)} if "topk" in kinds else {},
         "model": {**model_identity(model, model_name), "bf16": bf16},
         "tokenizer": tokenizer_identity(tokenizer),
-        "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset)},
+        "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
         "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
         "dropped": {
             "reasons": dropped.counts,
@@ -125,27 +169,57 @@ def extract_signals(
         say(f"signals: {dropped}")
 
     shards = []
-    with Progress(f"signals ({role})", 2 * len(encoded), "response") as progress:
+    with Progress(f"signals ({role})", len(responses) * len(encoded), "response") as progress:
         for start in range(0, len(encoded), shard_rows):
             path = out / "shards" / f"{start // shard_rows:05d}.parquet"
             rows = encoded.select(range(start, min(start + shard_rows, len(encoded))))
             if path.exists():
-                progress.update(2 * len(rows))
+                progress.update(len(responses) * len(rows))
             else:
                 found = score_pairs(
                     model,
                     rows,
                     tokenizer,
                     kinds,
+                    responses=responses,
                     value_temperature=value_temperature,
+                    topk=topk,
                     bf16=bf16,
                     batch_tokens=batch_tokens,
                     progress=progress,
                 )
-                _write_shard(path, rows, kinds, found)
+                _write_shard(path, rows, responses, found)
             shards.append({"file": path.name, "rows": len(rows), "sha256": file_digest(path)})
-    write_json(out / "manifest.json", {**request, "shards": shards, "versions": _versions()})
+    manifest = {**request, "shards": shards, "versions": _versions()}
+    write_json(out / "manifest.json", manifest)
     return Signals.open(out)
+
+
+def _vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens can be."""
+    emittable = emittable_ids(tokenizer, vocabulary_rows(model))
+    return vocabulary_rows(model) if emittable is None else int(emittable.sum())
+
+
+def _check_ids(
+    ids_from: Signals,
+    role: str,
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    truncation: Truncation,
+    responses: tuple[str, ...],
+) -> None:
+    """Whether another store's ids stand at the very states that are to be read."""
+    if role == "teacher" or ids_from.role != "teacher":
+        raise UserError(f"token ids are a teacher's: a {role} cannot be read at those of a {ids_from.role}")
+    available = SignalSet.of([ids_from], dataset)
+    if missing := available.missing([Need(ids_from.role, "topk", responses)]):
+        raise UserError(f"the store whose ids are to be used has no {missing[0]}; make it with --kind topk")
+    ids_from.check_tokenizer(tokenizer)
+    if Truncation(**ids_from.manifest["truncation"]) != truncation:
+        raise UserError(
+            f"the store whose ids are to be used was truncated otherwise: {ids_from.manifest['truncation']}"
+        )
 
 
 def _finished(out: Path, request: dict[str, Any]) -> bool:
@@ -170,19 +244,18 @@ def _versions() -> dict[str, str]:
     return {"prefdistill": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _write_shard(path: Path, rows: "Dataset", kinds: tuple[str, ...], found: dict[str, list[Any]]) -> None:
+def _write_shard(path: Path, rows: "Dataset", responses: tuple[str, ...], found: dict[str, list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: dict[str, Any] = {"row": pa.array(rows["row"][:], pa.int64())}
-    for side in SIDES:
-        columns[f"{side}_tokens"] = pa.array([len(ids) for ids in rows[f"{side}_ids"]], pa.int32())
-        columns[f"{side}_ended"] = pa.array(rows[f"{side}_ended"][:], pa.bool_())
-        columns[f"{side}_offsets"] = pa.array(rows[f"{side}_offsets"][:], pa.list_(pa.int32()))
-        if "values" in kinds:
-            columns[f"{side}_values"] = pa.array(found[f"{side}_values"], pa.list_(pa.float32()))
-        if "logps" in kinds:
-            columns[f"{side}_logps"] = pa.array(found[f"{side}_logps"], pa.float32())
+    for name in responses:
+        columns[f"{name}_tokens"] = pa.array([len(ids) for ids in rows[f"{name}_ids"]], pa.int32())
+        columns[f"{name}_ended"] = pa.array(rows[f"{name}_ended"][:], pa.bool_())
+        columns[f"{name}_offsets"] = pa.array(rows[f"{name}_offsets"][:], pa.list_(pa.int32()))
+    for name, column in found.items():
+        number = pa.int32() if name.endswith(("_topk_counts", "_topk_ids")) else pa.float32()
+        columns[name] = pa.array(column, pa.list_(number) if np.ndim(column[0]) else number)
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
 
@@ -192,48 +265,65 @@ def score_pairs(
     model: "PreTrainedModel",
     rows: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
-    kinds: tuple[str, ...] = KINDS,
+    kinds: Iterable[str] = ("values", "logps"),
     *,
+    responses: tuple[str, ...] = SIDES,
     value_temperature: float = 1.0,
+    topk: TopKRequest | None = None,
     bf16: bool = False,
     batch_tokens: int = 16_384,
     progress: Progress | None = None,
 ) -> dict[str, list[Any]]:
     """Signals of encoded pairs (`encode_pairs`), in memory: `{"chosen_values": [array [T+1], ...], ...}`.
 
-    Both responses of a pair start in the same state s_0, and get the very same number for V(s_0).
+    All responses of a row start in the same state s_0, and get the very same number for V(s_0).
 
     Raises:
         UserError: if a model's logits are not finite, naming the rows.
     """
-    emittable = emittable_ids(tokenizer, vocabulary_rows(model))
-    found: dict[str, list[Any]] = {f"{side}_{kind}": [None] * len(rows) for side in SIDES for kind in kinds}
-    ids = {column: rows[column][:] for column in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    for places in _batches(ids, batch_tokens):
+    reading = _Reading(
+        tuple(kind for kind in KINDS if kind in set(kinds)),
+        value_temperature,
+        topk or TopKRequest(),
+        emittable_ids(tokenizer, vocabulary_rows(model)),
+        vocabulary_rows(model),
+    )
+    found: dict[str, list[Any]] = {
+        f"{response}_{column}": [None] * len(rows) for response in responses for column in reading.columns
+    }
+    ids = {column: rows[column][:] for column in ("prompt_ids", *(f"{response}_ids" for response in responses))}
+    numbers = rows["row"][:]
+    rows_ended = {name: rows[f"{name}_ended"][:] for name in responses}
+    for places in _batches(ids, responses, batch_tokens):
         batch = PairCollator(tokenizer.pad_token_id, responses=("response",))(
-            [{"prompt_ids": ids["prompt_ids"][i], "response_ids": ids[f"{side}_ids"][i]} for i, side in places]
+            [{"prompt_ids": ids["prompt_ids"][i], "response_ids": ids[f"{name}_ids"][i]} for i, name in places]
         )
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
+        ended = [rows_ended[name][i] for i, name in places]
+        given = reading.given_ids([(numbers[i], name) for i, name in places])
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            scored = _score_batch(model, batch, value_temperature, emittable)
-        for n, (i, side) in enumerate(places):
-            for kind in kinds:
-                found[f"{side}_{kind}"][i] = scored[kind][n]
+            scored = reading.read(model, batch, ended, given)
+        for n, (i, name) in enumerate(places):
+            for column in reading.columns:
+                found[f"{name}_{column}"][i] = scored[column][n]
         if progress is not None:
             progress.update(len(places))
-    if "values" in kinds:
-        for chosen, rejected in zip(found["chosen_values"], found["rejected_values"], strict=True):
-            rejected[0] = chosen[0]
-    _check_finite(found, rows["row"][:])
+    for column in {"values", "logprob_values"}.intersection(reading.columns):
+        for first, *others in zip(*(found[f"{name}_{column}"] for name in responses), strict=True):
+            for other in others:
+                other[0] = first[0]
+    _check_finite(found, numbers)
     return found
 
 
-def _batches(ids: dict[str, list[list[int]]], batch_tokens: int) -> Iterator[list[tuple[int, str]]]:
-    """(place, side) of responses of like length, longest first, at most `batch_tokens` padded tokens together."""
+def _batches(
+    ids: dict[str, list[list[int]]], responses: tuple[str, ...], batch_tokens: int
+) -> Iterator[list[tuple[int, str]]]:
+    """(place, response) of like length, longest first, at most `batch_tokens` padded tokens together."""
     lengths = {
-        (i, side): len(prompt) + len(ids[f"{side}_ids"][i])
+        (i, name): len(prompt) + len(ids[f"{name}_ids"][i])
         for i, prompt in enumerate(ids["prompt_ids"])
-        for side in SIDES
+        for name in responses
     }
     batch: list[tuple[int, str]] = []
     width = 0
@@ -247,31 +337,117 @@ def _batches(ids: dict[str, list[list[int]]], batch_tokens: int) -> Iterator[lis
         yield batch
 
 
-def _score_batch(
-    model: "PreTrainedModel", batch: dict[str, Tensor], value_temperature: float, emittable: Tensor | None
-) -> dict[str, list[Any]]:
-    ids, lengths = batch["input_ids"], batch["lengths"]
-    states = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=True)
-    choosing = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=False)
-    values, logps = reduce_logits(
-        model,
-        {"input_ids": ids, "attention_mask": batch["attention_mask"]},
-        states,
-        lambda logits, tokens: (soft_value(logits, value_temperature), *token_logps(logits, tokens)),
-        next_tokens(ids, states),
-        emittable=emittable,
-    )
-    per_response = values.float().cpu().split((lengths + 1).tolist())
-    return {
-        "values": [value.numpy().copy() for value in per_response],
-        "logps": sum_by_row(logps[choosing[states]], choosing).tolist(),
-    }
+class _Reading:
+    """What is taken from the logits of each state, and how it becomes columns of the store."""
+
+    def __init__(
+        self,
+        kinds: tuple[str, ...],
+        value_temperature: float,
+        topk: TopKRequest,
+        emittable: Tensor | None,
+        vocabulary: int,
+    ) -> None:
+        self.kinds, self.value_temperature, self.topk, self.emittable = kinds, value_temperature, topk, emittable
+        size = vocabulary if emittable is None else int(emittable.sum())
+        self.k = size if topk.k == "vocab" else min(topk.k, size)
+        self.columns = [column for kind in kinds for column in KINDS[kind]]
+        if topk.ids_from is not None and "topk_ids" in self.columns:
+            self.columns.remove("topk_ids")
+        self.final = not {"values", "logprob_values"}.isdisjoint(kinds)  # whether s_T is read as well
+        self.directions = gauge_directions(vocabulary) if "values" in kinds else None
+
+    def given_ids(self, places: list[tuple[int, str]]) -> Tensor | None:
+        """The ids to read at, for each state of the responses in `places`; None: the most likely ones."""
+        if self.topk.ids_from is None or "topk" not in self.kinds:
+            return None
+        parts = [self.topk.ids_from.topk(name, np.array([row])).ids for row, name in places]
+        width = max(part.shape[1] for part in parts)
+        after = int(self.final)  # s_T has none
+        return torch.from_numpy(
+            np.concatenate([np.pad(x, ((0, after), (0, width - x.shape[1])), constant_values=-1) for x in parts])
+        )
+
+    def reduce(self, logits: Tensor, tokens: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        for kind in self.kinds:
+            if kind == "values":
+                assert self.directions is not None
+                found += [soft_value(logits, self.value_temperature), gauge_shifts(logits, self.directions)]
+            elif kind == "logprob_values":
+                found.append(soft_value(logits.log_softmax(-1), self.value_temperature))
+            elif kind == "logps":
+                found += token_logps(logits, tokens)
+            elif kind == "q":
+                found.append(logits.gather(-1, tokens[:, None])[:, 0])
+            elif kind == "topk" and given is None:
+                found += likeliest(logits, self.k, self.topk.p)
+            elif kind == "topk":
+                assert given is not None
+                found += [given, *topk_logps(logits, given)[:2]]
+        return tuple(found)
+
+    def read(
+        self, model: "PreTrainedModel", batch: dict[str, Tensor], ended: list[bool], given: Tensor | None
+    ) -> dict[str, list[Any]]:
+        """Columns of the store for each response of a batch."""
+        ids, lengths = batch["input_ids"], batch["lengths"]
+        states = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=self.final)
+        if self.directions is not None:
+            self.directions = self.directions.to(ids.device)
+        out = iter(
+            reduce_logits(
+                model,
+                {"input_ids": ids, "attention_mask": batch["attention_mask"]},
+                states,
+                self.reduce,
+                next_tokens(ids, states),
+                *([] if given is None else [given.to(ids.device)]),
+                emittable=self.emittable,
+            )
+        )
+        sizes = (lengths + int(self.final)).tolist()
+
+        def per_response(read: Tensor) -> list[np.ndarray]:
+            return [part.numpy().copy() for part in read.cpu().split(sizes)]
+
+        found: dict[str, list[Any]] = {}
+        for kind in self.kinds:
+            if kind == "values":
+                found["values"] = per_response(next(out))
+                at = [size - 2 if end else size - 1 for size, end in zip(sizes, ended, strict=True)]
+                found["gauge"] = [part[i] for part, i in zip(per_response(next(out)), at, strict=True)]
+            elif kind == "logprob_values":
+                found[kind] = per_response(next(out))
+            elif kind in ("logps", "q"):
+                parts = zip(per_response(next(out)), lengths.tolist(), strict=True)
+                found[kind] = [np.float32(part[:n].sum(dtype=np.float64)) for part, n in parts]  # as it is stored
+            else:
+                ids_of, logps, rest = (per_response(next(out)) for _ in range(3))
+                found |= self._topk(ids_of, logps, rest, lengths.tolist())
+        return found
+
+    @staticmethod
+    def _topk(
+        ids: list[np.ndarray], logps: list[np.ndarray], rest: list[np.ndarray], lengths: list[int]
+    ) -> dict[str, list[np.ndarray]]:
+        there = [part[:n] >= 0 for part, n in zip(ids, lengths, strict=True)]
+        return {
+            "topk_counts": [mask.sum(1, dtype=np.int32) for mask in there],
+            "topk_ids": [part[:n][mask] for part, n, mask in zip(ids, lengths, there, strict=True)],
+            "topk_logps": [part[:n][mask] for part, n, mask in zip(logps, lengths, there, strict=True)],
+            "topk_rest": [part[:n] for part, n in zip(rest, lengths, strict=True)],
+        }
 
 
 def _check_finite(found: dict[str, list[Any]], rows: list[int]) -> None:
-    bad = sorted({rows[i] for column in found.values() for i, x in enumerate(column) if not np.all(np.isfinite(x))})
+    """-inf is a fair answer for the mass of no other token, and for nothing else."""
+    bad: set[int] = set()
+    for name, column in found.items():
+        refused = np.isnan if name.endswith("_topk_rest") else lambda x: ~np.isfinite(x)
+        bad |= {rows[i] for i, x in enumerate(column) if np.any(refused(x))}
     if bad:
         raise UserError(
-            f"the model's logits are not finite in {len(bad)} pairs, the first is row {bad[0]} of the data; "
+            f"the model's logits are not finite in {len(bad)} pairs, the first is row {min(bad)} of the data; "
             "its weights may be damaged, or its dtype too narrow: try --dtype float32"
         )

@@ -3,28 +3,68 @@ that the store is whole.
 
     DIR/manifest.json        provenance, row counts, a checksum per shard
     DIR/request.json         what was asked for; an interrupted extraction goes on only if it is asked for the same
-    DIR/shards/00000.parquet one line per pair: row, and for chosen_ and rejected_ each: tokens, ended, offsets, kinds
+    DIR/shards/00000.parquet one line per row of the data: row, and for each response (chosen_, rejected_, ...): tokens,
+                             ended, offsets, and what the kinds are made of, see `KINDS`
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prefdistill.data import RESPONSES as SIDES
+from prefdistill.data import data_fingerprint
 from prefdistill.errors import UserError
-from prefdistill.files import file_digest, read_json
+from prefdistill.files import file_digest, read_json, value_digest
 from prefdistill.models import tokenizer_identity
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 1
+SCHEMA = 2
 # Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, or that of the student's
 # own starting point, the reference of the DPO margin.
 ROLES = ("teacher", "teacher_reference", "reference")
+# What can be asked of a model about a response of T tokens, and the columns it is stored in. In nats, float32.
+KINDS = {
+    "values": ("values", "gauge"),  # soft value of s_0 .. s_T; its last value under other gauges, see signals/gauge.py
+    "logprob_values": ("logprob_values",),  # the same of log-probabilities in place of logits
+    "logps": ("logps",),  # log-probability of the response
+    "q": ("q",),  # sum of the raw logits of its tokens
+    # the most likely tokens of s_0 .. s_{T-1}: how many in each state, ids and log-probabilities of all, one state
+    # after another, and the log of the remaining mass of each state
+    "topk": ("topk_counts", "topk_ids", "topk_logps", "topk_rest"),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """A signal that a method needs: what kind, from whom, about which responses; or a numeric column of the data.
+
+    Example:
+        >>> str(Need("teacher", "topk", ("chosen",)))
+        'teacher.topk of chosen'
+    """
+
+    role: str
+    kind: str
+    responses: tuple[str, ...] = SIDES
+
+    def __str__(self) -> str:
+        return f"{self.role}.{self.kind}" + (f" of {', '.join(self.responses)}" if self.role != "data" else "")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Token distributions of n states: ids [n, k], -1 where there are fewer, log-probs [n, k], -inf there, rest [n]."""
+
+    ids: np.ndarray
+    logps: np.ndarray
+    rest: np.ndarray
 
 
 def same(a: Any, b: Any) -> bool:
@@ -51,6 +91,7 @@ class Signals:
         self.table = table.with_format("numpy")
         self.rows = np.asarray(self.table["row"][:], dtype=np.int64)
         self._place = {int(row): place for place, row in enumerate(self.rows)}
+        self._chunks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     @classmethod
     def open(cls, directory: str | Path) -> "Signals":
@@ -92,6 +133,15 @@ class Signals:
     def kinds(self) -> tuple[str, ...]:
         return tuple(self.manifest["kinds"])
 
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return tuple(self.manifest["responses"])
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything in the shards."""
+        return value_digest([shard["sha256"] for shard in self.manifest["shards"]])
+
     def __len__(self) -> int:
         return self.manifest["data"]["rows"]
 
@@ -102,11 +152,12 @@ class Signals:
             why = f"dropped ({', '.join(dropped['reasons'])})" if i in dropped["rows"] else f"of {len(self)} rows"
             raise IndexError(f"row {i} has no signals: {why}")
         line = self.table[self._place[i]]
-        found: dict[str, dict[str, Any]] = {side: {} for side in SIDES}
-        for column, value in line.items():
-            side, _, name = column.partition("_")
-            if side in found:
-                found[side][name] = value.item() if np.ndim(value) == 0 else np.asarray(value)
+        found: dict[str, dict[str, Any]] = {response: {} for response in self.responses}
+        columns = ("tokens", "ended", "offsets", *(column for kind in self.kinds for column in KINDS[kind]))
+        for response, names in found.items():
+            for name in columns:
+                if (value := line.get(f"{response}_{name}")) is not None:
+                    names[name] = value.item() if np.ndim(value) == 0 else np.asarray(value)
         return found
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -136,70 +187,128 @@ class Signals:
 
     def ragged(self, column: str, rows: np.ndarray) -> list[np.ndarray]:
         """One array per row, e.g. `ragged("chosen_values", rows)` -> n arrays [T + 1]."""
-        chunk = self.table.data.column(column).combine_chunks()
-        flat, ends = chunk.flatten().to_numpy().copy(), chunk.offsets.to_numpy()
-        start = ends[0]
-        return [flat[ends[place] - start : ends[place + 1] - start] for place in self.places(rows)]
+        if column not in self._chunks:  # views of the shards, one each: their lengths together may pass 2^31
+            chunks = self.table.data.column(column).chunks
+            self._chunks[column] = [(c.values.to_numpy(), c.offsets.to_numpy()) for c in chunks]
+        chunks = self._chunks[column]
+        starts = np.cumsum([0, *(len(ends) - 1 for _, ends in chunks)])
+        found = []
+        for place in self.places(rows):
+            chunk = int(np.searchsorted(starts, place, side="right")) - 1
+            flat, ends = chunks[chunk]
+            found.append(flat[ends[place - starts[chunk]] : ends[place - starts[chunk] + 1]])
+        return found
+
+    def topk(self, response: str, rows: np.ndarray, ids_from: "Signals | None" = None) -> TopK:
+        """Token distributions at s_0 .. s_{T-1} of each row in turn, as [states, k].
+
+        Args:
+            response: of which response.
+            rows: rows of the data.
+            ids_from: the store that holds the ids, for one that was read at another's ids.
+        """
+        counts, logps, rest = (
+            np.concatenate(self.ragged(f"{response}_{name}", rows))
+            for name in ("topk_counts", "topk_logps", "topk_rest")
+        )
+        ids = np.concatenate((ids_from or self).ragged(f"{response}_topk_ids", rows))
+        there = np.arange(counts.max(initial=0)) < counts[:, None]
+        padded = TopK(np.full(there.shape, -1, np.int64), np.full(there.shape, -np.inf, np.float32), rest)
+        padded.ids[there], padded.logps[there] = ids, logps
+        return padded
 
 
 @dataclass(frozen=True)
 class SignalSet:
-    """The signals a method may draw on, by role, with the score columns of the data, for some rows of it."""
+    """The signals a method may draw on, with the score columns of the data, for some rows of it."""
 
-    stores: dict[str, Signals]
+    stores: tuple[Signals, ...]
     data: "Dataset"
     rows: np.ndarray
 
     @classmethod
-    def of(cls, signals: "list[Signals]", data: "Dataset", fingerprint: str) -> "SignalSet":
-        """Gather stores by role and check that they speak of this data, in the same way.
+    def of(cls, signals: Iterable[Signals], data: "Dataset") -> "SignalSet":
+        """Gather stores and check that they speak of this data, in the same way. `rows` are those they all have.
 
         Raises:
-            UserError: if two have one role, or one was made from other data, another tokenizer or other truncation.
+            UserError: if two say the same thing, or one was made from other data, another tokenizer, other truncation
+                or the ids of another teacher.
         """
-        stores: dict[str, Signals] = {}
-        for store in signals:
-            if store.role in stores:
-                raise UserError(f"two signal stores have the role {store.role}; give one of each")
-            stores[store.role] = store
-        for role, store in stores.items():
+        stores = tuple(signals)
+        gathered = cls(stores, data, np.arange(len(data)))
+        fingerprints: dict[tuple[str, ...], str] = {}
+        for store in stores:
+            for response in store.responses:
+                for kind in store.kinds:
+                    if len(gathered._holding(store.role, kind, response)) > 1:
+                        raise UserError(f"two signal stores have {store.role}.{kind} of {response}; give one of each")
             made_from = store.manifest["data"]
-            if made_from["fingerprint"] != fingerprint:
+            if store.responses not in fingerprints:
+                there = set(store.responses) <= set(data.column_names)
+                fingerprints[store.responses] = data_fingerprint(data, store.responses) if there else ""
+            if made_from["fingerprint"] != fingerprints[store.responses]:
                 raise UserError(
-                    f"the {role} signals were made from other data ({made_from['name']}, {made_from['rows']} rows; "
-                    f"this has {len(data)}): make them again with `prefdistill signals --data` and this data"
+                    f"the {store.role} signals were made from other data ({made_from['name']}, {made_from['rows']} "
+                    f"rows, {', '.join(store.responses)}; this has {len(data)}): make them again with "
+                    "`prefdistill signals --data` and this data"
                 )
-        if not stores:
-            return cls({}, data, np.arange(len(data)))
-        first = next(iter(stores.values()))
-        for role, store in stores.items():
             for part in ("truncation", "tokenizer"):
-                ours, theirs = store.manifest[part], first.manifest[part]
+                ours, theirs = store.manifest[part], stores[0].manifest[part]
                 if not same(ours, theirs):
-                    raise UserError(f"the {role} and {first.role} signals differ in {part}: {ours} and {theirs}")
-        return cls(stores, data, first.rows)
+                    raise UserError(
+                        f"the {store.role} and {stores[0].role} signals differ in {part}: {ours} and {theirs}"
+                    )
+            if "topk" in store.kinds and store.role != "teacher":
+                for response in store.responses:
+                    for teacher in gathered._holding("teacher", "topk", response):
+                        if store.manifest["topk"].get("ids_from") != teacher.digest:
+                            raise UserError(
+                                f"the {store.role} signals were not read at the token ids of this teacher store: make "
+                                "them again with `--ids-from` and the teacher's directory"
+                            )
+        rows = [store.rows for store in stores]
+        shared = set(range(len(data))).intersection(*(found.tolist() for found in rows))
+        return gathered.at(np.array(sorted(shared), dtype=np.int64))
 
     def at(self, rows: np.ndarray) -> "SignalSet":
         return SignalSet(self.stores, self.data, rows)
 
-    def missing(self, needs: tuple[str, ...]) -> list[str]:
-        """Those of `needs` ("role.kind", or "data.column") that are not here."""
+    def missing(self, needs: Iterable[Need]) -> list[Need]:
+        """Those of `needs` that are not here, each with the responses that lack it."""
         lacking = []
         for need in needs:
-            role, _, kind = need.partition(".")
-            there = kind in self.data.column_names if role == "data" else kind in self._kinds(role)
-            if not there:
-                lacking.append(need)
+            if need.role == "data":
+                if need.kind not in self.data.column_names:
+                    lacking.append(need)
+            elif without := tuple(r for r in need.responses if not self._holding(need.role, need.kind, r)):
+                lacking.append(Need(need.role, need.kind, without))
         return lacking
 
-    def _kinds(self, role: str) -> tuple[str, ...]:
-        return self.stores[role].kinds if role in self.stores else ()
+    def _holding(self, role: str, kind: str, response: str) -> list[Signals]:
+        return [s for s in self.stores if s.role == role and kind in s.kinds and response in s.responses]
 
-    def scalar(self, role: str, name: str, side: str) -> np.ndarray:
-        return self.stores[role].scalar(f"{side}_{name}", self.rows)
+    def store(self, role: str, kind: str, response: str) -> Signals:
+        """The store that holds a kind of signal of one response.
 
-    def ragged(self, role: str, name: str, side: str) -> list[np.ndarray]:
-        return self.stores[role].ragged(f"{side}_{name}", self.rows)
+        Raises:
+            UserError: if none does.
+        """
+        found = self._holding(role, kind, response)
+        if not found:
+            raise UserError(f"no store holds {Need(role, kind, (response,))}")
+        return found[0]
+
+    def scalar(self, role: str, kind: str, response: str, name: str | None = None) -> np.ndarray:
+        """One number per row: the kind itself, or another of its store's columns, such as "tokens"."""
+        return self.store(role, kind, response).scalar(f"{response}_{name or kind}", self.rows)
+
+    def ragged(self, role: str, kind: str, response: str, name: str | None = None) -> list[np.ndarray]:
+        return self.store(role, kind, response).ragged(f"{response}_{name or kind}", self.rows)
+
+    def topk(self, role: str, response: str) -> TopK:
+        store = self.store(role, "topk", response)
+        ids_from = self.store("teacher", "topk", response) if store.manifest["topk"].get("ids_from") else None
+        return store.topk(response, self.rows, ids_from)
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column of the data, e.g. `score_chosen`, for these rows."""

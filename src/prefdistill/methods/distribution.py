@@ -1,0 +1,147 @@
+"""Methods on the teacher's token distributions: VanillaKD, DCKD, ADPA and DistiLLM-2."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from prefdistill.errors import UserError
+from prefdistill.losses import (
+    adpa_loss,
+    advantage_score,
+    dckd_loss,
+    distillm2_loss,
+    sft_loss,
+    skew_kl,
+    vanillakd_loss,
+    with_rest,
+)
+from prefdistill.methods.base import Features, Method, Metrics, Student, mean_kl, not_negative
+from prefdistill.signals.store import Need
+
+
+@dataclass(frozen=True, kw_only=True)
+class VanillaKD(Method):
+    """Token-level distillation (arXiv 1503.02531): SFT, and the teacher's distributions, on the chosen responses.
+
+    Args:
+        alpha: weight of the divergence; 0 is SFT.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative(self, "alpha")
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return ("chosen",)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("teacher", "topk", self.responses),)
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        sft = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+        kl = mean_kl(student, signals, "chosen")
+        loss = vanillakd_loss(sft, kl, alpha=self.alpha)
+        return loss.mean(), {"sft": sft.detach().mean(), "kl/chosen": kl.detach().mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCKD(VanillaKD):
+    """Dual-constrained distillation (arXiv 2502.17927): the teacher's distributions on both responses of a pair.
+
+    Args:
+        alpha: weight of the divergences; 0 is SFT.
+    """
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        sft = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+        kl = {side: mean_kl(student, signals, side) for side in self.responses}
+        loss = dckd_loss(sft, kl["chosen"], kl["rejected"], alpha=self.alpha)
+        return loss.mean(), {"sft": sft.detach().mean(), **{f"kl/{s}": x.detach().mean() for s, x in kl.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADPA(Method):
+    """Advantage-guided distillation (arXiv 2502.17927): SFT on the chosen response, and the teacher's advantage over
+    the model its DPO started from at the states of responses that the student itself has sampled.
+
+    ADPA+ is this method started from a DCKD student, whose own samples then give the states.
+
+    Args:
+        gamma: weight of the advantage; 0 is SFT.
+        advantage_reference: whom the teacher is compared with: "teacher_reference" (the paper) or "reference" (the
+            student's start, as the authors' commands for ADPA+ do).
+        teacher_beta: scale of the advantage; with the beta of the teacher's DPO it is in units of its reward.
+    """
+
+    gamma: float = 1.0
+    advantage_reference: Literal["teacher_reference", "reference"] = "teacher_reference"
+    teacher_beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative(self, "gamma", "teacher_beta")
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return ("chosen", "student_response")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return tuple(Need(role, "topk", ("student_response",)) for role in ("teacher", self.advantage_reference))
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        sft = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+        teacher, reference = (
+            with_rest(signals[f"{role}_student_response_topk"], signals[f"{role}_student_response_rest"])
+            for role in ("teacher", self.advantage_reference)
+        )
+        ours = with_rest(student.topk["student_response"], student.rest["student_response"])
+        per_state = advantage_score(ours, self.teacher_beta * (teacher - reference))
+        score = student.mean_over_tokens("student_response", per_state)
+        loss = adpa_loss(sft, score, gamma=self.gamma)
+        return loss.mean(), {"sft": sft.detach().mean(), "advantage": score.detach().mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistiLLM2(Method):
+    """Contrastive distillation (arXiv 2503.07067): towards the teacher where it speaks, away from the student's own
+    mistakes where it does.
+
+    Args:
+        skew: how much of the first distribution is mixed into the second, 0 (plain divergences) to below 1.
+    """
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.skew < 1:
+            raise UserError(f"skew must lie in 0..1 (below 1, where nothing is learnt), got {self.skew}")
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return ("teacher_response", "student_response")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("teacher", "topk", self.responses),)
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        kl: dict[str, Tensor] = {}
+        for response in self.responses:
+            teacher = (signals[f"teacher_{response}_topk"], signals[f"teacher_{response}_rest"])
+            ours = (student.topk[response], student.rest[response])
+            (p, p_rest), (q, q_rest) = (teacher, ours) if response == "teacher_response" else (ours, teacher)
+            per_state = skew_kl(p, q, skew=self.skew, p_rest=p_rest, q_rest=q_rest)
+            kl[response] = student.mean_over_tokens(response, per_state)
+        loss = distillm2_loss(*kl.values())
+        return loss.mean(), {f"kl/{response}": x.detach().mean() for response, x in kl.items()}

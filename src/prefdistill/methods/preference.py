@@ -1,0 +1,108 @@
+"""Methods on log-probabilities of whole responses: SFT, SeqKD, DPO and daDPO."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from prefdistill.errors import UserError
+from prefdistill.losses import dadpo_loss, dpo_loss, sft_loss
+from prefdistill.methods.base import Features, Method, Metrics, Student, not_negative, positive
+from prefdistill.signals.store import SIDES, Need, SignalSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT(Method):
+    """Supervised fine-tuning on the chosen responses: the baseline that ignores the rejected ones."""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return ("chosen",)
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        (response,) = self.responses
+        loss = sft_loss(student.logps[response], student.tokens[response])
+        return loss.mean(), {f"logps/{response}": student.logps[response].detach().mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeqKD(SFT):
+    """Sequence-level distillation (arXiv 1606.07947): supervised fine-tuning on the teacher's own responses."""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return ("teacher_response",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Method):
+    """Direct preference optimisation (arXiv 2305.18290).
+
+    Args:
+        beta: strength of the pull towards the reference, per nat.
+    """
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "beta")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("reference", "logps"),)
+
+    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+        return {f"ref_{side}": signals.scalar("reference", "logps", side) for side in SIDES}
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
+        return dpo_loss(*logps, beta=self.beta).mean(), reward_metrics(*logps, beta=self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaDPO(DPO):
+    """Distribution-aware DPO (arXiv 2506.15717): the student is held by its reference and by the teacher.
+
+    Args:
+        beta: strength of the pull towards the reference, per nat; 0 leaves it to the teacher.
+        teacher_beta: strength of the pull towards the teacher, per nat; 0 is DPO.
+    """
+
+    teacher_beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        Method.__post_init__(self)  # beta may be 0 here
+        not_negative(self, "beta", "teacher_beta")
+        if self.beta + self.teacher_beta == 0:
+            raise UserError("beta and teacher_beta are both 0: nothing would be learnt")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (*super().needs, Need("teacher", "logps"))
+
+    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+        teacher = {f"teacher_{side}": signals.scalar("teacher", "logps", side) for side in SIDES}
+        return {**super().features(signals), **teacher}
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
+        teacher = (signals["teacher_chosen"], signals["teacher_rejected"])
+        loss = dadpo_loss(*logps, *teacher, beta=self.beta, teacher_beta=self.teacher_beta)
+        return loss.mean(), reward_metrics(*logps, beta=self.beta)
+
+
+def reward_metrics(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
+) -> Metrics:
+    """What DPO trainers log: the implicit rewards, in units of the loss."""
+    reward_chosen = beta * (chosen.detach() - ref_chosen)
+    reward_rejected = beta * (rejected.detach() - ref_rejected)
+    return {
+        "rewards/chosen": reward_chosen.mean(),
+        "rewards/rejected": reward_rejected.mean(),
+        "rewards/margins": (reward_chosen - reward_rejected).mean(),
+        "rewards/accuracies": (reward_chosen > reward_rejected).float().mean(),
+        "logps/chosen": chosen.detach().mean(),
+        "logps/rejected": rejected.detach().mean(),
+    }

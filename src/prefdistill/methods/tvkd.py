@@ -1,0 +1,165 @@
+"""TVKD: DPO with the teacher's shaping return as offset, its ablations and its controls."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefdistill.errors import UserError
+from prefdistill.losses import shaping_return, tvkd_loss
+from prefdistill.methods.base import Features, Metrics, Student
+from prefdistill.methods.preference import DPO, reward_metrics
+from prefdistill.signals.store import SIDES, Need, SignalSet
+
+VALUES = {"logits": "values", "logprobs": "logprob_values"}  # `values_from`: the kind of signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TVKD(DPO):
+    """Teacher value-based knowledge distillation (arXiv 2509.16965): DPO with the teacher's shaping return as offset.
+
+    Args:
+        beta: strength of the pull towards the reference, per nat.
+        alpha: weight of the shaping margin. alpha / beta is the teacher's strength in nats of log-ratio.
+        potential: what the potential of a state is. "value": the teacher's soft value, as in the paper.
+            "implicit_reward": the teacher's DPO reward so far, whose return is that of the whole response. "reward":
+            the data's score columns (with a true reward: the best any offset can do). "shuffled": the value of another
+            row, a placebo.
+        shaping: "state", the difference of potentials, as in the paper; or action-dependent terms in its place, which
+            the paper compares with: "log_prob", the teacher's log-probability of each token, and "q", its raw logit.
+        values_from: what the soft value is made from: raw "logits", as in the paper, or "logprobs" (a value
+            temperature other than 1 is needed then), whose value no change of gauge moves.
+        discount: gamma of the shaping term; potentials "value" and "shuffled" only.
+        terminal: the potential after the end token, see `losses.shaping_return`; "value" and "shuffled" only.
+        value_temperature: b of the soft value the signals must have been made with.
+        teacher_beta: scale of the implicit reward, per nat; "implicit_reward" only.
+        standardize: centre the returns and divide them by their spread over all responses of the pairs at hand: the
+            scale of raw logits is arbitrary.
+        clip: bound on the size of each return (after `standardize`); none by default.
+    """
+
+    alpha: float = 0.7
+    potential: Literal["value", "shuffled", "implicit_reward", "reward"] = "value"
+    shaping: Literal["state", "log_prob", "q"] = "state"
+    values_from: Literal["logits", "logprobs"] = "logits"
+    discount: float = 1.0
+    terminal: Literal["last", "bootstrap", "zero"] = "last"
+    value_temperature: float = 1.0
+    teacher_beta: float = 0.1
+    standardize: bool = False
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.discount <= 1:
+            raise UserError(f"discount must lie in 0..1, got {self.discount}")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip must be positive, got {self.clip}")
+        if self.shaping != "state" and self.potential != "value":
+            raise UserError(f"shaping={self.shaping} takes the place of a potential; leave potential out")
+        unused = {"teacher_beta"} if self.potential != "implicit_reward" else set()
+        unused |= set() if self.uses_values else {"values_from", "discount", "terminal", "value_temperature"}
+        for option in fields(self):
+            if option.name in unused and getattr(self, option.name) != option.default:
+                raise UserError(f"{option.name} has no part in a shaping term made of {self.source}; leave it out")
+        if self.uses_values and self.values_from == "logprobs" and self.value_temperature == 1:
+            raise UserError("values_from=logprobs needs a value_temperature other than 1, where every value is 0")
+
+    @property
+    def source(self) -> str:
+        return self.potential if self.shaping == "state" else self.shaping
+
+    @property
+    def uses_values(self) -> bool:
+        return self.shaping == "state" and self.potential in ("value", "shuffled")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        source: tuple[Need, ...]
+        if self.uses_values:
+            source = (Need("teacher", VALUES[self.values_from]),)
+        elif self.shaping == "log_prob":
+            source = (Need("teacher", "logps"),)
+        elif self.shaping == "q":
+            source = (Need("teacher", "q"),)
+        elif self.potential == "implicit_reward":
+            source = (Need("teacher", "logps"), Need("teacher_reference", "logps"))
+        else:
+            source = tuple(Need("data", f"score_{side}", ()) for side in SIDES)
+        return super().needs + source
+
+    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+        shaping = {side: self._return(signals, side) for side in SIDES}
+        if self.potential == "shuffled":
+            other = _other_rows(len(signals.rows))
+            shaping = {side: psi[other] for side, psi in shaping.items()}
+        margin = shaping["chosen"] - shaping["rejected"]
+        constant = self.uses_values and self.terminal == "zero" and self.discount == 1
+        if len(margin) > 1 and self.alpha != 0 and not constant and np.ptp(margin) < 1e-6:
+            raise UserError(
+                f"the shaping margin ({self.source}) is the same number, {margin[0]:.3g}, for all {len(margin)} "
+                "pairs: it tells nothing. Values of normalised log-probabilities at temperature 1 are 0; raw logits "
+                "are needed"
+            )
+        if self.standardize:
+            everything = np.concatenate(list(shaping.values()))
+            spread = float(everything.std()) or 1.0
+            shaping = {side: (psi - everything.mean()) / spread for side, psi in shaping.items()}
+        if self.clip is not None:
+            shaping = {side: psi.clip(-self.clip, self.clip) for side, psi in shaping.items()}
+        return {**super().features(signals), **{f"shaping_{side}": psi for side, psi in shaping.items()}}
+
+    def _return(self, signals: SignalSet, side: str) -> np.ndarray:
+        if self.shaping == "log_prob":
+            return signals.scalar("teacher", "logps", side)
+        if self.shaping == "q":
+            return signals.scalar("teacher", "q", side)
+        if self.potential == "reward":
+            return signals.column(f"score_{side}")
+        if self.potential == "implicit_reward":
+            teacher, reference = (signals.scalar(r, "logps", side) for r in ("teacher", "teacher_reference"))
+            return self.teacher_beta * (teacher - reference)
+        kind = VALUES[self.values_from]
+        made_with = signals.store("teacher", kind, side).manifest["value_temperature"]
+        if made_with != self.value_temperature:
+            raise UserError(
+                f"the teacher's values were made with value_temperature={made_with}, the method asks for "
+                f"{self.value_temperature}; make the signals again with that temperature"
+            )
+        return shaping_returns(signals, side, discount=self.discount, terminal=self.terminal, kind=kind)
+
+    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
+        shaping = (signals["shaping_chosen"], signals["shaping_rejected"])
+        margin = self.alpha * (shaping[0] - shaping[1])
+        return tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha).mean(), {
+            **reward_metrics(*logps, beta=self.beta),
+            "shaping/margins": margin.mean(),
+            "shaping/margins_abs": margin.abs().mean(),
+            "shaping/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        }
+
+
+def shaping_returns(
+    signals: SignalSet, side: str, *, discount: float, terminal: str, kind: str = "values"
+) -> np.ndarray:
+    """`shaping_return` of the stored teacher values of one side, [rows]."""
+    values = signals.ragged("teacher", kind, side)
+    lengths = torch.from_numpy(signals.scalar("teacher", kind, side, "tokens").astype(np.int64))
+    ended = torch.from_numpy(signals.scalar("teacher", kind, side, "ended").astype(bool))
+    out = np.empty(len(values), dtype=np.float32)
+    for start in range(0, len(values), 1024):
+        part = slice(start, start + 1024)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values[part]], batch_first=True)
+        out[part] = shaping_return(padded, lengths[part], discount, terminal, ended[part]).numpy()
+    return out
+
+
+def _other_rows(n: int) -> np.ndarray:
+    """A fixed permutation of n rows that leaves no row where it is (for n > 1): a random cycle."""
+    cycle = np.random.default_rng(0).permutation(n)
+    other = np.empty(n, dtype=np.int64)
+    other[cycle] = np.roll(cycle, 1)
+    return other

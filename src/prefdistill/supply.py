@@ -1,0 +1,207 @@
+"""What the methods of a run learn from: responses sampled from teacher and student, and signals, made once each."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.data import load_pairs
+from prefdistill.methods import Method, sampled
+from prefdistill.sample import sample_responses
+from prefdistill.signals import Need, Signals, extract_signals
+from prefdistill.signals.store import SIDES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from prefdistill.pipeline import SeedRun
+
+STUDENT = "student_response"
+SAMPLING_SEED = 7_001  # keeps the draws apart from those of the evaluation, and those of each round from the others'
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that a student starts from, and the stage that made it."""
+
+    name: str  # for directories: "start", or the method and order it comes from
+    model: str
+    stage: str
+    users: frozenset[str]  # the methods of the recipe that start from it
+    round: int = 1
+
+
+@dataclass
+class Supply:
+    """The rows and stores of each method of one seed's run."""
+
+    run: "SeedRun"
+    stores: dict[str, Signals] = field(default_factory=dict)  # by stage
+    samples: dict[str, "Dataset"] = field(default_factory=dict)
+
+    def of(self, method: Method, start: Start) -> tuple["Dataset", list[Signals], list[str]]:
+        """The rows a method is trained on from `start`, its stores, and the stages that made them."""
+        stages = []
+        rows, made = self.run.train, []
+        for response in sampled(method):
+            stage = self._sample(response, start)
+            stages.append(stage)
+            made.append(self.samples[stage])
+        for need in split(method.needs):
+            stage = self._extract(need, start)
+            if stage not in stages:
+                stages.append(stage)
+        if made:
+            rows = _side_by_side(made)
+        return rows, [self.stores[stage] for stage in stages if stage in self.stores], stages
+
+    # -- responses ----------------------------------------------------------------------------------------------------
+
+    def _sample(self, response: str, start: Start) -> str:
+        run, recipe = self.run, self.run.recipe
+        own = response == STUDENT
+        model, stage = (start.model, start.stage) if own else (run.teacher, run.teacher_stage)
+        name = f"sample-{start.name}" if own else "sample-teacher"
+        if name in self.samples:
+            return name
+        seed = run.seed + SAMPLING_SEED * (start.round if own else 0)
+        options = recipe.sampling.model_dump()
+        request = {"model": run.name_of(model), "truncation": str(run.truncation), "sampling": options, "seed": seed}
+
+        def make(out: Path) -> None:
+            sample_responses(
+                model,
+                run.train,
+                run.tokenizer,
+                out / "responses.jsonl",
+                column=response,
+                truncation=run.truncation,
+                seed=seed,
+                dtype=recipe.model.dtype if own else recipe.signals.dtype,
+                trust_remote_code=recipe.model.trust_remote_code,
+                **options,
+            )
+
+        run.stage(name, request, make, "train", stage)
+        found = load_pairs(str(run.root / name / "responses.jsonl"), responses=(response,))
+        self.samples[name] = found
+        return name
+
+    # -- signals ------------------------------------------------------------------------------------------------------
+
+    def test(self) -> list[Signals]:
+        """What is read of the held-out pairs: the terms the methods use, and those to see them beside."""
+        run = self.run
+        if run.test is None:
+            return []
+        needs = [n for m in run.methods.values() for n in m.needs if n.role != "data"]
+        kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
+        wanted = {"reference": {"logps"}} if any(n.role == "reference" for n in needs) else {}
+        if any(n.role == "teacher" for n in needs):
+            wanted["teacher"] = kinds | {"values", "logps", "q"}
+            if run.teacher_reference != run.teacher:
+                wanted["teacher_reference"] = {"logps"}
+        first = run.starts["start"]
+        return [self.stores[self._read(role, kinds, SIDES, "test", first)] for role, kinds in sorted(wanted.items())]
+
+    def _extract(self, need: Need, start: Start) -> str:
+        """The store of a need, and of all else that the run wants of the same model and the same responses."""
+        own = source(need) == STUDENT or need.role == "reference"  # then it is this start's, and no other's
+        alike = [
+            other
+            for name, method in self.run.methods.items()
+            if name in start.users or not own
+            for other in split(method.needs)
+            if other.role == need.role and source(other) == source(need)
+        ]
+        reach = {kind: _union(n.responses for n in alike if n.kind == kind) for kind in {n.kind for n in alike}}
+        responses = reach[need.kind]
+        kinds = {kind for kind, of in reach.items() if of == responses}
+        return self._read(need.role, kinds, responses, source(need), start)
+
+    def _read(self, role: str, kinds: set[str], responses: tuple[str, ...], where: str, start: Start) -> str:
+        run = self.run
+        model, made_by = {
+            "teacher": (run.teacher, run.teacher_stage),
+            "teacher_reference": (run.teacher_reference, run.teacher_reference_stage),
+            "reference": (start.model, start.stage),
+        }[role]
+        name = f"signals-{role}-{where}"
+        if where == STUDENT or (role == "reference" and start.name != "start"):
+            name += f"-{start.name}"
+        if set(responses) < set(SIDES):
+            name += f"-{responses[0]}"
+        if name in self.stores:
+            return name
+        data_stage = where if where in ("train", "test") else self._sample(where, start)
+        data = {"train": run.train, "test": run.test}[where] if where in ("train", "test") else self.samples[data_stage]
+        ids_from = None
+        after = [data_stage, made_by]
+        if "topk" in kinds and role != "teacher":
+            teacher = self._extract(Need("teacher", "topk", responses), start)
+            ids_from = self.stores[teacher]
+            after.append(teacher)
+        # the reference is read as the student is trained: same weights, same precision
+        reading = (
+            {"dtype": run.recipe.model.dtype, "bf16": True in run.reference_bf16()}
+            if role == "reference"
+            else {"dtype": run.recipe.signals.dtype, "bf16": False}
+        )
+        unused = {"dtype"} | (set() if "topk" in kinds else {"k", "p"})
+        options: dict[str, Any] = run.recipe.signals.model_dump(exclude=unused) | reading
+        request = {
+            "model": run.name_of(model),
+            "kinds": sorted(kinds),
+            "responses": list(responses),
+            "truncation": str(run.truncation),
+            **options,
+        }
+
+        def make(out: Path) -> None:
+            extract_signals(
+                model,
+                data,
+                run.tokenizer,
+                kinds=tuple(sorted(kinds)),
+                out=out / "store",
+                role=role,
+                responses=responses,
+                truncation=run.truncation,
+                ids_from=ids_from,
+                trust_remote_code=run.recipe.model.trust_remote_code,
+                **options,
+            )
+
+        run.stage(name, request, make, *after)
+        self.stores[name] = Signals.open(run.root / name / "store")
+        return name
+
+
+def split(needs: Iterable[Need]) -> list[Need]:
+    """Signals by where the responses come from: the pairs, the teacher's samples, the student's."""
+    return [
+        Need(need.role, need.kind, part)
+        for need in needs
+        if need.role != "data"
+        for part in (tuple(r for r in need.responses if r in SIDES), *((r,) for r in need.responses if r not in SIDES))
+        if part
+    ]
+
+
+def source(need: Need) -> str:
+    return "train" if need.responses[0] in SIDES else need.responses[0]
+
+
+def _union(several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(sorted({response for responses in several for response in responses}))
+
+
+def _side_by_side(samples: "list[Dataset]") -> "Dataset":
+    """Samples of the same prompts, in one row each."""
+    first, *others = samples
+    for other in others:
+        if first["prompt"][:] != other["prompt"][:]:
+            raise RuntimeError("the teacher and the student have answered different prompts")
+        for column in set(other.column_names) - set(first.column_names):
+            first = first.add_column(column, other[column][:], feature=other.features[column])
+    return first
