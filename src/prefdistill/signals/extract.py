@@ -368,12 +368,14 @@ class _Reading:
             np.concatenate([np.pad(x, ((0, after), (0, width - x.shape[1])), constant_values=-1) for x in parts])
         )
 
-    def reduce(self, logits: Tensor, tokens: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
+    def reduce(self, logits: Tensor, tokens: Tensor, last: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
         for kind in self.kinds:
             if kind == "values":
                 assert self.directions is not None
-                found += [soft_value(logits, self.value_temperature), gauge_shifts(logits, self.directions)]
+                shifts = logits.new_zeros(len(logits), self.directions.shape[1])
+                shifts[last] = gauge_shifts(logits[last], self.directions)
+                found += [soft_value(logits, self.value_temperature), shifts]
             elif kind == "logprob_values":
                 found.append(soft_value(logits.log_softmax(-1), self.value_temperature))
             elif kind == "logps":
@@ -395,6 +397,9 @@ class _Reading:
         states = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=self.final)
         if self.directions is not None:
             self.directions = self.directions.to(ids.device)
+        sizes = lengths + int(self.final)
+        last = torch.zeros(int(sizes.sum()), dtype=torch.bool, device=ids.device)
+        last[sizes.cumsum(0) - 1 - torch.tensor(ended, device=ids.device).long()] = self.final
         out = iter(
             reduce_logits(
                 model,
@@ -402,21 +407,20 @@ class _Reading:
                 states,
                 self.reduce,
                 next_tokens(ids, states),
+                last,
                 *([] if given is None else [given.to(ids.device)]),
                 emittable=self.emittable,
             )
         )
-        sizes = (lengths + int(self.final)).tolist()
 
         def per_response(read: Tensor) -> list[np.ndarray]:
-            return [part.numpy().copy() for part in read.cpu().split(sizes)]
+            return [part.numpy().copy() for part in read.cpu().split(sizes.tolist())]
 
         found: dict[str, list[Any]] = {}
         for kind in self.kinds:
             if kind == "values":
                 found["values"] = per_response(next(out))
-                at = [size - 2 if end else size - 1 for size, end in zip(sizes, ended, strict=True)]
-                found["gauge"] = [part[i] for part, i in zip(per_response(next(out)), at, strict=True)]
+                found["gauge"] = list(next(out)[last].cpu().numpy())
             elif kind == "logprob_values":
                 found[kind] = per_response(next(out))
             elif kind in ("logps", "q"):
