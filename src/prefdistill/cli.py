@@ -259,7 +259,6 @@ def signals(
 
     Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind topk --k 50
     """
-    _one_process("signals")
     from prefdistill.encode import Truncation
     from prefdistill.evaluation import gauge_flips
     from prefdistill.signals import Signals, extract_signals
@@ -433,8 +432,13 @@ def report(
 
 
 def _print(text: str) -> None:
-    """For a person; under --json stdout is for the JSON object alone, and this goes to stderr."""
-    print(text)
+    """For a person, once; under --json stdout is for the JSON object alone, and this goes to stderr."""
+    if _main_process():
+        print(text)
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -458,9 +462,9 @@ def _training(kind: type[Any], overrides: "list[str] | dict[str, Any] | None", a
 
 
 def _one_process(verb: str) -> None:
-    """Verbs that are not training know nothing of other processes, which would all write the same files."""
+    """Some verbs know nothing of other processes, which would all write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"`prefdistill {verb}` runs in one process; launch only sft, dpo and distill on several")
+        raise UserError(f"`prefdistill {verb}` runs in one process; launch sft, dpo, signals and distill on several")
 
 
 def _teach(
@@ -519,7 +523,7 @@ def _call(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         if isinstance(result, int):
             return result
-        if as_json:
+        if as_json and _main_process():
             print(json.dumps(result, ensure_ascii=False))
     except UserError as error:
         return _fail(str(error), 2, debug)

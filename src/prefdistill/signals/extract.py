@@ -30,6 +30,7 @@ from prefdistill.models import load_model, load_tokenizer, model_identity, ready
 from prefdistill.progress import Progress, say
 from prefdistill.signals.gauge import gauge_directions, gauge_shifts
 from prefdistill.signals.store import KINDS, ROLES, SCHEMA, SIDES, Need, Signals, SignalSet, same
+from prefdistill.stages import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,6 +86,7 @@ def extract_signals(
     .. math:: V(s_t) = b \log \sum_a \exp(z(s_t, a) / b), \qquad \log\pi(y|x) = \sum_t \log\pi(a_t|s_t)
 
     A finished store of the same request is opened as it is; an interrupted one goes on after its last whole shard.
+    Under `accelerate launch` or torchrun every process makes its share of the shards; their number changes no byte.
 
     Args:
         model: a causal language model, or the Hub name or directory to load one from.
@@ -163,35 +165,43 @@ def extract_signals(
         "batch_tokens": batch_tokens,
     }
     out = Path(out)
-    if _finished(out, request):
-        return Signals.open(out)
-    if dropped:
+    team = processes()
+    with team.main_process_first():  # it clears the way, the others find it cleared
+        if _finished(out, request):
+            return Signals.open(out)
+    if dropped and team.is_main_process:
         say(f"signals: {dropped}")
 
-    shards = []
-    with Progress(f"signals ({role})", len(responses) * len(encoded), "response") as progress:
-        for start in range(0, len(encoded), shard_rows):
-            path = out / "shards" / f"{start // shard_rows:05d}.parquet"
-            rows = encoded.select(range(start, min(start + shard_rows, len(encoded))))
-            if path.exists():
-                progress.update(len(responses) * len(rows))
-            else:
-                found = score_pairs(
-                    model,
-                    rows,
-                    tokenizer,
-                    kinds,
-                    responses=responses,
-                    value_temperature=value_temperature,
-                    topk=topk,
-                    bf16=bf16,
-                    batch_tokens=batch_tokens,
-                    progress=progress,
-                )
-                _write_shard(path, rows, responses, found)
-            shards.append({"file": path.name, "rows": len(rows), "sha256": file_digest(path)})
-    manifest = {**request, "shards": shards, "versions": _versions()}
-    write_json(out / "manifest.json", manifest)
+    shards = [encoded.select(range(i, min(i + shard_rows, len(encoded)))) for i in range(0, len(encoded), shard_rows)]
+    paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(shards))]
+    # by number, so that a run goes on with what any number of processes have left
+    ours = [n for n in range(len(shards)) if n % team.num_processes == team.process_index]
+    with Progress(f"signals ({role})", len(responses) * sum(len(shards[n]) for n in ours), "response") as progress:
+        for n in ours:
+            if paths[n].exists():
+                progress.update(len(responses) * len(shards[n]))
+                continue
+            found = score_pairs(
+                model,
+                shards[n],
+                tokenizer,
+                kinds,
+                responses=responses,
+                value_temperature=value_temperature,
+                topk=topk,
+                bf16=bf16,
+                batch_tokens=batch_tokens,
+                progress=progress,
+            )
+            _write_shard(paths[n], shards[n], responses, found)
+    team.wait_for_everyone()
+    if team.is_main_process:
+        made = [
+            {"file": path.name, "rows": len(shard), "sha256": file_digest(path)}
+            for path, shard in zip(paths, shards, strict=True)
+        ]
+        write_json(out / "manifest.json", {**request, "shards": made, "versions": _versions()})
+    team.wait_for_everyone()
     return Signals.open(out)
 
 
