@@ -1,5 +1,6 @@
 """Loading pairs, finding the response in a templated conversation, and batching."""
 
+import copy
 import gzip
 import json
 import os
@@ -581,6 +582,15 @@ def test_a_response_that_was_cut_is_the_ended_one_without_its_end_token(style):
     # the same tokens as of a pair
     pair, _ = encode([form("What is the capital?", text, "x")], tokenizer)
     assert pair[0]["chosen_ids"] == ended["ids"]
+
+
+def test_what_the_template_writes_before_its_end_token_is_not_of_a_response_that_was_cut():
+    tokenizer = copy.deepcopy(make_tokenizer("chatml"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "\n<|im_end|>")
+    (ended, cut), _ = encode_answers([answered("Paris", flag) for flag in (True, False)], tokenizer)
+    assert tokenizer.decode(ended["ids"]) == "Paris\n<|im_end|>"
+    assert tokenizer.decode(cut["ids"]) == "Paris"
+    assert cut["ended"] is False
 
 
 def test_a_response_that_was_cut_may_be_cut_again_and_one_without_tokens_is_dropped():

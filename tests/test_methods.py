@@ -141,6 +141,32 @@ def assert_same_gradient(found, expected):
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-5
 
 
+def test_evaluation_reads_the_signals_of_the_rows_it_is_given(tmp_path_factory, model_of, rows, tokenizer, stores):
+    """Held-out rows have stores of their own, with the same row numbers."""
+    from transformers import TrainingArguments
+
+    from prefdistill import PrefDistillTrainer
+
+    held_out = rows.select(range(len(rows) - 1, -1, -1))
+    teacher = extract_signals(model_of("teacher"), held_out, tokenizer, ("topk",), tmp_path_factory.mktemp("e"), k=20)
+    method = METHODS["dckd"]()
+    ours = next(s for s in stores(20, None, "") if s.role == "teacher" and {"topk"} <= set(s.kinds)
+                and set(SIDES) <= set(s.responses))  # fmt: skip
+    trainer = PrefDistillTrainer(
+        model_of("student"), method, TrainingArguments(str(tmp_path_factory.mktemp("o")), use_cpu=True,
+        report_to="none"), rows, [ours], tokenizer, eval_dataset=held_out, eval_signals=[teacher],
+    )  # fmt: skip
+    both = [trainer.evaluate(data)["eval_loss"] for data in (None, trainer.train_dataset)]
+    assert both[0] == pytest.approx(both[1], abs=1e-5)  # the same rows in another order
+    with pytest.raises(UserError, match="these rows have no signals"):
+        trainer.evaluate(trainer.train_dataset.select(range(2)))
+
+
+def test_trl_reads_its_reference_as_it_goes(trainer_of):
+    with pytest.raises(UserError, match="precompute_ref_log_probs is not supported"):
+        trainer_of(METHODS["wpo"](), arguments={"precompute_ref_log_probs": True})
+
+
 # -- the equations -----------------------------------------------------------------------------------------------------
 
 
@@ -658,7 +684,8 @@ MISSING = [  # method, options, the signals at hand, what is said
      " --kind logps --model STUDENT --data DATA --out DIR`"),
     ("tvkd", {}, ["reference"], "TVKD lacks teacher.values of chosen, rejected. Make it with `prefdistill signals"
      " --role teacher --kind values --model TEACHER --data"),
-    ("tvkd", {"values_from": "logprobs", "value_temperature": 2.0}, ["reference"], "--kind logprob_values --model"),
+    ("tvkd", {"values_from": "logprobs", "value_temperature": 2.0}, ["reference"],
+     "--kind logprob_values --value-temperature B --model"),
     ("tvkd", {"shaping": "q"}, ["reference"], "--kind q --model TEACHER"),
     ("tvkd", {"potential": "implicit_reward"}, ["reference"], "TVKD lacks teacher.logps of chosen, rejected;"
      f" teacher_reference.logps of chosen, rejected. {LOGPS} --model TEACHER --data"),

@@ -217,11 +217,98 @@ def test_several_samples_of_each_prompt(tmp_path):
         (["signals.k=0"], "signals.k"),
         (["signals.p=1.5"], "signals.p"),
         (["sampling.engine=magic"], "sampling.engine"),
+        (["sampling.engine=vllm"], "vLLM is not installed"),
+        (["sampling.temperature=0", "sampling.n=2"], "gives the same response 2 times"),
+        (["model.teacher_reference=some/model"], "leave one of the two out"),
+        (["data.max_prompt_length=64"], "max_prompt_length (64) leaves no room for a response"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         run_recipe(load_recipe(QUICKSTART, [*SMALL, *overrides], only=["all"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_made_again_in_another_precision(tmp_path):
+    out = tmp_path / "run"
+    run_recipe(load_recipe(QUICKSTART, SMALL, only=["seqkd"]), out)
+    again = stages(run_recipe(load_recipe(QUICKSTART, [*SMALL, "signals.dtype=bfloat16"], only=["seqkd"]), out))
+    assert not again["sample-teacher"]
+    assert again["teacher-dpo"]
+
+
+def test_every_student_is_compared_with_its_start_on_the_held_out_pairs(tmp_path):
+    """Also where no method has a reference."""
+    recipe = load_recipe(QUICKSTART, [*SMALL, "baseline=seqkd"], only=["seqkd", "dckd"])
+    results = run_recipe(recipe, tmp_path / "run")
+    assert {name: "reward_accuracy" in results["methods"][name] for name in recipe.methods} == {
+        "seqkd": True,
+        "dckd": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def named(finished, tmp_path_factory):
+    """Models by name, as a user has them, and pairs with what else real data hold: a date, responses of another run."""
+    from datetime import datetime
+
+    from datasets import Dataset
+
+    made = finished[0] / "seed-0"
+    place = tmp_path_factory.mktemp("named")
+    pairs = load_pairs(str(made / "pairs" / "train.jsonl"))
+    rows = [{**row, "when": datetime(2020, 1, 1), "student_response": row["chosen"]} for row in pairs]
+    Dataset.from_list(rows).to_parquet(str(place / "pairs.parquet"))
+    for name in ("teacher-dpo", "teacher-sft", "student-sft"):
+        shutil.copytree(made / name, place / name)
+    recipe = {
+        "name": "named",
+        "data": {"train": str(place / "pairs.parquet"), "test": str(place / "pairs.parquet"), "max_length": 48},
+        "model": {
+            "teacher": str(place / "teacher-dpo"),
+            "teacher_reference": str(place / "teacher-sft"),
+            "student": str(place / "student-sft"),
+        },
+        "sampling": {"max_new_tokens": 8},
+        "training": {"max_steps": 2, "batch_size": 8, "micro_batch_size": 8},
+        "methods": {"dpo": {}, "adpa": {}},
+    }
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    return place
+
+
+def test_a_named_teacher_and_its_reference(named, tmp_path, capsys):
+    results = run_recipe(load_recipe(named / "recipe.yaml"), tmp_path / "run")
+    assert "adpa" in results["differences"]
+    assert "teacher implicit reward" in results["margin_accuracy"] or not results["margin_accuracy"]
+    assert "the data's own student_response is not used" in capsys.readouterr().err
+    kept = load_pairs(
+        str(tmp_path / "run" / "seed-0" / "sample-start" / "responses.jsonl"), responses=("student_response",)
+    )
+    assert "when" not in kept.column_names
+    # the reference of the advantage alone decides about it, and about nothing else
+    other = tmp_path / "other"
+    shutil.copytree(named / "student-sft", other)
+    shutil.copytree(named / "teacher-dpo", other, dirs_exist_ok=True)
+    again = stages(
+        run_recipe(load_recipe(named / "recipe.yaml", [f"model.teacher_reference={other}"]), tmp_path / "run")
+    )
+    made = {name for name, reused in again.items() if not reused}
+    assert made == {
+        "signals-teacher_reference-test",
+        "signals-teacher_reference-student_response-start",
+        "distill-adpa-0",
+        "evaluate-adpa-0",
+    }
+
+
+def test_a_named_reference_with_other_tokens_is_refused(named, tmp_path):
+    shutil.copytree(named / "teacher-sft", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"reverse"', '"backwards"'))
+    recipe = load_recipe(named / "recipe.yaml", [f"model.teacher_reference={tmp_path / 'other'}"])
+    with pytest.raises(UserError, match=r"other have different tokenizers: .*e\.g\. 'reverse'"):
+        run_recipe(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -147,7 +147,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
 ):
     import prefdistill.signals.extract as extract
 
-    ask = {"kinds": kinds, "shard_rows": 10, "p": 0.8}
+    ask = {"kinds": kinds, "shard_rows": 10} | ({"p": 0.8} if kinds == ("topk",) else {})
     if "at ids" in kinds:
         ids = extract_signals(make_model(5), pairs, tokenizer, ("topk",), tmp_path / "ids", shard_rows=7)
         ask |= {"kinds": ("topk",), "role": "reference", "ids_from": ids}
@@ -371,8 +371,9 @@ def test_padded_rows_of_the_head_have_no_part_in_the_value_and_its_gauge(extract
 def test_kinds_read_together_are_those_read_alone(extract, make_model):
     """The values look at one state more than the rest."""
     kinds = ("topk", "q", "values", "logps", "logprob_values")
-    ask = {"k": 4, "p": 0.9, "value_temperature": 0.5}
-    together, alone = extract(make_model(5), *kinds, **ask), [extract(make_model(5), kind, **ask) for kind in kinds]
+    warm, kept = {"value_temperature": 0.5}, {"k": 4, "p": 0.9}
+    together = extract(make_model(5), *kinds, **warm, **kept)
+    alone = [extract(make_model(5), kind, **warm, **(kept if kind == "topk" else {})) for kind in kinds]
     rows = together.rows
     columns = set(together.table.column_names)
     assert columns == set().union(*(store.table.column_names for store in alone))
@@ -613,3 +614,53 @@ def test_gauge_flips_are_the_pairs_that_other_gauges_order_otherwise(extract, ma
         turned.append(np.mean(pair_terms(SignalSet.of([moved], pairs))["shaping return"] != before))
     assert gauge_flips(original) == pytest.approx(mean_and_error(turned))
     assert 0.1 < np.mean(turned) < 0.9
+
+
+def test_a_shard_holds_no_more_numbers_than_fit_into_memory(tmp_path, make_model, pairs, tokenizer, monkeypatch):
+    """With many ids a state, shards are of fewer rows; what is in them stays the same, and so does resuming."""
+    import prefdistill.signals.extract as extract
+
+    whole = extract_signals(make_model(), pairs, tokenizer, ("topk",), tmp_path / "whole", k=9)
+    monkeypatch.setattr(extract, "SHARD_NUMBERS", 400)
+    small = extract_signals(make_model(), pairs, tokenizer, ("topk",), tmp_path / "small", k=9)
+    assert len(small.manifest["shards"]) > 3 > len(whole.manifest["shards"])
+    for shard in small.manifest["shards"]:
+        assert shard["rows"] >= 1
+    numbers = [
+        10 * sum(small.row(row)[side]["tokens"] for side in ("chosen", "rejected") for row in rows)
+        for rows in np.split(small.rows, np.cumsum([shard["rows"] for shard in small.manifest["shards"]])[:-1])
+        if len(rows) > 1
+    ]
+    assert max(numbers) <= 400
+    for row in whole.rows:
+        np.testing.assert_array_equal(whole.row(row)["rejected"]["topk_ids"], small.row(row)["rejected"]["topk_ids"])
+
+
+def test_ids_of_a_store_that_lacks_rows_are_refused_before_the_pass(tmp_path, make_model, pairs, tokenizer):
+    empty = [{"role": "assistant", "content": ""}]
+    rows = [
+        {**row, "student_response": row["chosen"], "teacher_response": empty if i == 2 else row["chosen"],
+         "teacher_response_ended": i != 2}
+        for i, row in enumerate(pairs)
+    ]  # fmt: skip
+    from datasets import Dataset
+
+    data, both = Dataset.from_list(rows), ("teacher_response", "student_response")
+    ids = extract_signals(make_model(5), data, tokenizer, ("topk",), tmp_path / "ids", responses=both)
+    assert 2 not in ids.rows
+    ask = {"kinds": ("topk",), "role": "teacher_reference", "ids_from": ids}
+    with pytest.raises(UserError, match=r"has no row 2 .*read --responses teacher_response,student_response as that"):
+        extract_signals(make_model(), data, tokenizer, out=tmp_path / "s", responses=("student_response",), **ask)
+    assert not (tmp_path / "s").exists()
+    made = extract_signals(make_model(), data, tokenizer, out=tmp_path / "s", responses=both, **ask)
+    assert made.rows.tolist() == ids.rows.tolist()
+
+
+def test_a_score_that_is_missing_is_named(pairs):
+    from datasets import Dataset
+
+    rows = [{**row, "score_chosen": None if i == 3 else row["score_chosen"]} for i, row in enumerate(pairs)]
+    signals = SignalSet.of([], Dataset.from_list(rows))
+    assert len(signals.column("score_rejected")) == len(pairs)
+    with pytest.raises(UserError, match="column 'score_chosen' has no number in row 3"):
+        signals.column("score_chosen")

@@ -217,7 +217,8 @@ def sample(
         trust_remote_code=trust_remote_code,
     )
     made = read_json(sidecar(out))
-    shown = {key: made[key] for key in ("responses", "tokens", "ended_share", "tokens_per_second")}
+    told = ("responses", "tokens", "ended_share", "other_tokens_share", "tokens_per_second")
+    shown = {key: made[key] for key in told}
     ended, speed = f"{shown['ended_share']:.0%} ended", f"{shown['tokens_per_second']:g} tokens/s"
     _print(f"{shown['responses']} responses ({ended}), {shown['tokens']} tokens ({speed}) in {out}")
     return {"out": str(out), **shown, "reused": reused}

@@ -217,6 +217,12 @@ class Sampling(Section):
     batch_size: PositiveInt = 64
     engine: Literal["transformers", "vllm"] = "transformers"
 
+    @model_validator(mode="after")
+    def _draws(self) -> "Sampling":
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"sampling.temperature=0 gives the same response {self.n} times; n must be 1 for it")
+        return self
+
 
 class MethodRun(Section):
     """A method with its hyper-parameters, under the name it has in the results."""
@@ -309,6 +315,11 @@ class Recipe(Section):
             for key in ("test", "sft", "max_train", "max_test"):
                 if getattr(self.data, key) is not None:
                     raise ValueError(f"data.{key} has no part in a synthetic task; leave it out")
+        if self.model.teacher_reference and (self.teacher.dpo or self.model.teacher is None):
+            raise ValueError(
+                "model.teacher_reference is for a named teacher that has had its DPO: with teacher.dpo, the reference "
+                "is what that starts from; leave one of the two out"
+            )
         if (self.model.teacher is None or self.model.student is None) and self.model.scratch is None:
             raise ValueError("model.teacher and model.student must be named, or model.scratch say how to make them")
         return self

@@ -223,24 +223,32 @@ class _PairEncoder:
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True)
-        texts = [self._render(*row) for row in rows]
+        flags = [batch.get(ended_column(name)) or [None] * len(indices) for name in self.responses]
+        cuts = [[ended is False for ended in row] for row in zip(*flags, strict=True)]
+        texts = [self._render(cut, *row) for cut, row in zip(cuts, rows, strict=True)]
         tokens = self._tokenise([text for row in texts if row for text in row])
-        flags = [batch.get(ended_column(name)) or [None] * len(texts) for name in self.responses]
         columns: dict[str, list[Any]] = {name: [] for name in _encoded_features(self.responses)}
-        for index, row, *cut in zip(indices, texts, *flags, strict=True):
+        for index, row, cut in zip(indices, texts, cuts, strict=True):
             try:
-                encoded = self._encode(row, tokens, [ended is False for ended in cut])
+                encoded = self._encode(row, tokens, cut)
             except _Refused as refusal:
                 encoded = {"dropped": str(refusal)}
             for name, column in columns.items():
                 column.append(index if name == "row" else encoded.get(name))
         return columns
 
-    def _render(self, prompt: Any, *responses: Any) -> tuple[str, ...] | None:
-        """The texts of the prompt, and of the prompt with each response; None where the template refuses."""
+    def _render(self, cut: list[bool], prompt: Any, *responses: Any) -> tuple[str, ...] | None:
+        """The texts of the prompt, and of the prompt with each response; None where the template refuses.
+
+        A response that was cut gets nothing behind it: what ends it was not written by who was cut.
+        """
         if not self.conversational:
             eos = self.tokenizer.eos_token
-            return prompt, *(prompt + (text if text.endswith(eos) else text + eos) for text in responses)
+            whole = (
+                text if text.endswith(eos) or was_cut else text + eos
+                for text, was_cut in zip(responses, cut, strict=True)
+            )
+            return prompt, *(prompt + text for text in whole)
         from jinja2 import TemplateError
 
         # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
@@ -251,7 +259,11 @@ class _PairEncoder:
             full_texts = [str(render(prompt + answer)) for answer in answers]
         except TemplateError:
             return None
-        return prompt_text, *(self._cut_after_end(text) for text in full_texts)
+        texts = [self._cut_after_end(text) for text in full_texts]
+        before = self.ending.before
+        return prompt_text, *(
+            text.removesuffix(before) if was_cut else text for text, was_cut in zip(texts, cut, strict=True)
+        )
 
     def _cut_after_end(self, text: str) -> str:
         """Found from the end of the text, so that an end token inside the content does not cut it short."""
@@ -286,9 +298,6 @@ class _PairEncoder:
             if full_ids[: len(prompt_ids)] != prompt_ids:
                 raise _Refused(TOKENS_MERGE)
             ids = full_ids[len(prompt_ids) :]
-            if was_cut and ids and ids[-1] in self.end_tokens:  # written by the template, not by who was cut
-                ids.pop()
-                ends.pop()
             if not ids:
                 raise _Refused(RESPONSE_EMPTY)
             if room == 0:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,8 @@ class SeedRun:
             _ = self.train, self.test
         if recipe.model.teacher or recipe.model.student:
             _ = self.tokenizer
+        _ = self.truncation
+        self._check_samples()
         trainings: list[tuple[Training, type[Any]]] = [
             (run.training, arguments_kind(self.methods[name])) for name, run in recipe.methods.items()
         ]
@@ -109,6 +112,17 @@ class SeedRun:
         for name, run in recipe.methods.items():
             if run.rounds > 1 and "student_response" not in self.methods[name].responses:
                 raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+    def _check_samples(self) -> None:
+        names, asked = self.recipe.model, {response for m in self.methods.values() for response in sampled(m)}
+        if asked and self.recipe.sampling.engine == "vllm" and find_spec("vllm") is None:
+            raise UserError("sampling.engine=vllm: vLLM is not installed; `pip install vllm`, or leave it out")
+        if not self.recipe.data.synthetic and (there := sorted(asked.intersection(self.train.column_names))):
+            say(f"note: the data's own {', '.join(there)} is not used; a recipe samples what its methods learn from")
+        if names.teacher_reference:
+            load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
+            if names.student or names.teacher:
+                check_same_tokens(self.tokenizer, load(names.teacher_reference))
 
     def _check_method(self, where: str, method: Method) -> None:
         """Whether this recipe will make the signals that a method needs."""
@@ -138,8 +152,7 @@ class SeedRun:
             self.stage("init", {"model": recipe.model.model_dump()}, self._make_models, after)
         self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
         self.start = recipe.model.student or str(self.root / "init" / "student")
-        named = (recipe.model.teacher, recipe.model.teacher_reference, recipe.model.student)
-        self.keys["models"] = [model_key(name) for name in named]
+        self.keys["models"] = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
         self.keys.setdefault("init", "")
         before_any = "base"  # what the models are before any training
         self.keys[before_any] = [self.keys["init"], self.keys["models"]]
@@ -155,7 +168,8 @@ class SeedRun:
         self.teacher_stage = self.teacher_reference_stage = "teacher-sft" if recipe.teacher.sft else before_any
         self.teacher_reference = self.teacher
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
-            self.teacher_reference, self.teacher_reference_stage = recipe.model.teacher_reference, "models"
+            self.teacher_reference = self.teacher_reference_stage = recipe.model.teacher_reference
+            self.keys[self.teacher_reference_stage] = model_key(self.teacher_reference)
         if recipe.data.synthetic:
             teacher = self.teacher_stage
             sampling = recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ENGINES = ("transformers", "vllm")
+OTHER_TOKENS = 0.05  # share of the responses from which on their other tokens are worth a warning
 REQUEST = "request.json"
 
 
@@ -512,6 +513,11 @@ def _write(
         f"sample: {counts['responses']:,} responses, {counts['tokens']:,} tokens, "
         f"{counts['tokens_per_second']:,} tokens/s, {counts['ended_share']:.1%} ended"
     )
+    if counts["other_tokens_share"] > OTHER_TOKENS:
+        say(
+            f"warning: the text of {counts['other_tokens_share']:.0%} of the responses is tokenised otherwise than it "
+            "was sampled: methods that learn where the model went will look at states it did not visit"
+        )
 
 
 def _write_rows(dataset: "Dataset", path: Path, name: str) -> None:

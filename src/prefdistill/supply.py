@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.data import load_pairs
+from prefdistill.data import SCORES, ended_column, load_pairs
 from prefdistill.methods import Method, sampled
 from prefdistill.sample import sample_responses
 from prefdistill.signals import Need, Signals, extract_signals
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prefdistill.pipeline import SeedRun
 
 STUDENT = "student_response"
-SAMPLING_SEED = 7_001  # keeps the draws apart from those of the evaluation, and those of each round from the others'
+SAMPLING_SEED = 7_001  # of the student's first round; further ones are multiples of it
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,26 @@ class Supply:
             return name
         seed = run.seed + SAMPLING_SEED * (start.round if own else 0)
         options = recipe.sampling.model_dump()
-        request = {"model": run.name_of(model), "truncation": str(run.truncation), "sampling": options, "seed": seed}
+        dtype = recipe.model.dtype if own else recipe.signals.dtype
+        request = {
+            "model": run.name_of(model),
+            "truncation": str(run.truncation),
+            "sampling": options,
+            "seed": seed,
+            "dtype": dtype,
+        }
 
         def make(out: Path) -> None:
+            columns = ("prompt", *SIDES, *SCORES, *(ended_column(side) for side in SIDES))
             sample_responses(
                 model,
-                run.train,
+                run.train.select_columns([name for name in columns if name in run.train.column_names]),
                 run.tokenizer,
                 out / "responses.jsonl",
                 column=response,
                 truncation=run.truncation,
                 seed=seed,
-                dtype=recipe.model.dtype if own else recipe.signals.dtype,
+                dtype=dtype,
                 trust_remote_code=recipe.model.trust_remote_code,
                 **options,
             )
@@ -96,7 +104,7 @@ class Supply:
             return []
         needs = [n for m in run.methods.values() for n in m.needs if n.role != "data"]
         kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
-        wanted = {"reference": {"logps"}} if any(n.role == "reference" for n in needs) else {}
+        wanted = {"reference": {"logps"}}  # every student is compared with its start
         if any(n.role == "teacher" for n in needs):
             wanted["teacher"] = kinds | {"values", "logps", "q"}
             if run.teacher_reference != run.teacher:
@@ -147,7 +155,7 @@ class Supply:
             if role == "reference"
             else {"dtype": run.recipe.signals.dtype, "bf16": False}
         )
-        unused = {"dtype"} | (set() if "topk" in kinds else {"k", "p"})
+        unused = {"dtype"} | (set() if "topk" in kinds and ids_from is None else {"k", "p"})
         options: dict[str, Any] = run.recipe.signals.model_dump(exclude=unused) | reading
         request = {
             "model": run.name_of(model),

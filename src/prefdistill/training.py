@@ -154,9 +154,12 @@ class PrefDistillTrainer(Trainer):
         return (loss, metrics) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """With the signals of the held-out rows, in place of those of the training rows."""
+        """With the signals of the rows that are asked for: the held-out ones, or the training rows."""
         collate = self.data_collator
-        self.data_collator = self._collate_eval or collate
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            self.data_collator = self._collate_eval or collate
+        elif eval_dataset is not self.train_dataset:
+            raise UserError("these rows have no signals: pass them as eval_dataset, with eval_signals, when it is made")
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -331,6 +334,8 @@ def _how_to_make(need: Need) -> str:
     options = "" if need.responses == SIDES else f" --responses {','.join(need.responses)}"
     if need.kind == "topk" and need.role != "teacher":
         options += " --ids-from DIR_OF_THE_TEACHERS"
+    if need.kind == "logprob_values":
+        options += " --value-temperature B"
     return (
         f"Make it with `prefdistill signals --role {need.role} --kind {need.kind}{options} --model {whose} --data DATA "
         "--out DIR`"
@@ -380,6 +385,8 @@ def make_trainer(
             peft_config=training.peft_config(),
             truncation=truncation,
         )
+    if training.arguments.get("precompute_ref_log_probs"):
+        raise UserError("precompute_ref_log_probs is not supported here: TRL reads its reference as it goes")
     if signals:
         raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
     encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())

@@ -1,5 +1,6 @@
 """One pass of a model over a preference data set: what it says about every response, kind by kind."""
 
+import itertools
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Numbers of one shard that are held at once before it is written: 2^26 pairs of id and log-probability are 0.5 GiB.
+SHARD_NUMBERS = 2**26
+
 
 @dataclass(frozen=True)
 class TopKRequest:
@@ -57,8 +61,15 @@ class TopKRequest:
         if self.p is not None and not 0 < self.p <= 1:
             raise UserError(f"p is a share of the probability and must lie in 0..1, got {self.p}")
 
-    def manifest(self) -> dict[str, Any]:
-        return {"ids_from": self.ids_from.digest} if self.ids_from else {"k": self.k, "p": self.p}
+    def manifest(self, vocabulary: int) -> dict[str, Any]:
+        """What a store says of itself; `vocabulary` is how many tokens there can be."""
+        kept = {"ids_from": self.ids_from.digest} if self.ids_from else {"k": self.k, "p": self.p}
+        return kept | {"vocabulary": vocabulary}
+
+    def most(self, vocabulary: int) -> int:
+        """The most tokens of a state that are kept."""
+        k = self.ids_from.manifest["topk"]["k"] if self.ids_from else self.k
+        return vocabulary if k == "vocab" else min(k, vocabulary)
 
 
 def extract_signals(
@@ -130,6 +141,8 @@ def extract_signals(
     topk = TopKRequest(k, p, ids_from)
     if ids_from is not None and "topk" not in kinds:
         raise UserError(f"ids of another store are read for the kind topk only, not for {', '.join(kinds)}")
+    if (k, p) != (50, None) and ("topk" not in kinds or ids_from is not None):
+        raise UserError("k and p say which tokens a topk signal keeps: leave them out without it, and with ids_from")
     truncation = truncation or Truncation()
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
@@ -146,13 +159,19 @@ def extract_signals(
     if ids_from is not None:
         _check_ids(ids_from, role, dataset, tokenizer, truncation, responses)
     encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses)
+    if ids_from is not None and (lacking := set(encoded["row"][:]).difference(ids_from.rows.tolist())):
+        raise UserError(
+            f"the store whose ids are to be used has no row {min(lacking)} ({len(lacking)} such rows), because another "
+            f"response of it was left out there; read --responses {','.join(ids_from.responses)} as that store was"
+        )
+    vocabulary = _vocabulary(model, tokenizer)
     request = {
         "schema": SCHEMA,
         "role": role,
         "kinds": sorted(kinds),
         "responses": list(responses),
         "value_temperature": value_temperature,
-        "topk": topk.manifest() | {"vocabulary": _vocabulary(model, tokenizer)} if "topk" in kinds else {},
+        "topk": topk.manifest(vocabulary) if "topk" in kinds else {},
         "model": {**model_identity(model, model_name), "bf16": bf16},
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
@@ -172,7 +191,7 @@ def extract_signals(
     if dropped and team.is_main_process:
         say(f"signals: {dropped}")
 
-    shards = [encoded.select(range(i, min(i + shard_rows, len(encoded)))) for i in range(0, len(encoded), shard_rows)]
+    shards = _shards(encoded, responses, shard_rows, topk.most(vocabulary) if "topk" in kinds else 0)
     paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(shards))]
     # by number, so that a run goes on with what any number of processes have left
     ours = [n for n in range(len(shards)) if n % team.num_processes == team.process_index]
@@ -203,6 +222,19 @@ def extract_signals(
         write_json(out / "manifest.json", {**request, "shards": made, "versions": _versions()})
     team.wait_for_everyone()
     return Signals.open(out)
+
+
+def _shards(encoded: "Dataset", responses: tuple[str, ...], most_rows: int, per_state: int) -> "list[Dataset]":
+    """Rows cut into shards, the unit of resuming: at most so many rows, and numbers that fit into memory."""
+    tokens = [[len(ids) for ids in encoded[f"{name}_ids"]] for name in responses]
+    starts, held = [0], 0
+    for row, lengths in enumerate(zip(*tokens, strict=True)):
+        numbers = sum(lengths) * (1 + per_state)
+        if row > starts[-1] and (row - starts[-1] >= most_rows or held + numbers > SHARD_NUMBERS):
+            starts.append(row)
+            held = 0
+        held += numbers
+    return [encoded.select(range(a, b)) for a, b in itertools.pairwise([*starts, len(encoded)])]
 
 
 def _vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:

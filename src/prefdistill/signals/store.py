@@ -312,4 +312,8 @@ class SignalSet:
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column of the data, e.g. `score_chosen`, for these rows."""
-        return np.asarray(self.data.with_format("numpy")[name][:], dtype=np.float64)[self.rows]
+        found = np.array(self.data[name][:], dtype=np.float64)[self.rows]
+        if not np.isfinite(found).all():
+            row = self.rows[int(np.argmin(np.isfinite(found)))]
+            raise UserError(f"column {name!r} has no number in row {row} of the data; give every pair its score there")
+        return found
