@@ -1,6 +1,7 @@
 """The number of processes does not change what is learnt."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,11 @@ def launch(tmp_path, make_model, pairs, tokenizer):
     write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
 
     def call(*arguments, prefix=LAUNCH):
-        return subprocess.run([*prefix, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        # torchrun gives each process one thread; another number of them rounds otherwise
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*prefix, *arguments], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300
+        )
 
     return call
 

@@ -97,7 +97,8 @@ def extract_signals(
     .. math:: V(s_t) = b \log \sum_a \exp(z(s_t, a) / b), \qquad \log\pi(y|x) = \sum_t \log\pi(a_t|s_t)
 
     A finished store of the same request is opened as it is; an interrupted one goes on after its last whole shard.
-    Under `accelerate launch` or torchrun every process makes its share of the shards; their number changes no byte.
+    Under `accelerate launch` or torchrun every process makes its share of the shards; their number changes no byte
+    (that of a process's CPU threads may, by rounding).
 
     Args:
         model: a causal language model, or the Hub name or directory to load one from.
