@@ -114,15 +114,11 @@ class SeedRun:
                 raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
 
     def _check_samples(self) -> None:
-        names, asked = self.recipe.model, {response for m in self.methods.values() for response in sampled(m)}
+        asked = {response for method in self.methods.values() for response in sampled(method)}
         if asked and self.recipe.sampling.engine == "vllm" and find_spec("vllm") is None:
             raise UserError("sampling.engine=vllm: vLLM is not installed; `pip install vllm`, or leave it out")
         if not self.recipe.data.synthetic and (there := sorted(asked.intersection(self.train.column_names))):
             say(f"note: the data's own {', '.join(there)} is not used; a recipe samples what its methods learn from")
-        if names.teacher_reference:
-            load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
-            if names.student or names.teacher:
-                check_same_tokens(self.tokenizer, load(names.teacher_reference))
 
     def _check_method(self, where: str, method: Method) -> None:
         """Whether this recipe will make the signals that a method needs."""
@@ -242,6 +238,8 @@ class SeedRun:
             check_same_tokens(tokenizer, theirs)
             if tokenizer.chat_template is None:
                 tokenizer.chat_template = theirs.chat_template
+        if names.teacher_reference:
+            check_same_tokens(tokenizer, load(names.teacher_reference))
         return tokenizer
 
     @property

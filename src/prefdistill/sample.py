@@ -35,7 +35,7 @@ from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, value_digest, write_json
 from prefdistill.models import load_model, load_tokenizer, model_identity, model_key, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
-from prefdistill.signals.store import same
+from prefdistill.signals.store import check_same_request
 from prefdistill.stages import LOCK, locked
 
 if TYPE_CHECKING:
@@ -434,21 +434,14 @@ def _finished(out: Path, parts: Path, request: dict[str, Any]) -> bool:
         made = read_json(sidecar(out)) if sidecar(out).is_file() else {}
         if made.get("sha256") != file_digest(out):
             raise UserError(f"{out} is there and is not as `prefdistill sample` wrote it; give another --out")
-        _check_same(made["request"], request, out)
+        check_same_request("responses", out, made["request"], request)
         return True
     if (parts / REQUEST).is_file():
-        _check_same(read_json(parts / REQUEST), request, parts)
+        check_same_request("responses", parts, read_json(parts / REQUEST), request)
         say(f"sample: going on with {out}, which was interrupted")
     elif any(path.name != LOCK for path in parts.iterdir()):
         raise UserError(f"{parts} is not empty and holds no responses; give another --out")
     return False
-
-
-def _check_same(before: dict[str, Any], request: dict[str, Any], where: Path) -> None:
-    if changed := ", ".join(sorted(key for key in request if not same(before.get(key), request[key]))):
-        raise UserError(
-            f"{where} holds responses of another request (other {changed}); give another --out or delete it first"
-        )
 
 
 def _sample_parts(

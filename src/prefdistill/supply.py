@@ -41,19 +41,10 @@ class Supply:
 
     def of(self, method: Method, start: Start) -> tuple["Dataset", list[Signals], list[str]]:
         """The rows a method is trained on from `start`, its stores, and the stages that made them."""
-        stages = []
-        rows, made = self.run.train, []
-        for response in sampled(method):
-            stage = self._sample(response, start)
-            stages.append(stage)
-            made.append(self.samples[stage])
-        for need in split(method.needs):
-            stage = self._extract(need, start)
-            if stage not in stages:
-                stages.append(stage)
-        if made:
-            rows = _side_by_side(made)
-        return rows, [self.stores[stage] for stage in stages if stage in self.stores], stages
+        drawn = [self._sample(response, start) for response in sampled(method)]
+        read = list(dict.fromkeys(self._extract(need, start) for need in split(method.needs)))
+        rows = _side_by_side([self.samples[stage] for stage in drawn]) if drawn else self.run.train
+        return rows, [self.stores[stage] for stage in read], drawn + read
 
     # -- responses ----------------------------------------------------------------------------------------------------
 
@@ -91,8 +82,7 @@ class Supply:
             )
 
         run.stage(name, request, make, "train", stage)
-        found = load_pairs(str(run.root / name / "responses.jsonl"), responses=(response,))
-        self.samples[name] = found
+        self.samples[name] = load_pairs(str(run.root / name / "responses.jsonl"), responses=(response,))
         return name
 
     # -- signals ------------------------------------------------------------------------------------------------------
@@ -141,8 +131,11 @@ class Supply:
             name += f"-{responses[0]}"
         if name in self.stores:
             return name
-        data_stage = where if where in ("train", "test") else self._sample(where, start)
-        data = {"train": run.train, "test": run.test}[where] if where in ("train", "test") else self.samples[data_stage]
+        if where in ("train", "test"):
+            data_stage, data = where, getattr(run, where)
+        else:
+            data_stage = self._sample(where, start)
+            data = self.samples[data_stage]
         ids_from = None
         after = [data_stage, made_by]
         if "topk" in kinds and role != "teacher":

@@ -30,7 +30,7 @@ from prefdistill.logprobs import (
     topk_logps,
     vocabulary_rows,
 )
-from prefdistill.methods import Method, Student, TRLMethod, topk_needs
+from prefdistill.methods import Method, Student, TRLMethod
 from prefdistill.models import load_model
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
@@ -323,8 +323,8 @@ def _prepare(
         responses=method.responses,
         features=("row", *(name for name in encoded.column_names if name.startswith("feature_"))),
     )
-    needs = topk_needs(method)
-    return encoded, _Collator(collate, available, tuple((need.role, r) for need in needs for r in need.responses))
+    topk = tuple((need.role, r) for need in method.needs if need.kind == "topk" for r in need.responses)
+    return encoded, _Collator(collate, available, topk)
 
 
 def _how_to_make(need: Need) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from prefdistill.errors import UserError
-from prefdistill.methods.base import Features, Method, Metrics, Student, sampled, topk_needs
+from prefdistill.methods.base import Features, Method, Metrics, Student, sampled
 from prefdistill.methods.distribution import ADPA, DCKD, DistiLLM2, VanillaKD
 from prefdistill.methods.dpkd import DPKD
 from prefdistill.methods.preference import DPO, SFT, DaDPO, SeqKD
@@ -25,7 +25,6 @@ __all__ = [
     "make_method",
     "sampled",
     "shaping_returns",
-    "topk_needs",
 ]
 
 METHODS: dict[str, type[Any]] = {

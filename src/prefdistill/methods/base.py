@@ -1,7 +1,7 @@
 """What a method is: hyper-parameters, the signals it needs, and a loss of what the student says beside them."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from prefdistill.signals.store import SIDES, Need, SignalSet
 Features = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+BOUNDS = {"greater than 0": "positive", "greater than or equal to 0": "0 or more"}  # pydantic's words, and ours
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class Method:
     """A method is a frozen dataclass of its hyper-parameters that says what it reads and how that becomes a loss."""
 
     def __post_init__(self) -> None:
-        """Every hyper-parameter is of its declared type."""
-        kinds = get_type_hints(type(self))
+        """Every hyper-parameter is of its declared type, such as pydantic's PositiveFloat."""
+        kinds = get_type_hints(type(self), include_extras=True)
         for option in fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             try:
                 TypeAdapter(kinds[option.name], config=STRICT).validate_python(value)
             except ValidationError as error:
                 wanted = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-                raise UserError(f"{option.name} must be {wanted}, got {value!r}") from error
+                raise UserError(f"{option.name} must be {BOUNDS.get(wanted, wanted)}, got {value!r}") from error
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -80,10 +81,6 @@ class Method:
         raise NotImplementedError
 
 
-def topk_needs(method: Method) -> list[Need]:
-    return [need for need in method.needs if need.kind == "topk"]
-
-
 def sampled(method: Method) -> tuple[str, ...]:
     """The responses of a method that are not in preference data and have to be sampled from a model first."""
     return tuple(response for response in method.responses if response not in SIDES)
@@ -98,15 +95,3 @@ def mean_kl(student: Student, signals: Features, response: str) -> Tensor:
         student.rest[response],
     )
     return student.mean_over_tokens(response, per_state)
-
-
-def positive(method: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(method, name) > 0:
-            raise UserError(f"{name} must be positive, got {getattr(method, name)}")
-
-
-def not_negative(method: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(method, name) >= 0:
-            raise UserError(f"{name} must be 0 or more, got {getattr(method, name)}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from prefdistill.errors import UserError
@@ -16,7 +17,7 @@ from prefdistill.losses import (
     vanillakd_loss,
     with_rest,
 )
-from prefdistill.methods.base import Features, Method, Metrics, Student, mean_kl, not_negative
+from prefdistill.methods.base import Features, Method, Metrics, Student, mean_kl
 from prefdistill.signals.store import Need
 
 
@@ -28,11 +29,7 @@ class VanillaKD(Method):
         alpha: weight of the divergence; 0 is SFT.
     """
 
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        not_negative(self, "alpha")
+    alpha: NonNegativeFloat = 1.0
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -82,13 +79,9 @@ class ADPA(Method):
         teacher_beta: scale of the advantage; with the beta of the teacher's DPO it is in units of its reward.
     """
 
-    gamma: float = 1.0
+    gamma: NonNegativeFloat = 1.0
     advantage_reference: Literal["teacher_reference", "reference"] = "teacher_reference"
-    teacher_beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        not_negative(self, "gamma", "teacher_beta")
+    teacher_beta: NonNegativeFloat = 1.0
 
     @property
     def responses(self) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefdistill.losses import dpkd_loss, sft_loss
-from prefdistill.methods.base import Features, Method, Metrics, Student, not_negative, positive
+from prefdistill.methods.base import Features, Method, Metrics, Student
 from prefdistill.methods.preference import reward_metrics
 from prefdistill.signals.store import Need, SignalSet
 
@@ -25,14 +26,9 @@ class DPKD(Method):
             one half each, which is 1 here.
     """
 
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     level: Literal["sequence", "token"] = "sequence"
-    lm_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "beta")
-        not_negative(self, "lm_weight")
+    lm_weight: NonNegativeFloat = 0.0
 
     @property
     def responses(self) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefdistill.errors import UserError
 from prefdistill.losses import dadpo_loss, dpo_loss, sft_loss
-from prefdistill.methods.base import Features, Method, Metrics, Student, not_negative, positive
+from prefdistill.methods.base import Features, Method, Metrics, Student
 from prefdistill.signals.store import SIDES, Need, SignalSet
 
 
@@ -42,11 +43,7 @@ class DPO(Method):
         beta: strength of the pull towards the reference, per nat.
     """
 
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "beta")
+    beta: PositiveFloat = 0.1
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -69,11 +66,11 @@ class DaDPO(DPO):
         teacher_beta: strength of the pull towards the teacher, per nat; 0 is DPO.
     """
 
-    teacher_beta: float = 0.1
+    beta: NonNegativeFloat = 0.1
+    teacher_beta: NonNegativeFloat = 0.1
 
     def __post_init__(self) -> None:
-        Method.__post_init__(self)  # beta may be 0 here
-        not_negative(self, "beta", "teacher_beta")
+        super().__post_init__()
         if self.beta + self.teacher_beta == 0:
             raise UserError("beta and teacher_beta are both 0: nothing would be learnt")
 

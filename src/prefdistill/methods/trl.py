@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveFloat
+
 from prefdistill.data import NO_CACHE
-from prefdistill.methods.base import Method, positive
+from prefdistill.methods.base import Method
 from prefdistill.signals.store import SIDES
 
 if TYPE_CHECKING:
@@ -42,12 +44,8 @@ class SimPO(TRLMethod):
         gamma: the margin that the chosen response shall have, in units of the scaled reward.
     """
 
-    beta: float = 2.0
+    beta: PositiveFloat = 2.0
     gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "beta")
 
     def classes(self) -> tuple[type[Any], type[Any]]:
         import os
@@ -82,11 +80,7 @@ class WPO(TRLMethod):
         beta: strength of the pull towards the reference, per nat.
     """
 
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "beta")
+    beta: PositiveFloat = 0.1
 
     def classes(self) -> tuple[type[Any], type[Any]]:
         from trl import DPOConfig, DPOTrainer

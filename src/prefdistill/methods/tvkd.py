@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from prefdistill.errors import UserError
@@ -49,14 +50,12 @@ class TVKD(DPO):
     value_temperature: float = 1.0
     teacher_beta: float = 0.1
     standardize: bool = False
-    clip: float | None = None
+    clip: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.discount <= 1:
             raise UserError(f"discount must lie in 0..1, got {self.discount}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip must be positive, got {self.clip}")
         if self.shaping != "state" and self.potential != "value":
             raise UserError(f"shaping={self.shaping} takes the place of a potential; leave potential out")
         unused = {"teacher_beta"} if self.potential != "implicit_reward" else set()

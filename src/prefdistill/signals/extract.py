@@ -30,7 +30,7 @@ from prefdistill.losses.value import soft_value
 from prefdistill.models import load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
 from prefdistill.signals.gauge import gauge_directions, gauge_shifts
-from prefdistill.signals.store import KINDS, ROLES, SCHEMA, SIDES, Need, Signals, SignalSet, same
+from prefdistill.signals.store import KINDS, ROLES, SCHEMA, SIDES, Need, Signals, SignalSet, check_same_request
 from prefdistill.stages import processes
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def extract_signals(
             f"the store whose ids are to be used has no row {min(lacking)} ({len(lacking)} such rows), because another "
             f"response of it was left out there; read --responses {','.join(ids_from.responses)} as that store was"
         )
-    vocabulary = _vocabulary(model, tokenizer)
+    head_rows = vocabulary_rows(model)
+    vocabulary = _emittable_count(emittable_ids(tokenizer, head_rows), head_rows)
     request = {
         "schema": SCHEMA,
         "role": role,
@@ -238,10 +239,9 @@ def _shards(encoded: "Dataset", responses: tuple[str, ...], most_rows: int, per_
     return [encoded.select(range(a, b)) for a, b in itertools.pairwise([*starts, len(encoded)])]
 
 
-def _vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens can be."""
-    emittable = emittable_ids(tokenizer, vocabulary_rows(model))
-    return vocabulary_rows(model) if emittable is None else int(emittable.sum())
+def _emittable_count(emittable: Tensor | None, head_rows: int) -> int:
+    """How many tokens can be, of `emittable_ids`."""
+    return head_rows if emittable is None else int(emittable.sum())
 
 
 def _check_ids(
@@ -269,10 +269,7 @@ def _finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether `out` holds what is asked for; clears the way for it where it does not."""
     if (out / "request.json").is_file():
         before = read_json(out / "request.json")
-        if changed := ", ".join(sorted(k for k in request if not same(before.get(k), request[k]))):
-            raise UserError(
-                f"{out} holds signals of another request (other {changed}); give another --out or delete it first"
-            )
+        check_same_request("signals", out, before, request)
         return (out / "manifest.json").is_file()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no signals; give another --out")
@@ -392,8 +389,7 @@ class _Reading:
         vocabulary: int,
     ) -> None:
         self.kinds, self.value_temperature, self.topk, self.emittable = kinds, value_temperature, topk, emittable
-        size = vocabulary if emittable is None else int(emittable.sum())
-        self.k = size if topk.k == "vocab" else min(topk.k, size)
+        self.k = topk.most(_emittable_count(emittable, vocabulary))
         self.columns = [column for kind in kinds for column in KINDS[kind]]
         if topk.ids_from is not None and "topk_ids" in self.columns:
             self.columns.remove("topk_ids")

@@ -74,6 +74,14 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+def check_same_request(what: str, where: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+    """Raises a UserError if what is at a place was made for another request."""
+    if changed := ", ".join(sorted(key for key in request if not same(before.get(key), request[key]))):
+        raise UserError(
+            f"{where} holds {what} of another request (other {changed}); give another --out or delete it first"
+        )
+
+
 class Signals:
     """One model's signals for one preference data set.
 
