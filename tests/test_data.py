@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefdistill import encode as encoding
+from prefdistill.batches import PairCollator
 from prefdistill.data import data_fingerprint, load_messages, load_pairs
-from prefdistill.encode import PairCollator, Truncation, encode_pairs, end_token_ids
+from prefdistill.encode import Truncation, encode_pairs, end_token_ids
 from prefdistill.errors import UserError
 from tokenizers_for_tests import STYLES, make_tokenizer
 
@@ -485,7 +485,8 @@ def test_the_padding_token_does_not_matter():
         kept = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
         texts.append([tokenizer.decode(ids) for ids in kept])
         assert all(text.endswith("<|im_end|>") for text in texts[-1])
-        assert (batch["attention_mask"].sum(1) == batch["prompt_lengths"] + batch["lengths"]).all()
+        prompts = sum(2 * len(row["prompt_ids"]) for row in encoded)
+        assert batch["attention_mask"].sum() == prompts + batch["lengths"].sum()
     assert texts[0] == texts[1]
 
 
@@ -776,39 +777,6 @@ def test_processes_and_batches_do_not_change_the_result():
     assert one_dropped == two_dropped
     assert (len(one_dropped), one_dropped.first_rows) == (240, {encoding.TOKENS_MERGE: 4})
     assert one["row"][:5] == [0, 1, 2, 3, 5]
-
-
-# ---- Batching
-
-ROWS = [
-    {"prompt_ids": [1, 2], "chosen_ids": [3, 0], "rejected_ids": [4], "margin": 1, "score_chosen": 0.5, "row": 7},
-    {
-        "prompt_ids": [5],
-        "chosen_ids": [6, 7, 8, 9],
-        "rejected_ids": [0, 0],
-        "margin": 2,
-        "score_chosen": -1.0,
-        "row": 9,
-    },
-]
-
-
-def test_collator_by_hand():
-    batch = PairCollator(pad_token_id=0, features=("margin", "score_chosen"))(ROWS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0], [5, 6, 7, 8, 9], [1, 2, 4, 0, 0], [5, 0, 0, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
-    assert batch["prompt_lengths"].tolist() == [2, 1, 2, 1]
-    assert batch["lengths"].tolist() == [2, 4, 1, 2]
-    assert batch["features"] == {"margin": [1, 2], "score_chosen": [0.5, -1.0]}
-    assert set(batch) == {"input_ids", "attention_mask", "prompt_lengths", "lengths", "features"}
-    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
-
-
-def test_collator_of_one_response():
-    batch = PairCollator(pad_token_id=-1, responses=("chosen",))(ROWS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, -1], [5, 6, 7, 8, 9]]
-    assert batch["lengths"].tolist() == [2, 4]
-    assert batch["features"] == {}
 
 
 # ---- Real data

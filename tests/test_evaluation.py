@@ -21,7 +21,8 @@ from prefdistill.evaluation import (
 from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
 from prefdistill.pipeline import Measured
 from prefdistill.results import margin_accuracies, side_by_side, summarise
-from prefdistill.signals import Signals, SignalSet, extract_signals
+from prefdistill.signals import SignalSet, extract_signals
+from stores_for_tests import store_by_hand
 
 # -- means and wins ----------------------------------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@ def by_hand(role, *rows):
         for i, row in enumerate(rows)
     ]  # fmt: skip
     manifest = {"role": role, "value_temperature": 1.0, "kinds": ["values", "logps", "q"], "responses": sides}
-    return Signals(manifest, Dataset.from_list(table))
+    return store_by_hand(manifest, table)
 
 
 def test_terms_by_hand():
@@ -207,7 +208,7 @@ def test_gauge_flips_by_hand():
         for i, (values, chosen, rejected) in enumerate(margins)
     ]
     manifest = {"role": "teacher", "kinds": ["values"], "responses": ["chosen", "rejected"]}
-    assert gauge_flips(Signals(manifest, Dataset.from_list(table))) == mean_and_error([1 / 4, 2 / 4])
+    assert gauge_flips(store_by_hand(manifest, table)) == mean_and_error([1 / 4, 2 / 4])
 
 
 def test_a_cut_response_keeps_its_last_state(pairs, stores, naive):

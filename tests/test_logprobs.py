@@ -10,13 +10,12 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prefdistill.batches import Document, make_batch
 from prefdistill.logprobs import (
     emittable_ids,
     likeliest,
-    next_tokens,
     reduce_logits,
-    response_states,
-    sum_by_row,
+    sum_by_response,
     token_logps,
     topk_logps,
 )
@@ -65,16 +64,21 @@ def model(request):
     return model
 
 
+def batch_of(prompts, lengths, ids, **options):
+    """A padded batch of responses behind prompts of these lengths; what is behind them stays as it is in `ids`."""
+    rows = [
+        [Document(row[:prompt].tolist(), [(i, row[prompt : prompt + length].tolist())])]
+        for i, (row, prompt, length) in enumerate(zip(ids, prompts, lengths, strict=True))
+    ]
+    made = make_batch(rows, pad_token_id=0, **options)
+    assert made["input_ids"].shape == ids.shape
+    return made | {"input_ids": ids, "prompt_lengths": torch.tensor(prompts)}
+
+
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    prompts, lengths = torch.tensor([3, 4, 1, 2]), torch.tensor([5, 8, 6, 1])
-    return {
-        "input_ids": torch.randint(3, 97, (4, 12), generator=generator),
-        "attention_mask": (torch.arange(12) < (prompts + lengths)[:, None]).long(),
-        "prompt_lengths": prompts,
-        "lengths": lengths,
-    }
+    ids = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(1))
+    return batch_of([3, 4, 1, 2], [5, 8, 6, 1], ids)
 
 
 class Reading(Method):
@@ -240,10 +244,9 @@ def test_no_logits_are_kept_from_forward_to_backward(model, batch):
             kept.append(tuple(x.shape))
         return x
 
-    states = response_states(batch["prompt_lengths"], batch["lengths"], 12, final=False)
-    tokens = next_tokens(batch["input_ids"], states)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        token_logps(model(input_ids=batch["input_ids"]).logits[states].float(), tokens)
+        full = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["states"]]
+        token_logps(full.float(), batch["tokens"])
         naive = len(kept)
         read_student(model, batch, Reading(), {}, tile=3)
     assert naive > 0  # full logits are
@@ -362,10 +365,9 @@ def test_gradient_at_ids_by_hand(ids):
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_values_equal_the_naive_forward(model, batch, temperature):
-    ids = batch["input_ids"]
-    states = response_states(batch["prompt_lengths"], batch["lengths"], 12, final=True)
-    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
-    (values,) = reduce_logits(model, inputs, states, lambda logits: (soft_value(logits, temperature),), tile=5)
+    lengths = (batch[name].tolist() for name in ("prompt_lengths", "lengths"))
+    all_states = batch_of(*lengths, batch["input_ids"], states=lambda place, tokens: np.arange(tokens + 1))
+    (values,) = reduce_logits(model, all_states, lambda logits: (soft_value(logits, temperature),), tile=5)
     expected = []
     for i, logits in enumerate(naive_logits(model, batch)):
         first = int(batch["prompt_lengths"][i]) - 1
@@ -375,21 +377,9 @@ def test_values_equal_the_naive_forward(model, batch, temperature):
     assert values.dtype == torch.float32
 
 
-def test_states_by_hand():
-    prompts, lengths = torch.tensor([2, 1]), torch.tensor([1, 3])
-    assert response_states(prompts, lengths, 4, final=False).tolist() == [[0, 1, 0, 0], [1, 1, 1, 0]]
-    assert response_states(prompts, lengths, 4, final=True).tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
-
-
-def test_tokens_chosen_in_states_by_hand():
-    ids = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])
-    states = response_states(torch.tensor([2, 1]), torch.tensor([1, 3]), 4, final=False)
-    assert next_tokens(ids, states).tolist() == [7, 9, 10, 11]
-
-
-def test_sums_by_row():
-    states = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
-    assert sum_by_row(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), states).tolist() == [3.0, 0.0, 12.0]
+def test_sums_by_response():
+    sums = sum_by_response(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([2, 0, 3]))
+    assert sums.tolist() == [3.0, 0.0, 12.0]
 
 
 def test_padding_and_garbage_behind_a_response_change_nothing(model, batch):
@@ -407,18 +397,15 @@ def test_no_more_logits_than_a_tile_exist_at_once(model, batch):
         rows.append(len(logits))
         return (logits.sum(-1),)
 
-    states = response_states(batch["prompt_lengths"], batch["lengths"], 12, final=False)
-    tokens = next_tokens(batch["input_ids"], states)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        reduce_logits(model, inputs, states, reduce, tokens, tile=4)
+        reduce_logits(model, batch, reduce, batch["tokens"], tile=4)
     assert rows == [4, 4, 4, 4, 4]  # 5 + 8 + 6 + 1 states
 
 
 def test_the_model_is_left_as_it_was(model, batch):
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     with pytest.raises(RuntimeError, match="from the reduction"):
-        reduce_logits(model, {"input_ids": batch["input_ids"]}, batch["attention_mask"].bool(), _fail)
+        reduce_logits(model, batch, _fail)
     after = {name: dict(module.__dict__) for name, module in model.named_modules()}
     assert before.keys() == after.keys()
     assert all(before[name].keys() == after[name].keys() for name in before)

@@ -15,15 +15,17 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
+from prefdistill.batches import PADDING
 from prefdistill.config import Lora, Training
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.methods import TRLMethod, make_method, sampled
 from prefdistill.methods.tvkd import _other_rows
 from prefdistill.models import random_model
-from prefdistill.signals import Need, Signals, SignalSet, extract_signals
+from prefdistill.signals import Need, SignalSet, extract_signals
 from prefdistill.signals.store import TopK
 from prefdistill.training import make_trainer
+from stores_for_tests import store_by_hand
 from tokenizers_for_tests import STYLES, make_tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -80,7 +82,7 @@ class Stores:
         if key not in self.made:
             name = f"k{k}-p{p}-{same}"
             model = {role: same or role for role in ("teacher", "teacher_reference", "reference")}
-            teacher = {"model": model["teacher"], "k": k, "p": p}
+            teacher = {"model": model["teacher"], "k": k, "p": p, "topk_coding": "float32"}
             own = self.extract("teacher", ("logps", "topk"), SAMPLED, name=name, **teacher)
             self.made[key] = [
                 own,
@@ -91,7 +93,7 @@ class Stores:
                     for role in ("teacher_reference", "reference")
                     for kinds, responses, at in (
                         (("logps",), SIDES, {}),
-                        (("topk",), ("student_response",), {"ids_from": own}),
+                        (("topk",), SAMPLED, {"ids_from": own}),  # in the same rows as the teacher, so to the last bit
                     )
                 ),
             ]
@@ -148,7 +150,10 @@ def test_evaluation_reads_the_signals_of_the_rows_it_is_given(tmp_path_factory, 
     from prefdistill import PrefDistillTrainer
 
     held_out = rows.select(range(len(rows) - 1, -1, -1))
-    teacher = extract_signals(model_of("teacher"), held_out, tokenizer, ("topk",), tmp_path_factory.mktemp("e"), k=20)
+    exact = {"k": 20, "topk_coding": "float32"}
+    teacher = extract_signals(
+        model_of("teacher"), held_out, tokenizer, ("topk",), tmp_path_factory.mktemp("e"), **exact
+    )
     method = METHODS["dckd"]()
     ours = next(s for s in stores(20, None, "") if s.role == "teacher" and {"topk"} <= set(s.kinds)
                 and set(SIDES) <= set(s.responses))  # fmt: skip
@@ -460,7 +465,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_rows(case, trainer_of):
     assert_same_gradient(gradient, sum(part for _, part in alone) / len(ROWS))
     if case.method in OURS:
         batch = batch_of(trainer, ROWS)
-        padding = batch["attention_mask"] == 0
+        padding = batch["segments"] == PADDING if "segments" in batch else batch["attention_mask"] == 0
         assert padding.any()
         batch["input_ids"][padding] = 7
         other, other_gradient = value_and_gradient(trainer, batch)
@@ -471,13 +476,14 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_rows(case, trainer_of):
 @pytest.mark.parametrize("case", table(case for case in CASES if case.method in OURS))
 def test_a_row_without_tokens_is_finite_and_has_no_gradient(case, trainer_of):
     trainer = trainer_of(case.make(), k=case.k, p=case.p)
-    responses = len(trainer.method.responses)
 
     def masked(kept):
         """A batch of two rows of which the first `kept` have tokens."""
-        batch = batch_of(trainer, ROWS[2:4])
+        rows = [dict(trainer.train_dataset[place]) for place in ROWS[2:4]]
+        for row in rows[kept:]:
+            row |= {f"{name}_ids": [] for name in trainer.method.responses}
+        batch = trainer.data_collator(rows)
         first = batch_of(trainer, ROWS[2 : 2 + kept])["features"]["topk"] if kept else {}
-        batch["lengths"].view(responses, 2)[:, kept:] = 0
         for key, states in batch["features"]["topk"].items():
             n = len(first[key].rest) if kept else 0
             batch["features"]["topk"][key] = TopK(states.ids[:n], states.logps[:n], states.rest[:n])
@@ -874,10 +880,10 @@ def by_hand(**columns):
         for i in range(3)
     ]  # fmt: skip
     manifest = {"role": "teacher", "kinds": list(columns), "responses": list(SIDES), "value_temperature": 0.5}
-    reference = Dataset.from_list([{"row": i, "chosen_logps": -1.0, "rejected_logps": -2.0} for i in range(3)])
+    reference = [{"row": i, "chosen_logps": -1.0, "rejected_logps": -2.0} for i in range(3)]
     stores = (
-        Signals(manifest, Dataset.from_list(table)),
-        Signals({"role": "reference", "kinds": ["logps"], "responses": list(SIDES)}, reference),
+        store_by_hand(manifest, table),
+        store_by_hand({"role": "reference", "kinds": ["logps"], "responses": list(SIDES)}, reference),
     )
     return SignalSet(stores, Dataset.from_list([{}] * 3), np.arange(3))
 

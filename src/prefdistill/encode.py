@@ -1,7 +1,6 @@
-"""Preference pairs as tokens: the chat template, where the response starts and ends, truncation, batches.
+"""Preference pairs as tokens: the chat template, where the response starts and ends, truncation.
 
     encoded, dropped = encode_pairs(dataset, tokenizer, Truncation(2048))
-    batch = PairCollator(tokenizer.pad_token_id)([encoded[0], encoded[1]])
 
 A response is what the model generates: from after the template's generation prompt up to and including the end token.
 Rows are counted from 0, here and in every message.
@@ -75,10 +74,10 @@ class Dropped:
     first_rows: dict[str, int]
 
     @classmethod
-    def from_reasons(cls, reasons: Sequence[str]) -> Dropped:
-        """One reason per row, empty for a row that was kept."""
+    def from_reasons(cls, reasons: Sequence[str], first: int = 0) -> Dropped:
+        """One reason per row from row `first` on, empty for a row that was kept."""
         counts = Counter(reason for reason in reasons if reason)
-        return cls(dict(counts.most_common()), {reason: reasons.index(reason) for reason in counts})
+        return cls(dict(counts.most_common()), {reason: first + reasons.index(reason) for reason in counts})
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -130,12 +129,19 @@ def encode_pairs(
     num_proc: int | None = None,
     *,
     responses: tuple[str, ...] = RESPONSES,
+    rows: range | None = None,
 ) -> tuple[Dataset, Dropped]:
     """Tokenise preference pairs, and leave out the rows whose response cannot be told apart from the prompt.
 
     Conversations go through the chat template, which alone decides about BOS and the end token. Plain text gets the
     tokenizer's own special tokens in front and one EOS at the end. A sampled response whose column `NAME_ended` says
     that it was cut gets no end token.
+
+    Args:
+        dataset, tokenizer, truncation: the pairs, and how they become tokens.
+        num_proc: processes that share the work.
+        responses: columns of the data.
+        rows: a part of a data set that `check_pairs` has seen; of a part nothing may be left. Default: all.
 
     Returns:
         The rows that were kept, held in memory (8 bytes per response token), with the columns
@@ -151,15 +157,25 @@ def encode_pairs(
     Raises:
         UserError: the data are not pairs, the tokenizer lacks what they need, or no row is left.
     """
-    check_pairs(dataset, "The data set", responses)
+    if rows is None:
+        check_pairs(dataset, "The data set", responses)
     encode = _PairEncoder(tokenizer, truncation, responses, conversational=isinstance(dataset[0]["prompt"], list))
+    if rows is not None and len(rows) < len(dataset):
+        return _encode_all(dataset.select(rows), encode, num_proc, first=rows.start)
     lengths = [truncation.max_length, truncation.max_prompt_length]
     key = value_digest([data_fingerprint(dataset, responses), responses, tokenizer_identity(tokenizer), lengths])
     if key not in _ENCODED:
         while len(_ENCODED) >= ENCODED_KEPT:
             _ENCODED.pop(next(iter(_ENCODED)))
         _ENCODED[key] = _encode_all(dataset, encode, num_proc)
-    return _ENCODED[key]
+    encoded, dropped = _ENCODED[key]
+    if rows is None and not len(encoded):
+        raise UserError(nothing_left(dropped))
+    return encoded, dropped
+
+
+def nothing_left(dropped: Dropped) -> str:
+    return f"No pair is left: {dropped}. Change the data, the chat template or the lengths."
 
 
 # Every stage of a run encodes the same pairs: train and test, for a teacher and a student, and what they sampled.
@@ -167,22 +183,23 @@ ENCODED_KEPT = 8
 _ENCODED: dict[str, tuple[Dataset, Dropped]] = {}
 
 
-def _encode_all(dataset: Dataset, encode: _PairEncoder, num_proc: int | None) -> tuple[Dataset, Dropped]:
+def _encode_all(
+    dataset: Dataset, encode: _PairEncoder, num_proc: int | None, first: int = 0
+) -> tuple[Dataset, Dropped]:
     encoded = dataset.map(
         encode,
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
         features=_encoded_features(encode.responses),
+        fn_kwargs={"first": first},
         num_proc=num_proc,
         desc="Tokenising pairs",
         **NO_CACHE,
     )
     reasons = list(encoded["dropped"])
-    dropped = Dropped.from_reasons(reasons)
-    if len(dropped) == len(reasons):
-        raise UserError(f"No pair is left: {dropped}. Change the data, the chat template or the lengths.")
     kept = [index for index, reason in enumerate(reasons) if not reason]
+    dropped = Dropped.from_reasons(reasons, first)
     return encoded.remove_columns("dropped").select(kept, keep_in_memory=True), dropped
 
 
@@ -221,7 +238,7 @@ class _PairEncoder:
         self.end_tokens = {tokenizer.eos_token_id, self.ending.token}
         self.appends_eos = not conversational and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
 
-    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int], first: int = 0) -> dict[str, list[Any]]:
         rows = zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True)
         flags = [batch.get(ended_column(name)) or [None] * len(indices) for name in self.responses]
         cuts = [[ended is False for ended in row] for row in zip(*flags, strict=True)]
@@ -234,7 +251,7 @@ class _PairEncoder:
             except _Refused as refusal:
                 encoded = {"dropped": str(refusal)}
             for name, column in columns.items():
-                column.append(index if name == "row" else encoded.get(name))
+                column.append(first + index if name == "row" else encoded.get(name))
         return columns
 
     def _render(self, cut: list[bool], prompt: Any, *responses: Any) -> tuple[str, ...] | None:
@@ -309,41 +326,3 @@ class _PairEncoder:
             whole = ids[-1] in self.end_tokens and (room is None or len(ids) <= room)
             encoded[f"{name}_ended"] = whole and not was_cut
         return encoded
-
-
-# ---- Batching ----------------------------------------
-
-
-@dataclass(frozen=True)
-class PairCollator:
-    """Make tensors from rows of `encode_pairs`.
-
-    With B rows and R responses, N = R*B sequences of prompt and response, all of the first response, then all of the
-    second, padded on the right to the longest, L:
-    - `input_ids` [N, L], `attention_mask` [N, L] (1 up to the end of the sequence, whatever the padding token is);
-    - `prompt_lengths` [N], `lengths` [N] (prompt tokens and response tokens);
-    - `features`: the named numbers of the rows, name -> list of B. Not tensors: what casts a batch to 16 bits, as
-      DeepSpeed does, must not round log-probabilities.
-    """
-
-    pad_token_id: int
-    responses: tuple[str, ...] = RESPONSES
-    features: tuple[str, ...] = ()
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        pairs = [(row["prompt_ids"], row[f"{name}_ids"]) for name in self.responses for row in rows]
-        prompt_lengths = torch.tensor([len(prompt) for prompt, _ in pairs])
-        lengths = torch.tensor([len(response) for _, response in pairs])
-        sequences = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
-        input_ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id)
-        positions = torch.arange(input_ids.shape[1])
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (positions < (prompt_lengths + lengths)[:, None]).long(),
-            "prompt_lengths": prompt_lengths,
-            "lengths": lengths,
-            "features": {name: [row[name] for row in rows] for name in self.features},
-        }

@@ -1,7 +1,6 @@
-"""What a causal language model says at the states of a response: the only place that shifts, gathers and masks.
+"""What a causal language model says at the states of its responses; the only place that gathers from logits and masks.
 
-A response of T tokens behind a prompt of P has states s_0 .. s_T. State s_t is the model's output at position P-1+t;
-token a_t = y_{t+1} stands at position P+t. Logits are made for the states asked for and no others, a tile at a time,
+Where the states are is `batches.py`'s word. Logits are made for the states asked for and no others, a tile at a time,
 and each tile is reduced to a few numbers per state before the next is made.
 """
 
@@ -13,34 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits alive at once: 2^25 float32 numbers are 128 MiB, enough rows to keep the matrix product at full speed.
-TILE_ELEMENTS = 2**25
+from prefdistill.batches import causal_lm, model_inputs
+
+# Logits alive at once, as float32 numbers. On a CPU as many as its caches hold (32 MiB), elsewhere enough rows to keep
+# the matrix product at full speed (256 MiB).
+TILE_ELEMENTS = {"cpu": 2**23, "other": 2**26}
 
 Reduce = Callable[..., tuple[Tensor, ...]]
-
-
-def response_states(prompt_lengths: Tensor, lengths: Tensor, width: int, *, final: bool) -> Tensor:
-    """Mask of the states of each response in a right-padded batch.
-
-    Args:
-        prompt_lengths: prompt tokens P, shape [N].
-        lengths: response tokens T, shape [N].
-        width: padded length of the batch.
-        final: include `s_T`, the state after the last token (T + 1 states), or stop at `s_{T-1}` (T states, the ones
-            in which a response token is chosen).
-
-    Returns:
-        bool [N, width]; reading a tensor through it gives the states of row 0 in order, then of row 1, and so on.
-    """
-    position = torch.arange(width, device=lengths.device)
-    first = prompt_lengths[:, None] - 1
-    return (position >= first) & (position < first + lengths[:, None] + int(final))
-
-
-def next_tokens(input_ids: Tensor, states: Tensor) -> Tensor:
-    """The token chosen in each state of `states`; shape [number of states]. The last position of a row wraps around:
-    only states that have a next token give a meaningful answer."""
-    return input_ids.roll(-1, dims=1)[states]
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
@@ -105,17 +83,15 @@ def likeliest(logits: Tensor, k: int, mass: float | None = None) -> tuple[Tensor
     return ids.int(), at_ids, rest
 
 
-def sum_by_row(per_state: Tensor, states: Tensor) -> Tensor:
-    """Sum of a quantity over the states of each row: [number of states], bool [N, width] -> [N]."""
-    rows = states.nonzero()[:, 0]
-    return per_state.new_zeros(states.shape[0]).index_add(0, rows, per_state)
+def sum_by_response(per_state: Tensor, sizes: Tensor) -> Tensor:
+    """Sum of a quantity over the states of each response: [states], states of each response [M] -> [M].
 
-
-def causal_lm(model: Any) -> Any:
-    """The transformers model inside whatever wraps it (data parallel, PEFT)."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    Example:
+        >>> sum_by_response(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1]))
+        tensor([3., 0., 3.])
+    """
+    owners = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=len(per_state))
+    return per_state.new_zeros(len(sizes)).index_add(0, owners, per_state)
 
 
 def vocabulary_rows(model: nn.Module) -> int:
@@ -125,8 +101,7 @@ def vocabulary_rows(model: nn.Module) -> int:
 
 def reduce_logits(
     model: nn.Module,
-    inputs: dict[str, Tensor],
-    states: Tensor,
+    batch: dict[str, Any],
     reduce: Reduce,
     *per_state: Tensor,
     emittable: Tensor | None = None,
@@ -140,11 +115,11 @@ def reduce_logits(
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
-        inputs: keyword arguments of its forward (`input_ids`, `attention_mask`), [N, width] each.
-        states: bool [N, width], where to look.
+        batch: of `batches.make_batch`, on the model's device; `batch["states"]` says where to look.
         reduce: called as `reduce(logits, *slices)` with float32 logits [n, vocab] of a tile; returns tensors [n, ...].
         per_state: tensors [number of states, ...] that are cut into tiles along with the states.
-        emittable: bool [vocab rows]; rows the tokenizer cannot emit get -inf. None: all can.
+        emittable: bool [vocab rows]; rows the tokenizer cannot emit get -inf, or are cut off where they are the last
+            ones. None: all can.
         tile: states per tile; default: as many as fit `TILE_ELEMENTS`.
 
     Returns:
@@ -153,6 +128,8 @@ def reduce_logits(
     lm = causal_lm(model)
     own_forward = type(lm).forward
     backbone = lm.get_decoder()
+    known = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
+    gaps = emittable is not None and not bool(emittable[:known].all())
 
     def logits_of(hidden: Tensor, outputs: Any) -> Tensor:
         """The model's own forward, started from the last hidden state: its backbone is replaced by a constant."""
@@ -169,25 +146,27 @@ def reduce_logits(
             logits = own_forward(lm, input_ids=ids, use_cache=False).logits[0].float()
         if not asked:  # then those logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that its get_decoder() names")
-        if emittable is not None:
-            logits = logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
-        return logits
+        if emittable is not None and gaps:
+            return logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
+        return logits[:, :known]
 
     def forward(**kwargs: Any) -> tuple[Tensor, ...]:
         outputs = backbone(**kwargs, use_cache=False)
-        hidden = outputs.last_hidden_state[states.to(outputs.last_hidden_state.device)]
+        last = outputs.last_hidden_state.flatten(0, 1)
+        hidden = last[batch["states"].to(last.device)]
         slim = type(outputs)(**{k: v for k, v in outputs.items() if k != "past_key_values"})
 
         def reduced(hidden: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
             return reduce(logits_of(hidden, slim), *slices)
 
-        size = tile or max(1, TILE_ELEMENTS // lm.config.get_text_config().vocab_size)
+        elements = TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
+        size = tile or max(1, elements // vocabulary_rows(lm))
         run = functools.partial(checkpoint, reduced, use_reentrant=False) if torch.is_grad_enabled() else reduced
         tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
         return tuple(torch.cat(parts) for parts in zip(*(run(*slices) for slices in tiles), strict=True))
 
     with _forward(lm, forward):
-        return model(**inputs)
+        return model(**model_inputs(batch, model))
 
 
 class _forward:

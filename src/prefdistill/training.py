@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,14 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.encode import PairCollator, Truncation, encode_pairs
+from prefdistill.batches import Layout, PairCollator, layout_for
+from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
 from prefdistill.logprobs import (
     emittable_ids,
-    next_tokens,
     reduce_logits,
-    response_states,
-    sum_by_row,
+    sum_by_response,
     token_logps,
     topk_logps,
     vocabulary_rows,
@@ -108,11 +107,11 @@ class PrefDistillTrainer(Trainer):
 
             student = get_peft_model(student, peft_config)
         self.method = method
-        train_rows, collate = _prepare(train_dataset, method, signals, processing_class, truncation)
+        train_rows, collate, truncated = _prepare(train_dataset, method, signals, processing_class, truncation)
         eval_rows: Dataset | None = None
-        self._collate_eval: _Collator | None = None
+        collate_eval: _Collator | None = None
         if eval_dataset:
-            eval_rows, self._collate_eval = _prepare(eval_dataset, method, eval_signals, processing_class, truncation)
+            eval_rows, collate_eval, _ = _prepare(eval_dataset, method, eval_signals, processing_class, truncation)
         args.remove_unused_columns = False  # our columns are not the model's arguments
         super().__init__(
             model=student,
@@ -124,6 +123,9 @@ class PrefDistillTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
+        layout = layout_for(self.model, truncated.max_length)
+        self.data_collator = collate.laid_out(layout)
+        self._collate_eval = collate_eval and collate_eval.laid_out(layout)
         self._emittable = emittable_ids(processing_class, vocabulary_rows(student))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._reference_checked = False
@@ -205,15 +207,15 @@ def read_student(
 
     Args:
         model: the student, possibly wrapped.
-        batch: of a `PairCollator` with the method's responses.
+        batch: of a `PairCollator` with the method's responses, on the model's device.
         method: says which responses it reads, and whether it needs the student's likeliest tokens.
         signals: the batch's features; `RESPONSE_ids` [states, k] are the ids to read a response at.
         emittable, tile: see `logprobs.reduce_logits`.
     """
     ids, lengths = batch["input_ids"], batch["lengths"]
     responses = method.responses
-    states = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=False)
-    sizes = [int(part.sum()) for part in lengths.chunk(len(responses))]
+    rows = len(lengths) // len(responses)
+    sizes = [sum(batch["sizes"][start : start + rows]) for start in range(0, len(lengths), rows)]
     asked = [signals.get(f"{response}_ids") for response in responses]
     given = []
     if any(part is not None for part in asked):
@@ -232,15 +234,12 @@ def read_student(
             found += [best, *token_logps(logits, best)]
         return tuple(found)
 
-    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
-    found = iter(
-        reduce_logits(model, inputs, states, reduce, next_tokens(ids, states), *given, emittable=emittable, tile=tile)
-    )
+    found = iter(reduce_logits(model, batch, reduce, batch["tokens"], *given, emittable=emittable, tile=tile))
 
     def by_response(per_state: Tensor) -> dict[str, Tensor]:
         return dict(zip(responses, per_state.split(sizes), strict=True))
 
-    logps = sum_by_row(next(found), states).chunk(len(responses))
+    logps = sum_by_response(next(found), lengths).chunk(len(responses))
     topk: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     likeliest: dict[str, tuple[Tensor, Tensor]] = {}
@@ -263,6 +262,9 @@ class _Collator:
     pairs: PairCollator
     signals: SignalSet
     topk: tuple[tuple[str, str], ...]  # (role, response)
+
+    def laid_out(self, layout: Layout) -> "_Collator":
+        return replace(self, pairs=replace(self.pairs, layout=layout))
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.pairs(rows)
@@ -292,8 +294,8 @@ def _prepare(
     signals: Sequence[Signals],
     tokenizer: "PreTrainedTokenizerBase",
     truncation: Truncation | None,
-) -> "tuple[Dataset, _Collator]":
-    """Encoded rows with the method's features as columns `feature_*`, and what makes batches of them."""
+) -> "tuple[Dataset, _Collator, Truncation]":
+    """Encoded rows with the method's features as columns `feature_*`, what makes batches of them, and their limits."""
     available = SignalSet.of(signals, dataset)
     if missing := available.missing(method.needs):
         raise UserError(f"{type(method).__name__} lacks {'; '.join(map(str, missing))}. {_how_to_make(missing[0])}")
@@ -303,7 +305,8 @@ def _prepare(
         if truncation is not None and truncation != made_with:
             raise UserError(f"the {store.role} signals were made with {made_with}, training asks for {truncation}")
         truncation = made_with
-    encoded, dropped = encode_pairs(dataset, tokenizer, truncation or Truncation(), responses=method.responses)
+    truncation = truncation or Truncation()
+    encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
     if dropped:
         say(f"training: {dropped}")
     rows = np.asarray(encoded["row"][:])
@@ -324,7 +327,7 @@ def _prepare(
         features=("row", *(name for name in encoded.column_names if name.startswith("feature_"))),
     )
     topk = tuple((need.role, r) for need in method.needs if need.kind == "topk" for r in need.responses)
-    return encoded, _Collator(collate, available, topk)
+    return encoded, _Collator(collate, available, topk), truncation
 
 
 def _how_to_make(need: Need) -> str:

@@ -8,7 +8,7 @@ from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation.stats import mean_and_error
 from prefdistill.methods import shaping_returns
-from prefdistill.signals.extract import score_pairs
+from prefdistill.signals.reading import score_pairs
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, fields
 from typing import get_type_hints
 
 import numpy as np
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from prefdistill.errors import UserError
+from prefdistill.logprobs import sum_by_response
 from prefdistill.losses import topk_kl
 from prefdistill.signals.store import SIDES, Need, SignalSet
 
@@ -37,9 +37,7 @@ class Student:
     def mean_over_tokens(self, response: str, per_state: Tensor) -> Tensor:
         """Mean of a quantity over the states of each response: [states] -> [B]. A response without tokens has 0."""
         tokens = self.tokens[response]
-        rows = torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), tokens)
-        total = per_state.new_zeros(len(tokens)).index_add(0, rows, per_state)
-        return total / tokens.clamp(min=1)
+        return sum_by_response(per_state, tokens) / tokens.clamp(min=1)
 
 
 class Method:

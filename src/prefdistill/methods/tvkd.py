@@ -144,16 +144,34 @@ class TVKD(DPO):
 def shaping_returns(
     signals: SignalSet, side: str, *, discount: float, terminal: str, kind: str = "values"
 ) -> np.ndarray:
-    """`shaping_return` of the stored teacher values of one side, [rows]."""
+    """`shaping_return` of the stored teacher values of one side, [rows].
+
+    Raises:
+        UserError: if the store holds endpoints only and more is needed.
+    """
+    if signals.store("teacher", kind, side).manifest["positions"] == "endpoints":
+        return _return_of_endpoints(signals, side, discount, terminal)
     values = signals.ragged("teacher", kind, side)
     lengths = torch.from_numpy(signals.scalar("teacher", kind, side, "tokens").astype(np.int64))
     ended = torch.from_numpy(signals.scalar("teacher", kind, side, "ended").astype(bool))
     out = np.empty(len(values), dtype=np.float32)
     for start in range(0, len(values), 1024):
         part = slice(start, start + 1024)
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values[part]], batch_first=True)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(v).float() for v in values[part]], batch_first=True)
         out[part] = shaping_return(padded, lengths[part], discount, terminal, ended[part]).numpy()
     return out
+
+
+def _return_of_endpoints(signals: SignalSet, side: str, discount: float, terminal: str) -> np.ndarray:
+    """With discount 1 the sum telescopes to V(s_T) - V(s_0); the end value is what "last" puts for V(s_T)."""
+    if discount != 1 or terminal == "bootstrap":
+        raise UserError(
+            f"discount={discount:g} and terminal={terminal} need the values of more states than the endpoints that "
+            "these signals hold: make them again with `--positions all`"
+        )
+    store = signals.store("teacher", "values", side)
+    start, end, ended = (store.scalar(n, signals.rows) for n in ("start_value", f"{side}_end_value", f"{side}_ended"))
+    return np.where(ended & (terminal == "zero"), 0, end) - start
 
 
 def _other_rows(n: int) -> np.ndarray:

@@ -1,75 +1,47 @@
-"""One pass of a model over a preference data set: what it says about every response, kind by kind."""
+"""Signals of a data set, from a model into a store: what is asked for, shard by shard, on any number of processes."""
 
-import itertools
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
-from torch import Tensor
 
 from prefdistill import __version__
-from prefdistill.data import data_fingerprint, load_pairs
-from prefdistill.encode import PairCollator, Truncation, encode_pairs
+from prefdistill.batches import layout_for
+from prefdistill.data import check_pairs, data_fingerprint, load_pairs
+from prefdistill.encode import Dropped, Truncation, encode_pairs, nothing_left
 from prefdistill.errors import UserError
-from prefdistill.files import atomic_path, file_digest, read_json, write_json
-from prefdistill.logprobs import (
-    emittable_ids,
-    likeliest,
-    next_tokens,
-    reduce_logits,
-    response_states,
-    token_logps,
-    topk_logps,
-    vocabulary_rows,
-)
-from prefdistill.losses.value import soft_value
+from prefdistill.files import file_digest, read_json, write_json
+from prefdistill.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models import load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
-from prefdistill.signals.gauge import gauge_directions, gauge_shifts
-from prefdistill.signals.store import KINDS, ROLES, SCHEMA, SIDES, Need, Signals, SignalSet, check_same_request
+from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
+from prefdistill.signals.reading import TopKRequest, emittable_count, score_pairs
+from prefdistill.signals.shards import Shard, write_shard
+from prefdistill.signals.store import (
+    KINDS,
+    PACKED,
+    PACKED_AT_IDS,
+    ROLES,
+    SCHEMA,
+    SIDES,
+    Need,
+    Signals,
+    SignalSet,
+    check_same_request,
+)
 from prefdistill.stages import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Numbers of one shard that are held at once before it is written: 2^26 pairs of id and log-probability are 0.5 GiB.
-SHARD_NUMBERS = 2**26
-
-
-@dataclass(frozen=True)
-class TopKRequest:
-    """Which tokens of each state a "topk" signal keeps.
-
-    Args:
-        k: how many, the likeliest ones; "vocab" is all of them.
-        p: keep fewer where fewer hold this share of the probability.
-        ids_from: read at the ids of this store instead, so that the two can be compared token by token.
-    """
-
-    k: int | Literal["vocab"] = 50
-    p: float | None = None
-    ids_from: Signals | None = None
-
-    def __post_init__(self) -> None:
-        if self.k != "vocab" and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
-            raise UserError(f"k must be 1 or more, or the word vocab, got {self.k!r}")
-        if self.p is not None and not 0 < self.p <= 1:
-            raise UserError(f"p is a share of the probability and must lie in 0..1, got {self.p}")
-
-    def manifest(self, vocabulary: int) -> dict[str, Any]:
-        """What a store says of itself; `vocabulary` is how many tokens there can be."""
-        kept = {"ids_from": self.ids_from.digest} if self.ids_from else {"k": self.k, "p": self.p}
-        return kept | {"vocabulary": vocabulary}
-
-    def most(self, vocabulary: int) -> int:
-        """The most tokens of a state that are kept."""
-        k = self.ids_from.manifest["topk"]["k"] if self.ids_from else self.k
-        return vocabulary if k == "vocab" else min(k, vocabulary)
+# Numbers of one shard that are held at once before it is written: 2^24 pairs of id and log-probability are 128 MiB.
+SHARD_NUMBERS = 2**24
+TOKENS = 4096  # of a response at most, where truncation says nothing
 
 
 def extract_signals(
@@ -82,10 +54,13 @@ def extract_signals(
     role: str = "teacher",
     responses: tuple[str, ...] = SIDES,
     truncation: Truncation | None = None,
+    positions: Literal["all", "endpoints"] = "all",
+    value_dtype: Literal["float32", "float16"] = "float32",
     value_temperature: float = 1.0,
     k: int | Literal["vocab"] = 50,
     p: float | None = None,
     ids_from: Signals | None = None,
+    topk_coding: Literal["packed", "float32"] | None = None,
     dtype: str | None = None,
     bf16: bool = False,
     batch_tokens: int = 16_384,
@@ -98,7 +73,7 @@ def extract_signals(
 
     A finished store of the same request is opened as it is; an interrupted one goes on after its last whole shard.
     Under `accelerate launch` or torchrun every process makes its share of the shards; their number changes no byte
-    (that of a process's CPU threads may, by rounding).
+    (that of a process's CPU threads may, by rounding). A process holds the tokens and signals of one shard at a time.
 
     Args:
         model: a causal language model, or the Hub name or directory to load one from.
@@ -106,13 +81,16 @@ def extract_signals(
         tokenizer: the model's tokenizer; default: the one found beside the model.
         kinds: "values" (soft value of s_0 .. s_T, from raw logits), "logprob_values" (the same from log-probabilities),
             "logps" (log-probability of the response), "q" (sum of its tokens' raw logits), "topk" (the most likely
-            tokens of s_0 .. s_{T-1} and the mass of all others). All float32, in nats.
+            tokens of s_0 .. s_{T-1} and the mass of all others). In nats, float32 but where said.
         out: directory of the store.
         role: whose word it is: "teacher", "teacher_reference" or "reference" (the student's starting point).
         responses: columns of the data to read: "chosen", "rejected", or what `sample` wrote ("student_response").
         truncation: see `prefdistill.data.Truncation`.
+        positions: of values: "all" states, or "endpoints", V(s_0) and V of the last state before the end token (of s_T
+            where there is none). They are all that TVKD needs with discount 1, and nothing else is projected then.
+        value_dtype: what values of all states are stored in; "float16" rounds them to 11 bits.
         value_temperature: b of the soft value.
-        k, p, ids_from: which tokens a "topk" signal keeps, see `TopKRequest`.
+        k, p, ids_from, topk_coding: which tokens a "topk" signal keeps, and how, see `TopKRequest`.
         dtype: of the weights, when the model is loaded here. Default: "float32" for a reference, which must be read as
             the student is trained, "auto" (as stored) for a teacher.
         bf16: run the float32 model under bfloat16 autocast, as a bf16 training run does.
@@ -139,16 +117,29 @@ def extract_signals(
         raise UserError(f"the value temperature must be positive and finite, got {value_temperature}")
     if "logprob_values" in kinds and value_temperature == 1:
         raise UserError("log-probabilities sum to one: their value at temperature 1 is 0 everywhere; give another one")
-    topk = TopKRequest(k, p, ids_from)
+    if positions not in ("all", "endpoints"):
+        raise UserError(f"positions are all or endpoints, got {positions!r}")
+    if positions == "endpoints" and set(kinds) != {"values"}:
+        others = ", ".join(sorted(set(kinds) - {"values"})) or "no values"
+        raise UserError(f"endpoints are a matter of values alone, not of {others}: give other kinds another store")
+    if value_dtype not in ("float32", "float16"):
+        raise UserError(f"values are stored as float32 or float16, got {value_dtype!r}")
+    if value_dtype == "float16" and (positions == "endpoints" or set(kinds).isdisjoint(("values", "logprob_values"))):
+        raise UserError("value_dtype is of the values of all states: leave it out")
+    topk = TopKRequest(k, p, ids_from, topk_coding)
     if ids_from is not None and "topk" not in kinds:
         raise UserError(f"ids of another store are read for the kind topk only, not for {', '.join(kinds)}")
     if (k, p) != (50, None) and ("topk" not in kinds or ids_from is not None):
         raise UserError("k and p say which tokens a topk signal keeps: leave them out without it, and with ids_from")
+    if topk_coding is not None and "topk" not in kinds:
+        raise UserError("topk_coding says how a topk signal is stored: leave it out without one")
     truncation = truncation or Truncation()
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
     if isinstance(dataset, str):
         dataset = load_pairs(dataset, responses=responses)
+    else:
+        check_pairs(dataset, "The data set", responses)
     if tokenizer is None:
         source = model if isinstance(model, str) else model.name_or_path
         tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
@@ -159,89 +150,73 @@ def extract_signals(
 
     if ids_from is not None:
         _check_ids(ids_from, role, dataset, tokenizer, truncation, responses)
-    encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses)
-    if ids_from is not None and (lacking := set(encoded["row"][:]).difference(ids_from.rows.tolist())):
-        raise UserError(
-            f"the store whose ids are to be used has no row {min(lacking)} ({len(lacking)} such rows), because another "
-            f"response of it was left out there; read --responses {','.join(ids_from.responses)} as that store was"
-        )
     head_rows = vocabulary_rows(model)
-    vocabulary = _emittable_count(emittable_ids(tokenizer, head_rows), head_rows)
+    vocabulary = emittable_count(emittable_ids(tokenizer, head_rows), head_rows)
+    per_state = 1 + (topk.most(vocabulary) if "topk" in kinds else 0)
+    most = (truncation.max_length or TOKENS) * len(responses) * per_state
+    shard_rows = min(shard_rows, max(1, SHARD_NUMBERS // most))
+    parts = [range(a, min(a + shard_rows, len(dataset))) for a in range(0, len(dataset), shard_rows)]
+    encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=parts[0])  # or says what is wrong with them
+    layout = layout_for(model, truncation.max_length)
     request = {
         "schema": SCHEMA,
         "role": role,
         "kinds": sorted(kinds),
         "responses": list(responses),
+        "positions": positions,
+        "value_dtype": value_dtype,
         "value_temperature": value_temperature,
-        "topk": topk.manifest(vocabulary) if "topk" in kinds else {},
+        "topk": topk.manifest(vocabulary, head_rows) if "topk" in kinds else {},
         "model": {**model_identity(model, model_name), "bf16": bf16},
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
         "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
-        "dropped": {
-            "reasons": dropped.counts,
-            "rows": sorted(set(range(len(dataset))).difference(encoded["row"][:])),
-        },
         "shard_rows": shard_rows,
         "batch_tokens": batch_tokens,
+        "layout": layout.kind,
     }
     out = Path(out)
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
         if _finished(out, request):
             return Signals.open(out)
-    if dropped and team.is_main_process:
-        say(f"signals: {dropped}")
 
-    shards = _shards(encoded, responses, shard_rows, topk.most(vocabulary) if "topk" in kinds else 0)
-    paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(shards))]
+    paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(parts))]
     # by number, so that a run goes on with what any number of processes have left
-    ours = [n for n in range(len(shards)) if n % team.num_processes == team.process_index]
-    with Progress(f"signals ({role})", len(responses) * sum(len(shards[n]) for n in ours), "response") as progress:
+    ours = [n for n in range(len(parts)) if n % team.num_processes == team.process_index]
+    with Progress(f"signals ({role})", len(responses) * sum(len(parts[n]) for n in ours), "response") as progress:
         for n in ours:
             if paths[n].exists():
-                progress.update(len(responses) * len(shards[n]))
+                progress.update(len(responses) * len(parts[n]))
                 continue
+            rows, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=parts[n])
             found = score_pairs(
                 model,
-                shards[n],
+                rows,
                 tokenizer,
                 kinds,
                 responses=responses,
+                positions=positions,
                 value_temperature=value_temperature,
                 topk=topk,
                 bf16=bf16,
                 batch_tokens=batch_tokens,
+                layout=layout,
                 progress=progress,
             )
-            _write_shard(paths[n], shards[n], responses, found)
+            progress.update(len(responses) * len(dropped))
+            columns, errors = _columns(rows, responses, found, request)
+            notes = {
+                "kept": len(rows),
+                "rows": sorted(set(parts[n]).difference(rows["row"][:])),
+                "dropped": dropped.counts,
+                "first_rows": dropped.first_rows,
+                "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
+            }
+            write_shard(paths[n], columns, notes)
     team.wait_for_everyone()
-    if team.is_main_process:
-        made = [
-            {"file": path.name, "rows": len(shard), "sha256": file_digest(path)}
-            for path, shard in zip(paths, shards, strict=True)
-        ]
-        write_json(out / "manifest.json", {**request, "shards": made, "versions": _versions()})
-    team.wait_for_everyone()
+    _finish(out, paths, request)
     return Signals.open(out)
-
-
-def _shards(encoded: "Dataset", responses: tuple[str, ...], most_rows: int, per_state: int) -> "list[Dataset]":
-    """Rows cut into shards, the unit of resuming: at most so many rows, and numbers that fit into memory."""
-    tokens = [[len(ids) for ids in encoded[f"{name}_ids"]] for name in responses]
-    starts, held = [0], 0
-    for row, lengths in enumerate(zip(*tokens, strict=True)):
-        numbers = sum(lengths) * (1 + per_state)
-        if row > starts[-1] and (row - starts[-1] >= most_rows or held + numbers > SHARD_NUMBERS):
-            starts.append(row)
-            held = 0
-        held += numbers
-    return [encoded.select(range(a, b)) for a, b in itertools.pairwise([*starts, len(encoded)])]
-
-
-def _emittable_count(emittable: Tensor | None, head_rows: int) -> int:
-    """How many tokens can be, of `emittable_ids`."""
-    return head_rows if emittable is None else int(emittable.sum())
 
 
 def _check_ids(
@@ -263,6 +238,16 @@ def _check_ids(
         raise UserError(
             f"the store whose ids are to be used was truncated otherwise: {ids_from.manifest['truncation']}"
         )
+    # rows that were left out there because of another response
+    lacking: list[int] = []
+    if gone := ids_from.manifest["dropped"]["rows"] if set(responses) != set(ids_from.responses) else []:
+        kept, _ = encode_pairs(dataset.select(gone), tokenizer, truncation, responses=responses, rows=range(len(gone)))
+        lacking = [gone[i] for i in kept["row"][:]]
+    if lacking:
+        raise UserError(
+            f"the store whose ids are to be used has no row {min(lacking)} ({len(lacking)} such rows), because another "
+            f"response of it was left out there; read --responses {','.join(ids_from.responses)} as that store was"
+        )
 
 
 def _finished(out: Path, request: dict[str, Any]) -> bool:
@@ -278,219 +263,92 @@ def _finished(out: Path, request: dict[str, Any]) -> bool:
     return False
 
 
+def _columns(
+    rows: "Dataset", responses: tuple[str, ...], found: dict[str, list[Any]], request: dict[str, Any]
+) -> tuple[dict[str, Any], list[float]]:
+    """Signals of a shard as columns of its file, and the divergence that packing has put into each distribution."""
+    columns: dict[str, Any] = {"row": rows["row"][:]}
+    errors: list[float] = []
+    for name in responses:
+        columns[f"{name}_tokens"] = [len(ids) for ids in rows[f"{name}_ids"]]
+        columns[f"{name}_ended"] = rows[f"{name}_ended"][:]
+        if request["positions"] == "endpoints":
+            start, end = zip(*found[f"{name}_values"], strict=True) if len(rows) else ((), ())
+            columns |= {"start_value": start, f"{name}_end_value": end}
+            continue
+        columns[f"{name}_offsets"] = rows[f"{name}_offsets"][:]
+        parts = {column.removeprefix(f"{name}_"): x for column, x in found.items() if column.startswith(f"{name}_")}
+        if request["topk"].get("coding") == "packed":
+            parts, more = _packed(parts, request["topk"])
+            errors += more
+        for kind in {"values", "logprob_values"}.intersection(parts if request["value_dtype"] == "float16" else ()):
+            parts[kind] = _rounded(parts[kind], rows["row"][:])
+        columns |= {f"{name}_{column}": values for column, values in parts.items()}
+    return columns, errors
+
+
+def _finish(out: Path, paths: list[Path], request: dict[str, Any]) -> None:
+    """Write the manifest over the shards; if no pair is left in any of them, take them away and say why."""
+    notes = [Shard(path).notes for path in paths]
+    reasons: Counter[str] = Counter()
+    first_rows: dict[str, int] = {}
+    for note in notes:
+        reasons.update(note["dropped"])
+        first_rows |= {reason: row for reason, row in note["first_rows"].items() if reason not in first_rows}
+    dropped = Dropped(dict(reasons.most_common()), first_rows)
+    team = processes()
+    if len(dropped) == request["data"]["rows"]:
+        team.wait_for_everyone()
+        if team.is_main_process:
+            shutil.rmtree(out)
+        raise UserError(nothing_left(dropped))
+    if team.is_main_process:
+        if dropped:
+            say(f"signals: {dropped}")
+        errors = [note["kl_error"] for note in notes]
+        states = sum(error["states"] for error in errors)
+        if states:
+            mean = sum(error["sum"] for error in errors) / states
+            request["topk"]["kl_error"] = {"mean": mean, "max": max(error["max"] for error in errors), "states": states}
+        shards = [
+            {"file": path.name, "rows": note["kept"], "sha256": file_digest(path)}
+            for path, note in zip(paths, notes, strict=True)
+        ]
+        gone = {"reasons": dropped.counts, "rows": [row for note in notes for row in note["rows"]]}
+        write_json(out / "manifest.json", {**request, "dropped": gone, "shards": shards, "versions": _versions()})
+    team.wait_for_everyone()
+
+
 def _versions() -> dict[str, str]:
     import transformers
 
     return {"prefdistill": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _write_shard(path: Path, rows: "Dataset", responses: tuple[str, ...], found: dict[str, list[Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = {"row": pa.array(rows["row"][:], pa.int64())}
-    for name in responses:
-        columns[f"{name}_tokens"] = pa.array([len(ids) for ids in rows[f"{name}_ids"]], pa.int32())
-        columns[f"{name}_ended"] = pa.array(rows[f"{name}_ended"][:], pa.bool_())
-        columns[f"{name}_offsets"] = pa.array(rows[f"{name}_offsets"][:], pa.list_(pa.int32()))
-    for name, column in found.items():
-        number = pa.int32() if name.endswith(("_topk_counts", "_topk_ids")) else pa.float32()
-        columns[name] = pa.array(column, pa.list_(number) if np.ndim(column[0]) else number)
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
-
-
-@torch.no_grad()
-def score_pairs(
-    model: "PreTrainedModel",
-    rows: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    kinds: Iterable[str] = ("values", "logps"),
-    *,
-    responses: tuple[str, ...] = SIDES,
-    value_temperature: float = 1.0,
-    topk: TopKRequest | None = None,
-    bf16: bool = False,
-    batch_tokens: int = 16_384,
-    progress: Progress | None = None,
-) -> dict[str, list[Any]]:
-    """Signals of encoded pairs (`encode_pairs`), in memory: `{"chosen_values": [array [T+1], ...], ...}`.
-
-    All responses of a row start in the same state s_0, and get the very same number for V(s_0).
-
-    Raises:
-        UserError: if a model's logits are not finite, naming the rows.
-    """
-    reading = _Reading(
-        tuple(kind for kind in KINDS if kind in set(kinds)),
-        value_temperature,
-        topk or TopKRequest(),
-        emittable_ids(tokenizer, vocabulary_rows(model)),
-        vocabulary_rows(model),
-    )
-    found: dict[str, list[Any]] = {
-        f"{response}_{column}": [None] * len(rows) for response in responses for column in reading.columns
-    }
-    ids = {column: rows[column][:] for column in ("prompt_ids", *(f"{response}_ids" for response in responses))}
-    numbers = rows["row"][:]
-    rows_ended = {name: rows[f"{name}_ended"][:] for name in responses}
-    for places in _batches(ids, responses, batch_tokens):
-        batch = PairCollator(tokenizer.pad_token_id, responses=("response",))(
-            [{"prompt_ids": ids["prompt_ids"][i], "response_ids": ids[f"{name}_ids"][i]} for i, name in places]
-        )
-        batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
-        ended = [rows_ended[name][i] for i, name in places]
-        given = reading.given_ids([(numbers[i], name) for i, name in places])
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            scored = reading.read(model, batch, ended, given)
-        for n, (i, name) in enumerate(places):
-            for column in reading.columns:
-                found[f"{name}_{column}"][i] = scored[column][n]
-        if progress is not None:
-            progress.update(len(places))
-    for column in {"values", "logprob_values"}.intersection(reading.columns):
-        for first, *others in zip(*(found[f"{name}_{column}"] for name in responses), strict=True):
-            for other in others:
-                other[0] = first[0]
-    _check_finite(found, numbers)
-    return found
+def _packed(parts: dict[str, Any], made: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """One response's columns with its distributions packed, and the divergence of each state."""
+    own = "topk_ids" in parts
+    ids = parts["topk_ids"] if own else [None] * len(parts["topk_counts"])
+    codes: dict[str, list[Any]] = {name: [] for name in (PACKED if own else PACKED_AT_IDS) if name != "counts"}
+    errors: list[float] = []
+    for at, logps, rest, counts in zip(ids, *(parts[f"topk_{n}"] for n in ("logps", "rest", "counts")), strict=True):
+        code = pack_sorted(at, logps, rest, counts, made["id_bits"]) if own else pack_unsorted(logps, rest, counts)
+        again = {name: [part] if isinstance(part, bytes) else part for name, part in code.items()}
+        again |= {"counts": counts, "states": [len(counts)]}
+        decoded = unpack_sorted(**again, bits=made["id_bits"])[1:] if own else unpack_unsorted(**again)
+        errors += kl_error(logps, rest, *decoded, counts).tolist()
+        for name, column in codes.items():
+            column.append(code[name])
+    kept = {name: part for name, part in parts.items() if name not in ("topk_ids", "topk_logps", "topk_rest")}
+    if own:
+        codes["ids"] = pa.array(codes["ids"], pa.binary())
+    return kept | {f"topk_{name}": column for name, column in codes.items()}, errors
 
 
-def _batches(
-    ids: dict[str, list[list[int]]], responses: tuple[str, ...], batch_tokens: int
-) -> Iterator[list[tuple[int, str]]]:
-    """(place, response) of like length, longest first, at most `batch_tokens` padded tokens together."""
-    lengths = {
-        (i, name): len(prompt) + len(ids[f"{name}_ids"][i])
-        for i, prompt in enumerate(ids["prompt_ids"])
-        for name in responses
-    }
-    batch: list[tuple[int, str]] = []
-    width = 0
-    for place in sorted(lengths, key=lambda key: (-lengths[key], key)):
-        if batch and (len(batch) + 1) * width > batch_tokens:
-            yield batch
-            batch = []
-        width = max(width, lengths[place]) if batch else lengths[place]
-        batch.append(place)
-    if batch:
-        yield batch
-
-
-class _Reading:
-    """What is taken from the logits of each state, and how it becomes columns of the store."""
-
-    def __init__(
-        self,
-        kinds: tuple[str, ...],
-        value_temperature: float,
-        topk: TopKRequest,
-        emittable: Tensor | None,
-        vocabulary: int,
-    ) -> None:
-        self.kinds, self.value_temperature, self.topk, self.emittable = kinds, value_temperature, topk, emittable
-        self.k = topk.most(_emittable_count(emittable, vocabulary))
-        self.columns = [column for kind in kinds for column in KINDS[kind]]
-        if topk.ids_from is not None and "topk_ids" in self.columns:
-            self.columns.remove("topk_ids")
-        self.final = not {"values", "logprob_values"}.isdisjoint(kinds)  # whether s_T is read as well
-        self.directions = gauge_directions(vocabulary) if "values" in kinds else None
-
-    def given_ids(self, places: list[tuple[int, str]]) -> Tensor | None:
-        """The ids to read at, for each state of the responses in `places`; None: the most likely ones."""
-        if self.topk.ids_from is None or "topk" not in self.kinds:
-            return None
-        parts = [self.topk.ids_from.topk(name, np.array([row])).ids for row, name in places]
-        width = max(part.shape[1] for part in parts)
-        after = int(self.final)  # s_T has none
-        return torch.from_numpy(
-            np.concatenate([np.pad(x, ((0, after), (0, width - x.shape[1])), constant_values=-1) for x in parts])
-        )
-
-    def reduce(self, logits: Tensor, tokens: Tensor, last: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
-        found: list[Tensor] = []
-        for kind in self.kinds:
-            if kind == "values":
-                assert self.directions is not None
-                shifts = logits.new_zeros(len(logits), self.directions.shape[1])
-                shifts[last] = gauge_shifts(logits[last], self.directions)
-                found += [soft_value(logits, self.value_temperature), shifts]
-            elif kind == "logprob_values":
-                found.append(soft_value(logits.log_softmax(-1), self.value_temperature))
-            elif kind == "logps":
-                found += token_logps(logits, tokens)
-            elif kind == "q":
-                found.append(logits.gather(-1, tokens[:, None])[:, 0])
-            elif kind == "topk" and given is None:
-                found += likeliest(logits, self.k, self.topk.p)
-            elif kind == "topk":
-                assert given is not None
-                found += [given, *topk_logps(logits, given)[:2]]
-        return tuple(found)
-
-    def read(
-        self, model: "PreTrainedModel", batch: dict[str, Tensor], ended: list[bool], given: Tensor | None
-    ) -> dict[str, list[Any]]:
-        """Columns of the store for each response of a batch."""
-        ids, lengths = batch["input_ids"], batch["lengths"]
-        states = response_states(batch["prompt_lengths"], lengths, ids.shape[1], final=self.final)
-        if self.directions is not None:
-            self.directions = self.directions.to(ids.device)
-        sizes = lengths + int(self.final)
-        last = torch.zeros(int(sizes.sum()), dtype=torch.bool, device=ids.device)
-        last[sizes.cumsum(0) - 1 - torch.tensor(ended, device=ids.device).long()] = self.final
-        out = iter(
-            reduce_logits(
-                model,
-                {"input_ids": ids, "attention_mask": batch["attention_mask"]},
-                states,
-                self.reduce,
-                next_tokens(ids, states),
-                last,
-                *([] if given is None else [given.to(ids.device)]),
-                emittable=self.emittable,
-            )
-        )
-
-        def per_response(read: Tensor) -> list[np.ndarray]:
-            return [part.numpy().copy() for part in read.cpu().split(sizes.tolist())]
-
-        found: dict[str, list[Any]] = {}
-        for kind in self.kinds:
-            if kind == "values":
-                found["values"] = per_response(next(out))
-                found["gauge"] = list(next(out)[last].cpu().numpy())
-            elif kind == "logprob_values":
-                found[kind] = per_response(next(out))
-            elif kind in ("logps", "q"):
-                parts = zip(per_response(next(out)), lengths.tolist(), strict=True)
-                found[kind] = [np.float32(part[:n].sum(dtype=np.float64)) for part, n in parts]  # as it is stored
-            else:
-                ids_of, logps, rest = (per_response(next(out)) for _ in range(3))
-                found |= self._topk(ids_of, logps, rest, lengths.tolist())
-        return found
-
-    @staticmethod
-    def _topk(
-        ids: list[np.ndarray], logps: list[np.ndarray], rest: list[np.ndarray], lengths: list[int]
-    ) -> dict[str, list[np.ndarray]]:
-        there = [part[:n] >= 0 for part, n in zip(ids, lengths, strict=True)]
-        return {
-            "topk_counts": [mask.sum(1, dtype=np.int32) for mask in there],
-            "topk_ids": [part[:n][mask] for part, n, mask in zip(ids, lengths, there, strict=True)],
-            "topk_logps": [part[:n][mask] for part, n, mask in zip(logps, lengths, there, strict=True)],
-            "topk_rest": [part[:n] for part, n in zip(rest, lengths, strict=True)],
-        }
-
-
-def _check_finite(found: dict[str, list[Any]], rows: list[int]) -> None:
-    """-inf is a fair answer for the mass of no other token, and for nothing else."""
-    bad: set[int] = set()
-    for name, column in found.items():
-        refused = np.isnan if name.endswith("_topk_rest") else lambda x: ~np.isfinite(x)
-        bad |= {rows[i] for i, x in enumerate(column) if np.any(refused(x))}
-    if bad:
-        raise UserError(
-            f"the model's logits are not finite in {len(bad)} pairs, the first is row {min(bad)} of the data; "
-            "its weights may be damaged, or its dtype too narrow: try --dtype float32"
-        )
+def _rounded(values: list[np.ndarray], rows: list[int]) -> pa.Array:
+    with np.errstate(over="ignore"):
+        halves = [part.astype(np.float16) for part in values]
+    for row, part in zip(rows, halves, strict=True):
+        if not np.isfinite(part).all():
+            raise UserError(f"a value of row {row} is too large for float16; store values as float32")
+    return pa.array(halves, pa.list_(pa.float16()))

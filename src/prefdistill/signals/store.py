@@ -7,7 +7,8 @@ that the store is whole.
                              ended, offsets, and what the kinds are made of, see `KINDS`
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,25 +21,32 @@ from prefdistill.data import data_fingerprint
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, value_digest
 from prefdistill.models import tokenizer_identity
+from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
+from prefdistill.signals.shards import Shard
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 2
+SCHEMA = 3
 # Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, or that of the student's
 # own starting point, the reference of the DPO margin.
 ROLES = ("teacher", "teacher_reference", "reference")
-# What can be asked of a model about a response of T tokens, and the columns it is stored in. In nats, float32.
-KINDS = {
-    "values": ("values", "gauge"),  # soft value of s_0 .. s_T; its last value under other gauges, see signals/gauge.py
-    "logprob_values": ("logprob_values",),  # the same of log-probabilities in place of logits
-    "logps": ("logps",),  # log-probability of the response
-    "q": ("q",),  # sum of the raw logits of its tokens
-    # the most likely tokens of s_0 .. s_{T-1}: how many in each state, ids and log-probabilities of all, one state
-    # after another, and the log of the remaining mass of each state
-    "topk": ("topk_counts", "topk_ids", "topk_logps", "topk_rest"),
-}
+# What can be asked of a model about a response of T tokens, in nats, and the columns it is stored in.
+#   values          soft value of s_0 .. s_T, and its last one under other gauges (signals/gauge.py); of endpoints only,
+#                   `start_value` of s_0, one for the row, and `end_value` of the last state before the end token, or of
+#                   s_T where there is none
+#   logprob_values  the same of log-probabilities in place of logits
+#   logps           log-probability of the response
+#   q               sum of the raw logits of its tokens
+#   topk            the most likely tokens of s_0 .. s_{T-1}: how many in each state, then ids and log-probabilities of
+#                   all, one state after another, and the log of the remaining mass of each; or packed, see packing.py
+KINDS = ("values", "logprob_values", "logps", "q", "topk")
+EXACT = ("counts", "ids", "logps", "rest")
+PACKED = ("counts", "ids", "levels", "gap", "span", "odds")
+PACKED_AT_IDS = ("counts", "levels", "span", "odds")
+PLAIN = ("tokens", "ended", "offsets", "values", "gauge", "end_value", "logprob_values", "logps", "q")
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,14 @@ class Signals:
         (27,)
     """
 
-    def __init__(self, manifest: dict[str, Any], table: "Dataset") -> None:
+    def __init__(self, manifest: dict[str, Any], shards: Sequence[Shard]) -> None:
         self.manifest = manifest
-        self.table = table.with_format("numpy")
-        self.rows = np.asarray(self.table["row"][:], dtype=np.int64)
+        self.shards = tuple(shards)
+        rows = [shard.column("row").to_numpy() for shard in self.shards]
+        self.rows = np.concatenate(rows).astype(np.int64)
+        self._starts = np.cumsum([0, *map(len, rows)])
         self._place = {int(row): place for place, row in enumerate(self.rows)}
-        self._chunks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._scalars: dict[str, np.ndarray] = {}
 
     @classmethod
     def open(cls, directory: str | Path) -> "Signals":
@@ -108,10 +118,6 @@ class Signals:
         Raises:
             UserError: if it is missing, unfinished, of another schema, has a gap, or a shard fails its checksum.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from datasets import Dataset
-
         directory = Path(directory)
         if not (directory / "manifest.json").is_file():
             if (directory / "request.json").is_file():
@@ -120,15 +126,15 @@ class Signals:
         manifest = read_json(directory / "manifest.json")
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
             raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; make it again")
-        tables = []
+        shards = []
         for shard in manifest["shards"]:
             path = directory / "shards" / Path(shard["file"]).name
             if not path.is_file():
                 raise UserError(f"{path} is missing; delete {directory} and make the signals again")
             if file_digest(path) != shard["sha256"]:
                 raise UserError(f"{path} is damaged (its checksum differs); delete {directory} and make it again")
-            tables.append(pq.read_table(path))
-        signals = cls(manifest, Dataset(pa.concat_tables(tables)))
+            shards.append(Shard(path))
+        signals = cls(manifest, shards)
         if sorted([*signals.rows.tolist(), *manifest["dropped"]["rows"]]) != list(range(manifest["data"]["rows"])):
             raise UserError(f"the signals in {directory} do not cover every row of the data; delete and make it again")
         return signals
@@ -159,14 +165,21 @@ class Signals:
             dropped = self.manifest["dropped"]
             why = f"dropped ({', '.join(dropped['reasons'])})" if i in dropped["rows"] else f"of {len(self)} rows"
             raise IndexError(f"row {i} has no signals: {why}")
-        line = self.table[self._place[i]]
-        found: dict[str, dict[str, Any]] = {response: {} for response in self.responses}
-        columns = ("tokens", "ended", "offsets", *(column for kind in self.kinds for column in KINDS[kind]))
-        for response, names in found.items():
-            for name in columns:
-                if (value := line.get(f"{response}_{name}")) is not None:
-                    names[name] = value.item() if np.ndim(value) == 0 else np.asarray(value)
+        at = np.array([i])
+        found: dict[str, dict[str, Any]] = {}
+        for response in self.responses:
+            names = {name: f"{response}_{name}" for name in PLAIN} | {"start_value": "start_value"}
+            there = {name: column for name, column in names.items() if column in self.columns}
+            line = self._read(at, tuple(there.values()))
+            found[response] = {name: _plain(line.column(column)) for name, column in there.items()}
+            if "topk" in self.kinds:
+                distributions = zip(EXACT, self._distributions(response, at), strict=True)
+                found[response] |= {f"topk_{name}": part for name, part in distributions if part is not None}
         return found
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.shards[0].names)
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises a UserError if the signals were made with another tokenizer than the student's."""
@@ -191,21 +204,18 @@ class Signals:
 
     def scalar(self, column: str, rows: np.ndarray) -> np.ndarray:
         """One number per row, e.g. `scalar("chosen_logps", rows)` -> [n]."""
-        return np.asarray(self.table.data.column(column).to_numpy())[self.places(rows)]
+        if column not in self._scalars:
+            self._scalars[column] = np.concatenate([shard.column(column).to_numpy() for shard in self.shards])
+        return self._scalars[column][self.places(rows)]
 
     def ragged(self, column: str, rows: np.ndarray) -> list[np.ndarray]:
         """One array per row, e.g. `ragged("chosen_values", rows)` -> n arrays [T + 1]."""
-        if column not in self._chunks:  # views of the shards, one each: their lengths together may pass 2^31
-            chunks = self.table.data.column(column).chunks
-            self._chunks[column] = [(c.values.to_numpy(), c.offsets.to_numpy()) for c in chunks]
-        chunks = self._chunks[column]
-        starts = np.cumsum([0, *(len(ends) - 1 for _, ends in chunks)])
-        found = []
-        for place in self.places(rows):
-            chunk = int(np.searchsorted(starts, place, side="right")) - 1
-            flat, ends = chunks[chunk]
-            found.append(flat[ends[place - starts[chunk]] : ends[place - starts[chunk] + 1]])
-        return found
+        flat: list[np.ndarray] = []
+        for shard in self.shards:
+            for chunk in shard.column(column).chunks:
+                values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+                flat += [values[a:b] for a, b in itertools.pairwise(ends)]
+        return [flat[place] for place in self.places(rows)]
 
     def topk(self, response: str, rows: np.ndarray, ids_from: "Signals | None" = None) -> TopK:
         """Token distributions at s_0 .. s_{T-1} of each row in turn, as [states, k].
@@ -215,15 +225,60 @@ class Signals:
             rows: rows of the data.
             ids_from: the store that holds the ids, for one that was read at another's ids.
         """
-        counts, logps, rest = (
-            np.concatenate(self.ragged(f"{response}_{name}", rows))
-            for name in ("topk_counts", "topk_logps", "topk_rest")
-        )
-        ids = np.concatenate((ids_from or self).ragged(f"{response}_topk_ids", rows))
-        there = np.arange(counts.max(initial=0)) < counts[:, None]
-        padded = TopK(np.full(there.shape, -1, np.int64), np.full(there.shape, -np.inf, np.float32), rest)
+        counts, ids, logps, rest = self._distributions(response, rows)
+        if ids_from is not None:
+            ids = ids_from._distributions(response, rows)[1]
+        assert ids is not None
+        shape = (len(counts), int(counts.max(initial=0)))
+        if (counts == shape[1]).all():
+            return TopK(ids.astype(np.int64).reshape(shape), logps.reshape(shape), rest)
+        there = np.arange(shape[1]) < counts[:, None]
+        padded = TopK(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32), rest)
         padded.ids[there], padded.logps[there] = ids, logps
         return padded
+
+    def _distributions(
+        self, response: str, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+        """Counts [states], ids and log-probabilities [n] and rests [states] of some rows, one state after another."""
+        made = self.manifest["topk"]
+        own = not made.get("ids_from")
+        packed = made["coding"] == "packed"
+        names = (PACKED if own else PACKED_AT_IDS) if packed else tuple(n for n in EXACT if own or n != "ids")
+        table = self._read(rows, tuple(f"{response}_topk_{name}" for name in names))
+        read = {name: table.column(f"{response}_topk_{name}").combine_chunks() for name in names}
+        counts, *others = (_flat(column) for column in read.values())
+        given = dict(zip(names[1:], others, strict=True))
+        if not packed:
+            return counts, given.get("ids"), given["logps"], given["rest"]
+        states = read["counts"].value_lengths().to_numpy()
+        if own:
+            return counts, *unpack_sorted(**given, counts=counts, states=states, bits=made["id_bits"])
+        return counts, None, *unpack_unsorted(**given, counts=counts, states=states)
+
+    def _read(self, rows: np.ndarray, columns: tuple[str, ...]) -> "pa.Table":
+        import pyarrow as pa
+
+        places = self.places(rows)
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        return pa.concat_tables(
+            self.shards[shard].rows([place - self._starts[shard]], columns)
+            for shard, place in zip(shards, places, strict=True)
+        )
+
+
+def _flat(column: Any) -> Any:
+    """A column of lists as one array, of bytes as a list."""
+    import pyarrow as pa
+
+    return column.flatten().to_numpy() if pa.types.is_list(column.type) else column.to_pylist()
+
+
+def _plain(column: "pa.ChunkedArray") -> Any:
+    """The one value of a column of one row: a number, or an array."""
+    import pyarrow as pa
+
+    return _flat(column.combine_chunks()) if pa.types.is_list(column.type) else column[0].as_py()
 
 
 @dataclass(frozen=True)
