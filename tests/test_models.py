@@ -1,6 +1,9 @@
 """Models and tokenizers: loading says what is wrong, identities tell weights and tokens apart, nothing leaks."""
 
+import hashlib
+import importlib.util
 import json
+import types
 
 import pytest
 import torch
@@ -10,17 +13,23 @@ from prefdistill.encode import end_token_ids
 from prefdistill.errors import UserError
 from prefdistill.models import (
     check_same_tokens,
+    default_dtype,
     load_model,
     load_tokenizer,
     model_identity,
     model_key,
     random_model,
+    ready,
     texts_of,
     tokenizer_identity,
     train_tokenizer,
 )
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+quantised = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason='bitsandbytes is not installed (pip install "prefdistill[quantized]")',
+)
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 10
 
 
@@ -34,7 +43,7 @@ def saved(tmp_path, make_model, tokenizer):
 
 def logits(model):
     with torch.no_grad():
-        return model(input_ids=torch.arange(1, 9)[None]).logits[0]
+        return model(input_ids=torch.arange(1, 9, device=model.device)[None]).logits[0]
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -122,6 +131,16 @@ def test_an_adapter_whose_base_is_gone(saved, tmp_path):
         load_model(str(tmp_path / "adapter"))
 
 
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "model" / "model.safetensors"
+    kept = {name: weight for name, weight in load_file(path).items() if name != "lm_head.weight"}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing, the first is lm_head\.weight"):
+        load_model(saved)
+
+
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
@@ -136,6 +155,133 @@ def test_a_tokenizer_without_an_end_token(tmp_path, tokenizer):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
     with pytest.raises(UserError, match=r"has no end token \(eos_token\); set one in its tokenizer_config.json"):
         load_tokenizer(str(tmp_path))
+
+
+# -- dtypes and quantisation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "fast", "dtype"),
+    [
+        ("cpu", {"avx512_bf16": True, "amx_bf16": False}, "auto"),
+        ("cpu", {"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ("cpu", {"neon": True}, "auto"),
+        ("cuda", True, "bfloat16"),
+        ("cuda", False, "auto"),
+        ("xpu", True, "bfloat16"),
+        ("mps", True, "auto"),
+    ],
+)
+def test_a_teacher_is_read_in_bfloat16_where_that_is_fast(device, fast, dtype, monkeypatch):
+    monkeypatch.setattr("prefdistill.models.default_device", lambda: torch.device(device))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: fast)
+    for backend in ("cuda", "xpu"):
+        monkeypatch.setattr(f"torch.{backend}.is_bf16_supported", lambda including_emulation: fast)
+    assert (default_dtype("teacher"), default_dtype("teacher_reference")) == (dtype, dtype)
+    assert default_dtype("reference") == "float32"
+
+
+def test_quantizations_that_are_none(saved):
+    with pytest.raises(UserError, match="quantization must be 4bit or 8bit, got '2bit'"):
+        load_model(saved, quantization="2bit")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("it requires bitsandbytes"), r'needs bitsandbytes: pip install "prefdistill\[quantized\]"$'),
+        (RuntimeError("None of the devices\nis good"), r"read quantised \(bitsandbytes\) here: None of the devices$"),
+    ],
+)
+def test_quantisation_that_this_machine_cannot_do(saved, monkeypatch, error, message):
+    def missing(**_):
+        raise error
+
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", missing)
+    with pytest.raises(UserError, match=message):
+        load_model(saved, quantization="4bit")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel is installed")
+def test_a_checkpoint_of_a_quantisation_whose_package_is_not_here(saved, tmp_path):
+    path = tmp_path / "model" / "config.json"
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(UserError, match=r"model cannot be read quantised \(awq\) here: .*gptqmodel"):
+        load_model(saved)
+    with pytest.raises(UserError, match=r"is stored quantised already \(awq\); leave the quantization 4bit out"):
+        load_model(saved, quantization="4bit")
+
+
+@quantised
+def test_a_quantised_checkpoint_stays_what_it_is(saved, tmp_path, capsys):
+    model = ready(load_model(saved, quantization="4bit"))
+    model.save_pretrained(tmp_path / "stored")
+    found = ready(load_model(str(tmp_path / "stored"), dtype="bfloat16"))
+    assert "is stored quantised (bitsandbytes) and read as it is, not in bfloat16" in capsys.readouterr().err
+    assert found.dtype == torch.float32
+    assert torch.equal(logits(found), logits(model))
+
+
+@quantised
+@pytest.mark.parametrize(("dtype", "products"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "float32")])
+def test_the_dtype_of_a_quantised_model(saved, monkeypatch, dtype, products):
+    monkeypatch.setattr("prefdistill.models.fast_bf16", lambda: False)
+    model = load_model(saved, dtype=dtype, quantization="4bit")
+    assert model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    assert model_identity(model)["quantization"]["bnb_4bit_compute_dtype"] == products
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == getattr(torch, products)
+
+
+@quantised
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_model_stays_the_same_when_it_is_used(saved, bits):
+    model = ready(load_model(saved, quantization=bits))
+    identity, before = model_identity(model), logits(model)
+    assert model_identity(model) == identity
+    assert torch.equal(logits(model), before)
+    assert identity == model_identity(ready(load_model(saved, quantization=bits)))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.data[0] += 1
+    assert model_identity(model)["weights_sha256"] != identity["weights_sha256"]
+
+
+@quantised
+def test_4bit_products_are_those_of_the_weights_read_back(saved):
+    from bitsandbytes.functional import dequantize_4bit
+
+    model, plain = ready(load_model(saved, quantization="4bit")), ready(load_model(saved))
+    expected = logits(plain)
+    for name, module in model.named_modules():
+        if getattr(module, "quant_state", None) is not None:
+            plain.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, module.quant_state)
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(plain), expected, atol=0.1)
+
+
+@quantised
+def test_a_4bit_model_that_was_run_on_a_cpu_before_is_refused(saved):
+    model = load_model(saved, quantization="4bit")
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UserError, match=r"this 4-bit model has been run on the CPU.*; load it anew"):
+        ready(model)
+
+
+@quantised
+def test_experts_that_are_not_quantised_are_named(tokenizer, tmp_path, capsys):
+    from transformers import MixtralConfig
+
+    shape = SHAPE | {"num_key_value_heads": 2, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**shape, vocab_size=len(tokenizer)))
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path), quantization="4bit")
+    assert "its experts (1,536 weights) stay in float32" in capsys.readouterr().err
+
+
+def test_a_quantised_model_is_not_moved(make_model):
+    model = make_model().train()
+    model.is_quantized, model.to = True, None
+    assert not ready(model).training
 
 
 # -- identity ----------------------------------------------------------------------------------------------------------
@@ -155,6 +301,40 @@ def test_identity_goes_by_the_weights_not_the_place(saved, make_model):
     assert found["weights_sha256"] == made["weights_sha256"]
     assert found["name"] == saved
     assert (found["revision"], found["dtype"], found["architecture"]) == (None, "float32", "LlamaForCausalLM")
+
+
+def test_what_is_said_of_a_plain_model_does_not_change(make_model):
+    """Stores that were made before would be another request's."""
+    model, digest = make_model(), hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} torch.float32 {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    assert model_identity(model, "org/name") == {
+        "name": "org/name",
+        "revision": None,
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float32",
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def test_weights_that_are_no_tensors_count():
+    """As quantisation has them: several tensors in one, or numbers beside it."""
+
+    class Packed:
+        def __init__(self, codes, scale):
+            self.codes, self.scale = torch.tensor(codes, dtype=torch.uint8), torch.tensor(scale)
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+    def digest(codes, scale, group):
+        state = {"weight": Packed(codes, scale), "group": group}
+        model = types.SimpleNamespace(state_dict=lambda: state, name_or_path="", dtype=torch.float32)
+        return model_identity(model)["weights_sha256"]
+
+    same = digest([1, 2], 0.5, 64)
+    assert same == digest([1, 2], 0.5, 64)
+    assert len({same, digest([1, 3], 0.5, 64), digest([1, 2], 0.25, 64), digest([1, 2], 0.5, 32)}) == 4
 
 
 def test_another_dtype_is_another_model(make_model):

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
 
 # Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
 # between prompt and response, and a training conversation ends where a generated one does.
@@ -35,9 +37,45 @@ def default_device() -> "torch.device":
     return torch.device("cpu")
 
 
+def fast_bf16() -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32."""
+    import torch
+
+    device = default_device().type
+    if device == "cpu":  # AVX-512's bf16 took 1.5 to 2 times as long as float32 where we measured it
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    backend = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device)
+    return backend is not None and backend.is_bf16_supported(including_emulation=False)
+
+
+def default_dtype(role: str) -> str:
+    """The dtype in which a model is read if nobody names one, as `load_model` takes it.
+
+    A reference is read in float32, as the student is trained; a teacher in bfloat16 where that is fast, elsewhere as it
+    is stored.
+    """
+    if role == "reference":
+        return "float32"
+    return "bfloat16" if fast_bf16() else "auto"
+
+
 def ready(model: Any) -> "PreTrainedModel":
-    """The model in eval mode on the accelerator, where there is one."""
-    return model.to(default_device()).eval()
+    """The model in eval mode on the accelerator, where there is one; a quantised one stays where it was loaded.
+
+    Raises:
+        UserError: if bitsandbytes has packed a 4-bit model anew.
+    """
+    for module in model.modules():
+        # In its first forward on a CPU, bitsandbytes packs 4-bit weights for products of single tokens: slower for
+        # whole batches, in bf16 whatever was asked for, and a state dict read afterwards spoils them (as of 0.50.2).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise UserError(
+                    "this 4-bit model has been run on the CPU, which packs its weights in a way that cannot be read "
+                    "back; load it anew and hand it over before its first forward, or give its name"
+                )
+            module.support_avx512bf16_for_cpu = False
+    return (model if getattr(model, "is_quantized", False) else model.to(default_device())).eval()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -47,7 +85,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("tokenizer", name, error)) from error
+        raise UserError(_not_loaded("tokenizer", name, _first_line(error))) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token (eos_token); set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -55,16 +93,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
     return tokenizer
 
 
-def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> "PreTrainedModel":
-    """Causal language model of a Hub name or directory; a PEFT adapter is merged into its base.
+def load_model(
+    name: str, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """Causal language model of a Hub name or directory.
+
+    A PEFT adapter is merged into its base, or stays beside it where the base is quantised: merging would round it. A
+    checkpoint that is stored quantised is read as it is, whatever the dtype.
 
     Args:
         name: Hub name or directory.
         dtype: "auto" (as the checkpoint is stored), "float32", "bfloat16" or "float16".
+        quantization: "4bit" (NF4) or "8bit" (LLM.int8) by bitsandbytes, on the accelerator where there is one. The
+            dtype is that of everything else and of 4-bit products; "auto" multiplies in bfloat16 where that is fast,
+            else in float32. In 8 bits a large activation changes how its whole batch is rounded, so what is said of a
+            sequence depends a little on those beside it.
         trust_remote_code: let the model's repository run its own code. Off unless asked for.
 
     Raises:
-        UserError: if there is no such model, or it cannot be loaded as a causal language model.
+        UserError: if there is no such model, it cannot be loaded as a causal language model, or what its quantisation
+            needs is not here.
     """
     import torch
     from safetensors import SafetensorError
@@ -72,42 +120,127 @@ def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
 
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization must be {' or '.join(QUANTIZATIONS)}, got {quantization!r}")
+    stored = _stored_quantization(name)
+    if stored and quantization:
+        raise UserError(f"{name} is stored quantised already ({stored}); leave the quantization {quantization} out")
+    if stored and dtype != "auto":
+        say(f"{name} is stored quantised ({stored}) and read as it is, not in {dtype}")
+        dtype = "auto"
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "trust_remote_code": trust_remote_code,
     }
+    method = stored or (quantization and "bitsandbytes")
     try:
+        if method:
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every 8-bit product
+            options["device_map"] = {"": default_device()}
+        if quantization:
+            options["quantization_config"] = _bitsandbytes(quantization, dtype)
         if (Path(name) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload()
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+            adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
+            return adapted if method else adapted.merge_and_unload()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(_not_loaded("model", name, error)) from error
+        raise UserError(_not_loaded("model", name, _first_line(error))) from error
+    except (ImportError, NameError, RuntimeError) as error:  # a package or hardware that the quantisation needs
+        if not method or isinstance(error, torch.OutOfMemoryError):
+            raise
+        if isinstance(error, ImportError) and "bitsandbytes" in str(error):
+            raise UserError(f'{name} needs bitsandbytes: pip install "prefdistill[quantized]"') from error
+        raise UserError(f"{name} cannot be read quantised ({method}) here: {_first_line(error)}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers has made them up
+        raise UserError(_not_loaded("model", name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
+    if quantization:
+        _say_unquantised(model, name)
+    return model
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> str:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _stored_quantization(name: str) -> str | None:
+    """The method that a checkpoint, or the base of an adapter's, is stored quantised with."""
+    from transformers import PreTrainedConfig
+
+    try:
+        if (adapter := Path(name) / "adapter_config.json").is_file():
+            name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever loads it says what is wrong
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return str(found.get("quant_method", "bitsandbytes")) if found else None
+
+
+def _say_unquantised(model: Any, name: str) -> None:
+    """bitsandbytes quantises linear layers; experts that are one tensor are none."""
+    experts = [p for key, p in model.named_parameters() if ".experts." in key and p.is_floating_point()]
+    if experts:
+        kept, dtype = sum(p.numel() for p in experts), str(model.dtype).removeprefix("torch.")
+        say(f"{name}: its experts ({kept:,} weights) stay in {dtype}: bitsandbytes quantises linear layers only")
+
+
+def _bitsandbytes(quantization: str, dtype: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if dtype == "auto":
+        dtype = "bfloat16" if fast_bf16() else "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
+
+
+def _not_loaded(what: str, name: str, reason: str) -> str:
     if name and Path(name).exists():
         return f"{name} is there but holds no {what} that transformers can load: {reason}"
     return f"no {what} at {name!r}: neither a directory here nor a name the Hub gave us ({reason})"
 
 
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
-    """What makes two models the same for us: name, Hub revision, architecture, dtype and a digest of every weight."""
+    """What makes two models the same for us: name, Hub revision, architecture, dtype, a digest of every weight, and how
+    they are quantised, if they are."""
     import torch
 
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-    return {
+    for key, value in sorted(model.state_dict().items()):
+        for part, tensor in _parts(key, value):
+            if isinstance(tensor, torch.Tensor):
+                digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+            else:
+                digest.update(f"{part} {tensor!r}".encode())
+    identity = {
         "name": name or model.name_or_path,
         "revision": hub_revision(name),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_sha256": digest.hexdigest(),
     }
+    if getattr(model, "is_quantized", False):
+        settings = model.config.quantization_config
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        told = {key: value for key, value in settings.items() if not key.startswith("_")}
+        identity["quantization"] = json.loads(json.dumps(told, default=str))
+    return identity
+
+
+def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A weight, or the tensors that a quantised one is made of."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield key, value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _parts(f"{key}.{name}", getattr(value, name))
 
 
 def model_key(name: str | None) -> Any:

@@ -31,6 +31,8 @@ def soft_value(logits: Tensor, temperature: float = 1.0) -> Tensor:
     if not 0 < temperature < float("inf"):
         raise ValueError(f"the value temperature must be positive and finite, got {temperature}")
     scores = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature == 1:
+        return torch.logsumexp(scores, dim=-1)
     return temperature * torch.logsumexp(scores / temperature, dim=-1)
 
 
