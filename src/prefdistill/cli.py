@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -245,9 +245,28 @@ def signals(
     ] = None,
     max_length: MaxLength = 1024,
     max_prompt_length: MaxPrompt = None,
+    positions: Annotated[
+        Literal["all", "endpoints"],
+        typer.Option(help="Values of all states, or of the endpoints only, all that TVKD needs with discount 1."),
+    ] = "all",
+    value_dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="What values are stored in; float16 is half the size.")
+    ] = "float32",
+    topk_coding: Annotated[
+        Literal["packed", "float32"] | None,
+        typer.Option(help="packed (2.5 bytes an id) or float32 (exact, 8 bytes); default: exact for --k vocab only."),
+    ] = None,
     value_temperature: Annotated[float, typer.Option(help="b of the soft value b*logsumexp(z/b).")] = 1.0,
     dtype: Annotated[
-        str | None, typer.Option(help="dtype of the weights; default: float32 for a reference, else auto.")
+        str | None,
+        typer.Option(
+            help="dtype of the weights; default: float32 for a reference, else bfloat16 where the hardware multiplies "
+            "it fast, else as stored."
+        ),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Read the weights in 4bit or 8bit (bitsandbytes); a quantised checkpoint needs no option."),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 16_384,
@@ -274,11 +293,15 @@ def signals(
         role=role,
         responses=_listed(responses),
         truncation=Truncation(max_length, max_prompt_length),
+        positions=positions,
+        value_dtype=value_dtype,
+        topk_coding=topk_coding,
         value_temperature=value_temperature,
         k="vocab" if k == "vocab" else int(k),
         p=p,
         ids_from=Signals.open(ids_from) if ids_from else None,
         dtype=dtype,
+        quantization=quantization,
         bf16=bf16,
         batch_tokens=batch_tokens,
         trust_remote_code=trust_remote_code,
@@ -286,7 +309,10 @@ def signals(
     size = sum(path.stat().st_size for path in (out / "shards").iterdir())
     _print(f"{len(store.rows)} of {len(store)} rows, {', '.join(store.kinds)}, {size:,} bytes in {out}")
     found = {"out": str(out), "pairs": len(store.rows), "rows": len(store), "kinds": list(store.kinds), "bytes": size}
-    if "values" in store.kinds and {"chosen", "rejected"} <= set(store.responses):
+    if error := store.manifest["topk"].get("kl_error"):
+        found["kl_error"] = error
+        _print(f"packing moved the distributions by {error['mean']:.1e} nats on average ({error['max']:.1e} at most)")
+    if "values" in store.kinds and positions == "all" and {"chosen", "rejected"} <= set(store.responses):
         found["gauge_flips"] = flips = gauge_flips(store)
         _print(
             f"the value's order of {flips['mean']:.0%} of the pairs turns under a change of gauge that no policy shows "

@@ -200,7 +200,10 @@ class StudentStart(Section):
 
 
 class SignalOptions(Section):
-    dtype: Dtype = "auto"  # of the teacher's weights while it is read; auto: as they are stored
+    dtype: Dtype | None = None  # of the teacher's weights while it is read; null: bfloat16 where it is fast, else auto
+    quantization: Literal["4bit", "8bit"] | None = None  # of the teacher's weights while it is read
+    value_dtype: Literal["float32", "float16"] = "float32"
+    topk_coding: Literal["packed", "float32"] | None = None  # null: packed, but exact for k: vocab
     value_temperature: PositiveFloat = 1.0
     k: PositiveInt | Literal["vocab"] = 50  # tokens kept of each distribution, the likeliest ones,
     p: float | None = Field(default=None, gt=0, le=1)  # or fewer, where fewer hold this share of the probability

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.data import SCORES, ended_column, load_pairs
 from prefdistill.methods import Method, sampled
+from prefdistill.models import default_dtype
 from prefdistill.sample import sample_responses
 from prefdistill.signals import Need, Signals, extract_signals
 from prefdistill.signals.store import SIDES
@@ -57,7 +58,7 @@ class Supply:
             return name
         seed = run.seed + SAMPLING_SEED * (start.round if own else 0)
         options = recipe.sampling.model_dump()
-        dtype = recipe.model.dtype if own else recipe.signals.dtype
+        dtype = recipe.model.dtype if own else recipe.signals.dtype or default_dtype("teacher")
         request = {
             "model": run.name_of(model),
             "truncation": str(run.truncation),
@@ -142,14 +143,15 @@ class Supply:
             teacher = self._extract(Need("teacher", "topk", responses), start)
             ids_from = self.stores[teacher]
             after.append(teacher)
+        asked = run.recipe.signals
+        unused = set() if kinds.intersection(("values", "logprob_values")) else {"value_dtype"}
+        unused |= set() if "topk" in kinds and ids_from is None else {"k", "p", "topk_coding"}
+        options: dict[str, Any] = asked.model_dump(exclude=unused)
         # the reference is read as the student is trained: same weights, same precision
-        reading = (
-            {"dtype": run.recipe.model.dtype, "bf16": True in run.reference_bf16()}
-            if role == "reference"
-            else {"dtype": run.recipe.signals.dtype, "bf16": False}
-        )
-        unused = {"dtype"} | (set() if "topk" in kinds and ids_from is None else {"k", "p"})
-        options: dict[str, Any] = run.recipe.signals.model_dump(exclude=unused) | reading
+        if role == "reference":
+            options |= {"dtype": run.recipe.model.dtype, "quantization": None, "bf16": True in run.reference_bf16()}
+        else:
+            options |= {"dtype": asked.dtype or default_dtype(role), "bf16": False}
         request = {
             "model": run.name_of(model),
             "kinds": sorted(kinds),

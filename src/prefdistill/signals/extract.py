@@ -16,7 +16,7 @@ from prefdistill.encode import Dropped, Truncation, encode_pairs, nothing_left
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, write_json
 from prefdistill.logprobs import emittable_ids, vocabulary_rows
-from prefdistill.models import load_model, load_tokenizer, model_identity, ready, tokenizer_identity
+from prefdistill.models import default_dtype, load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import TopKRequest, emittable_count, score_pairs
@@ -62,6 +62,7 @@ def extract_signals(
     ids_from: Signals | None = None,
     topk_coding: Literal["packed", "float32"] | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     bf16: bool = False,
     batch_tokens: int = 16_384,
     shard_rows: int = 1_024,
@@ -92,7 +93,9 @@ def extract_signals(
         value_temperature: b of the soft value.
         k, p, ids_from, topk_coding: which tokens a "topk" signal keeps, and how, see `TopKRequest`.
         dtype: of the weights, when the model is loaded here. Default: "float32" for a reference, which must be read as
-            the student is trained, "auto" (as stored) for a teacher.
+            the student is trained; for a teacher "bfloat16" where the hardware multiplies it fast, else as stored. A
+            checkpoint that is stored quantised is read as it is.
+        quantization: read the weights in "4bit" or "8bit", see `prefdistill.models.load_model`; not of a reference.
         bf16: run the float32 model under bfloat16 autocast, as a bf16 training run does.
         batch_tokens: padded tokens per forward pass.
         shard_rows: pairs per file, the unit of resuming.
@@ -133,7 +136,12 @@ def extract_signals(
         raise UserError("k and p say which tokens a topk signal keeps: leave them out without it, and with ids_from")
     if topk_coding is not None and "topk" not in kinds:
         raise UserError("topk_coding says how a topk signal is stored: leave it out without one")
+    if quantization is not None and role == "reference":
+        raise UserError("a reference is read as the student is trained: leave the quantization out")
+    if quantization is not None and not isinstance(model, str):
+        raise UserError("quantization is for a model that is loaded here, by name: leave it out for one in memory")
     truncation = truncation or Truncation()
+    team = processes()  # before the model is loaded: it gives each process its device
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
     if isinstance(dataset, str):
@@ -144,8 +152,8 @@ def extract_signals(
         source = model if isinstance(model, str) else model.name_or_path
         tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
     if isinstance(model, str):
-        dtype = dtype or ("float32" if role == "reference" else "auto")
-        model = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        dtype = dtype or default_dtype(role)
+        model = load_model(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
     model = ready(model)
 
     if ids_from is not None:
@@ -176,7 +184,6 @@ def extract_signals(
         "layout": layout.kind,
     }
     out = Path(out)
-    team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
         if _finished(out, request):
             return Signals.open(out)
