@@ -663,3 +663,145 @@ def test_a_score_that_is_missing_is_named(pairs):
     assert len(signals.column("score_rejected")) == len(pairs)
     with pytest.raises(UserError, match="column 'score_chosen' has no number in row 3"):
         signals.column("score_chosen")
+
+
+# -- how signals are stored --------------------------------------------------------------------------------------------
+
+
+def test_packed_distributions_are_the_exact_ones_within_the_error_that_the_manifest_states(
+    extract, make_model, sharp_model, pairs
+):
+    """Ids and their order stay; a reference at another store's ids too; nucleus-sized distributions as well."""
+    for ask in ({"k": 9}, {"k": 9, "p": 0.7}):
+        exact, packed = extract(sharp_model, "topk", **ask, **EXACT), extract(sharp_model, "topk", **ask)
+        read = [extract(make_model(), "topk", role="teacher_reference", ids_from=store) for store in (exact, packed)]
+        assert packed.manifest["topk"]["coding"] == read[1].manifest["topk"]["coding"] == "packed"
+        for one, other in ((exact, packed), tuple(read)):
+            divergences = []
+            for row in one.rows:
+                for side in ("chosen", "rejected"):
+                    a, b = one.row(row)[side], other.row(row)[side]
+                    assert a.keys() == b.keys()
+                    np.testing.assert_array_equal(a["topk_counts"], b["topk_counts"])
+                    if "topk_ids" in a:
+                        np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
+                    np.testing.assert_allclose(a["topk_logps"], b["topk_logps"], atol=0.2)
+                    terms = np.exp(a["topk_logps"]) * (a["topk_logps"].astype(np.float64) - b["topk_logps"])
+                    rest = np.exp(a["topk_rest"]) * (a["topk_rest"].astype(np.float64) - b["topk_rest"])
+                    starts = np.cumsum(a["topk_counts"]) - a["topk_counts"]
+                    divergences += (np.add.reduceat(terms, starts) + rest).tolist()
+            stated = other.manifest["topk"]["kl_error"]
+            assert stated["states"] == len(divergences)
+            assert stated["mean"] == pytest.approx(np.mean(divergences), abs=2e-7)
+            assert stated["max"] == pytest.approx(np.max(divergences), abs=2e-6)
+            assert 0 < stated["mean"] < 1e-3
+            assert "kl_error" not in one.manifest["topk"]
+    together = SignalSet.of([packed, read[1]], pairs).at(np.array([3, 0, 20]))
+    np.testing.assert_array_equal(
+        together.topk("teacher", "chosen").ids, together.topk("teacher_reference", "chosen").ids
+    )
+
+
+def test_endpoints_are_what_tvkd_needs_and_no_more_than_16_bytes_a_pair(extract, make_model, pairs):
+    from prefdistill.methods import shaping_returns
+
+    cut = {"truncation": Truncation(max_length=26)}  # some responses have no end
+    whole, ends = (
+        extract(make_model(5), "values", **cut),
+        extract(make_model(5), "values", positions="endpoints", **cut),
+    )
+    both = [SignalSet.of([store], pairs) for store in (whole, ends)]
+    assert not whole.scalar("chosen_ended", whole.rows).all()
+    for side in ("chosen", "rejected"):
+        for terminal in ("last", "zero"):
+            a, b = (shaping_returns(s, side, discount=1.0, terminal=terminal) for s in both)
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        for asked in ({"discount": 0.9, "terminal": "last"}, {"discount": 1.0, "terminal": "bootstrap"}):
+            with pytest.raises(UserError, match=r"endpoints that these signals hold: .*--positions all"):
+                shaping_returns(both[1], side, **asked)
+    row = ends.row(3)
+    assert (
+        row["chosen"]["start_value"]
+        == row["rejected"]["start_value"]
+        == pytest.approx(whole.row(3)["chosen"]["values"][0])
+    )
+    assert set(row["chosen"]) == {"tokens", "ended", "start_value", "end_value"}
+
+
+def test_only_two_states_of_a_response_are_projected_for_its_endpoints(tmp_path, make_model, pairs, tokenizer):
+    model, rows = make_model(), []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[-2]))
+    extract_signals(model, pairs, tokenizer, ("values",), tmp_path / "ends", positions="endpoints")
+    assert sum(rows) == 2 * 2 * len(pairs)
+
+
+def test_values_in_16_bits(extract, make_model, pairs):
+    exact, half = extract(make_model(5), "values"), extract(make_model(5), "values", value_dtype="float16")
+    for row in exact.rows:
+        a, b = exact.row(row)["chosen"]["values"], half.row(row)["chosen"]["values"]
+        assert (a.dtype, b.dtype) == (np.float32, np.float16)
+        np.testing.assert_allclose(a, b, rtol=2**-11)
+    loud = make_model(5)
+    loud.lm_head.weight.data *= 1e5
+    with pytest.raises(UserError, match="a value of row 0 is too large for float16; store values as float32"):
+        extract(loud, "values", value_dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "ends"}, "positions are all or endpoints, got 'ends'"),
+        ({"positions": "endpoints"}, "endpoints are a matter of values alone, not of logps"),
+        ({"kinds": ("topk",), "positions": "endpoints"}, "a matter of values alone, not of topk"),
+        ({"value_dtype": "int8"}, "stored as float32 or float16, got 'int8'"),
+        ({"kinds": ("logps",), "value_dtype": "float16"}, "of the values of all states: leave it out"),
+        ({"kinds": ("topk",), "topk_coding": "zip"}, "packed or float32, got 'zip'"),
+        ({"topk_coding": "packed"}, "leave it out without one"),
+        ({"quantization": "4bit"}, "for a model that is loaded here"),
+        ({"quantization": "4bit", "role": "reference"}, "a reference is read as the student is trained"),
+    ],
+)
+def test_bad_requests_of_storage(tmp_path, make_model, pairs, tokenizer, options, message):
+    with pytest.raises(UserError, match=message):
+        extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_few_rows_are_read_without_the_rest(extract, make_model, monkeypatch):
+    """Small row groups, of which those asked for are read and the last ones kept."""
+    from prefdistill.signals import shards
+
+    monkeypatch.setattr(shards, "GROUP_BYTES", 2_000)
+    monkeypatch.setattr(shards, "GROUPS_KEPT", 2)
+    store = extract(make_model(5), "values", "topk", k=9)
+    shard = store.shards[0]
+    groups = shard.file.num_row_groups
+    assert groups > 5
+    whole = [store.topk("chosen", np.array([row])).logps for row in store.rows]
+    assert len(shard._groups) == 2
+    for row in (20, 3, 20):
+        np.testing.assert_array_equal(store.topk("chosen", np.array([row])).logps, whole[row])
+    import pickle
+
+    again = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(again.topk("chosen", np.array([7])).logps, whole[7])
+
+
+def test_no_pair_that_is_left_leaves_nothing_behind(tmp_path, make_model, pairs, tokenizer):
+    with pytest.raises(UserError, match="No pair is left: dropped 24 rows"):
+        extract_signals(
+            make_model(), pairs, tokenizer, out=tmp_path / "s", truncation=Truncation(max_length=3), shard_rows=5
+        )
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_shard_of_which_nothing_is_left(tmp_path, make_model, pairs, tokenizer):
+    rows = [dict(row) for row in pairs]
+    for row in rows[5:10]:
+        row["prompt"] = [{"role": "user", "content": "long " * 60}]
+    ask = {"truncation": Truncation(max_length=48), "shard_rows": 5, "kinds": ("values", "topk"), "k": 4}
+    store = extract_signals(make_model(), Dataset.from_list(rows), tokenizer, out=tmp_path / "s", **ask)
+    assert store.rows.tolist() == [*range(5), *range(10, 24)]
+    assert store.manifest["dropped"]["rows"] == [5, 6, 7, 8, 9]
+    assert [shard["rows"] for shard in store.manifest["shards"]] == [5, 0, 5, 5, 4]
+    assert store.topk("chosen", np.array([12, 2])).ids.shape[1] == 4
