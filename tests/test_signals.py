@@ -805,3 +805,44 @@ def test_a_shard_of_which_nothing_is_left(tmp_path, make_model, pairs, tokenizer
     assert store.manifest["dropped"]["rows"] == [5, 6, 7, 8, 9]
     assert [shard["rows"] for shard in store.manifest["shards"]] == [5, 0, 5, 5, 4]
     assert store.topk("chosen", np.array([12, 2])).ids.shape[1] == 4
+
+
+def test_the_page_on_stores_shows_how_to_read_one_without_us(tmp_path, make_model, pairs, tokenizer, monkeypatch):
+    from pathlib import Path
+
+    page = (Path(__file__).parents[1] / "docs" / "signals.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    store = extract_signals(make_model(), pairs, tokenizer, ("topk",), "signals/teacher", k=7, p=0.9)
+    found = {}
+    exec(code, found)
+    expected = [store.row(row)["chosen"] for row in range(24)]
+    for name in ("ids", "logps", "rest"):
+        np.testing.assert_array_equal(found[name], np.concatenate([row[f"topk_{name}"] for row in expected]))
+
+
+def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
+    """All columns of a shard but the texts' offsets and lengths, with ids that nothing compresses."""
+    from prefdistill.signals.extract import _columns
+    from prefdistill.signals.shards import Shard, write_shard
+
+    rng = np.random.default_rng(0)
+    found, states = (
+        {"chosen_topk_ids": [], "chosen_topk_logps": [], "chosen_topk_rest": [], "chosen_topk_counts": []},
+        0,
+    )
+    for tokens in rng.integers(50, 400, size=24):
+        logps = torch.from_numpy(rng.normal(0, 3, (tokens, 20_000))).log_softmax(-1)
+        top = logps.topk(50).values.numpy().astype(np.float32)
+        found["chosen_topk_ids"].append(np.concatenate([rng.choice(128_256, 50, replace=False) for _ in top]))
+        found["chosen_topk_logps"].append(top.ravel())
+        found["chosen_topk_rest"].append(np.log1p(-np.exp(top.astype(np.float64)).sum(1)).astype(np.float32))
+        found["chosen_topk_counts"].append(np.full(tokens, 50, np.int32))
+        states += tokens
+    rows = {"row": list(range(24)), "chosen_ids": [[0]] * 24, "chosen_ended": [True] * 24, "chosen_offsets": [[1]] * 24}
+    request = {"positions": "all", "value_dtype": "float32", "topk": {"coding": "packed", "id_bits": 17}}
+    columns, errors = _columns(rows, ("chosen",), found, request)
+    write_shard(tmp_path / "s.parquet", columns, {"kept": 24})
+    assert (tmp_path / "s.parquet").stat().st_size / states <= 128
+    assert np.mean(errors) < 1e-3
+    assert Shard(tmp_path / "s.parquet").notes == {"kept": 24}

@@ -67,6 +67,7 @@ def write_shard(path: Path, columns: dict[str, Sequence[Any]], notes: dict[str, 
             row_group_size=rows,
             use_dictionary=dictionaries,
             column_encoding=encodings,
+            write_statistics=False,  # nobody searches these files by value
         )
 
 
