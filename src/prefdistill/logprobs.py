@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from prefdistill.batches import causal_lm, model_inputs
 
 # Logits alive at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB: the fastest of 2..128 MiB
-# where it was measured), elsewhere enough rows to keep the matrix product at full speed (256 MiB).
+# where it was measured), elsewhere enough rows to keep the matrix product at full speed (256 MiB). In training every
+# tile adds a gradient as large as the head, so there are fewer of them (128 MiB).
 TILE_ELEMENTS = {"cpu": 2**21, "other": 2**26}
+TRAINING_TILE_ELEMENTS = 2**25
 
 Reduce = Callable[..., tuple[Tensor, ...]]
 
@@ -132,7 +134,8 @@ def reduce_logits(
 
     The model is called as a whole, so wrappers (data parallel, PEFT) do their work; only its forward is replaced for
     the call. The new forward runs the backbone, then the model's *own* code from the last hidden state to the logits
-    (soft-capping and scaling included) tile by tile. With gradients on, a tile's logits are made again in backward.
+    (soft-capping and scaling included) tile by tile. With gradients on, the logits of
+    more than one tile are made again in backward.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
@@ -180,9 +183,12 @@ def reduce_logits(
         def reduced(hidden: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
             return reduce(logits_of(hidden, slim), *slices)
 
-        elements = TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
+        training = torch.is_grad_enabled()
+        elements = TRAINING_TILE_ELEMENTS if training else TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
         size = tile or max(1, elements // vocabulary_rows(lm))
-        run = functools.partial(checkpoint, reduced, use_reentrant=False) if torch.is_grad_enabled() else reduced
+        # one tile's logits may as well stay: backward would make them again at once
+        again = training and len(hidden) > size
+        run = functools.partial(checkpoint, reduced, use_reentrant=False) if again else reduced
         tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
         return tuple(torch.cat(parts) for parts in zip(*(run(*slices) for slices in tiles), strict=True))
 
