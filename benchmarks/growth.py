@@ -1,0 +1,66 @@
+"""How time and memory of extraction grow with the data and with the vocabulary.
+
+    python -m benchmarks.growth --shape tiny --pairs 64
+
+Time should grow as the data does, memory not at all; with a vocabulary four times as large memory should stay as it is.
+"""
+
+import argparse
+
+from benchmarks.harness import Variant, add_options, device_name, measure, summary, table, write_report
+from benchmarks.shapes import SHAPES
+
+SIZES = {"1x": (1, 1), "4x data": (4, 1), "16x data": (16, 1), "4x vocabulary": (1, 4)}
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--pairs", type=int, default=64, help="at 1x")
+    parser.add_argument("--data", help="a .jsonl(.gz) file of real pairs, whose lengths are taken")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens in a batch")
+    parser.add_argument("--kinds", default="values", help="signals that are made, with commas")
+    add_options(parser)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    ways = [
+        Variant(
+            name,
+            "benchmarks.passes:stored",
+            {
+                "kinds": args.kinds.split(","),
+                "shape": {**shape, "vocab_size": vocabulary * shape["vocab_size"]},
+                "pairs": data * args.pairs,
+                "source": args.data,
+                "max_length": args.max_length,
+                "dtype": args.dtype,
+                "batch": 16,
+                "budget": args.budget,
+                "shard_rows": args.pairs,  # the data are 1, 4 and 16 shards
+            },
+        )
+        for name, (data, vocabulary) in SIZES.items()
+    ]
+    # one after another: what memory is left to one must not depend on the others
+    found = measure(ways, rounds=args.rounds, warmup=0, threads=args.threads, timed_by=args.clock, together=False)
+    rows, base = [], found["1x"]
+    for name, one in found.items():
+        if one.error:
+            rows.append([name, one.error, "", "", ""])
+            continue
+        seconds, tokens = one.median("seconds"), one.facts["tokens"]
+        above, first = (m.memory["peak"] - m.memory["loaded"] for m in (one, base))
+        slower = (seconds / tokens) / (base.median("seconds") / base.facts["tokens"])
+        memory = [f"{above / MIB:,.0f}", f"{above / first:.2f}"]
+        rows.append([name, f"{tokens:,}", f"{tokens / seconds:,.0f}", f"{slower:.2f}", *memory])
+    print(f"{args.kinds} of {args.shape} in {args.dtype} on {device_name()}, {args.pairs} pairs at 1x\n")
+    header = ["size", "tokens", "tokens/s", "time per token, x", "MiB above the model", "x"]
+    print(table(header, rows))
+    write_report(args, "growth", variants=summary(found, "1x"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Models of well-known shapes with random weights, and what a pass through them costs."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def _shape(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+# The last three have the sizes of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B, all as Llamas: without Qwen's biases.
+SHAPES = {
+    "nano": _shape(512, 32, 64, 2, 4, 2, True),
+    "tiny": _shape(8_192, 256, 704, 4, 4, 4, True),
+    "small": _shape(32_768, 512, 1_408, 8, 8, 8, True),
+    "qwen-0.5b": _shape(151_936, 896, 4_864, 24, 14, 2, True),
+    "llama-1b": _shape(128_256, 2_048, 8_192, 16, 32, 8, True),
+    "llama-8b": _shape(128_256, 4_096, 14_336, 32, 32, 8, False),
+}
+
+# Dense bfloat16 FLOP/s of the tensor cores, from NVIDIA's data sheets (half of what they give "with sparsity"). The
+# first name that the device's name contains counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2_250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "4090": 165e12,
+}
+
+
+def make_model(
+    shape: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", seed: int, dtype: "torch.dtype | None" = None
+) -> "PreTrainedModel":
+    """A random model of a shape, made on the accelerator where there is one. The same seed gives the same weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from prefdistill.models import default_device
+
+    config = LlamaConfig(
+        **shape,
+        max_position_embeddings=131_072,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    with torch.device(default_device()):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+
+
+def forward_flops(shape: dict[str, Any], lengths: Iterable[int], head_states: int) -> int:
+    """FLOP of one forward pass: two for each weight and token, and those of attention.
+
+    What is useful counts, not what is done: padding and what is computed twice do not. Attention counts as the full
+    square, as is usual, though a causal one needs half. Training takes three times as many.
+
+    Args:
+        shape: of `SHAPES`.
+        lengths: tokens of each sequence.
+        head_states: states whose logits are made.
+    """
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    size = hidden // heads
+    attention = hidden * size * 2 * (heads + shape["num_key_value_heads"])
+    layer = attention + 3 * hidden * shape["intermediate_size"]
+    lengths = list(lengths)
+    scores = 4 * heads * size * sum(n * n for n in lengths)
+    body = shape["num_hidden_layers"] * (2 * layer * sum(lengths) + scores)
+    return body + 2 * hidden * shape["vocab_size"] * head_states
+
+
+def peak_flops(device: str) -> float | None:
+    """Of a GPU by its name; None for one that is not listed, and for a CPU."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)

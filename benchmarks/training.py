@@ -1,0 +1,296 @@
+"""Steps of training: ours against TRL's on the same pairs, top-k distillation against whole distributions.
+
+    python -m benchmarks.training --shape tiny
+    python -m benchmarks.training --shape llama-1b --bf16 --batch 2 --max-length 1024 --variants dpo,trl-dpo
+
+Everyone trains the same random student on the same batches in the same order with the same optimiser. A round is a call
+of `trainer.train()`; its first steps are not timed. Losses are compared: against who does other work nothing is won.
+
+Tokens and FLOP are those of the pairs, a prompt counted once for each response. What a trainer adds to them as padding,
+or saves by sharing prompts, shows in its time; "laid out" says how many tokens its batches had in the end.
+
+On a CPU, TRL's head makes the logits of prompts and padding as well, which it leaves out on a GPU; `trl-dpo-compact` is
+TRL with those left out here too.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import harness
+from benchmarks.shapes import SHAPES, forward_flops, make_model, peak_flops
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+BASELINE = "dpo"
+# variant -> our method, signals
+OURS = {
+    "dpo": ("dpo", ("reference",)),
+    "tvkd": ("tvkd", ("reference", "teacher")),
+    "dckd": ("dckd", ("teacher",)),
+    "adpa": ("adpa", ("own", "own_reference")),
+}
+DENSE = {"dckd-dense": ("chosen", "rejected"), "adpa-dense": ("student_response",)}
+VARIANTS = ("dpo", "trl-dpo", "trl-dpo-compact", "tvkd", "dckd", "dckd-dense", "adpa", "adpa-dense")
+SKIPPED = 2  # steps of a round before the clock starts: the optimiser's memory and the first batch's
+
+
+def prepare(
+    variant: str,
+    directory: str,
+    shape: dict[str, Any],
+    batch: int,
+    steps: int,
+    max_length: int,
+    bf16: bool,
+    checkpointing: bool,
+) -> harness.Prepared:
+    """A trainer, and a round of its steps."""
+    import torch
+    from benchmarks.inputs import make_tokenizer
+    from transformers import PrinterCallback, TrainerCallback
+
+    tokenizer = make_tokenizer(shape["vocab_size"])
+    model = make_model(shape, tokenizer, 0)
+    options = {
+        "output_dir": str(Path(directory) / variant),
+        "per_device_train_batch_size": batch,
+        "max_steps": SKIPPED + steps,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "bf16": bf16,
+        "gradient_checkpointing": checkpointing,
+        "seed": 0,
+    }
+    start = harness.clock()
+    trainer = _trainer(variant, Path(directory), model, options, tokenizer, max_length)
+    facts = {"trainer_seconds": harness.clock() - start, "parameters": model.num_parameters()}
+    ends: list[float] = []
+    work: list[harness.Numbers] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            harness.synchronize()
+            ends.append(harness.clock())
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        made = inner(rows)
+        work.append(_work(rows, max_length, shape) | {"laid_out_tokens": made["input_ids"].numel()})
+        return made
+
+    inner, trainer.data_collator = trainer.data_collator, collate
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Clock())
+
+    def run() -> harness.Numbers:
+        ends.clear()
+        work.clear()
+        trainer.train()
+        timed = work[SKIPPED : SKIPPED + steps]
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        start = harness.clock()
+        batches = sum(1 for _ in zip(ends, trainer.get_train_dataloader(), strict=False))
+        return {
+            "seconds": ends[-1] - ends[SKIPPED - 1],
+            "units": steps,
+            "data_seconds": (harness.clock() - start) * steps / batches,
+            **{name: sum(numbers[name] for numbers in timed) for name in timed[0]},
+            "losses": [entry["loss"] for entry in logged],
+            "chosen_logps": [entry["logps/chosen"] for entry in logged if "logps/chosen" in entry],
+        }
+
+    return run, facts
+
+
+def _trainer(
+    variant: str, directory: Path, model: Any, options: dict[str, Any], tokenizer: Any, max_length: int
+) -> "Trainer":
+    from benchmarks.inputs import load
+    from transformers import TrainingArguments
+
+    from prefdistill import METHODS, PrefDistillTrainer
+    from prefdistill.encode import Truncation
+    from prefdistill.signals import Signals
+
+    data = load(str(directory))
+    if variant in OURS:
+        method, stores = OURS[variant]
+        signals = [Signals.open(directory / store) for store in stores]
+        return PrefDistillTrainer(
+            model, METHODS[method](), TrainingArguments(**options), data, signals, tokenizer,
+            truncation=Truncation(max_length),
+        )  # fmt: skip
+    if variant in DENSE:
+        from benchmarks.dense import DenseTrainer
+
+        method = variant.removesuffix("-dense")
+        return DenseTrainer(
+            model, method, TrainingArguments(**options), data, tokenizer, Truncation(max_length), directory
+        )
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer import utils
+
+    if variant == "trl-dpo-compact":
+        utils._use_triton = lambda device: True  # there it only decides which positions reach the head
+    return DPOTrainer(
+        model,
+        args=DPOConfig(**options, beta=0.1, max_length=max_length, precompute_ref_log_probs=True),
+        train_dataset=data.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+    )
+
+
+def _work(rows: list[dict[str, Any]], max_length: int, shape: dict[str, Any]) -> harness.Numbers:
+    """Tokens of encoded pairs and of their responses, and the FLOP of training on them."""
+    lengths, responses = [], 0
+    for row in rows:
+        prompt = len(row["prompt_ids"])
+        for name in row.keys() - {"prompt_ids"}:
+            if name.endswith("_ids"):
+                lengths.append(min(max_length, prompt + len(row[name])))
+                responses += lengths[-1] - prompt
+    return {
+        "tokens": sum(lengths),
+        "response_tokens": responses,
+        "flops": 3 * forward_flops(shape, lengths, responses),
+    }
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the student (default: tiny)")
+    parser.add_argument("--teacher", choices=SHAPES, default="nano", help="of the teacher, with the student's tokens")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of these, with commas (default: all)")
+    parser.add_argument("--pairs", type=int, help="in the data; default: what a round takes")
+    parser.add_argument("--batch", type=int, default=2, help="pairs per step")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per round")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response")
+    parser.add_argument("--k", type=int, default=50, help="tokens that a top-k signal keeps of each state")
+    parser.add_argument("--data", help="take the lengths of these pairs, a .jsonl or .jsonl.gz file of conversations")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16, weights in float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    harness.add_options(parser)
+    args = parser.parse_args()
+    asked = args.variants.split(",")
+    if unknown := [name for name in asked if name not in VARIANTS]:
+        parser.error(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    args.variants = [name for name in VARIANTS if name in asked or name == BASELINE]
+    args.pairs = args.pairs or (SKIPPED + args.steps) * args.batch
+    return args
+
+
+def main() -> None:
+    args = options()
+    shape = SHAPES[args.shape]
+    stores = {store for name in args.variants for store in OURS.get(name, ((), ()))[1]}
+    common = {"shape": shape, "max_length": args.max_length, "bf16": args.bf16}
+    with tempfile.TemporaryDirectory(prefix="prefdistill-benchmark-") as directory:
+        inputs = {
+            "directory": directory,
+            "teacher": SHAPES[args.teacher] | {"vocab_size": shape["vocab_size"]},
+            "pairs": args.pairs,
+            "source": args.data,
+            "k": args.k,
+            "signals": sorted(stores),
+            "dense": sorted({response for name in args.variants for response in DENSE.get(name, ())}),
+        }
+        each = {"directory": directory, "batch": args.batch, "steps": args.steps}
+        each |= {"checkpointing": args.gradient_checkpointing, **common}
+        how = {"threads": args.threads, "timed_by": args.clock}
+        made = harness.once("benchmarks.inputs:make", {**inputs, **common}, **how)
+        measured = harness.measure(
+            [harness.Variant(name, "benchmarks.training:prepare", {"variant": name, **each}) for name in args.variants],
+            rounds=args.rounds,
+            together=not args.sequential,
+            **how,
+        )
+    found = harness.summary(measured, BASELINE)
+    device = harness.device_name()
+    peak = peak_flops(device) if args.bf16 else None
+    for name, entry in found.items():
+        flops, seconds = measured[name].median("flops"), entry["seconds_per_unit"]
+        entry["flops_per_second"] = flops / seconds if flops and seconds else None
+        entry["mfu"] = entry["flops_per_second"] / peak if peak and entry["flops_per_second"] else None
+        data = measured[name].median("data_seconds")
+        entry["data_share"] = data / seconds if data is not None and seconds else None
+    agreement = _agreement(measured)
+    _print(args, device, measured, found, made, agreement)
+    harness.write_report(args, "training", baseline=BASELINE, inputs=made, variants=found, agreement=agreement)
+
+
+def _agreement(measured: dict[str, harness.Measured]) -> dict[str, Any]:
+    """How far losses and log-probabilities of those that should learn the same are apart, from equal weights on."""
+    first = {name: one.warmup[0] for name, one in measured.items() if one.warmup and one.warmup[0]}
+    found = {}
+    for a, b in (("dpo", "trl-dpo"), ("dpo", "trl-dpo-compact"), ("dckd", "dckd-dense"), ("adpa", "adpa-dense")):
+        if a in first and b in first:
+            gaps = [abs(x - y) for x, y in zip(first[a]["losses"], first[b]["losses"], strict=True)]
+            logps = zip(first[a]["chosen_logps"], first[b]["chosen_logps"], strict=False)
+            found[f"{b} - {a}"] = {
+                "losses": [first[b]["losses"], first[a]["losses"]],
+                "first_step": gaps[0],
+                "most": max(gaps),
+                "chosen_logps": max((abs(x - y) for x, y in logps), default=None),
+            }
+    return found
+
+
+def _print(
+    args: argparse.Namespace,
+    device: str,
+    measured: dict[str, harness.Measured],
+    found: dict[str, harness.Numbers],
+    made: harness.Numbers,
+    agreement: dict[str, Any],
+) -> None:
+    tokens, responses = (measured[BASELINE].median(name) or 0 for name in ("tokens", "response_tokens"))
+    print(
+        f"{args.shape}{', bf16' if args.bf16 else ''} on {device}: {args.batch} pairs a step, {tokens:.0f} tokens, "
+        f"{responses:.0f} of them in responses; {args.rounds} rounds of {args.steps} steps\n"
+    )
+    header = ["variant", "s / step", f"x {BASELINE} (min..max)", "peak above loaded, GiB", f"x {BASELINE}"]
+    header += ["loaded, GiB", "data, % of step", "tokens / s", "laid out", "MFU"]
+    rows = []
+    for name, entry in found.items():
+        if entry["error"]:
+            rows.append([name, "failed", *[""] * (len(header) - 2)])
+            continue
+        seconds, mfu, memory = entry["seconds_per_unit"], entry["mfu"], entry["memory"]
+        rows.append(
+            [
+                name,
+                f"{seconds:.3f}",
+                harness.ratio_text(entry["ratio"]),
+                harness.gib(memory["above_loaded"]),
+                f"{entry['memory_ratio']:.2f}" if entry["memory_ratio"] else "",
+                harness.gib(memory["loaded"]),
+                f"{100 * entry['data_share']:.2f}",
+                f"{(measured[name].median('tokens') or 0) / seconds:.0f}",
+                f"{measured[name].median('laid_out_tokens') or 0:.0f}",
+                f"{mfu:.3f}" if mfu else "",
+            ]
+        )
+    print(harness.table(header, rows))
+    state = 12 * measured[BASELINE].facts.get("parameters", 0)
+    print(f"\nGradients and the optimiser's two moments of each weight are {harness.gib(state)} GiB of every peak.")
+    seconds = {name: entry["facts"].get("trainer_seconds", 0) for name, entry in found.items()}
+    if "trl-dpo" in found:
+        ours = made["reference_seconds"] + seconds[BASELINE]
+        print(
+            f"From pairs to the first step, with the reference: dpo {ours:.1f} s, trl-dpo {seconds['trl-dpo']:.1f} s."
+        )
+    for name, gap in agreement.items():
+        logps = "" if gap["chosen_logps"] is None else f", log-probabilities {gap['chosen_logps']:.1e}"
+        print(f"{name}: losses differ by {gap['first_step']:.1e} at step 1, {gap['most']:.1e} at most{logps}")
+
+
+if __name__ == "__main__":
+    main()
