@@ -192,7 +192,10 @@ def synchronize() -> None:
 
 
 def _settle() -> int:
-    """Bytes in use now that everything is loaded; forgets the peak of loading it."""
+    """Bytes in use now that everything is loaded; forgets the peak of loading it.
+
+    A resident set holds pages of libraries too, which come and go: tens of megabytes are no difference.
+    """
     import torch
 
     gc.collect()

@@ -93,8 +93,8 @@ sys.path.insert(0, {here!r})
 from benchmarks.harness import Variant, measure, summary
 if __name__ == "__main__":
     variants = [
-        Variant("short", "test_benchmarks:holding", {{"seconds": 0.2, "megabytes": 50}}),
-        Variant("long", "test_benchmarks:holding", {{"seconds": 0.8, "megabytes": 150}}),
+        Variant("short", "test_benchmarks:holding", {{"seconds": 0.2, "megabytes": 100}}),
+        Variant("long", "test_benchmarks:holding", {{"seconds": 0.8, "megabytes": 400}}),
         Variant("broken", "test_benchmarks:holding", {{"seconds": -1, "megabytes": 0}}),
     ]
     print(json.dumps([summary(measure(variants, rounds=2, together=x), "short") for x in (True, False)]))
@@ -122,13 +122,15 @@ def test_processes_are_timed_in_turns_and_their_memory_is_their_own(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE.format(here=str(Path(__file__).parent)))
     for found in json.loads(run(str(script))):  # alive together, and one after another
-        assert found["short"]["facts"] == {"asked": 50}
-        assert 0.1 <= found["short"]["seconds_per_unit"] < found["long"]["seconds_per_unit"]  # two units a round
-        assert 1.5 < found["long"]["ratio"]["median"] < 4.5
+        assert found["short"]["facts"] == {"asked": 100}
+        for name, least in (("short", 0.2), ("long", 0.8)):  # on a busy machine it may be any more
+            assert all(numbers["seconds"] >= least for numbers in found[name]["rounds"])
+            assert found[name]["seconds_per_unit"] >= least / 2  # two units a round
+        assert found["long"]["ratio"]["max"] > 1
         assert found["short"]["ratio"] == {"median": 1, "min": 1, "max": 1}
         assert [len(found[name]["rounds"]) for name in ("short", "long")] == [2, 2]
-        for name, size in (("short", 50), ("long", 150)):
-            assert found[name]["memory"]["above_loaded"] / 2**20 == pytest.approx(size, abs=15)
+        for name, size in (("short", 100), ("long", 400)):
+            assert found[name]["memory"]["above_loaded"] / 2**20 == pytest.approx(size, abs=60)
         assert found["broken"]["error"] == "MemoryError: no more"
         assert found["broken"]["ratio"] is None
 

@@ -366,7 +366,8 @@ def test_from_pairs_to_an_adpa_student_by_way_of_its_own_samples(place, capfd):
         capfd, "sample", "--model", "model", *PAIRS, "--column", "student_response", "--out", "own.jsonl",
         "--max-new-tokens", "8",
     )  # fmt: skip
-    call(capfd, "signals", "--model", "model", *own, *of_own, "--k", "7", "--out", "teacher")
+    exact = ["--k", "7", "--topk-coding", "float32"]
+    call(capfd, "signals", "--model", "model", *own, *of_own, *exact, "--out", "teacher")
     lacking = ["distill", "--student", "model", *own, "--method", "adpa", "--signals", "teacher", "--out", "s", *FAST]
     assert _call(lacking) == 2
     told = capfd.readouterr().err
