@@ -442,7 +442,7 @@ def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatc
     monkeypatch.setattr("prefdistill.signals.extract.score_pairs", None)
     assert call(capfd, *signals)[0] == first
     assert _call([*signals, "--max-length", "20"]) == 2
-    assert "holds signals of another request (other dropped, truncation)" in capfd.readouterr().err
+    assert "holds signals of another request (other truncation)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["own.jsonl", "own.parquet"])
