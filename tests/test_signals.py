@@ -599,6 +599,17 @@ def test_a_gauge_moves_the_values_as_the_store_says_and_nothing_else(extract, ma
             assert a["gauge"][2] == pytest.approx(b["values"][-2] - a["values"][-2], abs=1e-4)
 
 
+def test_a_float32_teacher_under_autocast(extract, make_model):
+    """The products are 16-bit, what is summed over the vocabulary is not."""
+    exact, cast = (extract(make_model(5), "values", "logps", bf16=bf16) for bf16 in (False, True))
+    for row in (0, 12):
+        a, b = (store.row(row)["chosen"] for store in (exact, cast))
+        np.testing.assert_allclose(a["values"], b["values"], atol=0.1)
+        np.testing.assert_allclose(a["gauge"], b["gauge"], atol=0.2)
+        assert b["gauge"].dtype == np.float32
+    assert cast.manifest["model"]["bf16"] is True
+
+
 def test_gauge_directions_are_as_long_as_a_row_of_the_head(make_model):
     model = make_model(5)
     rows = model.lm_head.weight.data.norm(dim=1).mean()

@@ -167,7 +167,7 @@ def reduce_logits(
             return constant
 
         with _forward(backbone, answer):
-            logits = own_forward(lm, input_ids=ids, use_cache=False).logits[0].float()
+            logits = own_forward(lm, input_ids=ids, use_cache=False).logits.squeeze(0).float()
         if not asked:  # then those logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that its get_decoder() names")
         if emittable is not None and gaps:

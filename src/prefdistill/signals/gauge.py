@@ -23,4 +23,5 @@ def gauge_directions(vocabulary: int) -> Tensor:
 
 def gauge_shifts(logits: Tensor, directions: Tensor) -> Tensor:
     """u.h(s) for each direction: [n, vocab] -> [n, DIRECTIONS]. Tokens that cannot be (-inf) have no part in u."""
-    return logits.masked_fill(logits.isinf(), 0.0) @ directions[: logits.shape[-1]]
+    with torch.autocast(logits.device.type, enabled=False):  # a sum over the vocabulary needs all of float32
+        return logits.masked_fill(logits.isinf(), 0.0) @ directions[: logits.shape[-1]]
