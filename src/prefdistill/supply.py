@@ -10,6 +10,7 @@ from prefdistill.methods import Method, sampled
 from prefdistill.models import default_dtype
 from prefdistill.sample import sample_responses
 from prefdistill.signals import Need, Signals, extract_signals
+from prefdistill.signals.reading import VALUES
 from prefdistill.signals.store import SIDES
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Supply:
             ids_from = self.stores[teacher]
             after.append(teacher)
         asked = run.recipe.signals
-        unused = set() if kinds.intersection(("values", "logprob_values")) else {"value_dtype"}
+        unused = set() if kinds.intersection(VALUES) else {"value_dtype"}
         unused |= set() if "topk" in kinds and ids_from is None else {"k", "p", "topk_coding"}
         options: dict[str, Any] = asked.model_dump(exclude=unused)
         # the reference is read as the student is trained: same weights, same precision

@@ -19,7 +19,7 @@ from prefdistill.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models import default_dtype, load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
-from prefdistill.signals.reading import TopKRequest, emittable_count, score_pairs
+from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs
 from prefdistill.signals.shards import Shard, write_shard
 from prefdistill.signals.store import (
     KINDS,
@@ -127,7 +127,7 @@ def extract_signals(
         raise UserError(f"endpoints are a matter of values alone, not of {others}: give other kinds another store")
     if value_dtype not in ("float32", "float16"):
         raise UserError(f"values are stored as float32 or float16, got {value_dtype!r}")
-    if value_dtype == "float16" and (positions == "endpoints" or set(kinds).isdisjoint(("values", "logprob_values"))):
+    if value_dtype == "float16" and (positions == "endpoints" or set(kinds).isdisjoint(VALUES)):
         raise UserError("value_dtype is of the values of all states: leave it out")
     topk = TopKRequest(k, p, ids_from, topk_coding)
     if ids_from is not None and "topk" not in kinds:
@@ -164,7 +164,7 @@ def extract_signals(
     most = (truncation.max_length or TOKENS) * len(responses) * per_state
     shard_rows = min(shard_rows, max(1, SHARD_NUMBERS // most))
     parts = [range(a, min(a + shard_rows, len(dataset))) for a in range(0, len(dataset), shard_rows)]
-    encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=parts[0])  # or says what is wrong with them
+    encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=range(1))  # or says what is wrong with them
     layout = layout_for(model, truncation.max_length)
     request = {
         "schema": SCHEMA,
@@ -288,7 +288,7 @@ def _columns(
         if request["topk"].get("coding") == "packed":
             parts, more = _packed(parts, request["topk"])
             errors += more
-        for kind in {"values", "logprob_values"}.intersection(parts if request["value_dtype"] == "float16" else ()):
+        for kind in set(VALUES).intersection(parts if request["value_dtype"] == "float16" else ()):
             parts[kind] = _rounded(parts[kind], rows["row"][:])
         columns |= {f"{name}_{column}": values for column, values in parts.items()}
     return columns, errors
