@@ -24,10 +24,12 @@ def judge_of(results: Results) -> str | None:
     name = clean(judge.get("name") or "a reward model")
     longer = Estimate.parse(judge.get("longer_is_better"))
     pairs = number(judge.get("pairs"))
-    of = f" of {pairs:,.0f} held-out pairs" if pairs is not None and math.isfinite(pairs) else " of the held-out pairs"
-    beside = f"; that the longer response is better, of {longer.text(_SHARE)}" if longer else ""
-    span = _span(accuracy, _SHARE)
-    return f"The judge, {name}, orders {accuracy.text(_SHARE)}{span}{of} right{beside}. Its scores are worth no more."
+    of = f"{pairs:,.0f} held-out pairs" if pairs is not None and math.isfinite(pairs) else "the held-out pairs"
+    beside = f"; the better one is the longer one in {longer.text(_SHARE)}" if longer else ""
+    return (
+        f"The judge, {name}, scores the better response higher in {accuracy.text(_SHARE)}{_span(accuracy, _SHARE)} of "
+        f"{of}{beside}. Its scores and win rates are worth no more than that."
+    )
 
 
 def judge_warning(results: Results) -> str | None:
@@ -63,7 +65,7 @@ def lengths_of(results: Results, styles: dict[str, Any], key: str, budget: int) 
         rows.append({"name": name, "cells": [cell_of(Estimate.parse(cell), _SCORE) for cell in cells]})
     clouds = list(found.items())[:_MAX_CLOUDS]
     shown = max(40, budget // len(clouds))
-    x_limits = figures.limits(x for _, (points, _) in clouds for x, _ in points)
+    x_limits = figures.limits((x for _, (points, _) in clouds for x, _ in points), zero=False)
     y_limits = figures.limits((y for _, (points, _) in clouds for _, y in points), zero=False)
     plots = [
         figures.scatter(
