@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefdistill.batches import causal_lm, model_inputs
+from prefdistill.batches import backbone_of, causal_lm, model_inputs
 
 # Logits alive at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB: the fastest of 2..128 MiB
 # where it was measured), elsewhere enough rows to keep the matrix product at full speed (256 MiB). In training every
@@ -170,7 +170,7 @@ def reduce_logits(
     """
     lm = causal_lm(model)
     own_forward = type(lm).forward
-    backbone = lm.get_decoder()
+    backbone = backbone_of(lm)
     known = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
     gaps = emittable is not None and not bool(emittable[:known].all())
 
@@ -188,7 +188,7 @@ def reduce_logits(
         with _forward(backbone, answer):
             logits = own_forward(lm, input_ids=ids, use_cache=False).logits.squeeze(0).float()
         if not asked:  # then those logits are not of these hidden states
-            raise TypeError(f"{type(lm).__name__} does not run the backbone that its get_decoder() names")
+            raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
         if emittable is not None and gaps:
             return logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
         return logits[:, :known]
