@@ -155,8 +155,9 @@ class SeedRun:
         source = self.keys.get("data") or self.keys["train"]
         named = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
         for role, other in (("teacher", "student"), ("student", "teacher")):
-            made_as = recipe.model.model_dump(exclude={"scratch": {other}})
-            self.keys[f"{role}-base"] = value_digest({"model": made_as, "named": named, "source": source})
+            scratch = recipe.model.scratch if getattr(recipe.model, role) is None else None
+            made_as = scratch and {"shape": scratch.model_dump(exclude={other}), "source": source}
+            self.keys[f"{role}-base"] = value_digest({"scratch": made_as, "named": named})
         self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
         if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
             self.keys["demonstrations"] = demonstrations_fingerprint(self.demonstrations)
