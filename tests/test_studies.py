@@ -47,7 +47,7 @@ STUDY = {
 
 def write(path, **changes):
     raw = {key: value for key, value in {**STUDY, **changes}.items() if value is not ...}
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
     return path
 
 

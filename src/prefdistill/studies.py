@@ -68,8 +68,9 @@ class Study(Section):
                     raise ValueError(f"{where}: {key} is set by the study; give seed and seeds at its top")
             if where != "overrides" and (both := fixed.intersection(overrides)):
                 raise ValueError(f"{where}.{min(both)} is a key of the grid too; leave it out of one of them")
+        cells = cells_of(self)
         if self.x is not None:
-            for cell in cells_of(self):
+            for cell in cells:
                 if not isinstance(cell.x, int | float) or isinstance(cell.x, bool):
                     raise ValueError(f"x: cell {cell.name!r} gives {self.x} no number; every cell must")
         return self
