@@ -90,7 +90,8 @@ class Style:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One method's paired difference to the baseline. `low`, `high`: its 95 % interval, None without repeats."""
+    """One method's paired difference to the baseline. `low`, `high`: its 95 % interval, None without repeats; `values`:
+    the repeats to show with it."""
 
     name: str
     mean: float
@@ -99,6 +100,7 @@ class ForestRow:
     text: str
     style: Style = Style()
     control: bool = False
+    values: tuple[float, ...] = ()
 
 
 def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
@@ -181,6 +183,9 @@ def _forest_row(axes: Any, y: int, row: ForestRow, limit: float) -> None:
     if abs(row.mean) > limit:  # beyond the axis: an arrow at its end, the number stands beside it
         axes.plot(math.copysign(limit, row.mean), y, marker=">" if row.mean > 0 else "<", color=colour, markersize=8)
         return
+    for value in row.values:
+        if abs(value) <= limit:
+            axes.plot(value, y + 0.24, marker="o", color=colour, markersize=3, markeredgewidth=0, alpha=0.6)
     shape = "o" if row.low is not None else "D"
     axes.plot(row.mean, y, marker=shape, color=colour, markerfacecolor=face, markersize=8, markeredgewidth=1.8)
 

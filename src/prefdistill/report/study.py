@@ -235,8 +235,14 @@ def _forest(results: Results, metric: Metric, label: str, alt: str) -> Markup:
                 text = _text(_without_interval(estimate), metric, sign=True)
                 style = drawn.get(name, Style(INK))
                 control = name in results["controls"]
-                rows.append(ForestRow(title, estimate["mean"], estimate["low"], estimate["high"], text, style, control))
-    return forest(rows, floor=None, left="worse", right="better", alt=f"{label}. {alt}", key="study", names_to=44)
+                values = tuple(estimate["values"]) if len(estimate["values"]) > 1 else ()
+                interval = (estimate["low"], estimate["high"])
+                rows.append(ForestRow(title, estimate["mean"], *interval, text, style, control, values))
+    baseline = results["baseline"]
+    return forest(
+        rows, floor=None, left=f"below {baseline}", right=f"above {baseline} ({metric.label})",
+        alt=f"{label}. {alt}", key="study", names_to=44,
+    )  # fmt: skip
 
 
 def alone(picture: str) -> str:
