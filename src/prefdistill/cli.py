@@ -455,6 +455,44 @@ def report(
     return {"out": str(out), "runs": [str(path) for path in runs]}
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="Study file (YAML); the shipped ones are under studies/.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory; default: runs/studies/NAME of the study.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of each cell, in place of the file's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe to study, in place of the file's.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What is plotted, in place of the file's.")] = None,
+    stages: Annotated[
+        Path | None,
+        typer.Option(help="Where finished stages are shared; give several studies the same. Default: OUT/stages."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """A recipe with some of its settings varied: only cells that are missing or stale are run; a table and a plot.
+
+    Example: prefdistill study studies/alpha.yaml --seeds 3 --stages runs/studies/stages
+    """
+    _one_process("study")
+    from prefdistill.report.study import answers
+    from prefdistill.studies import run_study
+
+    results = run_study(
+        file,
+        out,
+        overrides=overrides or [],
+        seeds=seeds,
+        recipe=recipe,
+        metric=metric,
+        stages=stages,
+        command=" ".join(["prefdistill", *sys.argv[1:]]),
+    )
+    _print("\n".join([results["question"], *answers(results)]))
+    _print(f"page  {(out or Path('runs') / 'studies' / results['study']) / 'study.html'}")
+    return results
+
+
 # -- what every verb shares --------------------------------------------------------------------------------------------
 
 

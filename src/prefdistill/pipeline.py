@@ -17,7 +17,7 @@ from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.pairs import gauge_flips, implicit_rewards, pair_terms, pair_wins
-from prefdistill.files import read_json, write_json, write_jsonl
+from prefdistill.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
     check_same_tokens,
@@ -68,6 +68,7 @@ class SeedRun:
     warnings: list[str] = field(default_factory=list)
     keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, data digests
     starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
+    pool: Path | None = None  # finished stages that several runs share, see `run_stage`
 
     @property
     def root(self) -> Path:
@@ -149,7 +150,9 @@ class SeedRun:
         """Data, teacher, the student's start and the signals."""
         recipe = self.recipe
         if recipe.data.synthetic:
-            self.stage("data", {"synthetic": recipe.data.synthetic.model_dump()}, self._make_language)
+            # what of the pairs each model is trained on is said where they are
+            language = recipe.data.synthetic.model_dump(exclude={"pairs", "teacher_label_noise"})
+            self.stage("data", {"synthetic": language}, self._make_language)
         else:
             self.keys["train"] = data_fingerprint(self.train)
         if recipe.model.teacher is None or recipe.model.student is None:
@@ -157,20 +160,28 @@ class SeedRun:
             self.stage("init", {"model": recipe.model.model_dump()}, self._make_models, after)
         self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
         self.start = recipe.model.student or str(self.root / "init" / "student")
-        self.keys["models"] = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
-        self.keys.setdefault("init", "")
-        before_any = "base"  # what the models are before any training
-        self.keys[before_any] = [self.keys["init"], self.keys["models"]]
+        # what the models are before any training; a model from scratch does not depend on the other one's shape
+        source = self.keys.get("data") or self.keys["train"]
+        named = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
+        for role, other in (("teacher", "student"), ("student", "teacher")):
+            scratch = recipe.model.scratch if getattr(recipe.model, role) is None else None
+            made_as = scratch and {"shape": scratch.model_dump(exclude={other}), "source": source}
+            self.keys[f"{role}-base"] = value_digest({"scratch": made_as, "named": named})
         self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
         if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
             self.keys["demonstrations"] = demonstrations_fingerprint(self.demonstrations)
-        demonstrated = (before_any, "demonstrations")
 
         if recipe.teacher.sft:
             self.teacher = self._teach(
-                "teacher-sft", train_sft, "demonstrations", self.teacher, recipe.teacher.sft, *demonstrated
+                "teacher-sft",
+                train_sft,
+                "demonstrations",
+                self.teacher,
+                recipe.teacher.sft,
+                "teacher-base",
+                "demonstrations",
             )
-        self.teacher_stage = self.teacher_reference_stage = "teacher-sft" if recipe.teacher.sft else before_any
+        self.teacher_stage = self.teacher_reference_stage = "teacher-sft" if recipe.teacher.sft else "teacher-base"
         self.teacher_reference = self.teacher
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
             self.teacher_reference = self.teacher_reference_stage = recipe.model.teacher_reference
@@ -179,7 +190,11 @@ class SeedRun:
             teacher = self.teacher_stage
             sampling = recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
             self.stage("pairs", sampling, self._make_pairs, teacher)
-            self.keys["train"] = self.keys["pairs"]
+            size = recipe.data.synthetic
+            self.keys["train"] = value_digest([self.keys["pairs"], size.pairs])
+            self.keys["teacher_pairs"] = value_digest([self.keys["pairs"], size.teacher_label_noise])
+        else:
+            self.keys["teacher_pairs"] = self.keys["train"]
         if recipe.teacher.dpo:
             self.teacher = self._teach(
                 "teacher-dpo",
@@ -187,14 +202,20 @@ class SeedRun:
                 "teacher_pairs",
                 self.teacher,
                 recipe.teacher.dpo,
-                "train",
+                "teacher_pairs",
                 self.teacher_stage,
             )
             self.teacher_stage = "teacher-dpo"
-        self.start_stage = before_any
+        self.start_stage = "student-base"
         if recipe.student.sft:
             self.start = self._teach(
-                "student-sft", train_sft, "demonstrations", self.start, recipe.student.sft, *demonstrated
+                "student-sft",
+                train_sft,
+                "demonstrations",
+                self.start,
+                recipe.student.sft,
+                "student-base",
+                "demonstrations",
             )
             self.start_stage = "student-sft"
         self.starts["start"] = Start("start", self.start, self.start_stage, self._starting_from(None))
@@ -208,13 +229,20 @@ class SeedRun:
     @functools.cached_property
     def train(self) -> "Dataset":
         if self.recipe.data.synthetic:
-            return self.teacher_pairs.select(range(min(self.recipe.data.synthetic.pairs, len(self.teacher_pairs))))
+            return self._pairs(None, "train", self.recipe.data.synthetic.pairs)
         return self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train)
 
     @functools.cached_property
     def teacher_pairs(self) -> "Dataset":
         """What the teacher's DPO is trained on."""
-        return self._pairs(None, "train", None) if self.recipe.data.synthetic else self.train
+        size = self.recipe.data.synthetic
+        if size is None:
+            return self.train
+        pairs = self._pairs(None, "train", None)
+        if not size.teacher_label_noise:
+            return pairs
+        turned = synthetic.turned_labels(pairs.to_list(), size.teacher_label_noise, seed=self.seed)
+        return pairs.from_list(turned, features=pairs.features)
 
     @functools.cached_property
     def test(self) -> "Dataset | None":
@@ -310,7 +338,7 @@ class SeedRun:
 
     def stage(self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str) -> None:
         request = {**request, "seed": self.seed, "after": {key: self.keys[key] for key in after}}
-        stage = run_stage(name, self.root / name, request, make, replace=True)
+        stage = run_stage(name, self.root / name, request, make, replace=True, pool=self.pool)
         self.keys[name] = stage.key
         self.stages.append(stage)
 

@@ -120,15 +120,18 @@ def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
     ]
 
 
-def run_recipe(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
-    """Run every seed of a recipe, and write recipe.yaml, environment.json, results.json and report.html into `out`."""
+def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | None = None) -> dict[str, Any]:
+    """Run every seed of a recipe, and write recipe.yaml, environment.json, results.json and report.html into `out`.
+
+    Stages that another run has left in `pool` are not made again.
+    """
     from prefdistill.report import write_report
     from prefdistill.stages import locked
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-    runs = [SeedRun(recipe, out, seed) for seed in seeds]
+    runs = [SeedRun(recipe, out, seed, pool=pool) for seed in seeds]
     runs[0].check()
     with locked(out):
         recipe.save(out / "recipe.yaml")

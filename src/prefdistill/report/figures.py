@@ -22,6 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from prefdistill.report.run import Points, average
 from prefdistill.report.table import width as columns
 
+SweepPoint = tuple[float, float, float | None, float | None, list[float]]  # x, mean, its 95 % interval, every repeat
+
 # What matplotlib is told -> what the page is given.
 INK, MUTED, RULE, BAND, PAGE = "#010101", "#020202", "#030303", "#040404", "#050505"
 BLUE, VERMILLION, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"  # Okabe & Ito: safe for colour-blind eyes
@@ -88,7 +90,8 @@ class Style:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One method's paired difference to the baseline. `low`, `high`: its 95 % interval, None without repeats."""
+    """One method's paired difference to the baseline. `low`, `high`: its 95 % interval, None without repeats; `values`:
+    the repeats to show with it."""
 
     name: str
     mean: float
@@ -97,6 +100,7 @@ class ForestRow:
     text: str
     style: Style = Style()
     control: bool = False
+    values: tuple[float, ...] = ()
 
 
 def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
@@ -128,11 +132,13 @@ def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def forest(rows: Sequence[ForestRow], *, floor: float | None, left: str, right: str, alt: str, key: str) -> Markup:
-    """Dots with 95 % intervals against the baseline at zero; the band is the noise floor."""
+def forest(
+    rows: Sequence[ForestRow], *, floor: float | None, left: str, right: str, alt: str, key: str, names_to: int = 24,
+) -> Markup:  # fmt: skip
+    """Dots with 95 % intervals against the baseline at zero; the band is the noise floor. Names end at `names_to`."""
 
     def draw(figure: Figure) -> None:
-        left_edge, right_edge = _extent([r.name for r in rows], 12), _extent([r.text for r in rows], 11)
+        left_edge, right_edge = _extent([r.name for r in rows], 12, names_to), _extent([r.text for r in rows], 11)
         axes = _axes(figure, left=left_edge, right=right_edge, top=2, bottom=42)
         limit = _limit(rows, floor)
         if floor is not None:
@@ -146,7 +152,7 @@ def forest(rows: Sequence[ForestRow], *, floor: float | None, left: str, right: 
             )  # fmt: skip
         axes.set_xlim(-limit * 1.04, limit * 1.04)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [shorten(r.name) for r in rows])
+        axes.set_yticks(range(len(rows)), [shorten(r.name, names_to) for r in rows])
         for label, row in zip(axes.get_yticklabels(), rows, strict=True):
             label.set_color(MUTED if row.control else INK)
             label.set_fontsize(12)
@@ -160,7 +166,8 @@ def forest(rows: Sequence[ForestRow], *, floor: float | None, left: str, right: 
             )  # fmt: skip
 
     height = 46 + 27 * len(rows)
-    return svg(draw, 560, height, title="Paired differences to the baseline", alt=alt, key=key)
+    width = 560 + max(round(_extent([r.name for r in rows], 12, names_to) - _extent(["x" * 24], 12)), 0)
+    return svg(draw, width, height, title="Paired differences to the baseline", alt=alt, key=key)
 
 
 def _forest_row(axes: Any, y: int, row: ForestRow, limit: float) -> None:
@@ -176,6 +183,9 @@ def _forest_row(axes: Any, y: int, row: ForestRow, limit: float) -> None:
     if abs(row.mean) > limit:  # beyond the axis: an arrow at its end, the number stands beside it
         axes.plot(math.copysign(limit, row.mean), y, marker=">" if row.mean > 0 else "<", color=colour, markersize=8)
         return
+    for value in row.values:
+        if abs(value) <= limit:
+            axes.plot(value, y + 0.24, marker="o", color=colour, markersize=3, markeredgewidth=0, alpha=0.6)
     shape = "o" if row.low is not None else "D"
     axes.plot(row.mean, y, marker=shape, color=colour, markerfacecolor=face, markersize=8, markeredgewidth=1.8)
 
@@ -229,6 +239,45 @@ def curves(
         axes.spines["left"].set_visible(False)
 
     return svg(draw, 330, 220, title=f"{title} by step", alt=alt, key=key)
+
+
+def sweep(
+    lines: dict[str, list[SweepPoint]], chosen: dict[str, Style], *, title: str, x_label: str, log: bool, alt: str,
+    key: str,
+) -> Markup:  # fmt: skip
+    """Differences to the baseline at zero along one setting: means with 95 % intervals, and every repeat as a dot."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, left=52, right=10, top=30 + 20 * -(-len(lines) // 2), bottom=42)
+        ticks = sorted({point[0] for line in lines.values() for point in line})
+        axes.set_xscale("log" if log else "linear")
+        axes.axhline(0, color=INK, linewidth=1.2)
+        step = 0.012 * (len(ticks) > 1)
+        for place, (name, line) in enumerate(lines.items()):
+            style = chosen.get(name, Style())
+            shift = step * (place - (len(lines) - 1) / 2)  # beside each other, where they share a place
+            span = math.log(ticks[-1] / ticks[0]) if log else ticks[-1] - ticks[0]
+            xs = [x * math.exp(shift * span) if log else x + shift * span for x, *_ in line]
+            dashes: Any = (0, style.dash) if style.dash else "solid"
+            axes.plot(xs, [m for _, m, *_ in line], color=style.colour, linestyle=dashes, linewidth=1.8, marker="o",
+                      markersize=5, label=name)  # fmt: skip
+            for x, (_, _, low, high, values) in zip(xs, line, strict=True):
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=style.colour, linewidth=1.6, alpha=0.55)
+                if len(values) > 1:
+                    axes.plot([x] * len(values), values, linestyle="none", marker="o", markersize=3, color=style.colour,
+                              markeredgewidth=0, alpha=0.6)  # fmt: skip
+        axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(x_label)
+        axes.grid(False, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_title(title, pad=12 + 20 * -(-len(lines) // 2))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=11, handlelength=2.6,
+                    labelspacing=0.35, borderaxespad=0.2, borderpad=0)  # fmt: skip
+
+    return svg(draw, 560, 330 + 20 * (len(lines) // 2), title=title, alt=alt, key=key)
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, str, bool]], *, title: str, alt: str, key: str) -> Markup:

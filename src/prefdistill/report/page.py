@@ -19,7 +19,8 @@ def render_html(runs: list[Path]) -> str:
     """The report on one or several run directories, as one HTML file that loads nothing from elsewhere."""
     loaded = load_runs(runs)
     views = [view_of(run, f"run{i + 1}", len(loaded)) for i, run in enumerate(loaded)]
-    html = _template().render(
+    template = environment().get_template("page.html.j2")
+    html = template.render(
         title=title_of(loaded),
         views=views,
         comparison=comparison_of(loaded) if len(loaded) > 1 else [],
@@ -54,15 +55,16 @@ def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Pat
 
 
 @functools.cache
-def _template() -> Any:
+def environment() -> Any:
+    """Of the templates beside this file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("prefdistill.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["typeset"] = typeset
-    return environment.get_template("page.html.j2")
+    made.filters["typeset"] = typeset
+    return made
