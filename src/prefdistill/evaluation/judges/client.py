@@ -208,15 +208,17 @@ async def _ask(client: "AsyncOpenAI", endpoint: Endpoint, question: Question) ->
         )
         found = asdict(_parse(raw.parse())) | {"retries": raw.retries_taken}
     except openai.APIStatusError as error:
-        found = {"error": f"status {error.status_code}: {error.message}", "status": error.status_code}
+        found = {
+            "error": f"status {error.status_code}: {error.response.text}",
+            "status": error.status_code,
+            "retries": int(error.request.headers.get("x-stainless-retry-count", 0)),
+        }
     except openai.APIConnectionError as error:
         late = isinstance(error, openai.APITimeoutError)
         told = f"no reply within {endpoint.timeout:g} s" if late else f"no connection ({error.__cause__ or error})"
         found = {"error": told, "retries": endpoint.retries}
     except (openai.OpenAIError, ValueError) as error:  # too much; not JSON
         found = {"error": f"no chat completion: {error}"}
-    if found.get("error"):
-        found["error"] = " ".join(found["error"].split())[:ERROR_CHARACTERS]
     return Reply(**found | {"seconds": round(time.monotonic() - begun, 3)})
 
 
@@ -226,26 +228,28 @@ def _parse(completion: Any) -> Reply:
         choice = completion.choices[0]
         text = choice.message.content
         if text is None:
-            text = choice.message.refusal or ""
+            text = getattr(choice.message, "refusal", None) or ""
         if not isinstance(text, str):
             raise TypeError
-        scored = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else None
-        first = None if scored is None else [(entry.token, float(entry.logprob)) for entry in scored]
+        scored = getattr(getattr(choice, "logprobs", None), "content", None)
+        first = [(entry.token, float(entry.logprob)) for entry in scored[0].top_logprobs] if scored else None
     except (AttributeError, TypeError, IndexError, ValueError):
         return Reply(error="no chat completion: the reply holds no choices with a message")
-    usage = completion.usage
+    usage = getattr(completion, "usage", None)
     return Reply(
         reply=text,
         first_token=first,
-        finish=_of_type(str, choice.finish_reason),
-        served_as=_of_type(str, completion.model),
-        fingerprint=_of_type(str, completion.system_fingerprint),
-        tokens_in=_of_type(int, getattr(usage, "prompt_tokens", None)),
-        tokens_out=_of_type(int, getattr(usage, "completion_tokens", None)),
+        finish=_given(str, choice, "finish_reason"),
+        served_as=_given(str, completion, "model"),
+        fingerprint=_given(str, completion, "system_fingerprint"),
+        tokens_in=_given(int, usage, "prompt_tokens"),
+        tokens_out=_given(int, usage, "completion_tokens"),
     )
 
 
-def _of_type(kind: type, value: Any) -> Any:
+def _given(kind: type, of: Any, name: str) -> Any:
+    """None where a server leaves out what others say, or says something else in its place."""
+    value = getattr(of, name, None)
     return value if isinstance(value, kind) else None
 
 
@@ -257,4 +261,6 @@ def _fit_to_write(found: Reply, key: str | None) -> Reply:
         return whole.replace(key, "***") if key else whole
 
     texts: dict[str, Any] = {name: fit(value) for name, value in asdict(found).items() if isinstance(value, str)}
+    if found.error is not None:  # cut only now: half a key would not have been found
+        texts["error"] = " ".join(texts["error"].split())[:ERROR_CHARACTERS]
     return replace(found, **texts)
