@@ -145,6 +145,7 @@ def test_probabilities_of_labels():
         ("[{'model': [1], 'rank': 1}]", None),
         ("__import__('os').getcwd()", None),
         ("model_1", None),
+        ("(" * 100_000, None),
         ("", None),
     ],
 )
@@ -835,6 +836,10 @@ def test_evaluators_of_the_package(package, judge, outputs, tmp_path):
     assert '"output": """oooo' in body["messages"][1]["content"]
 
     plain = judge(lambda *_: "M")
+    found = judge_alpaca_eval(Endpoint(plain.url, "j", {}), tmp_path / "none", **files, max_questions=4)
+    assert found["pair"]["win_rate"] is None
+    assert "gave no log-probabilities" in found["warnings"][-1]
+    plain.seen.clear()
     endpoint = Endpoint(plain.url, "j", {"logprobs": None, "top_logprobs": None})
     files["prompt"] = "alpaca_eval_clf_gpt4_turbo"
     found = judge_alpaca_eval(endpoint, tmp_path / "greedy", **files, max_questions=4)

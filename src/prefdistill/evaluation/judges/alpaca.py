@@ -110,6 +110,12 @@ def judge_alpaca_eval(
         results: dict[str, Any] = {"task": "alpaca-eval", "questions": len(asked), "prompt": evaluator.name}
         results["pair"] = preferences(first, second, lengths)
         results |= summary(rows, endpoint, price_in, price_out)
+        answered = [row for row in rows if row["error"] is None]
+        if endpoint.body.get("logprobs") and all(row["first_token"] is None for row in answered):
+            results["warnings"].append(
+                f"{endpoint.url} gave no log-probabilities, which {evaluator.name} needs; "
+                "alpaca_eval_clf_gpt4_turbo and alpaca_eval_gpt4 do without"
+            )
         results["answers"] = {
             who: provenance(path) | {"characters": estimate([len(said[i]) for i in asked])}
             for who, path, said in (("answers", answers, ours), ("against", against, theirs))

@@ -12,6 +12,7 @@ _RATING = re.compile(rf"\[\[{_NUMBER}\]\]")
 _SINGLE_BRACKETS = re.compile(rf"\[{_NUMBER}\]")
 _WINNER = re.compile(rf"\[\[{_MARKUP}([ABC]){_MARKUP}\]\]")
 LOWEST, HIGHEST = 1.0, 10.0
+RANKING_CHARACTERS = 2_000  # a list of two names and ranks is short; what is longer is not handed to a parser
 
 
 def rating(reply: str) -> float | None:
@@ -86,6 +87,8 @@ def ranking(reply: str, first: str = "model_1") -> float | None:
         >>> ranking("[{'model': 'model_1', 'rank': 2}, {'model': 'model_2', 'rank': 1}]")
         1.0
     """
+    if len(reply) > RANKING_CHARACTERS:
+        return None
     try:
         listed: Any = ast.literal_eval(re.sub(r"^\s*```\w*|```\s*$", "", reply).strip())
         ranks = {entry["model"]: entry["rank"] for entry in listed}
