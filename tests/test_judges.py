@@ -281,6 +281,11 @@ def test_a_rerun_asks_only_what_is_missing_or_failed(judge, bench, tmp_path):
     assert (third["asked_now"], len(server.seen)) == (0, 8)
     assert third["single"] == second["single"]
     assert third["tokens"] == {"in": 600, "out": 60}
+    renamed = jsonl(
+        tmp_path / "question.jsonl", [q | {"category": q["category"].replace("stem", "sky")} for q in QUESTIONS]
+    )
+    fourth = judge_mt_bench(endpoint, out, **single(bench) | {"questions": renamed})
+    assert (fourth["asked_now"], list(fourth["single"]["answers"]["categories"])) == (0, ["writing", "math", "sky"])
     with (out / "verdicts.jsonl").open("a") as file:
         file.write('{"key": "torn", "rep')
     judge_mt_bench(Endpoint(server.url, "other"), out, **single(bench))

@@ -15,7 +15,7 @@ from prefdistill.models import load_model, load_tokenizer, model_key, ready
 from prefdistill.progress import say
 from prefdistill.sample import sample_responses, sidecar
 from prefdistill.signals.store import check_same_request
-from prefdistill.stages import locked
+from prefdistill.stages import LOCK, locked
 
 # FastChat's, by category; others are asked at the last
 TEMPERATURES = {
@@ -78,7 +78,7 @@ def answer_questions(
         "max_length": max_length,
         "seed": seed,
         "dtype": dtype,
-        "temperatures": {row["category"]: temperature(row) for row in asked},
+        "temperatures": {str(row["question_id"]): temperature(row) for row in asked},
     }
     parts = out.with_name(f"{out.name}.parts")
     with locked(parts):
@@ -101,10 +101,10 @@ def answer_questions(
             }
             made = _write(out, request, *_ask(loaded, tokenizer, asked, parts, options))
         for path in parts.iterdir():
-            if path.is_file() and path.name.startswith("turn"):
-                path.unlink()
-            elif path.is_dir():
+            if path.is_dir():
                 shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
     return {"out": str(out), **{key: made[key] for key in ("answers", "tokens", "ended_share")}}
 
 

@@ -93,14 +93,15 @@ class Ledger:
 
             if missing:
                 ask_all(endpoint, missing.values(), keep)
-        return [self.rows[key] | {"verdict": self._verdict(self.rows[key], verdict)} for key in keys]
+        return [self._row(key, question, verdict) for key, question in zip(keys, questions, strict=True)]
 
-    @staticmethod
-    def _verdict(row: dict[str, Any], verdict: Callable[[Reply], Any]) -> Any:
-        """Read anew, because the same words may be judged by another rule than when they were written down."""
-        if row["error"] is not None:
-            return None
-        return verdict(Reply(**{name: row[name] for name in Reply.__dataclass_fields__ if name in row}))
+    def _row(self, key: str, question: Question, verdict: Callable[[Reply], Any]) -> dict[str, Any]:
+        """What is known of a question, under its own name and read anew: the row may have been written for another
+        question of the same words, or under another rule.
+        """
+        row = self.rows[key]
+        reply = Reply(**{name: row[name] for name in Reply.__dataclass_fields__ if name in row})
+        return row | question.about | {"verdict": None if reply.error is not None else verdict(reply)}
 
 
 def summary(

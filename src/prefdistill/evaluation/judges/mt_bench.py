@@ -23,6 +23,7 @@ from prefdistill.stages import locked
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose answers are right or wrong
 ORDERS = ("first", "second")  # the place at which our answer is shown
 KINDS = ("single", "pair")
+FOR_THE_FIRST = {"A": 1.0, "B": 0.0, "C": 0.5}
 # (kind, has a reference, turn) -> the prompt's name in FastChat's file, and what it must have a place for
 PROMPTS = {
     ("single", False, 1): ("single-v1", ("question", "answer")),
@@ -164,9 +165,7 @@ def comparisons(shown_first: Sequence[dict[str, Any]], shown_second: Sequence[di
     """
     pairs = list(zip(shown_first, shown_second, strict=True))
     both = [(a, b) for a, b in pairs if a["verdict"] is not None and b["verdict"] is not None]
-    as_ours = [
-        ({"A": 1.0, "B": 0.0, "C": 0.5}[a["verdict"]], {"A": 0.0, "B": 1.0, "C": 0.5}[b["verdict"]]) for a, b in both
-    ]
+    as_ours = [(FOR_THE_FIRST[a["verdict"]], 1 - FOR_THE_FIRST[b["verdict"]]) for a, b in both]
     worth = [
         a | {"verdict": first if first == second else 0.5}
         for (a, _), (first, second) in zip(both, as_ours, strict=True)
@@ -235,7 +234,7 @@ def _references(path: Path, asked: Sequence[dict[str, Any]]) -> dict[Any, list[s
 
 def _turns(
     asked: Sequence[dict[str, Any]], prompts: dict[tuple[str, bool, int], Prompt], kind: str, references: dict[Any, Any]
-) -> Iterable[tuple[dict[str, Any], int, Prompt, dict[str, str], dict[str, Any]]]:
+) -> Iterable[tuple[dict[str, Any], Prompt, dict[str, str], dict[str, Any]]]:
     """Each turn of each question with its prompt, the fields that do not depend on answers, and what to write down."""
     for q in asked:
         reference = references[q["question_id"]] if q["category"] in WITH_REFERENCE else []
@@ -245,7 +244,7 @@ def _turns(
             fields |= {f"question_{n}": text for n, text in enumerate(q["turns"], start=1)}
             fields |= {f"ref_answer_{n}": text for n, text in enumerate(reference, start=1)}
             about = {"question_id": q["question_id"], "category": q["category"], "turn": turn, "prompt": prompt.name}
-            yield q, turn, prompt, fields, about
+            yield q, prompt, fields, about
 
 
 def _single(
@@ -255,7 +254,7 @@ def _single(
     answers: dict[Any, list[str]],
 ) -> list[Question]:
     made = []
-    for q, _, prompt, fields, about in _turns(asked, prompts, "single", references):
+    for q, prompt, fields, about in _turns(asked, prompts, "single", references):
         own = answers[q["question_id"]]
         told = {"answer": own[0]} | {f"answer_{n}": text for n, text in enumerate(own, start=1)}
         made.append(Question(prompt.messages(fields | told), about))
@@ -271,7 +270,7 @@ def _pair(
 ) -> list[Question]:
     names = ("answers", "against") if order == "first" else ("against", "answers")
     made = []
-    for q, _, prompt, fields, about in _turns(asked, prompts, "pair", references):
+    for q, prompt, fields, about in _turns(asked, prompts, "pair", references):
         told: dict[str, str] = {}
         for letter, who in zip("ab", names, strict=True):
             own = said[who][q["question_id"]]
