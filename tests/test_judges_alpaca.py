@@ -158,11 +158,12 @@ def test_evaluators_of_the_package(package, judge, outputs, tmp_path):
     assert found["pair"]["win_rate"] is None
     assert "gave no log-probabilities" in found["warnings"][-1]
     plain.seen.clear()
-    endpoint = Endpoint(plain.url, "j", {"logprobs": None, "top_logprobs": None})
+    endpoint = Endpoint(plain.url, "j", {})
     files["prompt"] = "alpaca_eval_clf_gpt4_turbo"
     found = judge_alpaca_eval(endpoint, tmp_path / "greedy", **files, max_questions=4)
     assert (found["pair"]["ties"], found["pair"]["consistency"]["mean"]) == (4, 0)
-    assert "logprobs" not in plain.seen[0]
+    assert plain.seen[0].keys() == {"model", "messages", "max_tokens", "temperature"}
+    assert (plain.seen[0]["max_tokens"], plain.seen[0]["temperature"]) == (1, 0)
 
     ranked = judge(lambda *_: "[{'model': 'model_2', 'rank': 1}, {'model': 'model_1', 'rank': 2}]")
     files["prompt"] = "alpaca_eval_gpt4"

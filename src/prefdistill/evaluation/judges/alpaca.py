@@ -236,11 +236,14 @@ def read_evaluator(prompt: str, labels: Sequence[str] = ("m", "M")) -> Evaluator
     known = {"max_tokens", "temperature", "top_p", "logprobs", "top_logprobs"}
     if read is None or config.get("batch_size", 1) != 1 or asked.keys() - known:
         raise UserError(f"--prompt {prompt}: only evaluators that name the better output, or rank both, can be used")
+    if read.func is _by_label:
+        # The package asks which of two tokens is likelier. That is what a greedy reply says, without log-probabilities.
+        asked = {key: value for key, value in asked.items() if "logprobs" not in key} | {"temperature": 0}
     text = (directory / config["prompt_template"]).read_text(encoding="utf-8")
     return Evaluator(prompt, _messages(text, prompt), asked, read)
 
 
-def _reader(config: dict[str, Any]) -> Callable[[Reply], float | None] | None:
+def _reader(config: dict[str, Any]) -> "partial[float | None] | None":
     options = config.get("completion_parser_kwargs") or {}
     if config.get("fn_completion_parser") == "ranking_parser":
         return partial(_by_ranking, first=options.get("model_1_name", "model_1"))
@@ -250,7 +253,6 @@ def _reader(config: dict[str, Any]) -> Callable[[Reply], float | None] | None:
     others = [token for token in options["denominator_tokens"] if token != first]
     if len(others) != 1:
         return None
-    # which of two tokens is likelier is what a greedy reply says, for which no log-probabilities are needed
     by = _by_label if options.get("is_binarize", True) else _by_probability
     return partial(by, labels=(first, others[0]))
 
