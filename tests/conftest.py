@@ -89,3 +89,30 @@ def data_dir() -> Path:
     if not (path / "alpacaeval_pairs").is_dir():
         pytest.skip(f"no real data at {path} (set PREFDISTILL_DATA to the directory that holds alpacaeval_pairs)")
     return path
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Starts servers; no proxy and no key of the machine's comes between."""
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "PREFDISTILL_JUDGE_KEY",
+        "OPENAI_API_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    from judges_for_tests import Judge
+
+    started = []
+
+    def start(behave):
+        started.append(Judge(behave))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()

@@ -11,12 +11,12 @@ from prefdistill.config import Recipe
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation import (
+    estimate,
     gauge_flips,
     margin_accuracy,
     mean_and_error,
     pair_terms,
     pair_wins,
-    paired_difference,
 )
 from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
 from prefdistill.pipeline import Measured
@@ -24,22 +24,7 @@ from prefdistill.results import margin_accuracies, side_by_side, summarise
 from prefdistill.signals import SignalSet, extract_signals
 from stores_for_tests import store_by_hand
 
-# -- means and wins ----------------------------------------------------------------------------------------------------
-
-
-def test_mean_and_error_by_hand():
-    found = mean_and_error([1, 2, 6])  # mean 3, squares 4 + 1 + 9, s^2 = 7
-    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3}
-    assert mean_and_error([5.0]) == {"mean": 5.0, "se": None, "n": 1}
-    assert mean_and_error(np.array([True, True])) == {"mean": 1.0, "se": 0.0, "n": 2}
-
-
-def test_a_paired_difference_leaves_out_what_the_pairs_share():
-    shared = np.array([100.0, -50.0, 7.0, 0.0])
-    found = paired_difference(shared + np.arange(1, 5), shared)
-    assert found == {"mean": pytest.approx(2.5), "se": pytest.approx(math.sqrt(5 / 3 / 4)), "n": 4}
-    with pytest.raises(ValueError, match="paired values must be as many on both sides"):
-        paired_difference([1.0, 2.0], [1.0])
+# -- wins --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +284,7 @@ def test_one_run_has_error_bars_over_test_items():
         recipe(), [{"dpo": measured([1, 2, 3]), "tvkd": measured([2, 4, 6]), "shuffled": measured([0, 0, 0])}]
     )
     assert found["methods"]["tvkd"]["reward"] == {**mean_and_error([2, 4, 6]), "over": "test items"}
-    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 2, 3]), "over": "test items"}
+    assert found["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test items"}
     assert found["differences"]["shuffled"]["reward"]["mean"] == -2
     assert found["differences"].keys() == {"tvkd", "shuffled"}
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefdistill import __version__
+from prefdistill.cli_judge import app as judge_app
 from prefdistill.errors import UserError
 
 # Newer typers carry their own click: the error of a bad command line is found through typer's public subclass of it.
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(judge_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
