@@ -233,7 +233,8 @@ def signals(
         str, typer.Option(help="Of values, logprob_values, logps, q and topk, with commas.")
     ] = "values,logps",
     role: Annotated[
-        str, typer.Option(help="teacher, teacher_reference, reference (the student's start), or student (a trained one).")
+        str,
+        typer.Option(help="teacher, teacher_reference, reference (the student's start), or student (a trained one)."),
     ] = "teacher",
     responses: Annotated[
         str, typer.Option(help="Columns to read, with commas, e.g. student_response of `prefdistill sample`.")
@@ -460,7 +461,8 @@ def inspect(
     """
     _one_process("inspect")
     from prefdistill.models import load_tokenizer
-    from prefdistill.report.tokens import Weights, write_token_view
+    from prefdistill.report.token_data import Weights
+    from prefdistill.report.tokens import write_token_view
     from prefdistill.signals import Signals
 
     stores = [Signals.open(path) for path in signals]

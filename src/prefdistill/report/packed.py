@@ -6,10 +6,10 @@ A block holds `BLOCK` pairs, and the page unpacks the one it shows:
     rejected: the number of each token's piece, and a number for each field
 
 A whole array is written one byte of its numbers after another (the lowest first), which is what deflate likes. The
-piece of a token is its id and the text it stands for, both in one table for the whole page, the commonest first. Numbers
-of a field are int16 multiples of a step, about 1/2000 of the scale they are shown on or, where a pair needs it, more;
-MISSING is no number. A field that is a path (the value of each state) is written as differences that add up to the
-rounded path.
+piece of a token is its id and the text it stands for, both in one table for the whole page, the commonest first.
+Numbers of a field are int16 multiples of a step, about 1/2000 of the scale they are shown on or, where a pair needs it,
+more; MISSING is no number. A field that is a path (the value of each state) is written as differences that add up to
+the rounded path.
 """
 
 import base64

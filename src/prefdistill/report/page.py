@@ -19,12 +19,16 @@ def render_html(runs: list[Path]) -> str:
     """The report on one or several run directories, as one HTML file that loads nothing from elsewhere."""
     loaded = load_runs(runs)
     views = [view_of(run, f"run{i + 1}", len(loaded)) for i, run in enumerate(loaded)]
-    html = environment().get_template("page.html.j2").render(
-        title=title_of(loaded),
-        views=views,
-        comparison=comparison_of(loaded) if len(loaded) > 1 else [],
-        reading=reading_of(loaded),
-        version=__version__,
+    html = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title_of(loaded),
+            views=views,
+            comparison=comparison_of(loaded) if len(loaded) > 1 else [],
+            reading=reading_of(loaded),
+            version=__version__,
+        )
     )
     return printable(html)
 

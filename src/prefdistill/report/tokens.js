@@ -1,5 +1,5 @@
 "use strict";
-// The token view. Text of models reaches the page through text nodes only.
+// The token view; made one script by the two includes. Text of models reaches the page through text nodes only.
 (() => {
 const $ = id => document.getElementById(id);
 const page = JSON.parse($("page").textContent);
@@ -10,78 +10,7 @@ const RANKS = ["①", "②", "③"];
 const title = document.title;
 let index, pieces, special;
 
-// -- unpacking; report/packed.py says how it is laid out -------------------------------------------------------------
-
-async function inflate(id) {
-  const text = atob($(id).textContent.trim());
-  const bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-const json = bytes => JSON.parse(new TextDecoder().decode(bytes));
-
-const blocks = new Map();
-function block(number) {
-  if (!blocks.has(number)) blocks.set(number, inflate(`block${number}`).then(bytes => unpack(bytes, number)));
-  return blocks.get(number);
-}
-
-function unpack(bytes, number) {
-  const first = number * page.block, last = Math.min(first + page.block, index.row.length);
-  const starts = [];
-  let count = 0;
-  for (let at = first; at < last; at++) for (const n of index.tokens[at]) { starts.push(count); count += n; }
-  const length = new DataView(bytes.buffer).getUint32(0, true);
-  let offset = 4 + length;
-  const planes = width => {
-    const found = new Int32Array(count);
-    for (let plane = 0; plane < width; plane++, offset += count)
-      for (let i = 0; i < count; i++) found[i] |= bytes[offset + i] << (8 * plane);
-    return found;
-  };
-  const head = json(bytes.subarray(4, offset)), numbers = planes(page.width);
-  const fields = page.fields.map(() => planes(2).map(x => x << 16 >> 16));
-  return {first, head, starts, numbers, fields};
-}
-
-/** A pair as the page shows it: `at` is its place in the index. */
-async function pairAt(at) {
-  const packed = await block(Math.floor(at / page.block)), i = at - packed.first;
-  const sides = SIDES.map((name, side) => {
-    const from = packed.starts[2 * i + side], n = index.tokens[at][side];
-    const fields = page.fields.map((field, f) => {
-      const raw = packed.fields[f].subarray(from, from + n), step = 2 ** index.steps[at][f];
-      if (!field.path) return Float64Array.from(raw, x => x === -32768 ? NaN : x * step);
-      const path = new Float64Array(n + 1).fill(index[`${field.kind}_start`][name][at]);
-      for (let t = 0, sum = 0; t < n; t++) path[t + 1] += (sum += raw[t]) * step;
-      return path;
-    });
-    return {name, n, ended: index.ended[at][side], pieces: packed.numbers.subarray(from, from + n), fields};
-  });
-  return {at, prompt: packed.head.prompts[packed.head.which[i]], sides};
-}
-
-/** The values of the states as psi takes them: `terminal` says what stands after an end token. */
-function statesOf(side, field) {
-  const states = Float64Array.from(side.fields[field]), {terminal} = page.weights;
-  if (side.ended && terminal !== "bootstrap") states[side.n] = terminal === "zero" ? 0 : states[side.n - 1];
-  return states;
-}
-
-/** What a mode says of each token: the number it shows, and the one its colour and rank go by. */
-function valuesOf(side, mode) {
-  if (mode.show === "logp") return {show: side.fields[mode.field], shade: side.fields[mode.field]};
-  if (mode.show === "ratio") {
-    const ratio = side.fields[mode.field].map((x, t) => x - side.fields[mode.base][t]);
-    return {show: ratio, shade: ratio};
-  }
-  const states = statesOf(side, mode.field), after = states.subarray(1);
-  if (mode.show === "V") return {show: after, shade: after.map(v => v - states[0])};
-  const psi = after.map((v, t) => page.weights.discount * v - states[t]);
-  return {show: psi, shade: psi};
-}
-
+{% include "tokens_read.js" %}
 // -- words and small things ------------------------------------------------------------------------------------------
 
 const fine = mode => Math.max(2, 2 - Math.floor(Math.log10(mode.scale))); // digits of a token's numbers
@@ -416,81 +345,7 @@ function point(to) {
   movePlot();
 }
 
-// -- the plot of V ---------------------------------------------------------------------------------------------------
-
-const NS = "http://www.w3.org/2000/svg";
-function draw(tag, attributes, text) {
-  const node = document.createElementNS(NS, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-function ticks(low, high, about) {
-  const rough = (high - low) / about || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const gap = [1, 2, 5, 10].find(m => m * power >= rough) * power, found = [];
-  for (let x = Math.ceil(low / gap) * gap; x <= high + gap * 1e-6; x += gap) found.push([x, gap < 1 ? Math.ceil(-Math.log10(gap)) : 0]);
-  return found;
-}
-
-let scale = null;
-function drawPlot() {
-  const field = mode && page.fields[mode.field].path ? mode.field : page.fields.findIndex(f => f.path);
-  $("figure").hidden = field < 0;
-  scale = null;
-  if (field < 0) return;
-  const width = Math.max(280, $("plot").clientWidth), height = 200, left = 46, right = 74, top = 12, bottom = 34;
-  const paths = current.sides.map(side => side.fields[field]);
-  const longest = Math.max(...current.sides.map(side => side.n));
-  const values = paths.flatMap(path => [...path]);
-  let low = Math.min(...values), high = Math.max(...values);
-  if (high - low < 0.1) { low -= 0.5; high += 0.5; }
-  const x = t => left + (width - left - right) * t / longest, y = v => top + (height - top - bottom) * (high - v) / (high - low);
-  const words = current.sides.map((side, i) => `${side.name} goes from ${plain(paths[i][0])} to ${plain(paths[i][side.n])} over ${many(side.n, "token")}, lowest ${plain(Math.min(...paths[i]))}, highest ${plain(Math.max(...paths[i]))}`);
-  const svg = draw("svg", {viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `V over tokens: ${words.join("; ")}.`});
-  for (const [v, digits] of ticks(low, high, 4)) svg.append(
-    draw("line", {x1: left, x2: width - right, y1: y(v), y2: y(v), class: "rule"}),
-    draw("text", {x: left - 8, y: y(v) + 4, "text-anchor": "end"}, v.toFixed(digits).replace("-", "−")));
-  for (const [t] of ticks(0, longest, width / 110).filter(([t]) => Number.isInteger(t)))
-    svg.append(draw("text", {x: x(t), y: height - 14, "text-anchor": "middle"}, count(t)));
-  svg.append(draw("text", {x: width - right, y: height - 1, "text-anchor": "end"}, "tokens of the response"));
-  svg.append(draw("line", {x1: left, x2: width - right, y1: y(paths[0][0]), y2: y(paths[0][0]), class: "start"}));
-  const ends = [];
-  current.sides.forEach((side, i) => {
-    const path = paths[i], until = side.ended ? side.n - 1 : side.n;
-    let d = "";
-    for (let t = 0; t <= until; t++) d += `${t ? "L" : "M"}${x(t).toFixed(1)} ${y(path[t]).toFixed(1)}`;
-    svg.append(draw("path", {d, class: `line ${side.name}`}));
-    if (side.ended) svg.append(
-      draw("path", {d: `M${x(until)} ${y(path[until])}L${x(side.n)} ${y(path[side.n])}`, class: `after ${side.name}`}),
-      draw("circle", {cx: x(side.n), cy: y(path[side.n]), r: 3, class: `after ${side.name}`}));
-    ends.push({name: side.name, at: x(side.n) + 8, y: y(path[until])});
-  });
-  if (Math.abs(ends[0].at - ends[1].at) < 62 && Math.abs(ends[0].y - ends[1].y) < 15) {
-    const upper = ends[0].y <= ends[1].y ? 0 : 1, middle = (ends[0].y + ends[1].y) / 2;
-    ends[upper].y = middle - 7.5; ends[1 - upper].y = middle + 7.5;
-  }
-  for (const end of ends) svg.append(draw("text", {x: end.at, y: Math.min(Math.max(end.y + 4, 12), height - bottom), class: `name ${end.name}`}, end.name));
-  const line = draw("line", {y1: top, y2: height - bottom, class: "cursor", visibility: "hidden"});
-  const dots = SIDES.map(name => draw("circle", {r: 4, class: `dot ${name}`, visibility: "hidden"}));
-  svg.append(line, ...dots);
-  $("plot").replaceChildren(svg);
-  scale = {x, y, paths, line, dots, svg, width, left, right, longest};
-  movePlot();
-}
-
-function movePlot() {
-  if (!scale) return;
-  const {x, y, paths, line, dots} = scale;
-  line.setAttribute("visibility", cursor ? "visible" : "hidden");
-  dots.forEach((dot, i) => {
-    const there = cursor && cursor.t + 1 < paths[i].length;
-    dot.setAttribute("visibility", there ? "visible" : "hidden");
-    if (there) { dot.setAttribute("cx", x(cursor.t + 1)); dot.setAttribute("cy", y(paths[i][cursor.t + 1])); }
-  });
-  if (cursor) for (const name of ["x1", "x2"]) line.setAttribute(name, x(cursor.t + 1));
-}
-
+{% include "tokens_plot.js" %}
 // -- what the reader does --------------------------------------------------------------------------------------------
 
 function choose(key) {
