@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import struct
 import time
@@ -563,7 +564,7 @@ def test_text_stays_text(hostile, open_page):
                 "copy.querySelectorAll('.mark').forEach(m => m.remove()); return copy.textContent; }).join('')"
             )
             plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "", text)
-            kept = re.sub(r"◦|U\+[0-9A-F]{4}|[\u2400-\u2421]", "", shown)
+            kept = re.sub(r"◦|U\+[0-9A-F]{4}", "", shown)
             assert kept == plain, (at, side)
         assert page.locator("script").count() == 5
         assert page.locator("img").count() == 0
@@ -574,7 +575,7 @@ def test_text_stays_text(hostile, open_page):
     page.evaluate("location.hash = '#1'")
     page.locator("#rejected", has_text="U+202E").wait_for()  # what turns text around is shown, not obeyed
     page.evaluate("location.hash = '#2'")
-    page.locator("#chosen", has_text="␀").wait_for()
+    page.locator("#chosen", has_text="U+0000").wait_for()
 
 
 def test_a_script_that_is_not_ours_does_not_run(full, browser, tmp_path):
@@ -647,17 +648,35 @@ def large(tmp_path_factory):
     return out, int(sum(len(i) for side in SIDES for i in encoded[f"{side}_ids"]))
 
 
-def test_5_000_pairs_open_at_once(large, open_page):
+def test_5_000_pairs_are_a_small_file(large):
     out, tokens = large
     assert tokens > 1_500_000
     assert out.stat().st_size < 25e6
-    seconds = []
+
+
+def test_5_000_pairs_open_at_once(large, browser):
+    """In two seconds of the page's own time; on a machine that has time for it, by the clock as well."""
+    seconds, work = [], []
     for _ in range(3):
+        busy = os.getloadavg()[0] > len(os.sched_getaffinity(0)) - 0.5 if hasattr(os, "sched_getaffinity") else True
+        context = browser.new_context()
+        page = context.new_page()
+        metrics = context.new_cdp_session(page)
+        metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
         start = time.perf_counter()
-        page = ready(open_page(out))
+        page.goto(large[0].as_uri())
+        ready(page)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2, seconds
-    assert page.locator(".option").count() < 50  # the list is drawn where it is looked at
+        found = {metric["name"]: metric["value"] for metric in metrics.send("Performance.getMetrics")["metrics"]}
+        work.append(found["TaskDuration"])
+        context.close()
+    assert 0.01 < min(work) < 2, work
+    assert busy or min(seconds) < 2, seconds
+
+
+def test_the_list_of_5_000_is_drawn_where_it_is_looked_at(large, open_page):
+    page = ready(open_page(large[0]))
+    assert page.locator(".option").count() < 50
     page.locator("#list").focus()
     page.keyboard.press("End")
     page.locator("#where", has_text="5,000 of 5,000").wait_for()

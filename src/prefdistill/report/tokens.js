@@ -30,15 +30,10 @@ function make(tag, className, text) {
   return node;
 }
 
-const code = c => {
-  const point = c.codePointAt(0);
-  return point < 32 ? String.fromCharCode(0x2400 + point) : point === 127 ? "␡"
-    : "U+" + point.toString(16).toUpperCase().padStart(4, "0");
-};
+const code = c => "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 
 /** Text with what cannot be seen made visible; line breaks keep their mark when whitespace is not asked for. */
-function addText(node, text, breaks) {
-  const marks = $("marks").checked;
+function addText(node, text, breaks, marks = $("marks").checked) {
   for (const part of text.split(marks ? SPACED : MARKED)) {
     if (!part) continue;
     if (part === " ") mark(node, "·", " ");
@@ -59,6 +54,7 @@ function mark(node, shown, real) {
 
 const psiKind = () => Object.keys(index.psi)[0];
 const gap = both => both[0] - both[1];
+const psiDigits = (psi => psi ? fine(psi) : 2)(page.modes.find(mode => mode.show === "psi"));
 const margin = at => psiKind() ? gap(index.psi[psiKind()][at]) : null;
 const ratios = (a, b) => index.logps[a] && index.logps[b]
   ? at => SIDES.map((_, side) => index.logps[a][at][side] - index.logps[b][at][side]) : null;
@@ -145,11 +141,11 @@ function option(at, place) {
   const first = make("div", "line"), second = make("div", "line quiet");
   const snippet = make("span", "snippet");
   snippet.dir = "auto";
-  addText(snippet, index.prompt[at], false);
+  addText(snippet, index.prompt[at], false, false);
   first.append(make("span", "row", `#${index.row[at]}`), snippet);
   second.append(make("span", "", `${index.tokens[at].map(count).join(" / ")} tokens`));
   if (cutOf(at)) second.append(make("span", "cut", "cut"));
-  if (psiKind()) second.append(make("span", margin(at) < 0 ? "push against" : "push", `ΔΨ ${signed(margin(at))}${margin(at) < 0 ? " ✗" : margin(at) > 0 ? " ✓" : ""}`));
+  if (psiKind()) second.append(make("span", margin(at) < 0 ? "push against" : "push", `ΔΨ ${signed(margin(at), psiDigits)}${margin(at) < 0 ? " ✗" : margin(at) > 0 ? " ✓" : ""}`));
   node.append(first, second);
   return node;
 }
@@ -197,22 +193,25 @@ function show() {
 }
 
 function showNumbers(at) {
-  const rows = [], {alpha, beta} = page.weights, names = {values: "Ψ, shaping return", logprob_values: "Ψ of log-probabilities"};
-  for (const [kind, psi] of Object.entries(index.psi)) rows.push([names[kind], psi[at], signed, ["α", alpha]]);
+  const rows = [], told = new Set(), {alpha, beta} = page.weights, names = {values: "Ψ, shaping return", logprob_values: "Ψ of log-probabilities"};
+  for (const [kind, psi] of Object.entries(index.psi)) rows.push([names[kind], psi[at], x => signed(x, psiDigits), ["α", alpha]]);
   for (const [a, b, name] of [["teacher", "teacher_reference", "teacher's log-ratio"], ["student", "reference", "student's log-ratio, DPO"]]) {
     const both = ratios(a, b);
-    if (both) rows.push([name, both(at), signed, ["β", beta]]);
+    if (!both) continue;
+    rows.push([name, both(at), signed, ["β", beta]]);
+    told.add(a).add(b);
   }
-  for (const [role, logps] of Object.entries(index.logps)) rows.push([`log-prob, ${role.replace("_", " ")}`, logps[at], signed]);
+  for (const [role, logps] of Object.entries(index.logps))
+    if (role === "teacher" || !told.has(role)) rows.push([`log-prob, ${role.replace("_", " ")}`, logps[at], signed]);
   if (index.scores) rows.push(["score in the data", index.scores[at], plain]);
   rows.push(["tokens", index.tokens[at], count]);
   $("numbers").tBodies[0].replaceChildren(...rows.map(([name, both, format, weight]) => {
     const line = make("tr"), head = make("th", "", name), difference = both.includes(null) ? null : gap(both);
     head.scope = "row";
-    const whole = format === count;
+    const step = format === count ? x => signed(x, 0) : format === plain ? signed : format;
     line.append(head, ...both.map(x => make("td", "", x === null ? "–" : format(x))),
-      make("td", difference < 0 && weight ? "bad" : "", difference === null ? "–" : whole ? signed(difference, 0) : signed(difference)),
-      make("td", "quiet", weight ? `${weight[0]} ${weight[1]} → ${signed(weight[1] * difference)}` : ""));
+      make("td", difference < 0 && weight ? "bad" : "", difference === null ? "–" : step(difference)),
+      make("td", "quiet", weight ? `${weight[0]} ${weight[1]} → ${format(weight[1] * difference)}` : ""));
     return line;
   }));
   const push = margin(at);
@@ -292,7 +291,7 @@ function showResponse(side, number) {
     button.dataset.t = t;
     button.dataset.side = number;
     const label = make("span", "what");
-    addText(label, tokenText(side, t).slice(0, 24), true);
+    addText(label, [...tokenText(side, t)].slice(0, 24).join(""), true, true);
     button.append(`${RANKS[rank]} `, label, ` ${number_(values.show[t])}`);
     list.append(button);
   });
@@ -315,7 +314,8 @@ function showLegend() {
     logp: `log-probability of this token, where it is among ${page.kept[page.fields[mode.field].role]} that the store keeps`,
     ratio: "log-ratio of this token between the two models, where both keep it",
   }[mode.show];
-  legend.append(low, strip, high, make("span", "quiet", `${words}. 98 % of all tokens lie within the scale (nats).`));
+  const none = ["logp", "ratio"].includes(mode.show) ? [make("span", "t none", "not kept")] : [];
+  legend.append(low, strip, high, ...none, make("span", "quiet", `${words}. 98 % of all tokens lie within the scale (nats).`));
 }
 
 /** Make a token the current one: `{side, t}`, or null for none. */
@@ -329,7 +329,7 @@ function point(to) {
   readout.replaceChildren(make("b", side.name, side.name), ` ${count(t + 1)} of ${count(side.n)} `);
   const what = make("span", "what");
   const piece = side.pieces[t];
-  addText(what, tokenText(side, t), true);
+  addText(what, tokenText(side, t), true, true);
   readout.append(what, make("span", "quiet", ` id ${pieces.ids[piece]}${pieces.texts[piece] ? "" : ` ${pieces.names[piece]}, no text of its own`}`));
   for (const other of page.modes) {
     const values = valuesOf(side, other), x = values.show[t];

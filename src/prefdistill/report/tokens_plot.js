@@ -21,12 +21,12 @@ function drawPlot() {
   $("figure").hidden = field < 0;
   scale = null;
   if (field < 0) return;
-  const width = Math.max(280, $("plot").clientWidth), height = 200, left = 46, right = 66, top = 12, bottom = 32;
+  const width = Math.max(280, $("plot").clientWidth), height = 200, left = 46, right = 74, top = 12, bottom = 32;
   const paths = current.sides.map(side => side.fields[field]);
   const longest = Math.max(...current.sides.map(side => side.n));
   const values = paths.flatMap(path => [...path]);
   let low = Math.min(...values), high = Math.max(...values);
-  if (high - low < 0.1) { low -= 0.5; high += 0.5; }
+  if (high - low < 1e-6) { low -= 0.5; high += 0.5; }
   const x = t => left + (width - left - right) * t / longest, y = v => top + (height - top - bottom) * (high - v) / (high - low);
   const words = current.sides.map((side, i) => `${side.name} goes from ${plain(paths[i][0])} to ${plain(paths[i][side.n])} over ${many(side.n, "token")}, lowest ${plain(Math.min(...paths[i]))}, highest ${plain(Math.max(...paths[i]))}`);
   const svg = draw("svg", {viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `V over tokens: ${words.join("; ")}.`});
