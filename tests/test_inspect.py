@@ -23,11 +23,11 @@ from prefdistill.losses import shaping_return
 from prefdistill.methods import METHODS
 from prefdistill.models import random_model, texts_of, tokenizer_identity, train_tokenizer
 from prefdistill.report.packed import MISSING, Pieces, finest, quantised, quantised_steps, width_of
-from prefdistill.report.token_data import Weights, token_psi
+from prefdistill.report.token_data import Weights, _scale, _token_logps, token_psi
 from prefdistill.report.tokens import write_token_view
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.shards import Shard
-from prefdistill.signals.store import SIDES
+from prefdistill.signals.store import SIDES, SignalSet
 
 ALERT = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -197,6 +197,12 @@ def test_a_token_that_was_not_kept_has_no_log_prob(stores, make_model, pairs, to
             assert np.isfinite(page.logps(at, side)).tolist() == there
             kept += sum(there)
     assert 0 < kept < sum(map(sum, page.index["tokens"]))
+    row = few.row(0)["chosen"]
+    never = 1 + max(int(row["topk_ids"].max()), *page.ids(0, "chosen"))
+    only = SignalSet.of([few], pairs).at(np.array([0]))
+    missing = _token_logps(only, "teacher", "chosen", [np.full(row["tokens"], never)])
+    assert np.isnan(missing[0]).all()
+    assert _scale([part[np.isfinite(part)] for part in missing]) == 1.0  # a page of such tokens can be made
     assert page.page["kept"] == {"teacher": "the 3 likeliest"}
 
 

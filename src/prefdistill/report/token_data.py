@@ -248,8 +248,10 @@ def packed(
 
 
 def _scale(parts: list[np.ndarray]) -> float:
-    """How large numbers are whose colour is the strongest: 98 % of all are smaller."""
+    """How large numbers are whose colour is the strongest: 98 % of all are smaller. 1 where there are none, or only 0."""
     numbers = np.abs(np.concatenate(parts))
+    if not len(numbers):
+        return 1.0
     return float(np.quantile(numbers, 0.98)) or float(numbers.max(initial=0.0)) or 1.0
 
 
