@@ -248,7 +248,7 @@ def packed(
 
 
 def _scale(parts: list[np.ndarray]) -> float:
-    """How large numbers are whose colour is the strongest: 98 % of all are smaller. 1 where there are none, or only 0."""
+    """How large numbers are whose colour is the strongest: 98 % of all are smaller. 1 without numbers."""
     numbers = np.abs(np.concatenate(parts))
     if not len(numbers):
         return 1.0
