@@ -235,7 +235,8 @@ def signals(
         str, typer.Option(help="Of values, logprob_values, logps, q and topk, with commas.")
     ] = "values,logps",
     role: Annotated[
-        str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")
+        str,
+        typer.Option(help="teacher, teacher_reference, reference (the student's start), or student (a trained one)."),
     ] = "teacher",
     responses: Annotated[
         str, typer.Option(help="Columns to read, with commas, e.g. student_response of `prefdistill sample`.")
@@ -435,6 +436,49 @@ def evaluate(
         error = "" if value["se"] is None else f" ± {value['se']:.3f}"
         _print(f"{name:28} {value['mean']:.3f}{error}   ({value['n']} pairs)")
     return results
+
+
+@app.command()
+def inspect(
+    data: Data,
+    signals: Annotated[list[Path], typer.Option("--signals", help="Signal stores for these pairs; once for each.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write (HTML).")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub name or directory; default: the one that the signals name.")
+    ] = None,
+    max_pairs: Annotated[int, typer.Option(min=1, help="The page holds the first of the pairs.")] = 5_000,
+    alpha: Annotated[float, typer.Option(help="Weight of the shaping margin on the page.")] = 0.7,
+    beta: Annotated[float, typer.Option(help="Weight of the DPO margin on the page.")] = 0.1,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="gamma of psi.")] = 1.0,
+    terminal: Annotated[
+        Literal["last", "bootstrap", "zero"], typer.Option(help="What stands for the value after an end token.")
+    ] = "last",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """The token view: one page with V, psi and probabilities over the text of chosen and rejected.
+
+    Example: prefdistill inspect --data pairs.jsonl --signals signals/teacher --out tokens.html
+    """
+    _one_process("inspect")
+    from prefdistill.models import load_tokenizer
+    from prefdistill.report.token_data import Weights
+    from prefdistill.report.tokens import write_token_view
+    from prefdistill.signals import Signals
+
+    stores = [Signals.open(path) for path in signals]
+    made = write_token_view(
+        data,
+        stores,
+        out,
+        load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None,
+        max_pairs=max_pairs,
+        weights=Weights(alpha, beta, discount, terminal),
+        trust_remote_code=trust_remote_code,
+    )
+    _print(f"{made['pairs']} of {made['rows']} pairs, {made['bytes']:,} bytes in {out}")
+    return made
 
 
 @app.command()
