@@ -356,7 +356,7 @@ def test_from_pairs_to_an_evaluated_student(place, capfd, make_model, tokenizer)
     assert _call([*evaluate, "--out", "e.json"]) == 0
     out = capfd.readouterr().out
     assert "reward_accuracy" in out
-    assert "(24 pairs)" in out
+    assert "(24 pairs of 24 prompts)" in out
 
 
 def test_from_pairs_to_an_adpa_student_by_way_of_its_own_samples(place, capfd):

@@ -328,6 +328,11 @@ def fast(data_dir):
     ]
 
 
+def prompts_of_test(data_dir):
+    test = load_pairs(str(data_dir / "alpacaeval_pairs" / "test.jsonl.gz")).select(range(24))
+    return len({json.dumps(prompt) for prompt in test["prompt"]})
+
+
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory):
     """One run directory for all recipes: they differ in methods only, and share teacher, start and signals."""
@@ -349,7 +354,7 @@ def test_every_recipe_from_real_pairs_to_the_report(shared_run, data_dir, path):
     recipe = load_recipe(path, fast(data_dir), fast=True)
     results = run_recipe(recipe, shared_run)
     for name in recipe.methods:
-        assert results["methods"][name]["reward_accuracy"]["n"] == 24
+        assert results["methods"][name]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
     assert set(results["differences"]) == set(recipe.methods) - {recipe.baseline}
     page = (shared_run / "report.html").read_text()
     assert all(name in page for name in recipe.methods)
@@ -361,8 +366,8 @@ def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
     recipe = ROOT / "recipes" / "local-pairs" / "tvkd.yaml"
     results = run_recipe(load_recipe(recipe, overrides, fast=True), tmp_path / "scratch")
     for name in ("dpo", "tvkd"):
-        assert results["methods"][name]["reward_accuracy"]["n"] == 24
-    assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test items"
+        assert results["methods"][name]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
+    assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test prompts"
 
     made = tmp_path / "scratch" / "seed-0"
     named = [

@@ -430,8 +430,8 @@ def evaluate(
     results = evaluate_pairs(student, pairs, tokenizer, stores)
     write_json(out, results)
     for name, value in [*results["metrics"].items(), *results["margin_accuracy"].items()]:
-        error = "" if value["se"] is None else f" ± {value['se']:.3f}"
-        _print(f"{name:28} {value['mean']:.3f}{error}   ({value['n']} pairs)")
+        error = "" if value["se"] is None else f" ± {value['se']:.3f}, 95 % {value['low']:.3f} to {value['high']:.3f}"
+        _print(f"{name:28} {value['mean']:.3f}{error}   ({results['pairs']} pairs of {value['n']} prompts)")
     return results
 
 

@@ -119,6 +119,11 @@ def data_fingerprint(dataset: Dataset, responses: Sequence[str] = RESPONSES) -> 
     return digest.hexdigest()
 
 
+def prompt_text(prompt: Any) -> str:
+    """A prompt as one text, to tell prompts apart: the text itself, or its messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(without_nulls(prompt), sort_keys=True, ensure_ascii=False)
+
+
 def ended_column(response: str) -> str:
     """The column that says, where it is there, whether a response has its end token. `sample` writes it."""
     return f"{response}_ended"

@@ -16,7 +16,8 @@ from prefdistill.config import MethodRun, Recipe, Training
 from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.evaluation.pairs import gauge_flips, implicit_rewards, pair_terms, pair_wins
+from prefdistill.evaluation.measure import Measured, measure_pairs, numbered
+from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompts_of
 from prefdistill.files import read_json, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
@@ -46,15 +47,6 @@ if TYPE_CHECKING:
 DROWNING = 3.0
 # Evaluated beside the methods, before any of them: who they learn from, and where they start.
 TEACHER, START = "teacher", "start"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one evaluated model gave: means by metric, and the values per test item behind them."""
-
-    metrics: dict[str, float]
-    items: dict[str, list[float]]
-    samples: list[dict[str, Any]]
 
 
 @dataclass
@@ -404,38 +396,33 @@ class SeedRun:
 
     def _measure(self, name: str) -> Measured:
         model = ready(self._load(name))
-        metrics: dict[str, float] = {}
-        items: dict[str, list[float]] = {}
-        samples: list[dict[str, Any]] = []
+        measured = Measured()
         if self.recipe.data.synthetic:
             prompts = read_json(self.root / "data" / "prompts.json")["test"]
             asked = _as_messages(prompts)
             for metric, temperature in (("reward", 1.0), ("reward_greedy", 0.0)):
                 found = self._sample(model, asked, temperature=temperature, seed=self.seed, what=metric)
-                items[metric] = [
+                scores = [
                     synthetic.reward(prompt, response.text, response.ended)
                     for prompt, response in zip(prompts, found, strict=True)
                 ]
+                measured.add(metric, scores)
                 if metric == "reward":
-                    samples = [
+                    measured.samples = [
                         {"prompt": prompt, "response": response.text, "score": score}
-                        for prompt, response, score in zip(prompts, found, items[metric], strict=True)
+                        for prompt, response, score in zip(prompts, found, scores, strict=True)
                     ][: self.recipe.evaluate.samples]
         elif self.test is not None and self.recipe.evaluate.samples:
             prompts = self.test["prompt"][: self.recipe.evaluate.samples]
             found = self._sample(model, prompts, temperature=1.0, seed=self.seed, what="samples")
-            samples = [
+            measured.samples = [
                 {"prompt": p if isinstance(p, str) else p[-1]["content"], "response": response.text}
                 for p, response in zip(prompts, found, strict=True)
             ]
         reference = next((store for store in self.test_stores if store.role == "reference"), None)
         if reference is not None and self.test is not None and name not in (self.start, self.teacher):
-            reward = implicit_rewards(model, self.test, self.tokenizer, reference)
-            items["reward_accuracy"] = pair_wins(reward["chosen"], reward["rejected"]).tolist()
-            items["reward_margin"] = (reward["chosen"] - reward["rejected"]).tolist()
-            items["chosen_logp"] = reward["chosen_logp"].tolist()
-        metrics |= {metric: float(np.mean(values)) for metric, values in items.items()}
-        return Measured(metrics, items, samples)
+            measure_pairs(measured, model, self.test, self.tokenizer, reference)
+        return measured
 
     def _load(self, name: str) -> Any:
         names = self.recipe.model
@@ -462,6 +449,11 @@ class SeedRun:
         """Per test pair, whether each term of the teacher orders it right."""
         signals = self._test_signals()
         return pair_terms(signals) if signals else {}
+
+    def margin_groups(self) -> list[int]:
+        """The number of the prompt of each pair of `margin_terms`."""
+        signals = self._test_signals()
+        return numbered(prompts_of(signals.data, signals.rows)) if signals else []
 
     def gauge_flips(self) -> dict[str, Any]:
         """How far the order of the held-out pairs by the teacher's value depends on its gauge."""

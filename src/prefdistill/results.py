@@ -1,7 +1,7 @@
 """From what was measured to what is reported: means over data orders and seeds, and paired differences to the baseline.
 
 The unit of an error bar is the widest source of variation the run has: seeds (each a whole pipeline) if there are
-several, else data orders, else test items.
+several, else data orders, else test prompts, over which a bootstrap gives an interval too.
 """
 
 import os
@@ -15,10 +15,11 @@ import torch
 
 from prefdistill import __version__
 from prefdistill.config import Recipe
+from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.pairs import pair_wins
-from prefdistill.evaluation.stats import mean_and_error, paired_difference
+from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, paired_difference
 from prefdistill.files import write_json
-from prefdistill.pipeline import START, TEACHER, Measured, SeedRun
+from prefdistill.pipeline import START, TEACHER, SeedRun
 from prefdistill.stages import Stage
 
 METRICS: dict[str, dict[str, Any]] = {
@@ -38,8 +39,7 @@ def add_win_rates(measured: dict[str, list[Measured]]) -> None:
     start = measured[START][0].items["reward"]
     for runs in measured.values():
         for run in runs:
-            run.items["win_rate"] = pair_wins(run.items["reward"], start).tolist()
-            run.metrics["win_rate"] = float(np.mean(run.items["win_rate"]))
+            run.add("win_rate", pair_wins(run.items["reward"], start))
 
 
 def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _mean(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
     runs = by_seed[0]
     if len(runs) > 1:
         return mean_and_error([run.metrics[metric] for run in runs]) | {"over": "data orders"}
-    return mean_and_error(runs[0].items[metric]) | {"over": "test items"}
+    return estimate(runs[0].items[metric], runs[0].groups.get(metric)) | {"over": PROMPTS}
 
 
 def _difference(ours: list[list[Measured]], theirs: list[list[Measured]], metric: str) -> dict[str, Any]:
@@ -85,16 +85,17 @@ def _difference(ours: list[list[Measured]], theirs: list[list[Measured]], metric
         return mean_and_error([float(np.mean(orders)) for orders in per_order]) | {"over": "seeds"}
     if len(per_order[0]) > 1:
         return mean_and_error(per_order[0]) | {"over": "data orders"}
-    return paired_difference(ours[0][0].items[metric], theirs[0][0].items[metric]) | {"over": "test items"}
+    our, their = ours[0][0], theirs[0][0]
+    return paired_difference(our.items[metric], their.items[metric], our.groups.get(metric)) | {"over": PROMPTS}
 
 
-def margin_accuracies(terms: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Accuracy of each term of the teacher on the held-out pairs, over seeds or over pairs."""
+def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
+    """Accuracy of each term of the teacher on the held-out pairs, over seeds or over the prompts of the pairs."""
     if not terms or not terms[0]:
         return {}
     if len(terms) > 1:
         return {name: mean_and_error([seed[name].mean() for seed in terms]) | {"over": "seeds"} for name in terms[0]}
-    return {name: mean_and_error(wins) | {"over": "test items"} for name, wins in terms[0].items()}
+    return {name: estimate(wins, groups) | {"over": PROMPTS} for name, wins in terms[0].items()}
 
 
 def gauge(runs: list[SeedRun]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any
             **summarise(recipe, measured),
             "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
             "controls": [name for name, run in recipe.methods.items() if run.control],
-            "margin_accuracy": margin_accuracies([run.margin_terms() for run in runs]),
+            "margin_accuracy": margin_accuracies([run.margin_terms() for run in runs], runs[0].margin_groups()),
             "gauge_flips": gauge(runs),
             "shaping": shaping[0],
             "samples": side_by_side(measured[0]),
