@@ -129,6 +129,11 @@ def ended_column(response: str) -> str:
     return f"{response}_ended"
 
 
+def tokens_column(response: str) -> str:
+    """The column that says, where it is there, how many tokens were sampled for a response, the end token included."""
+    return f"{response}_tokens"
+
+
 def _read(source: str, split: str) -> Dataset:
     name, suffix = source, ""
     if not Path(source).expanduser().exists():  # a path may itself contain '#'

@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from prefdistill import __version__
-from prefdistill.data import FILE_TYPES, ended_column, load_prompts, without_nulls
+from prefdistill.data import FILE_TYPES, ended_column, load_prompts, tokens_column, without_nulls
 from prefdistill.encode import (
     PROMPT_EMPTY,
     PROMPT_TOO_LONG,
@@ -311,7 +311,7 @@ def sample_responses(
         tokenizer: the model's tokenizer; default: the one found beside the model.
         out: the .jsonl, .jsonl.gz or .parquet file to write.
         column: where responses go: one assistant message to a conversation, text to text. The column `{column}_ended`
-            says whether the model wrote its end token.
+            says whether the model wrote its end token, `{column}_tokens` how many tokens it took, that one included.
         n: responses per prompt, drawn independently.
         temperature: of the whole vocabulary's distribution; 0 is greedy.
         top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
@@ -346,7 +346,9 @@ def sample_responses(
         raise UserError("vLLM loads a model itself: give its Hub name or directory, or take the engine transformers")
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
     dataset = load_prompts(dataset)
-    if taken := [name for name in (column, ended_column(column)) if name in dataset.column_names]:
+    if taken := [
+        name for name in (column, ended_column(column), tokens_column(column)) if name in dataset.column_names
+    ]:
         raise UserError(f"{data_name} has a column '{taken[0]}' already; name another with --column")
     if tokenizer is None:
         source = model if isinstance(model, str) else model.name_or_path
@@ -488,6 +490,7 @@ def _write(
     repeated = [row for row in rows for _ in range(len(responses) // len(rows))]
     full = dataset.select(repeated).flatten_indices(keep_in_memory=True)
     full = full.add_column(column, answers).add_column(ended_column(column), list(ended))
+    full = full.add_column(tokens_column(column), list(tokens))
     seconds = sum(part["seconds"] for part in parts)
     counts = {
         "prompts": len(rows),

@@ -66,7 +66,8 @@ def estimate(
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"values must be a list of at least one number, got shape {x.shape}")
-    totals, counts = x, np.ones(len(x))
+    totals: np.ndarray = x
+    counts: np.ndarray = np.ones(len(x))
     if groups is not None:
         if len(groups) != len(x):
             raise ValueError(f"there must be a group for each value, got {len(groups)} groups and {len(x)} values")
