@@ -10,6 +10,7 @@ from rouge_score import rouge_scorer
 
 from prefdistill.cli import _call
 from prefdistill.data import load_prompts
+from prefdistill.encode import judged_ids
 from prefdistill.errors import UserError
 from prefdistill.evaluation import estimate, pair_wins
 from prefdistill.evaluation.generations import (
@@ -22,7 +23,7 @@ from prefdistill.evaluation.generations import (
     unique_prompts,
 )
 from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
-from prefdistill.evaluation.reward_model import RewardModel, judge_of, judged_ids
+from prefdistill.evaluation.reward_model import RewardModel, judge_of
 from prefdistill.models import random_model
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -299,6 +299,7 @@ def sample_responses(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     shard_rows: int = 256,
+    learnt_from: bool = True,
 ) -> "Dataset":
     """Responses to every prompt, written beside everything else that its row holds: `n` rows per prompt, consecutive.
 
@@ -324,6 +325,7 @@ def sample_responses(
         dtype: of the weights, when the model is loaded here. "auto" is as stored; vLLM's auto makes 16 bits of float32.
         trust_remote_code: let the model's repository run its own code.
         shard_rows: prompts per part, the unit of resuming; inside a part prompts of like length are taken together.
+        learnt_from: warn where methods that learn from the responses would see other tokens than were sampled.
 
     Returns:
         The file, loaded.
@@ -390,7 +392,7 @@ def sample_responses(
             rows = [row for row, ids in enumerate(encoded) if ids]
             shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
             found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, seed)
-            _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts})
+            _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts}, learnt_from)
         for path in parts.iterdir():
             if path.name != LOCK:
                 path.unlink()
@@ -480,7 +482,13 @@ def _sample_parts(
 
 
 def _write(
-    out: Path, dataset: "Dataset", rows: list[int], column: str, parts: list[dict[str, Any]], made_from: dict[str, Any]
+    out: Path,
+    dataset: "Dataset",
+    rows: list[int],
+    column: str,
+    parts: list[dict[str, Any]],
+    made_from: dict[str, Any],
+    learnt_from: bool,
 ) -> None:
     """The rows with their responses, and beside them what is to be said of them."""
     responses = [response for part in parts for response in part["responses"]]
@@ -509,7 +517,7 @@ def _write(
         f"sample: {counts['responses']:,} responses, {counts['tokens']:,} tokens, "
         f"{counts['tokens_per_second']:,} tokens/s, {counts['ended_share']:.1%} ended"
     )
-    if counts["other_tokens_share"] > OTHER_TOKENS:
+    if learnt_from and counts["other_tokens_share"] > OTHER_TOKENS:
         say(
             f"warning: the text of {counts['other_tokens_share']:.0%} of the responses is tokenised otherwise than it "
             "was sampled: methods that learn where the model went will look at states it did not visit"

@@ -183,6 +183,7 @@ def _sample(request: Request, prompts: "Dataset", file: Path) -> "Dataset":
         batch_size=request.batch_size,
         seed=request.seed,
         engine=request.engine,
+        learnt_from=False,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
     )

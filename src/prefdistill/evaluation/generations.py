@@ -1,8 +1,8 @@
 """What a model answers, beside what it should have answered and what another model did."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from prefdistill.data import prompt_text, tokens_column
 from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured, numbered
 from prefdistill.evaluation.pairs import pair_wins
+from prefdistill.sample import Response
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -158,3 +159,56 @@ def by_prompt(prompts: list[Any], scores: Any) -> dict[str, list[float]]:
     for prompt, score in zip(prompts, scores, strict=True):
         found[prompt_text(prompt)].append(float(score))
     return found
+
+
+def measure_answers(
+    measured: Measured, rows: "Dataset", data: "Dataset", judge: "RewardModel | None", *, prompts: int, samples: int
+) -> None:
+    """Add all that is measured of sampled responses, and the first of them for the report.
+
+    Args:
+        rows: prompts with a column `RESPONSE`.
+        data: where the references come from.
+        judge: None: no scores.
+        prompts: measure this many of the responses.
+        samples: keep this many.
+    """
+    answers = Generations.read(rows, RESPONSE, references_of(data))
+    scored = Generations(*(part and part[:prompts] for part in astuple(answers)))
+    if prompts:
+        measure_texts(measured, scored)
+    if prompts and judge is not None:
+        measure_scores(measured, scored, judge)
+    scores = measured.items.get("judge_score", [])
+    measured.samples = [
+        {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "response": response}
+        | ({"score": scores[place]} if place < len(scores) else {})
+        for place, (prompt, response) in enumerate(zip(answers.prompts, answers.responses, strict=True))
+    ][:samples]
+
+
+def measure_rewards(
+    measured: Measured,
+    prompts: list[str],
+    answer: Callable[[float, str], list[Response]],
+    reward: Callable[[str, str, bool], float],
+    *,
+    samples: int,
+) -> None:
+    """Add the known reward of responses at temperature 1 and of the greedy ones, and the length of the former.
+
+    Args:
+        answer: from a temperature and a name for the progress bar to a response to each prompt.
+        reward: of a prompt, a response, and whether that has ended.
+        samples: keep this many.
+    """
+    for metric, temperature in (("reward", 1.0), ("reward_greedy", 0.0)):
+        found = answer(temperature, metric)
+        both = list(zip(prompts, found, strict=True))
+        measured.add(metric, [reward(prompt, response.text, response.ended) for prompt, response in both])
+        if metric == "reward":
+            measured.add("response_tokens", [response.tokens for response in found])
+            measured.samples = [
+                {"prompt": prompt, "response": response.text, "score": score}
+                for (prompt, response), score in zip(both, measured.items[metric], strict=True)
+            ][:samples]

@@ -66,12 +66,15 @@ def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
     return estimate(runs[0].items[metric], runs[0].groups.get(metric)) | {"over": PROMPTS}
 
 
-def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None) -> dict[str, Any]:
+def by_length(
+    models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None, metrics: Sequence[str] = BY_LENGTH
+) -> dict[str, Any]:
     """What the responses of each model are worth by range of the reference's length in words.
 
     Args:
         models: by name, what was measured of each, by seed and data order.
         edges: of the ranges, see `length_ranges`; default: quartiles of the references.
+        metrics: of these, those that were measured.
 
     Returns:
         `{metric: [{"low", "high", "n": prompts, "methods": {name: estimate}}, ...]}`, without empty ranges; empty where
@@ -83,8 +86,8 @@ def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | No
     first = next(iter(models.values()))[0][0]
     found: dict[str, Any] = {}
     for low, high in length_ranges(first.items["reference_words"], edges):
-        cut = {n: [[run.among(BY_LENGTH, low, high) for run in runs] for runs in s] for n, s in models.items()}
-        for metric in BY_LENGTH:
+        cut = {n: [[run.among(metrics, low, high) for run in runs] for runs in s] for n, s in models.items()}
+        for metric in metrics:
             shown = {name: mean_of(s, metric) for name, s in cut.items() if metric in s[0][0].items}
             if shown:
                 sizes = next(s[0][0] for s in cut.values() if metric in s[0][0].items)
