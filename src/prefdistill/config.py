@@ -347,8 +347,8 @@ class Recipe(Section):
                 raise ValueError(
                     "a synthetic task knows its reward and its prompts; leave reward_model and evaluate.prompts out"
                 )
-        elif self.reward_model and not (self.evaluate.prompts and self.data.test):
-            raise ValueError("reward_model has nothing to judge: give data.test and evaluate.prompts, or leave it out")
+        elif self.reward_model and not self.evaluate.prompts:
+            raise ValueError("reward_model has nothing to judge: give evaluate.prompts, or set reward_model=null")
         if self.model.teacher_reference and (self.teacher.dpo or self.model.teacher is None):
             raise ValueError(
                 "model.teacher_reference is for a named teacher that has had its DPO: with teacher.dpo, the reference "

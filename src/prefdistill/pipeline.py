@@ -89,6 +89,8 @@ class SeedRun:
         recipe = self.recipe
         if not recipe.data.synthetic:
             _ = self.train, self.test
+            if recipe.reward_model and self.judge is None:
+                say("note: without data.test there is nothing to judge: no reward model, no pairs set aside for it")
         if recipe.model.teacher or recipe.model.student:
             _ = self.tokenizer
         _ = self.truncation
@@ -208,17 +210,15 @@ class SeedRun:
 
     @functools.cached_property
     def _train_and_judge(self) -> "tuple[Dataset, Dataset]":
-        pairs, judge = (
-            self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train),
-            self.recipe.reward_model,
-        )
-        if judge is None or judge.name:
+        pairs = self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train)
+        if self.judge is None or self.judge.options.name:
             return pairs, pairs.select([])
-        return split_prompts(pairs, judge.share, self.seed)
+        return split_prompts(pairs, self.judge.options.share, self.seed)
 
     @functools.cached_property
     def judge(self) -> Judge | None:
-        return Judge(self, self.recipe.reward_model) if self.recipe.reward_model else None
+        options = self.recipe.reward_model
+        return Judge(self, options) if options and self.recipe.data.test else None
 
     @functools.cached_property
     def teacher_pairs(self) -> "Dataset":
