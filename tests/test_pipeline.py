@@ -430,6 +430,8 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     judge = results["judge"]
     assert (judge["kind"], judge["pairs"], judge["accuracy"]["n"]) == ("reward_model", 12, 12)
     assert judge["name"].startswith("trained on ")
+    ruler = [warning for warning in results["warnings"] if "worth no more than a ruler" in warning]
+    assert bool(ruler) == (judge["accuracy"]["mean"] <= judge["longer_is_better"]["mean"])
     assert set(results["by_length"]) == set(metrics)
     ranges = results["by_length"]["rouge_l"]
     assert {(row["low"], row["high"]) for row in ranges} <= {(0, 3), (4, 5), (6, None)}
@@ -508,6 +510,7 @@ def test_demonstrations_of_the_judges_prompts_are_left_out(judged, tmp_path):
         ("reward_model.share=1.0", "reward_model.share"),
         ("reward_model.share=0.0001", "leaves none for one side"),
         ("reward_model.training.lora.r=4", "there is nothing to adapt in random weights"),
+        ("reward_model.name=nowhere", "no reward model at 'nowhere'"),
         ("evaluate.prompts=0", "reward_model has nothing to judge: give evaluate.prompts"),
         ("reward_model.training.batch_size=3", "batch_size"),
         ("reward_model.model.hidden=3", "the shape of a model from scratch has no 'hidden'"),

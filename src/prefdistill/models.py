@@ -161,27 +161,40 @@ def load_model(
     return model
 
 
+def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
+    """Whether a model is a sequence classifier with one label, by its configuration: before anything long begins.
+
+    Raises:
+        UserError: if there is no such model, or it is a language model or has several labels.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
+    if language := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
+        raise UserError(_not_loaded("reward model", name, f"it is a language model, {language[0]}"))
+    if config.num_labels != 1:
+        raise UserError(f"{name} has {config.num_labels} labels; a reward model has one, the score of a response")
+
+
 def load_reward_model(
     name: str, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Sequence classifier with one label, which scores a text, and its own tokenizer.
 
     Raises:
-        UserError: if there is no such model, it has several labels, or its head has never been trained.
+        UserError: see `check_reward_model`; also if weights are missing, such as a head that was never trained.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    what = "reward model"
+    check_reward_model(name, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if language := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
-            raise UserError(_not_loaded(what, name, f"it is a language model, {language[0]}"))
-        if config.num_labels != 1:
-            raise UserError(f"{name} has {config.num_labels} labels; a reward model has one, the score of a response")
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -189,9 +202,10 @@ def load_reward_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(_not_loaded(what, name, _first_line(error))) from error
+        raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
     if missing := sorted(found["missing_keys"]):
-        raise UserError(_not_loaded(what, name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
+        reason = f"{len(missing)} weights are missing, the first is {missing[0]}"
+        raise UserError(_not_loaded("reward model", name, reason))
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:  # by which a classifier finds the last token

@@ -23,6 +23,7 @@ from prefdistill.evaluation.shaping import shaping_of
 from prefdistill.files import read_json, write_json, write_jsonl
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
+    check_reward_model,
     check_same_tokens,
     default_dtype,
     load_model,
@@ -100,7 +101,9 @@ class SeedRun:
         ]
         trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
         trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
-        if recipe.reward_model and recipe.reward_model.name is None:
+        if recipe.reward_model and recipe.reward_model.name:
+            check_reward_model(recipe.reward_model.name, trust_remote_code=recipe.model.trust_remote_code)
+        elif recipe.reward_model:
             trainings.append((recipe.reward_model.training, RewardConfig))
         for training, kind in trainings:
             training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)

@@ -12,7 +12,6 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel
 from prefdistill.files import read_json, write_json
 from prefdistill.models import model_key
-from prefdistill.progress import say
 from prefdistill.teach import train_reward
 
 if TYPE_CHECKING:
@@ -76,6 +75,12 @@ class Judge:
             request = {"shape": self.options.model, "training": training.essence()}
             run.stage(STAGE, request, self._train, "judge-pairs", "base")  # the tokenizer is of the models' base
         run.stage(WORTH, {"model": run.name_of(self.name)}, self._look, STAGE, "test")
+        right, longer = (self.worth.metrics[key] for key in ("accuracy", "longer_is_better"))
+        if right <= longer:
+            run.warnings.append(
+                f"the judge orders {right:.1%} of the held-out pairs right and length alone {longer:.1%}: its scores "
+                "and win rates are worth no more than a ruler"
+            )
 
     def _train(self, out: Path) -> None:
         assert self.options.model is not None
@@ -91,12 +96,7 @@ class Judge:
 
     def _look(self, out: Path) -> None:
         assert self.run.test is not None
-        worth = self.load().judge_pairs(self.run.test)
-        write_json(out / "worth.json", worth.__dict__)
-        say(
-            f"judge: orders {worth.metrics['accuracy']:.1%} of the held-out pairs right; "
-            f"length alone {worth.metrics['longer_is_better']:.1%}"
-        )
+        write_json(out / "worth.json", self.load().judge_pairs(self.run.test).__dict__)
 
     @cached_property
     def worth(self) -> Measured:

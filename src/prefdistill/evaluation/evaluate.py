@@ -22,7 +22,7 @@ from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_
 from prefdistill.evaluation.pairs import evaluate_pairs
 from prefdistill.evaluation.reward_model import RewardModel, judge_of
 from prefdistill.files import read_json
-from prefdistill.models import load_model, load_tokenizer, ready
+from prefdistill.models import check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.progress import say
 from prefdistill.sample import sample_responses, sidecar
 from prefdistill.signals import Signals
@@ -115,6 +115,8 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
         UserError: if data, models and stores do not fit together.
     """
     results: dict[str, Any] = {"model": request.model, "data": request.data, "metrics": {}}
+    if request.reward_model:
+        check_reward_model(request.reward_model, trust_remote_code=request.trust_remote_code)
     data = None
     if request.data:
         data = load_pairs(request.data) if request.reference else load_prompts(request.data)
