@@ -1,11 +1,12 @@
 """Means with standard errors, and with intervals where the values come in groups."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
+PROMPTS = "test prompts"  # the unit of the error bars of what is measured once
 RESAMPLES = 2_000  # the interval's ends then move by some 0.06 standard errors with the seed
 _AT_ONCE = 4_000_000  # numbers drawn together: bounds the memory, whatever the number of groups
 
@@ -29,7 +30,7 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
 
 def estimate(
     values: Sequence[float] | np.ndarray,
-    groups: Sequence[str] | np.ndarray | None = None,
+    groups: Sequence[Hashable] | None = None,
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -65,14 +66,14 @@ def estimate(
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"values must be a list of at least one number, got shape {x.shape}")
-    if groups is None:
-        totals, counts = x, np.ones(len(x))
-    else:
+    totals: np.ndarray = x
+    counts: np.ndarray = np.ones(len(x))
+    if groups is not None:
         if len(groups) != len(x):
             raise ValueError(f"there must be a group for each value, got {len(groups)} groups and {len(x)} values")
-        seen: dict[str, int] = {}
+        seen: dict[Hashable, int] = {}
         places = np.array([seen.setdefault(group, len(seen)) for group in groups])
-        totals, counts = np.bincount(places, weights=x), np.bincount(places).astype(np.float64)
+        totals, counts = np.bincount(places, weights=x), np.bincount(places).astype(float)
     found: dict[str, Any] = {"mean": float(x.mean()), "se": None, "n": len(totals)}
     if len(totals) < 2 or not np.isfinite(totals).all():
         return found
@@ -92,7 +93,7 @@ def estimate(
 def paired_difference(
     ours: Sequence[float] | np.ndarray,
     theirs: Sequence[float] | np.ndarray,
-    groups: Sequence[str] | np.ndarray | None = None,
+    groups: Sequence[Hashable] | None = None,
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
