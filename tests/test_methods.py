@@ -778,6 +778,7 @@ REFUSED = [
     ("tvkd", {"discount": 1.5}, "discount must lie in 0..1, got 1.5"),
     ("tvkd", {"discount": -0.5}, "discount must lie in 0..1"),
     ("tvkd", {"clip": 0.0}, "clip must be positive, got 0.0"),
+    ("tvkd", {"noise": -1.0}, "noise must be 0 or more, got -1.0"),
     ("tvkd", {"clip": "1"}, f"clip {NUMBER} '1'"),
     ("tvkd", {"standardize": 1}, "standardize must be a boolean, got 1"),
     ("tvkd", {"shaping": "q", "potential": "reward"}, "shaping=q takes the place of a potential; leave potential out"),
@@ -869,23 +870,24 @@ def test_the_placebo_moves_every_pair_to_another_row_and_keeps_the_distribution(
 
 
 def by_hand(**columns):
-    """Signals of three pairs, given as columns of chosen and rejected: log-probabilities, raw logits, values."""
+    """Signals of pairs, given as columns of chosen and rejected: log-probabilities, raw logits, values."""
+    n = len(next(iter(columns.values()))[0])
     sides = dict(zip(SIDES, zip(*columns.values(), strict=True), strict=True))
     table = [
         {"row": i, **{
             f"{side}_{name}": column[i]
             for side, given in sides.items()
-            for name, column in [("tokens", [2] * 3), ("ended", [True] * 3), *zip(columns, given, strict=True)]
+            for name, column in [("tokens", [2] * n), ("ended", [True] * n), *zip(columns, given, strict=True)]
         }}
-        for i in range(3)
+        for i in range(n)
     ]  # fmt: skip
     manifest = {"role": "teacher", "kinds": list(columns), "responses": list(SIDES), "value_temperature": 0.5}
-    reference = [{"row": i, "chosen_logps": -1.0, "rejected_logps": -2.0} for i in range(3)]
+    reference = [{"row": i, "chosen_logps": -1.0, "rejected_logps": -2.0} for i in range(n)]
     stores = (
         store_by_hand(manifest, table),
         store_by_hand({"role": "reference", "kinds": ["logps"], "responses": list(SIDES)}, reference),
     )
-    return SignalSet(stores, Dataset.from_list([{}] * 3), np.arange(3))
+    return SignalSet(stores, Dataset.from_list([{}] * n), np.arange(n))
 
 
 def shaping(signals, **options):
@@ -942,3 +944,28 @@ def test_a_margin_that_is_constant_is_refused_unless_it_has_no_weight():
     with pytest.raises(UserError, match=r"is the same number, 1, for all 3 pairs: it tells nothing"):
         shaping(signals, shaping="log_prob")
     assert shaping(signals, shaping="log_prob", alpha=0.0) == ([1.0, 2.0, 3.0], [0.0, 1.0, 2.0])
+
+
+def test_noise_is_a_rows_own_and_in_units_of_the_spread():
+    rng = np.random.default_rng(1)
+    n = 4000
+    returns = {side: rng.normal(5.0, 3.0, n) for side in SIDES}
+    signals = by_hand(logps=tuple(returns[side].tolist() for side in SIDES))
+    clean = METHODS["tvkd"](shaping="log_prob").features(signals)
+    noisy = METHODS["tvkd"](shaping="log_prob", noise=0.5).features(signals)
+    added = {side: noisy[f"shaping_{side}"] - clean[f"shaping_{side}"] for side in SIDES}
+    both = np.concatenate([added[side] for side in SIDES])
+    spread = np.concatenate([returns[side] for side in SIDES]).std()
+    assert both.std() == pytest.approx(0.5 * spread, rel=0.03)
+    assert abs(both.mean()) < 0.1
+    for one, other in ((added["chosen"], added["rejected"]), (added["chosen"], returns["chosen"])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+    # the same rows, fewer of them and in another order: each keeps its own, up to the spread of those at hand
+    rows = np.array([3000, 7, 42])
+    few = METHODS["tvkd"](shaping="log_prob", noise=0.5).features(signals.at(rows))
+    alone = few["shaping_chosen"] - clean["shaping_chosen"][rows]
+    assert np.ptp(alone / added["chosen"][rows]) < 1e-4
+    # with `standardize`, what is left of the teacher correlates with it by 1 / sqrt(1 + noise^2)
+    mixed = METHODS["tvkd"](shaping="log_prob", noise=2.0, standardize=True).features(signals)["shaping_rejected"]
+    assert np.corrcoef(mixed, returns["rejected"])[0, 1] == pytest.approx(1 / math.sqrt(5), abs=0.04)
+    assert METHODS["tvkd"](noise=0).noise == 0

@@ -252,3 +252,72 @@ def test_digests(tmp_path):
     assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert value_digest({"a": 1, "b": 2}) == value_digest({"b": 2, "a": 1})
     assert len({value_digest(value) for value in (1, "1", [1], {"1": 1}, None, 1.5, True)}) == 7
+
+
+# -- a pool ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_taken_from_the_pool(tmp_path):
+    work, pool = Work(), tmp_path / "pool"
+    first = run_stage("sft", tmp_path / "a" / "sft", {"a": 1}, work, pool=pool)
+    again = run_stage("sft", tmp_path / "b" / "sft", {"a": 1}, work, pool=pool)
+    assert work.calls == 1
+    assert (first.reused, again.reused) == (False, True)
+    assert (first.key, first.seconds) == (again.key, again.seconds)
+    assert again.directory == tmp_path / "b" / "sft"
+    assert (
+        names(tmp_path / "a" / "sft") == names(tmp_path / "b" / "sft") == ["made-1", "stage-request.json", "stage.json"]
+    )
+    assert names(pool) == [f"sft-{first.key}"]
+    assert names(tmp_path / "b") == ["sft"]
+    # no space is taken
+    assert (tmp_path / "a" / "sft" / "made-1").samefile(tmp_path / "b" / "sft" / "made-1")
+    # another request, another name: another stage
+    assert not run_stage("sft", tmp_path / "c" / "sft", {"a": 2}, work, pool=pool).reused
+    assert not run_stage("dpo", tmp_path / "c" / "dpo", {"a": 1}, work, pool=pool).reused
+    assert len(names(pool)) == 3
+
+
+def test_what_is_made_again_leaves_the_pool_alone(tmp_path):
+    pool, out = tmp_path / "pool", tmp_path / "a" / "sft"
+    first = run_stage("sft", out, {"a": 1}, Work(), pool=pool)
+    second = run_stage("sft", out, {"a": 2}, lambda d: (d / "made-1").write_text("other"), replace=True, pool=pool)
+    assert (pool / f"sft-{first.key}" / "made-1").read_text() == "x"
+    assert (pool / f"sft-{second.key}" / "made-1").read_text() == "other"
+    back = run_stage("sft", out, {"a": 1}, Work(fail=AssertionError()), replace=True, pool=pool)
+    assert back.reused
+    assert (out / "made-1").read_text() == "x"
+
+
+def test_only_finished_stages_are_in_the_pool(tmp_path):
+    pool = tmp_path / "pool"
+    with pytest.raises(RuntimeError):
+        run_stage("sft", tmp_path / "a" / "sft", {"a": 1}, Work(fail=RuntimeError()), pool=pool)
+    assert not pool.exists()
+    # what another run has begun gives way to what a third has finished
+    run_stage("sft", tmp_path / "b" / "sft", {"a": 1}, lambda d: (d / "whole").write_text("x"), pool=pool)
+    assert run_stage("sft", tmp_path / "a" / "sft", {"a": 1}, Work(fail=AssertionError()), pool=pool).reused
+    assert names(tmp_path / "a" / "sft") == ["stage-request.json", "stage.json", "whole"]
+
+
+def test_a_pool_on_another_file_system_holds_copies(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(stages.os, "link", refuse)
+    run_stage("sft", tmp_path / "a" / "sft", {}, Work(), pool=tmp_path / "pool")
+    run_stage("sft", tmp_path / "b" / "sft", {}, Work(fail=AssertionError()), pool=tmp_path / "pool")
+    assert not (tmp_path / "a" / "sft" / "made-1").samefile(tmp_path / "b" / "sft" / "made-1")
+
+
+def test_two_runs_that_finish_the_same_stage(tmp_path):
+    pool = tmp_path / "pool"
+
+    def slow(directory):
+        (directory / "made").write_text("first")
+        run_stage("sft", tmp_path / "b" / "sft", {}, lambda d: (d / "made").write_text("second"), pool=pool)
+
+    stage = run_stage("sft", tmp_path / "a" / "sft", {}, slow, pool=pool)
+    assert not stage.reused
+    assert (pool / f"sft-{stage.key}" / "made").read_text() == "second"
+    assert names(pool) == [f"sft-{stage.key}"]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefdistill import __version__
+from prefdistill.cli_judge import app as judge_app
 from prefdistill.errors import UserError
 
 # Newer typers carry their own click: the error of a bad command line is found through typer's public subclass of it.
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(judge_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -233,7 +235,8 @@ def signals(
         str, typer.Option(help="Of values, logprob_values, logps, q and topk, with commas.")
     ] = "values,logps",
     role: Annotated[
-        str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")
+        str,
+        typer.Option(help="teacher, teacher_reference, reference (the student's start), or student (a trained one)."),
     ] = "teacher",
     responses: Annotated[
         str, typer.Option(help="Columns to read, with commas, e.g. student_response of `prefdistill sample`.")
@@ -489,6 +492,49 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    data: Data,
+    signals: Annotated[list[Path], typer.Option("--signals", help="Signal stores for these pairs; once for each.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write (HTML).")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub name or directory; default: the one that the signals name.")
+    ] = None,
+    max_pairs: Annotated[int, typer.Option(min=1, help="The page holds the first of the pairs.")] = 5_000,
+    alpha: Annotated[float, typer.Option(help="Weight of the shaping margin on the page.")] = 0.7,
+    beta: Annotated[float, typer.Option(help="Weight of the DPO margin on the page.")] = 0.1,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="gamma of psi.")] = 1.0,
+    terminal: Annotated[
+        Literal["last", "bootstrap", "zero"], typer.Option(help="What stands for the value after an end token.")
+    ] = "last",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """The token view: one page with V, psi and probabilities over the text of chosen and rejected.
+
+    Example: prefdistill inspect --data pairs.jsonl --signals signals/teacher --out tokens.html
+    """
+    _one_process("inspect")
+    from prefdistill.models import load_tokenizer
+    from prefdistill.report.token_data import Weights
+    from prefdistill.report.tokens import write_token_view
+    from prefdistill.signals import Signals
+
+    stores = [Signals.open(path) for path in signals]
+    made = write_token_view(
+        data,
+        stores,
+        out,
+        load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None,
+        max_pairs=max_pairs,
+        weights=Weights(alpha, beta, discount, terminal),
+        trust_remote_code=trust_remote_code,
+    )
+    _print(f"{made['pairs']} of {made['rows']} pairs, {made['bytes']:,} bytes in {out}")
+    return made
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
@@ -506,6 +552,44 @@ def report(
     write_report(runs, out, format=format or ("md" if out.suffix == ".md" else "html"))
     _print(str(out))
     return {"out": str(out), "runs": [str(path) for path in runs]}
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="Study file (YAML); the shipped ones are under studies/.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory; default: runs/studies/NAME of the study.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of each cell, in place of the file's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe to study, in place of the file's.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What is plotted, in place of the file's.")] = None,
+    stages: Annotated[
+        Path | None,
+        typer.Option(help="Where finished stages are shared; give several studies the same. Default: OUT/stages."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """A recipe with some of its settings varied: only cells that are missing or stale are run; a table and a plot.
+
+    Example: prefdistill study studies/alpha.yaml --seeds 3 --stages runs/studies/stages
+    """
+    _one_process("study")
+    from prefdistill.report.study import answers
+    from prefdistill.studies import run_study
+
+    results = run_study(
+        file,
+        out,
+        overrides=overrides or [],
+        seeds=seeds,
+        recipe=recipe,
+        metric=metric,
+        stages=stages,
+        command=" ".join(["prefdistill", *sys.argv[1:]]),
+    )
+    _print("\n".join([results["question"], *answers(results)]))
+    _print(f"page  {(out or Path('runs') / 'studies' / results['study']) / 'study.html'}")
+    return results
 
 
 # -- what every verb shares --------------------------------------------------------------------------------------------

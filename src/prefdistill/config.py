@@ -1,9 +1,10 @@
 """Recipes: what a run is made of, checked before anything starts. Unknown keys and wrong types are errors."""
 
+import copy
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,6 +155,7 @@ class Synthetic(Section):
     teacher_pairs: PositiveInt  # the teacher's DPO sees these prompts,
     pairs: PositiveInt  # the student the first of them: a teacher is worth asking because it has seen more
     test_prompts: PositiveInt
+    teacher_label_noise: float = Field(0.0, ge=0, le=1)  # share of the pairs that the teacher's DPO sees turned round
 
 
 class Data(Section):
@@ -202,7 +204,10 @@ class StudentStart(Section):
 class SignalOptions(Section):
     dtype: Dtype | None = None  # of the teacher's weights while it is read; null: bfloat16 where it is fast, else auto
     quantization: Literal["4bit", "8bit"] | None = None  # of the teacher's weights while it is read
-    value_dtype: Literal["float32", "float16"] = "float32"
+    # of which states values are kept of training pairs where nothing else is read of the teacher; the held-out pairs'
+    # are all kept, for the terms they are compared with
+    positions: Literal["all", "endpoints"] = "all"
+    value_dtype: Literal["float32", "float16"] = "float32"  # not of endpoints
     topk_coding: Literal["packed", "float32"] | None = None  # null: packed, but exact for k: vocab
     value_temperature: PositiveFloat = 1.0
     k: PositiveInt | Literal["vocab"] = 50  # tokens kept of each distribution, the likeliest ones,
@@ -394,7 +399,7 @@ class Override:
             if not isinstance(place.get(part), dict):
                 place[part] = {}
             place = place[part]
-        place[last] = self.value
+        place[last] = copy.deepcopy(self.value)  # a later override may reach into it
 
 
 def parse_value(text: str, where: str) -> Any:
@@ -406,7 +411,7 @@ def parse_value(text: str, where: str) -> Any:
 
 def load_recipe(
     path: str | Path,
-    overrides: list[str] | tuple[str, ...] = (),
+    overrides: Sequence["str | Override"] = (),
     *,
     fast: bool = False,
     only: list[str] | None = None,
@@ -415,7 +420,7 @@ def load_recipe(
 
     Args:
         path: a YAML file.
-        overrides: "key=value" each, e.g. "methods.tvkd.alpha=1.0"; they win over the file.
+        overrides: "key=value" each, e.g. "methods.tvkd.alpha=1.0", or `Override`s; they win over the file.
         fast: the recipe's quick profile.
         only: keep these of its methods (and its baseline, and those they start from); ["all"] keeps all, also those
             that run on request only.
@@ -430,7 +435,7 @@ def load_recipe(
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     changes = [Override(key, value) for key, value in profile.items()]
-    changes += [Override.parse(text) for text in overrides]
+    changes += [Override.parse(change) if isinstance(change, str) else change for change in overrides]
     for change in changes:
         change.apply(raw)
     if isinstance(raw.get("training"), dict):  # on its own first: it is part of every training below
@@ -449,20 +454,30 @@ def load_recipe(
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, laid over the one it `extends`, a file named relative to it."""
-    if not path.is_file():
-        raise UserError(f"no recipe at {path}; the shipped ones are under recipes/")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except Exception as error:  # as in parse_value
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a recipe: it must be a mapping with keys such as data, model, methods")
+    raw = read_yaml(path, "recipe", "the shipped ones are under recipes/", "data, model, methods")
     base = raw.pop("extends", None)
     if base is None:
         return raw
     if not isinstance(base, str) or path.resolve() in above:
         raise UserError(f"{path}: extends must name another recipe file, got {base!r}")
     return _laid_over(_read(path.parent / base, (*above, path.resolve())), raw)
+
+
+def read_yaml(path: Path, what: str, where: str, keys: str) -> dict[str, Any]:
+    """The mapping in a YAML file that is to be a `what`.
+
+    Raises:
+        UserError: if there is no file, or it holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"no {what} at {path}; {where}")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except Exception as error:  # as in parse_value
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a {what}: it must be a mapping with keys such as {keys}")
+    return raw
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

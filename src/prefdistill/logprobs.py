@@ -10,23 +10,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefdistill.batches import causal_lm, model_inputs
+from prefdistill.batches import backbone_of, causal_lm, model_inputs
 
 # Logits alive at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB: the fastest of 2..128 MiB
 # where it was measured), elsewhere enough rows to keep the matrix product at full speed (256 MiB). In training every
-# tile adds a gradient as large as the head, so there are fewer of them (128 MiB).
+# tile adds a gradient as large as the head, so there are fewer of them (128 MiB), and the first ones stay for backward
+# (256 MiB): making them again is a third of their matrix products.
 TILE_ELEMENTS = {"cpu": 2**21, "other": 2**26}
 TRAINING_TILE_ELEMENTS = 2**25
+KEPT_ELEMENTS = 2**26
 
 Reduce = Callable[..., tuple[Tensor, ...]]
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
     """Log-probability of each state's token: logits [n, vocab], tokens [n] -> [n]."""
-    chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    return (chosen - torch.logsumexp(logits, dim=-1),)
+    return (_TokenLogps.apply(logits, tokens),)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """z_a - logsumexp(z), whose gradient, 1[a] - softmax(z), is made in one [n, vocab] tensor and not three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        total = torch.logsumexp(logits, dim=-1)
+        ctx.save_for_backward(logits, tokens, total)
+        return logits.gather(-1, tokens[:, None])[:, 0] - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, total = ctx.saved_tensors
+        back = (logits - total[:, None]).exp_().mul_(-gradient[:, None])
+        return back.scatter_add_(-1, tokens[:, None], gradient[:, None]), None
 
 
 def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +61,63 @@ def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         [n, k], -inf where the id is -1; [n], -inf where the ids are all tokens with a finite logit; [n].
     """
-    if not torch.is_grad_enabled():
-        return _topk_logps_in_one_pass(logits, ids)
-    return _topk_logps(logits, ids)
+    at_ids, rest, total, _ = _TopkLogps.apply(logits, ids, None)
+    return at_ids, rest, total
+
+
+def token_and_topk_logps(logits: Tensor, tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_logps` [n], and of `topk_logps` what stands at the ids [n, k] and the rest [n], in one go."""
+    at_ids, rest, _, of_token = _TopkLogps.apply(logits, ids, tokens)
+    return of_token, at_ids, rest
+
+
+class _TopkLogps(torch.autograd.Function):
+    """log p_i = z_i - L at the ids, log r = O - L of the others, L; the gradient in one [n, vocab] tensor.
+
+    d log p_i / dz_a = [a = i] - p_a, d log r / dz_a = [a other] e^(z_a - O) - p_a, dL / dz_a = p_a.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        at_ids, rest, total = _topk_logps_in_one_pass(logits, ids)
+        ctx.save_for_backward(logits, ids, rest, total, tokens)
+        of_token = None if tokens is None else logits.gather(-1, tokens[:, None])[:, 0] - total
+        return at_ids, rest, total, of_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_ids: Tensor, of_rest: Tensor, of_total: Tensor, of_token: Tensor | None
+    ) -> tuple[Tensor, None, None]:
+        logits, ids, rest, total, tokens = ctx.saved_tensors
+        given = ids >= 0
+        of_ids = of_ids.masked_fill(~given, 0.0)
+        of_rest = of_rest.masked_fill(~given.any(-1) | (rest == float("-inf")), 0.0)
+        of_all = of_total - of_ids.sum(-1) - of_rest
+        if of_token is not None:
+            of_all = of_all - of_token
+        # e^(z - O) is e^(z - L) / r, but where r is next to nothing
+        faint = rest < FAINT
+        of_others = of_all + torch.where(faint, 0.0, of_rest * (-rest.clamp(min=FAINT)).exp())
+        back = (logits - total[:, None]).exp_()
+        last = ids.argmax(-1, keepdim=True)  # an empty place does what another place of its row does
+        at = torch.where(given, ids, ids.gather(-1, last).clamp(min=0))
+        named = back.gather(-1, at) * of_all[:, None] + of_ids
+        named = torch.where(given, named, named.gather(-1, last))
+        back.mul_(of_others[:, None]).scatter_(-1, at, named)
+        if bool(faint.any()):
+            others = logits[faint].scatter(-1, at[faint], float("-inf"))
+            back[faint] += (
+                of_rest[faint, None] * (others - torch.logsumexp(others, -1, keepdim=True)).exp().nan_to_num()
+            )
+        if tokens is not None and of_token is not None:
+            back.scatter_add_(-1, tokens[:, None], of_token[:, None])
+        return back, None, None
+
+
+FAINT = -60.0  # log-mass of the rest below which its gradient is made by itself
 
 
 def _topk_logps_in_one_pass(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,29 +131,17 @@ def _topk_logps_in_one_pass(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     at_ids = (logits.gather(-1, at) - total[:, None]).masked_fill(~given, float("-inf"))
     rest = others.log() + peak[:, 0] - total
     if bool((unclear := others <= 0).any()):
-        rest[unclear] = _topk_logps(logits[unclear], ids[unclear])[1]
+        rest[unclear] = _rest(logits[unclear], ids[unclear])
     return at_ids, rest, total
 
 
-def _topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rest(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log of the mass besides the ids, from the others' own logsumexp."""
     given = ids >= 0
-    # what fills up a row repeats one of its ids (or token 0 where it has none) and does not count
-    counted = given.clone()
-    counted[:, :1] |= ~given.any(dim=-1, keepdim=True)
+    # what fills up a row repeats one of its ids, or stands for none
     at = torch.where(given, ids, ids.amax(dim=-1, keepdim=True).clamp(min=0))
-    chosen = logits.gather(-1, at)
-    others = _logsumexp(logits.scatter(-1, at, float("-inf")))
-    total = torch.logaddexp(torch.logsumexp(chosen.masked_fill(~counted, float("-inf")), dim=-1), others)
-    at_ids = (chosen - total[:, None]).masked_fill(~given, float("-inf"))
-    rest = (others - total).masked_fill(others == float("-inf"), float("-inf"))
-    return at_ids, rest.masked_fill(~given.any(dim=-1), 0.0), total
-
-
-def _logsumexp(x: Tensor) -> Tensor:
-    """`torch.logsumexp` over the last dimension, with a gradient of 0, not NaN, where every number is -inf."""
-    top = x.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
-    total = (x - top).exp().sum(dim=-1)  # at least 1, or 0
-    return (total.clamp(min=1.0).log() + top[..., 0]).masked_fill(total == 0, float("-inf"))
+    others = torch.logsumexp(logits.scatter(-1, at, float("-inf")), dim=-1)
+    return (others - torch.logsumexp(logits, dim=-1)).masked_fill(~given.any(dim=-1), 0.0)
 
 
 def likeliest(logits: Tensor, k: int, mass: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +195,8 @@ def reduce_logits(
 
     The model is called as a whole, so wrappers (data parallel, PEFT) do their work; only its forward is replaced for
     the call. The new forward runs the backbone, then the model's *own* code from the last hidden state to the logits
-    (soft-capping and scaling included) tile by tile. With gradients on, the logits of
-    more than one tile are made again in backward.
+    (soft-capping and scaling included) tile by tile. With gradients on, the first tiles stay and the logits of the
+    others are made again in backward.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
@@ -151,7 +212,7 @@ def reduce_logits(
     """
     lm = causal_lm(model)
     own_forward = type(lm).forward
-    backbone = lm.get_decoder()
+    backbone = backbone_of(lm)
     known = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
     gaps = emittable is not None and not bool(emittable[:known].all())
 
@@ -169,7 +230,7 @@ def reduce_logits(
         with _forward(backbone, answer):
             logits = own_forward(lm, input_ids=ids, use_cache=False).logits.squeeze(0).float()
         if not asked:  # then those logits are not of these hidden states
-            raise TypeError(f"{type(lm).__name__} does not run the backbone that its get_decoder() names")
+            raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
         if emittable is not None and gaps:
             return logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
         return logits[:, :known]
@@ -186,11 +247,11 @@ def reduce_logits(
         training = torch.is_grad_enabled()
         elements = TRAINING_TILE_ELEMENTS if training else TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
         size = tile or max(1, elements // vocabulary_rows(lm))
-        # one tile's logits may as well stay: backward would make them again at once
-        again = training and len(hidden) > size
-        run = functools.partial(checkpoint, reduced, use_reentrant=False) if again else reduced
+        kept = KEPT_ELEMENTS // (size * vocabulary_rows(lm)) if training else len(hidden)
+        again = functools.partial(checkpoint, reduced, use_reentrant=False)
         tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
-        return tuple(torch.cat(parts) for parts in zip(*(run(*slices) for slices in tiles), strict=True))
+        found = [(reduced if i < kept else again)(*slices) for i, slices in enumerate(tiles)]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     with _forward(lm, forward):
         return model(**model_inputs(batch, model))

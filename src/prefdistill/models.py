@@ -51,10 +51,10 @@ def fast_bf16() -> bool:
 def default_dtype(role: str) -> str:
     """The dtype in which a model is read if nobody names one, as `load_model` takes it.
 
-    A reference is read in float32, as the student is trained; a teacher in bfloat16 where that is fast, elsewhere as it
-    is stored.
+    A reference and a trained student are read in float32, as the student is trained; a teacher in bfloat16 where that
+    is fast, elsewhere as it is stored.
     """
-    if role == "reference":
+    if role in ("reference", "student"):
         return "float32"
     return "bfloat16" if fast_bf16() else "auto"
 

@@ -1,8 +1,10 @@
 """Stages: work that ends in a directory, done once, gone on with after an interruption, and made again when what it
 was made from has changed."""
 
+import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +41,13 @@ def processes() -> PartialState:
 
 
 def run_stage(
-    name: str, directory: Path, request: dict[str, Any], make: Callable[[Path], None], *, replace: bool = False
+    name: str,
+    directory: Path,
+    request: dict[str, Any],
+    make: Callable[[Path], None],
+    *,
+    replace: bool = False,
+    pool: Path | None = None,
 ) -> Stage:
     """Have `make(directory)` done for this request.
 
@@ -49,6 +57,8 @@ def run_stage(
 
     Args:
         replace: empty a directory of another key: for the parts of a run, which are ours to make again.
+        pool: a directory of finished stages by name and key. One that is there is taken from it, and what is made is
+            left there for others: as hard links where the file system has them, so it takes no space.
 
     Raises:
         UserError: if the directory holds files that no stage has put there, or (without `replace`) other work.
@@ -57,6 +67,11 @@ def run_stage(
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
         done, spent = _look(name, directory, key, replace)
+        lent = pool / f"{name}-{key}" if pool else None
+        if not done and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
+            shutil.rmtree(directory, ignore_errors=True)
+            _link(lent, directory)
+            done, spent = _look(name, directory, key, replace)
         if done:
             return Stage(name, directory, key, spent, True, done.get("peak_memory"), done.get("bytes"))
         if team.is_main_process:
@@ -82,6 +97,8 @@ def run_stage(
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         size = bytes_on_disk(directory)
+        if lent:
+            _link(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
     return Stage(name, directory, key, seconds, False, peak.bytes, size)
 
@@ -111,6 +128,29 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {}, 0.0
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` a copy of a finished stage, whole or not at all; its files are the same ones, by hard links.
+
+    Nothing changes the files of a finished stage: they are replaced or removed, which leaves the other name's as it is.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
+        temporary.rename(target)
+    except OSError:
+        if not (target / DONE).is_file():  # there is one: another run has been quicker with the same stage
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def _work(directory: Path) -> list[Path]:

@@ -233,5 +233,29 @@ def preference_pairs(
     return rows
 
 
+def turned_labels(pairs: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
+    """The pairs, with chosen and rejected exchanged (and their scores) in a share of them drawn by `seed`.
+
+    Those turned by a smaller share are turned by a larger one too.
+
+    >>> rows = [{"chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 0.0}]
+    >>> turned_labels(rows, 1.0, seed=0)
+    [{'chosen': 'b', 'rejected': 'a', 'score_chosen': 0.0, 'score_rejected': 1.0}]
+    """
+    rng = random.Random(f"labels {seed}")
+    order = rng.sample(range(len(pairs)), len(pairs))
+    turned = set(order[: round(share * len(pairs))])
+    names = {"chosen": "rejected", "rejected": "chosen"}
+
+    def other(column: str) -> str:
+        side = next((side for side in names if side in column.split("_")), None)
+        return column.replace(side, names[side]) if side else column
+
+    return [
+        {column: row[other(column)] if place in turned else value for column, value in row.items()}
+        for place, row in enumerate(pairs)
+    ]
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}

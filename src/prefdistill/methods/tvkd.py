@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefdistill.errors import UserError
@@ -36,6 +36,9 @@ class TVKD(DPO):
         terminal: the potential after the end token, see `losses.shaping_return`; "value" and "shuffled" only.
         value_temperature: b of the soft value the signals must have been made with.
         teacher_beta: scale of the implicit reward, per nat; "implicit_reward" only.
+        noise: standard deviation of Gaussian noise added to each return, in units of the returns' own spread over all
+            responses of the pairs at hand; the same row always gets the same noise. For studies of how good the
+            teacher has to be.
         standardize: centre the returns and divide them by their spread over all responses of the pairs at hand: the
             scale of raw logits is arbitrary.
         clip: bound on the size of each return (after `standardize`); none by default.
@@ -49,6 +52,7 @@ class TVKD(DPO):
     terminal: Literal["last", "bootstrap", "zero"] = "last"
     value_temperature: float = 1.0
     teacher_beta: float = 0.1
+    noise: NonNegativeFloat = 0.0
     standardize: bool = False
     clip: PositiveFloat | None = None
 
@@ -102,6 +106,10 @@ class TVKD(DPO):
                 "pairs: it tells nothing. Values of normalised log-probabilities at temperature 1 are 0; raw logits "
                 "are needed"
             )
+        if self.noise:
+            spread = float(np.concatenate(list(shaping.values())).std())
+            drawn = _noise_of_rows(signals.rows)
+            shaping = {side: psi + self.noise * spread * drawn[side] for side, psi in shaping.items()}
         if self.standardize:
             everything = np.concatenate(list(shaping.values()))
             spread = float(everything.std()) or 1.0
@@ -172,6 +180,12 @@ def _return_of_endpoints(signals: SignalSet, side: str, discount: float, termina
     store = signals.store("teacher", "values", side)
     start, end, ended = (store.scalar(n, signals.rows) for n in ("start_value", f"{side}_end_value", f"{side}_ended"))
     return np.where(ended & (terminal == "zero"), 0, end) - start
+
+
+def _noise_of_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Standard normal noise for both sides of each row, [rows] each: a row's own, whichever others are at hand."""
+    drawn = np.random.default_rng(0).standard_normal((int(rows.max(initial=-1)) + 1, len(SIDES)), dtype=np.float32)
+    return {side: drawn[rows, place] for place, side in enumerate(SIDES)}
 
 
 def _other_rows(n: int) -> np.ndarray:

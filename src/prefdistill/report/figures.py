@@ -19,9 +19,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from prefdistill.report.run import Points, average
 from prefdistill.report.table import width as columns
 
-Points = list[tuple[float, float]]
+SweepPoint = tuple[float, float, float | None, float | None, list[float]]  # x, mean, its 95 % interval, every repeat
 
 # What matplotlib is told -> what the page is given.
 INK, MUTED, RULE, BAND, PAGE = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -89,7 +90,8 @@ class Style:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One method's paired difference to the baseline. `low`, `high`: its 95 % interval, None without repeats."""
+    """One method's paired difference to the baseline. `low`, `high`: its 95 % interval, None without repeats; `values`:
+    the repeats to show with it."""
 
     name: str
     mean: float
@@ -98,6 +100,7 @@ class ForestRow:
     text: str
     style: Style = Style()
     control: bool = False
+    values: tuple[float, ...] = ()
 
 
 def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
@@ -129,11 +132,13 @@ def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def forest(rows: Sequence[ForestRow], *, floor: float | None, left: str, right: str, alt: str, key: str) -> Markup:
-    """Dots with 95 % intervals against the baseline at zero; the band is the noise floor."""
+def forest(
+    rows: Sequence[ForestRow], *, floor: float | None, left: str, right: str, alt: str, key: str, names_to: int = 24,
+) -> Markup:  # fmt: skip
+    """Dots with 95 % intervals against the baseline at zero; the band is the noise floor. Names end at `names_to`."""
 
     def draw(figure: Figure) -> None:
-        left_edge, right_edge = _extent([r.name for r in rows], 12), _extent([r.text for r in rows], 11)
+        left_edge, right_edge = _extent([r.name for r in rows], 12, names_to), _extent([r.text for r in rows], 11)
         axes = _axes(figure, left=left_edge, right=right_edge, top=2, bottom=42)
         limit = _limit(rows, floor)
         if floor is not None:
@@ -147,7 +152,7 @@ def forest(rows: Sequence[ForestRow], *, floor: float | None, left: str, right: 
             )  # fmt: skip
         axes.set_xlim(-limit * 1.04, limit * 1.04)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [shorten(r.name) for r in rows])
+        axes.set_yticks(range(len(rows)), [shorten(r.name, names_to) for r in rows])
         for label, row in zip(axes.get_yticklabels(), rows, strict=True):
             label.set_color(MUTED if row.control else INK)
             label.set_fontsize(12)
@@ -161,7 +166,8 @@ def forest(rows: Sequence[ForestRow], *, floor: float | None, left: str, right: 
             )  # fmt: skip
 
     height = 46 + 27 * len(rows)
-    return svg(draw, 560, height, title="Paired differences to the baseline", alt=alt, key=key)
+    width = 560 + max(round(_extent([r.name for r in rows], 12, names_to) - _extent(["x" * 24], 12)), 0)
+    return svg(draw, width, height, title="Paired differences to the baseline", alt=alt, key=key)
 
 
 def _forest_row(axes: Any, y: int, row: ForestRow, limit: float) -> None:
@@ -177,6 +183,9 @@ def _forest_row(axes: Any, y: int, row: ForestRow, limit: float) -> None:
     if abs(row.mean) > limit:  # beyond the axis: an arrow at its end, the number stands beside it
         axes.plot(math.copysign(limit, row.mean), y, marker=">" if row.mean > 0 else "<", color=colour, markersize=8)
         return
+    for value in row.values:
+        if abs(value) <= limit:
+            axes.plot(value, y + 0.24, marker="o", color=colour, markersize=3, markeredgewidth=0, alpha=0.6)
     shape = "o" if row.low is not None else "D"
     axes.plot(row.mean, y, marker=shape, color=colour, markerfacecolor=face, markersize=8, markeredgewidth=1.8)
 
@@ -232,6 +241,45 @@ def curves(
     return svg(draw, 330, 220, title=f"{title} by step", alt=alt, key=key)
 
 
+def sweep(
+    lines: dict[str, list[SweepPoint]], chosen: dict[str, Style], *, title: str, x_label: str, log: bool, alt: str,
+    key: str,
+) -> Markup:  # fmt: skip
+    """Differences to the baseline at zero along one setting: means with 95 % intervals, and every repeat as a dot."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, left=52, right=10, top=30 + 20 * -(-len(lines) // 2), bottom=42)
+        ticks = sorted({point[0] for line in lines.values() for point in line})
+        axes.set_xscale("log" if log else "linear")
+        axes.axhline(0, color=INK, linewidth=1.2)
+        step = 0.012 * (len(ticks) > 1)
+        for place, (name, line) in enumerate(lines.items()):
+            style = chosen.get(name, Style())
+            shift = step * (place - (len(lines) - 1) / 2)  # beside each other, where they share a place
+            span = math.log(ticks[-1] / ticks[0]) if log else ticks[-1] - ticks[0]
+            xs = [x * math.exp(shift * span) if log else x + shift * span for x, *_ in line]
+            dashes: Any = (0, style.dash) if style.dash else "solid"
+            axes.plot(xs, [m for _, m, *_ in line], color=style.colour, linestyle=dashes, linewidth=1.8, marker="o",
+                      markersize=5, label=name)  # fmt: skip
+            for x, (_, _, low, high, values) in zip(xs, line, strict=True):
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=style.colour, linewidth=1.6, alpha=0.55)
+                if len(values) > 1:
+                    axes.plot([x] * len(values), values, linestyle="none", marker="o", markersize=3, color=style.colour,
+                              markeredgewidth=0, alpha=0.6)  # fmt: skip
+        axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(x_label)
+        axes.grid(False, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_title(title, pad=12 + 20 * -(-len(lines) // 2))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=11, handlelength=2.6,
+                    labelspacing=0.35, borderaxespad=0.2, borderpad=0)  # fmt: skip
+
+    return svg(draw, 560, 330 + 20 * (len(lines) // 2), title=title, alt=alt, key=key)
+
+
 def bars(rows: Sequence[tuple[str, float, float | None, str, bool]], *, title: str, alt: str, key: str) -> Markup:
     """Fractions between 0 and 1 as bars with a line at 0.5. Rows: name, mean, s.e., its text, whether it stands out."""
 
@@ -262,15 +310,16 @@ def bars(rows: Sequence[tuple[str, float, float | None, str, bool]], *, title: s
 
 
 def scatter(
-    points: Points, style: Style, *, title: str, alt: str, key: str, x_limits: tuple[float, float],
-    y_limits: tuple[float, float],
+    points: Points, style: Style, *, title: str, labels: tuple[str, str], alt: str, key: str,
+    x_limits: tuple[float, float], y_limits: tuple[float, float],
 ) -> Markup:  # fmt: skip
-    """The shaping margin of each pair against the student's DPO margin."""
+    """A cloud of points; `labels` of the two axes."""
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure, left=54, right=8, top=26, bottom=38)
-        axes.axhline(0, color=MUTED, linewidth=0.9)
-        axes.axvline(0, color=MUTED, linewidth=0.9)
+        for line, (low, high) in ((axes.axvline, x_limits), (axes.axhline, y_limits)):
+            if low < 0 < high:
+                line(0, color=MUTED, linewidth=0.9)
         if points:
             axes.plot(
                 *_xy(points),
@@ -284,24 +333,47 @@ def scatter(
         axes.set_xlim(*x_limits)
         axes.set_ylim(*y_limits)
         axes.set_title(shorten(title, 44))
-        axes.set_xlabel("DPO margin")
-        axes.set_ylabel("shaping margin")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
-    return svg(draw, 330, 290, title=f"{title}: shaping margin against DPO margin", alt=alt, key=key)
+    return svg(draw, 330, 290, title=f"{title}: {labels[1]} against {labels[0]}", alt=alt, key=key)
+
+
+def ranges(
+    names: Sequence[str], series: dict[str, tuple[list[tuple[float, float, float] | None], Style]], *, label: str,
+    alt: str, key: str,
+) -> Markup:  # fmt: skip
+    """Means with 95 % intervals of several methods over a few ranges, side by side. Series: (mean, low, high) each."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, left=48, right=8, top=8, bottom=42)
+        step = 0.7 / max(1, len(series))
+        for i, (ends, style) in enumerate(series.values()):
+            at = [(x + (i - (len(series) - 1) / 2) * step, end) for x, end in enumerate(ends) if end is not None]
+            for x, (_, low, high) in at:
+                axes.plot([x, x], [low, high], color=style.colour, linewidth=1.4)
+            xs, means = [x for x, _ in at], [end[0] for _, end in at]
+            dashes: Any = (0, style.dash) if style.dash else "solid"
+            axes.plot(
+                xs, means, color=style.colour, linestyle=dashes, linewidth=1, marker="o", markersize=5,
+                markeredgewidth=0,
+            )  # fmt: skip
+        axes.set_xticks(range(len(names)), [shorten(name) for name in names])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xlabel("words of the reference response")
+        axes.set_ylabel(shorten(label, 40))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(False, axis="x")
+        axes.spines["left"].set_visible(False)
+
+    return svg(draw, 560, 260, title=f"{label} by length of the reference response", alt=alt, key=key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def average(lines: Sequence[Points]) -> Points:
-    """The mean of several runs at the steps that all of them logged."""
-    tables = [dict(line) for line in lines]
-    shared = set(tables[0]).intersection(*tables[1:]) if tables else set()
-    return [(step, math.fsum(t[step] for t in tables) / len(tables)) for step in sorted(shared)]
 
 
 def thin(line: Points, to: int) -> Points:

@@ -19,7 +19,8 @@ def render_html(runs: list[Path]) -> str:
     """The report on one or several run directories, as one HTML file that loads nothing from elsewhere."""
     loaded = load_runs(runs)
     views = [view_of(run, f"run{i + 1}", len(loaded)) for i, run in enumerate(loaded)]
-    html = _template().render(
+    template = environment().get_template("page.html.j2")
+    html = template.render(
         title=title_of(loaded),
         views=views,
         comparison=comparison_of(loaded) if len(loaded) > 1 else [],
@@ -35,7 +36,15 @@ def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Pat
     if format not in renderers:
         raise UserError(f'unknown report format "{format}": use one of {", ".join(renderers)}')
     text = renderers[format]([Path(run) for run in runs])
-    out = Path(out)
+    return save_page(text, Path(out), "the report")
+
+
+def save_page(text: str, out: Path, what: str) -> Path:
+    """Write a page to a file that is whole or not there. Returns `out`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
@@ -49,20 +58,21 @@ def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Pat
                 os.unlink(name)
             raise
     except OSError as error:
-        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}") from None
+        raise UserError(f"{what} cannot be written to {out}: {error.strerror or error}") from None
     return out
 
 
 @functools.cache
-def _template() -> Any:
+def environment() -> Any:
+    """Of the templates beside this file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("prefdistill.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["typeset"] = typeset
-    return environment.get_template("page.html.j2")
+    made.filters["typeset"] = typeset
+    return made
