@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from prefdistill import synthetic
@@ -16,16 +15,13 @@ from prefdistill.config import MethodRun, Recipe, Training
 from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.evaluation.generations import RESPONSE, measure_answers, measure_rewards, unique_prompts
-from prefdistill.evaluation.measure import Measured, measure_pairs, numbered
-from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompts_of
-from prefdistill.evaluation.shaping import shaping_of
+from prefdistill.evaluation.measure import Measured
 from prefdistill.files import read_json, value_digest, write_json, write_jsonl
+from prefdistill.measuring import Measuring, as_messages
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
     check_reward_model,
     check_same_tokens,
-    default_dtype,
     load_model,
     load_tokenizer,
     model_key,
@@ -35,10 +31,8 @@ from prefdistill.models import (
     train_tokenizer,
 )
 from prefdistill.progress import say
-from prefdistill.reward_stage import STAGE as JUDGE
 from prefdistill.reward_stage import Judge, split_prompts, without_prompts
-from prefdistill.sample import Response, sample, sample_responses
-from prefdistill.signals import SignalSet
+from prefdistill.sample import Response, sample
 from prefdistill.signals.store import SIDES
 from prefdistill.stages import Stage, run_stage
 from prefdistill.supply import Start, Supply
@@ -66,6 +60,10 @@ class SeedRun:
     starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
     pool: Path | None = None  # finished stages that several runs share, see `run_stage`
 
+    @functools.cached_property
+    def measuring(self) -> Measuring:
+        return Measuring(self)
+
     @property
     def root(self) -> Path:
         return self.out / f"seed-{self.seed}"
@@ -76,14 +74,14 @@ class SeedRun:
             say(f"seed {self.seed}")
         measured: dict[str, list[Measured]] = {}
         self.prepare()
-        if self.recipe.data.synthetic or (self.test is not None and self._answers):
-            measured[TEACHER] = [self.evaluate(TEACHER, self.teacher)]
-            measured[START] = [self.evaluate(START, self.start)]
+        if self.recipe.data.synthetic or (self.test is not None and self.measuring.answers):
+            measured[TEACHER] = [self.measuring.evaluate(TEACHER, self.teacher)]
+            measured[START] = [self.measuring.evaluate(START, self.start)]
         for name, run in self.recipe.methods.items():
             measured[name] = []
             for order in range(run.first_order, run.first_order + self.recipe.orders):
                 student = self.distill(name, run, order)
-                measured[name].append(self.evaluate(f"{name}-{order}", student))
+                measured[name].append(self.measuring.evaluate(f"{name}-{order}", student))
         return measured
 
     def check(self) -> None:
@@ -340,11 +338,11 @@ class SeedRun:
 
     def _make_pairs(self, out: Path) -> None:
         """Two samples of the teacher's SFT model per prompt, labelled by the known reward with Bradley-Terry noise."""
-        model = ready(self._load(self.teacher_reference))
+        model = ready(self.load(self.teacher_reference))
         for split, prompts in read_json(self.root / "data" / "prompts.json").items():
-            asked = _as_messages(prompts)
+            asked = as_messages(prompts)
             first, second = (
-                self._sample(model, asked, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
+                self.sample(model, asked, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
                 for shift in (0, 1)
             )
             # a response that never ended would get an end token from the chat template: not what was sampled
@@ -432,7 +430,7 @@ class SeedRun:
         def make(out: Path) -> None:
             trainer = make_trainer(
                 method,
-                functools.partial(self._load, start.model),
+                functools.partial(self.load, start.model),
                 rows,
                 self.tokenizer,
                 run.training,
@@ -447,75 +445,11 @@ class SeedRun:
         request = {"method": run.method, "options": run.options, "order": order, **self._request(run.training)}
         self.stage(stage, request, make, "train", start.stage, *made_from)
 
-    def evaluate(self, name: str, model: str) -> Measured:
-        """Measure one model on the held-out pairs and, where the reward is known, by its own responses."""
-
-        def make(out: Path) -> None:
-            measured = self._measure(model, out)
-            write_json(out / "evaluation.json", measured.__dict__)
-
-        made_from = (f"distill-{name}", self.teacher_stage, self.start_stage, "signals-reference-test", "test", JUDGE)
-        before = [key for key in made_from if key in self.keys]
-        request = {
-            "model": self.name_of(model),
-            "dtype": self._dtype_of(model),
-            **self.recipe.evaluate.model_dump(exclude={"length_ranges"}),
-        }
-        self.stage(f"evaluate-{name}", request, make, *before)
-        return Measured(**read_json(self.root / f"evaluate-{name}" / "evaluation.json"))
-
-    @property
-    def _answers(self) -> int:
-        """How many prompts of the test pairs are answered."""
-        return max(self.recipe.evaluate.prompts, self.recipe.evaluate.samples)
-
-    def _measure(self, name: str, out: Path) -> Measured:
-        measured, options = Measured(), self.recipe.evaluate
-        if self.recipe.data.synthetic:
-            prompts = read_json(self.root / "data" / "prompts.json")["test"]
-            model, asked = ready(self._load(name)), _as_messages(prompts)
-
-            def answer(temperature: float, what: str) -> list[Response]:
-                return self._sample(model, asked, temperature=temperature, seed=self.seed, what=what)
-
-            measure_rewards(measured, prompts, answer, synthetic.reward, samples=options.samples)
-        elif self.test is not None and self._answers:
-            rows = self._answer(name, out)
-            judge = self.judge.load() if self.judge else None
-            measure_answers(measured, rows, self.test, judge, prompts=options.prompts, samples=options.samples)
-        reference = next((store for store in self.test_stores if store.role == "reference"), None)
-        if reference is not None and self.test is not None and name not in (self.start, self.teacher):
-            measure_pairs(measured, ready(self._load(name)), self.test, self.tokenizer, reference)
-        return measured
-
-    def _answer(self, name: str, out: Path) -> "Dataset":
-        """One response of a model to each of the first test prompts, stored."""
-        assert self.test is not None
-        recipe = self.recipe
-        return sample_responses(
-            name,
-            unique_prompts(self.test, self._answers).select_columns("prompt"),
-            self.tokenizer,
-            out / "responses.jsonl",
-            column=RESPONSE,
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            batch_size=recipe.evaluate.batch_size,
-            seed=self.seed,
-            learnt_from=False,
-            dtype=self._dtype_of(name),
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-
-    def _load(self, name: str) -> Any:
+    def load(self, name: str) -> Any:
         names = self.recipe.model
         return load_model(name, dtype=names.dtype, trust_remote_code=names.trust_remote_code)
 
-    def _dtype_of(self, name: str) -> str:
-        """What a model answers in: the teacher as it is read, the others as they are trained."""
-        own = self.recipe.model.dtype
-        return self.recipe.signals.dtype or default_dtype("teacher") if name == self.teacher else own
-
-    def _sample(self, model: Any, prompts: list[Any], *, temperature: float, seed: int, what: str) -> list[Response]:
+    def sample(self, model: Any, prompts: list[Any], *, temperature: float, seed: int, what: str) -> list[Response]:
         return sample(
             model,
             self.tokenizer,
@@ -526,35 +460,3 @@ class SeedRun:
             seed=seed,
             what=what,
         )
-
-    def _test_signals(self) -> SignalSet | None:
-        if self.test is None or not any(store.role == "teacher" for store in self.test_stores):
-            return None
-        return SignalSet.of(self.test_stores, self.test)
-
-    def margin_terms(self) -> dict[str, np.ndarray]:
-        """Per test pair, whether each term of the teacher orders it right."""
-        signals = self._test_signals()
-        return pair_terms(signals) if signals else {}
-
-    def margin_groups(self) -> list[int]:
-        """The number of the prompt of each pair of `margin_terms`."""
-        signals = self._test_signals()
-        return numbered(prompts_of(signals.data, signals.rows)) if signals else []
-
-    def gauge_flips(self) -> dict[str, Any]:
-        """How far the order of the held-out pairs by the teacher's value depends on its gauge."""
-        return next((gauge_flips(store) for store in self.test_stores if "values" in store.kinds), {})
-
-    def shaping(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
-        """The offset of each method that has one, on the test pairs, beside the margin its DPO part has learnt."""
-        signals = self._test_signals()
-        if signals is None:
-            return {}
-        found, warnings = shaping_of(self.methods, signals, measured)
-        self.warnings += warnings
-        return found
-
-
-def _as_messages(prompts: list[str]) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -107,7 +107,7 @@ def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | No
 
 def gauge(runs: list[SeedRun]) -> dict[str, Any]:
     """`gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
-    found = [flips for run in runs if (flips := run.gauge_flips())]
+    found = [flips for run in runs if (flips := run.measuring.gauge_flips())]
     if len(found) < 2:
         return found[0] | {"over": "directions"} if found else {}
     return mean_and_error([flips["mean"] for flips in found]) | {"over": "seeds"}
@@ -151,7 +151,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
         recipe.save(out / "recipe.yaml")
         write_json(out / "environment.json", environment(command))
         measured = [run.run() for run in runs]
-        shaping = [run.shaping(found) for run, found in zip(runs, measured, strict=True)]
+        shaping = [run.measuring.shaping(found) for run, found in zip(runs, measured, strict=True)]
         results = {
             "recipe": recipe.name,
             "task": recipe.task,
@@ -162,7 +162,9 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
             **summarise(recipe, measured),
             "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
             "controls": [name for name, run in recipe.methods.items() if run.control],
-            "margin_accuracy": margin_accuracies([run.margin_terms() for run in runs], runs[0].margin_groups()),
+            "margin_accuracy": margin_accuracies(
+                [run.measuring.margin_terms() for run in runs], runs[0].measuring.margin_groups()
+            ),
             **judge_worth(runs),
             "gauge_flips": gauge(runs),
             "shaping": shaping[0],

@@ -11,7 +11,7 @@ from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel
 from prefdistill.files import read_json, write_json
-from prefdistill.models import model_key
+from prefdistill.models import model_key, tokenizer_identity
 from prefdistill.teach import train_reward
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ class Judge:
             run.keys[STAGE] = model_key(self.options.name)
         else:
             run.keys["judge-pairs"] = data_fingerprint(run.judge_pairs)
-            request = {"shape": self.options.model, "training": training.essence()}
-            run.stage(STAGE, request, self._train, "judge-pairs", "base")  # the tokenizer is of the models' base
+            tokenizer = tokenizer_identity(run.tokenizer)
+            tokens = [tokenizer["sha256"], tokenizer["template_sha256"]]
+            request = {"shape": self.options.model, "training": training.essence(), "tokenizer": tokens}
+            run.stage(STAGE, request, self._train, "judge-pairs")
         run.stage(WORTH, {"model": run.name_of(self.name)}, self._look, STAGE, "test")
         right, longer = (self.worth.metrics[key] for key in ("accuracy", "longer_is_better"))
         if right <= longer:
