@@ -136,6 +136,8 @@ def tokens_column(response: str) -> str:
 
 def _read(source: str, split: str) -> Dataset:
     name, suffix = source, ""
+    if not source.strip():
+        raise UserError("the name of the data is empty. Give a file, a directory, or a Hub name such as org/name.")
     if not Path(source).expanduser().exists():  # a path may itself contain '#'
         name, _, suffix = source.partition("#")
     path = Path(name).expanduser()
