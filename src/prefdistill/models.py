@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
@@ -146,7 +147,7 @@ def load_model(
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
             return adapted if method else adapted.merge_and_unload()
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_not_loaded("model", name, _first_line(error))) from error
     except (ImportError, NameError, RuntimeError) as error:  # a package or hardware that the quantisation needs
         if not method or isinstance(error, torch.OutOfMemoryError):
@@ -202,7 +203,7 @@ def load_reward_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
     if missing := sorted(found["missing_keys"]):
         reason = f"{len(missing)} weights are missing, the first is {missing[0]}"

@@ -66,7 +66,7 @@ def check_manifest(manifest: dict[str, Any], directory: Path) -> None:
     shards = directory / "shards"
     for shard in manifest["shards"]:
         name = shard["file"]
-        if name in (".", "..") or Path(name).name != name or "\0" in name:
+        if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
             raise UserError(f"{where} names the shard {name!r}, which is no file of the store; make the signals again")
         if not (shards / name).resolve().is_relative_to(directory.resolve()):
             raise UserError(f"{shards / name} is a link that leads out of the store; put the file itself there")
