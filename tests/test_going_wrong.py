@@ -52,7 +52,7 @@ def test_shaping_that_drowns_the_margin_is_warned_of_with_numbers(place, capsys)
     (place / "recipe.yaml").write_text(
         "name: x\ndata: {train: pairs.jsonl, test: pairs.jsonl}\nmodel: {teacher: model, student: model}\n"
         "training: {max_steps: 2, learning_rate: 0.01, batch_size: 2, micro_batch_size: 2}\nbaseline: faint\n"
-        "methods: {tvkd: {alpha: 50}, faint: {method: tvkd, alpha: 1.0e-9}}\n"
+        "methods: {tvkd: {alpha: 1000}, faint: {method: tvkd, alpha: 1.0e-9}}\n"
     )
     assert _call(["run", "recipe.yaml", "--out", "run"]) == 0
     results = read_json(place / "run" / "results.json")
