@@ -27,12 +27,12 @@ METRICS: dict[str, dict[str, Any]] = {
     "reward": {"label": "true reward, T=1", "higher_is_better": True, "format": ".3f"},
     "reward_greedy": {"label": "true reward, greedy", "higher_is_better": True, "format": ".3f"},
     "win_rate": {"label": "win rate against the start, T=1", "higher_is_better": True, "format": ".3f"},
-    "judge_score": {"label": "reward model's score", "higher_is_better": True, "format": ".3f"},
     "judge_win_rate": {
         "label": "win rate against the start, by the reward model",
         "higher_is_better": True,
         "format": ".3f",
     },
+    "judge_score": {"label": "reward model's score", "higher_is_better": True, "format": ".3f"},
     "rouge_l": {"label": "ROUGE-L to the reference response", "higher_is_better": True, "format": ".3f"},
     "exact_match": {"label": "exact match of the reference response", "higher_is_better": True, "format": ".3f"},
     "response_tokens": {"label": "tokens of a response", "higher_is_better": None, "format": ".1f"},
