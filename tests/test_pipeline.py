@@ -424,7 +424,7 @@ def judged(named):
 def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged, tmp_path):
     out = tmp_path / "run"
     results = run_recipe(load_recipe(judged), out)
-    metrics = ["judge_score", "judge_win_rate", "rouge_l", "exact_match", "response_tokens"]
+    metrics = ["judge_win_rate", "judge_score", "rouge_l", "exact_match", "response_tokens"]
     assert list(results["methods"]) == ["teacher", "start", "dpo"]
     for name in results["methods"]:
         found = results["methods"][name]
