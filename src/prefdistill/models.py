@@ -282,6 +282,14 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     }
 
 
+def token_conflicts(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> list[str]:
+    """Tokens of ours that have another id in theirs, or whose id is another token's there."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    taken = set(b.values())
+    moved = [token for token in sorted(a.keys() & b.keys()) if a[token] != b[token]]
+    return moved + [token for token, i in a.items() if token not in b and i in taken]
+
+
 def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> None:
     """Two models can speak of the same tokens only if no id means two things; ids that one of them lacks are trimmed.
 
@@ -289,10 +297,7 @@ def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokeni
         UserError: naming the first token that has two ids.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
-    clash = [token for token in sorted(a.keys() & b.keys()) if a[token] != b[token]]
-    taken = {i: token for token, i in b.items()}
-    clash += [token for token, i in a.items() if token not in b and i in taken]
-    if clash:
+    if clash := token_conflicts(ours, theirs):
         raise UserError(
             f"{ours.name_or_path} and {theirs.name_or_path} have different tokenizers: {len(clash)} of {len(a)} tokens "
             f"differ, e.g. {clash[0]!r}; choose a teacher and a student of one family"
