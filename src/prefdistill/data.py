@@ -208,8 +208,8 @@ def _read_file(path: Path) -> Dataset:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | UserError]:
-    """The objects of a JSON Lines file, with what is wrong with a line in its place. Not through `datasets`, whose errors
-    name neither the line nor the column."""
+    """The objects of a JSON Lines file, and in place of a line that holds none what is wrong with it. Not through
+    `datasets`, whose errors name neither the line nor the column."""
     with (
         _explain(f"{path}: cannot be read. Write it again"),
         gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file,

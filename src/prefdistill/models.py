@@ -161,6 +161,26 @@ def load_model(
     return model
 
 
+def empty_model(name: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base.
+
+    Raises:
+        UserError: if there is no such model, or it is no causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = name
+    try:
+        if (adapter := Path(name) / "adapter_config.json").is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_not_loaded("model", base, _first_line(error))) from error
+
+
 def _stored_quantization(name: str) -> str | None:
     """The method that a checkpoint, or the base of an adapter's, is stored quantised with."""
     from transformers import PreTrainedConfig
