@@ -501,7 +501,7 @@ def doctor(
     teacher: Annotated[str | None, typer.Option("--teacher", help="Hub name or directory of the teacher.")] = None,
     student: Annotated[str | None, typer.Option("--student", help="Hub name or directory of the student.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Recipe (YAML) that names what is not given; its run is planned.")
+        Path | None, typer.Option("--recipe", help="Recipe (YAML) whose run is planned; the options win over it.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Where the run will write; its disk is looked at.")] = Path("runs"),
     max_length: Annotated[
@@ -519,22 +519,27 @@ def doctor(
     Example: prefdistill doctor --data pairs.jsonl --test test.jsonl --teacher my/teacher --student my/student
     """
     _one_process("doctor")
-    from prefdistill.config import load_recipe
+    from prefdistill.config import Override, load_recipe
     from prefdistill.doctor import as_text, examine
     from prefdistill.encode import Truncation
 
     if overrides and recipe is None:
         raise UserError(f"{overrides[0]!r} is an override of a recipe; give --recipe with it")
-    checkup = examine(
-        data,
-        test,
-        teacher,
-        student,
-        Truncation(max_length or 1024, max_prompt_length) if max_length or max_prompt_length else None,
-        load_recipe(recipe, overrides or []) if recipe else None,
-        out=out,
-        trust_remote_code=trust_remote_code,
-    )
+    if recipe is None:
+        truncation = Truncation(max_length or 1024, max_prompt_length)
+        checkup = examine(data, test, teacher, student, truncation, out=out, trust_remote_code=trust_remote_code)
+    else:
+        given = {
+            "data.train": data,
+            "data.test": test,
+            "data.max_length": max_length,
+            "data.max_prompt_length": max_prompt_length,
+            "model.teacher": teacher,
+            "model.student": student,
+            "model.trust_remote_code": trust_remote_code or None,
+        }
+        changes = [Override(key, value) for key, value in given.items() if value is not None]
+        checkup = examine(recipe=load_recipe(recipe, [*(overrides or []), *changes]), out=out)
     _print(as_text(checkup))
     return checkup.to_json()
 

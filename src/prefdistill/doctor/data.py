@@ -214,7 +214,9 @@ def _hit(pair: Pair, rule: Callable[[str], int | None]) -> tuple[int, str] | Non
 
 
 def extreme_lengths(data: PairSet) -> Iterator[Finding]:
-    limits = {name: EXTREME * float(np.quantile(_lengths(data, name), 0.95)) for name in COLUMNS if data.pairs}
+    limits = {
+        name: EXTREME * float(np.quantile(_lengths(data, name), 0.95, method="lower")) for name in COLUMNS if data.pairs
+    }
     hits = []
     for pair in data.pairs:
         size, name = max((len(text), name) for name, text in pair.texts.items())
@@ -231,25 +233,22 @@ def extreme_lengths(data: PairSet) -> Iterator[Finding]:
 
 
 def length_bias(data: PairSet) -> Iterator[Finding]:
-    lengths = {name: _lengths(data, name) for name in RESPONSES}
-    yield from bias(data, "data.length-bias", "characters", lengths["chosen"], lengths["rejected"])
-
-
-def bias(
-    data: PairSet, check: str, unit: str, chosen: np.ndarray, rejected: np.ndarray, pairs: Sequence[Pair] | None = None
-) -> Iterator[Finding]:
     """How often the longer response is the chosen one: a rule that reads nothing is right as often."""
-    pairs = data.pairs if pairs is None else pairs
+    pairs = [pair for pair in data.pairs if pair.tokens and not pair.tokens.dropped]
+    if pairs:
+        sizes = [[len(pair.tokens.ids[name]) for name in RESPONSES] for pair in pairs if pair.tokens]
+    else:
+        pairs, sizes = data.pairs, [[len(pair.texts[name]) for name in RESPONSES] for pair in data.pairs]
     if len(pairs) < 2:
         return
+    unit = "tokens" if pairs[0].tokens else "characters"
+    chosen, rejected = np.array(sizes).T
     share, error = longer_share(chosen, rejected, [pair.key("prompt") for pair in pairs])
     away, errors = BIAS
     strong = abs(share - 0.5) >= away and abs(share - 0.5) > errors * error
-    which = "longer" if share >= 0.5 else "shorter"
-    right = max(share, 1 - share)
-    longer = int((chosen > rejected).sum())
+    which, right = ("longer", share) if share >= 0.5 else ("shorter", 1 - share)
     yield Finding(
-        check,
+        "data.length-bias",
         "warning" if strong else "note",
         f"chosen is longer in {share:.1%} ± {error:.1%} of the pairs ({chosen.mean():,.0f} against "
         f"{rejected.mean():,.0f} {unit} on average)"
@@ -257,7 +256,7 @@ def bias(
         "Compare every accuracy with that rule, and watch the length of what the student writes; or balance the pairs."
         if strong
         else "Nothing to do.",
-        longer,
+        int((chosen > rejected).sum()),
         len(pairs),
         data=data.name,
     )

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefdistill import synthetic
-from prefdistill.data import RESPONSES
 from prefdistill.doctor import machine, template, vocabulary
 from prefdistill.doctor.data import DATA_CHECKS, leak
 from prefdistill.doctor.findings import SEVERITIES, Finding
-from prefdistill.doctor.pairs import PairSet, read_pairs
+from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs
 from prefdistill.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
@@ -58,8 +57,8 @@ def examine(
     Args:
         data, test: preference pairs to train and to test on, as for `load_pairs`.
         teacher, student: Hub names or directories; the pairs are read with the student's tokenizer, or the teacher's.
-        truncation: as for `encode_pairs`; default: the recipe's, or 1,024 tokens.
-        recipe: stands in for what is not given, and says what will be trained and read.
+        truncation: as for `encode_pairs`.
+        recipe: in place of all these; it says what will be trained and read besides.
         out: where the run will write; its disk is looked at.
         trust_remote_code: let a model's repository run its own code.
 
@@ -72,13 +71,14 @@ def examine(
     """
     limits: dict[str, int | None] = {"train": None, "test": None}
     if recipe is not None:
-        data, test = data or recipe.data.train, test or recipe.data.test
-        teacher, student = teacher or recipe.model.teacher, student or recipe.model.student
-        truncation = truncation or Truncation(recipe.data.max_length, recipe.data.max_prompt_length)
+        data, test = recipe.data.train, recipe.data.test
+        teacher, student = recipe.model.teacher, recipe.model.student
+        truncation = Truncation(recipe.data.max_length, recipe.data.max_prompt_length)
         limits = {"train": recipe.data.max_train, "test": recipe.data.max_test}
-        trust_remote_code = trust_remote_code or recipe.model.trust_remote_code
+        trust_remote_code = recipe.model.trust_remote_code
     if not (data or test or teacher or student or recipe):
         raise UserError("there is nothing to look at: give --data, --teacher, --student or --recipe")
+    truncation = truncation or Truncation()
     checkup = Checkup()
     sets = {}
     for name, source in (("train", data), ("test", test)):
@@ -89,7 +89,7 @@ def examine(
     models.read(recipe, teacher, student, sets.get("train"))
     if not sets or any(data.conversational for data in sets.values()):
         checkup.findings += models.lend_template()
-    _look_at_data(checkup, sets, models.reader, truncation or Truncation())
+    _look_at_data(checkup, sets, models.reader, truncation)
     _look_at_models(checkup, sets, models)
     _look_at_machine(checkup, recipe, models, Path(out))
     if recipe is not None and checkup.ok:
@@ -162,6 +162,7 @@ def _look_at_data(
     for name, data in sets.items():
         if not data.pairs:
             continue
+        reading = _reading(checkup, data, tokenizer, truncation)
         for check in DATA_CHECKS:
             checkup.findings += check(data)
         checkup.facts[name] = {
@@ -169,31 +170,26 @@ def _look_at_data(
             "rows": data.rows,
             "pairs": len(data.pairs),
             "prompts": len({pair.key("prompt") for pair in data.pairs}),
-            "characters": {
-                column: quantiles([len(pair.texts[column]) for pair in data.pairs]) for column in ("prompt", *RESPONSES)
-            },
+            "characters": {column: quantiles([len(pair.texts[column]) for pair in data.pairs]) for column in COLUMNS},
         }
-        if tokenizer is not None:
-            _look_at_tokens(checkup, data, tokenizer, truncation)
+        if reading is not None:
+            for look in TOKEN_CHECKS:
+                checkup.findings += look(data, reading)
+            checkup.facts[name] |= token_facts(data, reading)
     if len(sets) == 2:
         checkup.findings += leak(sets["train"], sets["test"])
 
 
-def _look_at_tokens(
-    checkup: Checkup, data: PairSet, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
-) -> None:
-    if data.conversational and not tokenizer.chat_template:
-        return  # said among the templates
+def _reading(
+    checkup: Checkup, data: PairSet, tokenizer: PreTrainedTokenizerBase | None, truncation: Truncation
+) -> Reading | None:
+    """Tokens for every pair, where there is a tokenizer that can."""
+    if tokenizer is None or (data.conversational and (not tokenizer.chat_template or template.refuses(tokenizer))):
+        return None  # said among the templates
     with Progress(f"tokenising {data.name}", len(data.pairs), "pair") as progress:
         unusable = list(tokenise(data, tokenizer, progress))
     checkup.findings += unusable
-    if unusable:
-        return
-    reading = Reading.of(tokenizer, truncation)
-    for check in TOKEN_CHECKS:
-        checkup.findings += check(data, reading)
-    told = token_facts(data, reading)
-    checkup.facts[data.name] |= {"tokens": told.pop("quantiles"), "kept": told}
+    return None if unusable else Reading.of(tokenizer, truncation)
 
 
 def _look_at_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -> None:
@@ -213,9 +209,8 @@ def _look_at_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models)
             )
     if reader is not None:
         checkup.findings += template.padding(reader)
-    longest = max(
-        (checkup.facts[name].get("kept", {}).get("longest", 0) for name in sets if name in checkup.facts), default=0
-    )
+    kept = [checkup.facts.get(name, {}).get("kept", {}) for name in sets]
+    longest = max((part.get("longest", 0) for part in kept), default=0)
     for role, model in models.shapes.items():
         if role in tokenizers:
             checkup.findings += vocabulary.embedding_rows(role, model, tokenizers[role])

@@ -236,7 +236,7 @@ def disk(plan: Plan, place: Path, free: int) -> Iterator[Finding]:
     yield Finding(
         "machine.disk",
         severity,
-        f"about {size(need)} of disk, most of it for {what} ({size(most)}); {size(free)} are free in {place}",
+        f"up to {size(need)} of disk, most of it for {what} ({size(most)}); {size(free)} are free in {place}",
         "Nothing to do." if severity == "note" else fix,
     )
 

@@ -46,7 +46,7 @@ def _facts(facts: dict[str, Any]) -> list[str]:
             blocks.append("\n".join(rows))
     for what, parts in (("memory", facts.get("memory", {})), ("disk", facts.get("disk", {}))):
         if parts:
-            rows = [f"{what}, at least:" if what == "memory" else f"{what}, about:"]
+            rows = [f"{what}, at least:" if what == "memory" else f"{what}, at most:"]
             rows += [f"  {size(count):>11}  {part}" for part, count in parts.items()]
             blocks.append("\n".join(rows))
     return blocks

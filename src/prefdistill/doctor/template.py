@@ -33,14 +33,22 @@ def missing(tokenizer: PreTrainedTokenizerBase, lender: PreTrainedTokenizerBase 
         )
 
 
+def refuses(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why the template takes no question and answer at all, if it does not."""
+    try:
+        template_ending(tokenizer)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def end_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     if not tokenizer.chat_template:
         return
-    try:
-        ending = template_ending(tokenizer)
-    except UserError as error:
-        yield Finding("template.refuses", "error", str(error), "Use a template that takes a question and an answer.")
+    if why := refuses(tokenizer):
+        yield Finding("template.refuses", "error", why, "Use a template that takes a question and an answer.")
         return
+    ending = template_ending(tokenizer)
     if ending.token is None:
         yield Finding(
             "template.no-end",
@@ -85,7 +93,7 @@ def system_message(tokenizer: PreTrainedTokenizerBase, used: bool) -> Iterator[F
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    if tokenizer.pad_token_id in end_token_ids(tokenizer):
+    if not refuses(tokenizer) and tokenizer.pad_token_id in end_token_ids(tokenizer):
         yield Finding(
             "template.pad-is-end",
             "note",

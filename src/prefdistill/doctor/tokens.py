@@ -11,7 +11,6 @@ import numpy as np
 
 from prefdistill import encode
 from prefdistill.data import RESPONSES, ended_column
-from prefdistill.doctor.data import bias
 from prefdistill.doctor.findings import Finding, Severity, found
 from prefdistill.encode import Truncation, encode_whole, end_token_ids
 from prefdistill.errors import UserError
@@ -279,12 +278,6 @@ def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
     )
 
 
-def token_bias(data: PairSet, reading: Reading) -> Iterator[Finding]:
-    rows = read(data)
-    chosen, rejected = (np.array([len(tokens.ids[name]) for _, tokens in rows]) for name in RESPONSES)
-    yield from bias(data, "tokens.length-bias", "tokens", chosen, rejected, [pair for pair, _ in rows])
-
-
 def _first_of_row(hits: list[tuple[int, str]]) -> list[tuple[int, str]]:
     return [*{row: (row, text) for row, text in reversed(hits)}.values()][::-1]
 
@@ -294,12 +287,12 @@ def token_facts(data: PairSet, reading: Reading) -> dict[str, Any]:
     rows = read(data)
     kept = [reading.cut(pair) for pair, _ in rows]
     return {
-        "quantiles": {
-            name: quantiles([len(tokens.ids[name]) for _, tokens in rows]) for name in ("prompt", *RESPONSES)
+        "tokens": {name: quantiles([len(tokens.ids[name]) for _, tokens in rows]) for name in ("prompt", *RESPONSES)},
+        "kept": {
+            "pairs": len(rows),
+            "response_tokens": sum(len(cut[name]) for cut in kept for name in RESPONSES),
+            "longest": max((len(cut["prompt"]) + len(cut[name]) for cut in kept for name in RESPONSES), default=0),
         },
-        "pairs": len(rows),
-        "response_tokens": sum(len(cut[name]) for cut in kept for name in RESPONSES),
-        "longest": max((len(cut["prompt"]) + len(cut[name]) for cut in kept for name in RESPONSES), default=0),
     }
 
 
@@ -318,5 +311,4 @@ TOKEN_CHECKS = (
     special_in_text,
     unknown,
     truncated,
-    token_bias,
 )

@@ -20,7 +20,7 @@ def store_bytes(
     packed: bool = True,
     own_ids: bool = True,
 ) -> int:
-    """About the bytes of a store before Parquet's own compression, which saves little.
+    """The most bytes that a store takes, footers aside: Parquet's own compression saves up to half of it.
 
     Args:
         kinds: of `KINDS`.
@@ -48,6 +48,6 @@ def store_bytes(
         elif packed:
             bits = 8 * most + 2 * 16
         else:
-            bits = 32 * (most * (2 if own_ids else 1) + 1)
+            bits = most * (32 + (id_bits(vocabulary) if own_ids else 0)) + 32
         total += tokens * bits // 8
     return total
