@@ -231,6 +231,13 @@ def test_broken_lines_are_counted_with_their_numbers_and_the_other_rows_keep_the
     assert the(checkup, "data.empty-response").rows == (3,)
 
 
+def test_names_from_a_file_cannot_reach_the_terminal(tmp_path):
+    checkup = examine(write(tmp_path / "pairs.jsonl", [{"\x1b[31m": 1, "\ud800": 2, "prompt": "a"}]))
+    text = as_text(checkup)
+    text.encode()
+    assert "no column chosen, rejected; it has \\x1b[31m" in " ".join(text.split())
+
+
 def test_what_test_has_of_train_is_found(tmp_path):
     shared = {**clean()[4], "prompt": [{"role": "user", "content": "  QUESTION 4:  what of bread? "}]}
     train = write(tmp_path / "a.jsonl", clean())

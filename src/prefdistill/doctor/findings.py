@@ -27,6 +27,11 @@ class Finding:
     example: str = ""
     data: str = ""
 
+    def __post_init__(self) -> None:
+        """Names of files, columns and tokens are somebody else's: a terminal must be safe from them."""
+        for name in ("message", "fix", "example"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": list(self.rows)}
 
@@ -61,14 +66,15 @@ def found(
         yield Finding(check, severity, message, fix, len(hits), of, rows, example, name)
 
 
-def excerpt(text: str, at: int | None = None) -> str:
-    """A line of text that is safe to print, around a place in it: what cannot be seen is written out.
+def excerpt(text: str) -> str:
+    """The start of a text in one line that is safe to print: what cannot be seen is written out.
 
     Example:
         >>> excerpt("a\\u200bb")
         'a\\\\u200bb'
     """
-    start = 0 if at is None else max(0, at - EXCERPT // 2)
-    part = text[start : start + EXCERPT]
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in part)
-    return ("…" if start else "") + shown + ("…" if start + EXCERPT < len(text) else "")
+    return printable(text[:EXCERPT]) + ("…" if len(text) > EXCERPT else "")
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
