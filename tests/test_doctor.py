@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import re
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -335,6 +339,10 @@ def words(_):
 SYSTEM = edited({i: {"prompt": [*turns("system"), *clean()[i]["prompt"]]} for i in range(12)})
 THINKS = edited({3: {"prompt": [*turns("user"), {"role": "assistant", "content": "<t>hm</t>so"}, *turns("user")]}})
 MERGING = [{"prompt": f"{i} sm", "chosen": f"all talk {i}", "rejected": f"all walk {9 - i}"} for i in range(12)]
+UNASKED = [{**row, "prompt": "" if i == 3 else row["prompt"]} for i, row in enumerate(plain(clean()))]
+UNSAID = [
+    {**row, "chosen": "" if i == 3 else row["chosen"], "chosen_ended": i != 3} for i, row in enumerate(plain(clean()))
+]
 TOKENS = [  # what is broken, rows, tokenizer, truncation, errors and warnings, the first row
     ("a long prompt", edited({3: {"prompt": "so " * 90}}), None, Truncation(None, 80), {"tokens.prompt-cut"}, 3),
     (
@@ -355,6 +363,8 @@ TOKENS = [  # what is broken, rows, tokenizer, truncation, errors and warnings, 
         3,
     ),
     ("a token across the boundary", MERGING, None, LONG, {"tokens.merge"}, 0),
+    ("a prompt without tokens", UNASKED, None, LONG, {"tokens.prompt-empty", "data.empty-prompt"}, 3),
+    ("a response without tokens", UNSAID, None, LONG, {"tokens.response-empty", "data.empty-response"}, 3),
     ("a tokenizer without offsets", plain(clean()), lambda _: ByT5Tokenizer(), LONG, {"template.unusable"}, None),
     ("a block that generation opens", clean(), style("not_a_prefix"), LONG, {"template.differs"}, 0),
     ("system messages that are refused", SYSTEM, style("gemma"), LONG, {"template.refused", "template.system"}, 0),
@@ -604,6 +614,56 @@ def test_the_size_of_signals_is_foretold(tmp_path, tokenizer, make_model, option
     packed = options.pop("topk_coding", None) != "float32" and options.get("k") != "vocab"
     told = store_bytes(options.pop("kinds"), tokens, 2 * len(store), len(tokenizer), packed=packed, **options)
     assert size - 6_000 < told < 2 * size  # a file has a footer, and what it compresses is left out
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def test_every_check_has_a_row_here_and_a_line_in_the_docs():
+    root = Path(__file__).parents[1]
+    source = "".join(path.read_text(encoding="utf-8") for path in (root / "src/prefdistill/doctor").glob("*.py"))
+    checks = set(re.findall(r'"((?:data|tokens|template|vocabulary|model|machine|recipe)\.[a-z-]+)"', source))
+    assert len(checks) > 50
+    tests, docs = Path(__file__).read_text(encoding="utf-8"), (root / "docs/doctor.md").read_text(encoding="utf-8")
+    assert {check for check in checks if f'"{check}"' not in tests} == set()
+    assert {check for check in checks if not re.search(f"`({check}|{check.partition('.')[2]})`", docs)} == set()
+
+
+def messages():
+    message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": texts()})
+    return st.lists(message, max_size=3)
+
+
+def texts():
+    return st.text(st.characters(exclude_categories=()), max_size=20)
+
+
+def anything():
+    return st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts(), messages(), st.just([[1], {}]))
+
+
+ROWS = st.fixed_dictionaries(
+    {}, optional={name: anything() for name in ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")}
+)
+
+
+@pytest.fixture(scope="module")
+def some_model(tokenizer, tmp_path_factory):
+    return model_of(tokenizer, tmp_path_factory.mktemp("some") / "model")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
+@given(rows=st.lists(st.one_of(ROWS, st.sampled_from(["{", "[]", "1"])), max_size=6))
+def test_nothing_in_a_file_makes_the_doctor_fall_over(some_model, tmp_path_factory, rows):
+    source = write(tmp_path_factory.getbasetemp() / "any.jsonl", rows)
+    checkup = examine(source, source, student=some_model, truncation=Truncation(20, 5))
+    json.dumps(checkup.to_json(), ensure_ascii=False).encode()
+    as_text(checkup).encode()
+    if found(checkup, "error") <= {"data.leaked-pairs"}:
+        assert len(load_pairs(source)) == checkup.facts["train"]["pairs"]
+    elif found(checkup, "error") & {"data.json", "data.values", "data.roles", "data.mixed", "data.columns"}:
+        with pytest.raises(UserError):
+            load_pairs(source)
 
 
 # -- recipes and the command -------------------------------------------------------------------------------------------

@@ -155,13 +155,6 @@ def _is_number(value: Any) -> bool:
 # check, severity, rule, what it is, what to do
 CHARACTERS: tuple[tuple[str, Severity, Callable[[str], int | None], str, str], ...] = (
     (
-        "data.surrogate",
-        "error",
-        characters.surrogate,
-        "half a surrogate pair, which no file in UTF-8 can hold",
-        "Write the data again from the source: an emoji or rare character was cut in two.",
-    ),
-    (
         "data.replacement",
         "warning",
         characters.replacement,
@@ -209,7 +202,7 @@ def normal_forms(data: PairSet) -> Iterator[Finding]:
 def _hit(pair: Pair, rule: Callable[[str], int | None]) -> tuple[int, str] | None:
     for name, text in pair.texts.items():
         if (place := rule(text)) is not None:
-            return pair.row, f"{name}: {text[max(0, place - 30) : place + 40]}"
+            return pair.row, f"{name}: {characters.around(text, place)}"
     return None
 
 

@@ -55,7 +55,7 @@ def found(
         fix: what to do about it.
 
     Example:
-        >>> [finding.count for finding in found("data.empty", "error", ("train", 9), [(3, "x"), (7, "y")], "m", "f")]
+        >>> [finding.count for finding in found("data.json", "error", ("train", 9), [(3, "x"), (7, "y")], "m", "f")]
         [2]
     """
     hits = list(hits)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.data import RESPONSES, check_roles, form_of, read_rows, split_off_start, without_nulls
 from prefdistill.doctor.findings import Finding, found
+from prefdistill.doctor.text import around, surrogate
 from prefdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,20 +18,26 @@ if TYPE_CHECKING:
 
 FORMS = ("conversational", "plain")
 COLUMNS = ("prompt", *RESPONSES)
-# What is refused, by check: what to do about it.
-FIXES = {
-    "data.json": "Fix or remove these lines.",
-    "data.prompt": "Give every row a `prompt`.",
-    "data.values": "Give every row a prompt and both responses, as text or as messages with a text role and content.",
-    "data.roles": "The prompt ends with the turn to answer; a response holds assistant messages alone.",
-    "data.mixed": "Use one form in all rows and columns. The other checks see the rows of the commoner form only.",
-}
-MESSAGES = {
-    "data.json": "not a JSON object",
-    "data.prompt": "there is no prompt, and the responses do not start alike",
-    "data.values": "a prompt or response is neither text nor messages",
-    "data.roles": "a message has the wrong role for its place",
-    "data.mixed": "plain text and messages are mixed",
+# What keeps a row from being a pair, by check, and what to do about it.
+NO_PAIR = {
+    "data.json": ("not a JSON object", "Fix or remove these lines."),
+    "data.prompt": ("there is no prompt, and the responses do not start alike", "Give every row a `prompt`."),
+    "data.values": (
+        "a prompt or response is neither text nor messages",
+        "Give every row a prompt and both responses, as text or as messages with a text role and content.",
+    ),
+    "data.surrogate": (
+        "a text has half a surrogate pair, which no file in UTF-8 can hold",
+        "Write the data again from the source: an emoji or rare character was cut in two.",
+    ),
+    "data.roles": (
+        "a message has the wrong role for its place",
+        "The prompt ends with the turn to answer; a response holds assistant messages alone.",
+    ),
+    "data.mixed": (
+        "plain text and messages are mixed",
+        "Use one form in all rows and columns. The other checks see the rows of the commoner form only.",
+    ),
 }
 
 
@@ -85,19 +92,18 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
         limit: the first rows only.
     """
     try:
-        rows = list(read_rows(source, split=name))[:limit]
+        rows = list(read_rows(source))[:limit]
     except UserError as error:
-        return PairSet(name, source, [], 0), [
-            Finding("data.file", "error", str(error), "Give data that can be read.", data=name)
-        ]
+        unread = Finding("data.file", "error", str(error), "Give data that can be read.", data=name)
+        return PairSet(name, source, [], 0), [unread]
     there = {key for row in rows if isinstance(row, dict) for key in row}
     wanted = COLUMNS if "prompt" in there else RESPONSES
     missing = [column for column in wanted if column not in there]
     hits: dict[str, list[tuple[int, str]]] = defaultdict(list)
     pairs: list[Pair] = []
     if not rows:
-        problem = Finding("data.empty-file", "error", f"{source} has no rows", "Give at least one pair.", data=name)
-        return PairSet(name, source, [], 0), [problem]
+        empty = Finding("data.empty-file", "error", f"{source} has no rows", "Give at least one pair.", data=name)
+        return PairSet(name, source, [], 0), [empty]
     for number, row in enumerate(rows):
         if isinstance(row, UserError):
             hits["data.json"].append((number, str(row).removeprefix(f"{source}, ")))
@@ -110,11 +116,11 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
     hits["data.mixed"] += others
     findings = [
         finding
-        for check, fix in FIXES.items()
-        for finding in found(check, "error", (name, len(rows)), hits[check], MESSAGES[check], fix)
+        for check, (message, fix) in NO_PAIR.items()
+        for finding in found(check, "error", (name, len(rows)), hits[check], message, fix)
     ]
-    if missing and there:
-        columns, have = ", ".join(missing), ", ".join(sorted(there))
+    if missing and any(isinstance(row, dict) for row in rows):
+        columns, have = ", ".join(missing), ", ".join(sorted(there)) or "none"
         findings.append(
             Finding(
                 "data.columns",
@@ -152,7 +158,11 @@ def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
     with _as("data.roles"):
         for name in COLUMNS if forms == {"conversational"} else ():
             check_roles(row[name], name, "here")
-    return Pair(number, row)
+    pair = Pair(number, row)
+    for name, text in pair.texts.items():
+        if (place := surrogate(text)) is not None:
+            raise _NoPair("data.surrogate", f"{name}: {around(text, place)}")
+    return pair
 
 
 def _of_one_form(pairs: list[Pair]) -> tuple[list[Pair], list[tuple[int, str]]]:

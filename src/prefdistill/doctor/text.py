@@ -69,6 +69,10 @@ def garbled(text: str) -> int | None:
 _GAPS = {0x81, 0x8D, 0x8F, 0x90, 0x9D}
 
 
+def around(text: str, place: int) -> str:
+    return text[max(0, place - 30) : place + 40]
+
+
 def _first(pattern: re.Pattern[str], text: str) -> int | None:
     match = pattern.search(text)
     return match.start() if match else None

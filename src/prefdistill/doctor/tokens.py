@@ -279,7 +279,10 @@ def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
 
 
 def _first_of_row(hits: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    return [*{row: (row, text) for row, text in reversed(hits)}.values()][::-1]
+    first: dict[int, str] = {}
+    for row, text in hits:
+        first.setdefault(row, text)
+    return [*first.items()]
 
 
 def token_facts(data: PairSet, reading: Reading) -> dict[str, Any]:
