@@ -282,6 +282,7 @@ def test_the_error_of_a_share_is_that_of_groups_of_pairs():
     assert error == pytest.approx(np.std([1, 1, 1, 0, 0, 0, 0.5], ddof=1) / 7**0.5)
     # three prompts that each agree with themselves are three observations, not seven
     together = longer_share(chosen, rejected, list("aaabbbc"))[1]
+    assert longer_share(chosen, rejected, list("aaaaaaa"))[1] is None  # of one prompt nothing is known
     assert together == pytest.approx(3 / 7 * np.std([1.5, -1.5, 0], ddof=1) / 3**0.5)
 
 
@@ -542,9 +543,15 @@ def test_a_teacher_lends_its_template(tmp_path, tokenizer):
     assert checkup.facts["train"]["kept"]["pairs"] == 12
 
 
-def test_a_model_that_is_not_there_is_a_finding(tmp_path):
-    checkup = examine(write(tmp_path / "pairs.jsonl", clean()), student=str(tmp_path / "nowhere"))
-    assert found(checkup) == {"model.tokenizer", "model.shape"}
+def test_a_model_that_is_not_there_is_a_finding(tmp_path, tokenizer):
+    source = write(tmp_path / "pairs.jsonl", clean())
+    assert found(examine(source, student=str(tmp_path / "nowhere"))) == {"model.shape"}
+    model_of(tokenizer, tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("*token*"):
+        path.unlink()
+    assert found(examine(source, student=str(tmp_path / "bare"))) == {"model.tokenizer"}
+    tokenizer.save_pretrained(tmp_path / "headless")
+    assert found(examine(source, student=str(tmp_path / "headless"))) == {"model.shape"}
 
 
 # -- memory and disk ---------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def repeated_prompts(data: PairSet) -> Iterator[Finding]:
         "note",
         data.where,
         hits,
-        f"the prompt has several pairs ({len(prompts):,} prompts in all, at most {most} pairs of one)",
+        f"the prompt has several pairs (prompts in all: {len(prompts):,}, at most {most} pairs of one)",
         "Split train and test by prompt, and draw error bars over prompts: pairs of one prompt go together.",
     )
 
@@ -238,12 +238,13 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
     chosen, rejected = np.array(sizes).T
     share, error = longer_share(chosen, rejected, [pair.key("prompt") for pair in pairs])
     away, errors = BIAS
-    strong = abs(share - 0.5) >= away and abs(share - 0.5) > errors * error
+    strong = error is not None and abs(share - 0.5) >= max(away, errors * error)
+    margin = "" if error is None else f" ± {error:.1%}"
     which, right = ("longer", share) if share >= 0.5 else ("shorter", 1 - share)
     yield Finding(
         "data.length-bias",
         "warning" if strong else "note",
-        f"chosen is longer in {share:.1%} ± {error:.1%} of the pairs ({chosen.mean():,.0f} against "
+        f"chosen is longer in {share:.1%}{margin} of the pairs ({chosen.mean():,.0f} against "
         f"{rejected.mean():,.0f} {unit} on average)"
         + (f": a rule that prefers the {which} one is right in {right:.0%} of them" if strong else ""),
         "Compare every accuracy with that rule, and watch the length of what the student writes; or balance the pairs."
@@ -255,8 +256,10 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
     )
 
 
-def longer_share(chosen: np.ndarray, rejected: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+def longer_share(chosen: np.ndarray, rejected: np.ndarray, groups: Sequence[str]) -> tuple[float, float | None]:
     r"""Share of pairs in which chosen is longer, ties for one half, and its standard error over groups of pairs.
+
+    One group has no error.
 
     .. math:: se = \frac{G}{n} \, \mathrm{se}_g\Big(\sum_{i \in g} (x_i - \bar x)\Big)
 
@@ -269,8 +272,8 @@ def longer_share(chosen: np.ndarray, rejected: np.ndarray, groups: Sequence[str]
     totals: Counter[str] = Counter()
     for group, win in zip(groups, wins, strict=True):
         totals[group] += win - share
-    error = mean_and_error([*totals.values()])["se"] or 0.0
-    return share, error * len(totals) / len(wins)
+    error = mean_and_error([*totals.values()])["se"]
+    return share, None if error is None else error * len(totals) / len(wins)
 
 
 def _lengths(data: PairSet, name: str) -> np.ndarray:

@@ -143,13 +143,15 @@ class _Models:
     def _named(self, role: str, name: str) -> None:
         trust = self.trust_remote_code
         try:
-            self.tokenizers[role] = load_tokenizer(name, trust_remote_code=trust)
-        except UserError as error:
-            self._lacks("tokenizer", role, error)
-        try:
             self.shapes[role] = empty_model(name, trust_remote_code=trust)
         except UserError as error:
             self._lacks("shape", role, error)
+            if not Path(name).exists():  # nor has the Hub a tokenizer of this name
+                return
+        try:
+            self.tokenizers[role] = load_tokenizer(name, trust_remote_code=trust)
+        except UserError as error:
+            self._lacks("tokenizer", role, error)
 
     def _lacks(self, what: str, role: str, error: UserError) -> None:
         fix = f"Name the {role} by its directory or its name on the Hub."

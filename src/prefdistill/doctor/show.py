@@ -42,7 +42,8 @@ def _facts(facts: dict[str, Any]) -> list[str]:
             rows = [f"{name}: {data['rows']:,} rows, {data['pairs']:,} pairs, {data['prompts']:,} prompts"]
             for unit in ("characters", "tokens"):
                 for column, found in data.get(unit, {}).items():
-                    rows.append(f"  {column:9}{unit:11}" + "  ".join(f"{q} {n:,}" for q, n in found.items()))
+                    if found:
+                        rows.append(f"  {column:9}{unit:11}" + "  ".join(f"{q} {n:,}" for q, n in found.items()))
             blocks.append("\n".join(rows))
     for what, parts in (("memory", facts.get("memory", {})), ("disk", facts.get("disk", {}))):
         if parts:
