@@ -19,7 +19,6 @@ from prefdistill.cli import _call
 from prefdistill.config import Training, load_recipe
 from prefdistill.data import load_pairs
 from prefdistill.doctor import as_text, examine, machine
-from prefdistill.doctor.data import longer_share
 from prefdistill.doctor.findings import excerpt
 from prefdistill.doctor.text import garbled
 from prefdistill.encode import Truncation, encode_pairs
@@ -275,15 +274,17 @@ def test_a_shared_start_is_the_prompt(tmp_path):
     assert checkup.facts["train"]["prompts"] == 12
 
 
-def test_the_error_of_a_share_is_that_of_groups_of_pairs():
-    chosen, rejected = np.array([3, 3, 3, 1, 1, 1, 2]), np.array([1, 1, 1, 2, 2, 2, 2])
-    share, error = longer_share(chosen, rejected, list("abcdefg"))
-    assert share == pytest.approx(0.5)
-    assert error == pytest.approx(np.std([1, 1, 1, 0, 0, 0, 0.5], ddof=1) / 7**0.5)
-    # three prompts that each agree with themselves are three observations, not seven
-    together = longer_share(chosen, rejected, list("aaabbbc"))[1]
-    assert longer_share(chosen, rejected, list("aaaaaaa"))[1] is None  # of one prompt nothing is known
-    assert together == pytest.approx(3 / 7 * np.std([1.5, -1.5, 0], ddof=1) / 3**0.5)
+def test_the_error_of_the_length_bias_is_over_prompts(tmp_path):
+    chosen = ["a longer response", "a response"]
+    rows = [{"prompt": f"q {i % 4}", "chosen": chosen[i % 4 == 0], "rejected": chosen[i % 4 != 0]} for i in range(80)]
+    told = the(examine(write(tmp_path / "pairs.jsonl", rows)), "data.length-bias")
+    error = float(re.search(r"longer in 75.0% ± ([\d.]+)%", told.message)[1]) / 100
+    # four prompts that each agree with themselves are four observations: sqrt(.75 * .25 / 4), not sqrt(.. / 80)
+    assert error == pytest.approx((0.75 * 0.25 / 4) ** 0.5, rel=0.1)
+    assert told.severity == "note"
+    alone = the(examine(write(tmp_path / "one.jsonl", [{**rows[0], "rejected": "x"}] * 2)), "data.length-bias")
+    assert "100.0% of the pairs" in alone.message  # of one prompt nothing is known
+    assert alone.severity == "note"
 
 
 @pytest.mark.parametrize(
@@ -712,6 +713,18 @@ def test_a_recipe_is_planned_stage_by_stage(tmp_path, tokenizer):
     assert any(key.startswith("signals of the reference on test") for key in disk)
     assert "sampled responses, at most" in disk
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_judge_is_planned_too(tmp_path, tokenizer):
+    judge = f"{{model: {json.dumps(SMALL)}, training: {{epochs: 1}}}}"
+    asked = [f"reward_model={judge}", "evaluate.prompts=4"]
+    memory = examine(recipe=recipe_for(tmp_path, tokenizer, *asked)).facts["memory"]
+    head = SMALL["hidden_size"] * (len(tokenizer) - 1)  # one score in place of the vocabulary
+    assert memory["training the reward model"] == memory["training dpo"] - 16 * head
+    named = examine(
+        recipe=recipe_for(tmp_path, tokenizer, asked[1], f"reward_model={{name: {tmp_path}/model, training: {{}}}}")
+    )
+    assert "it is a language model" in the(named, "model.shape").message
 
 
 def test_what_a_run_would_refuse_is_an_error(tmp_path, tokenizer):

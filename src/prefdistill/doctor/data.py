@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ from prefdistill.data import RESPONSES, SCORES
 from prefdistill.doctor import text as characters
 from prefdistill.doctor.findings import Finding, Severity, found
 from prefdistill.doctor.pairs import COLUMNS, Pair, PairSet
-from prefdistill.evaluation.stats import mean_and_error
+from prefdistill.evaluation import estimate, pair_wins
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 EXTREME = 10  # times the length that 95 % of the texts keep to
@@ -236,7 +236,8 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
         return
     unit = "tokens" if pairs[0].tokens else "characters"
     chosen, rejected = np.array(sizes).T
-    share, error = longer_share(chosen, rejected, [pair.key("prompt") for pair in pairs])
+    measured = estimate(pair_wins(chosen, rejected), [pair.key("prompt") for pair in pairs])
+    share, error = measured["mean"], measured["se"]
     away, errors = BIAS
     strong = error is not None and abs(share - 0.5) >= max(away, errors * error)
     margin = "" if error is None else f" ± {error:.1%}"
@@ -254,26 +255,6 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
         len(pairs),
         data=data.name,
     )
-
-
-def longer_share(chosen: np.ndarray, rejected: np.ndarray, groups: Sequence[str]) -> tuple[float, float | None]:
-    r"""Share of pairs in which chosen is longer, ties for one half, and its standard error over groups of pairs.
-
-    One group has no error.
-
-    .. math:: se = \frac{G}{n} \, \mathrm{se}_g\Big(\sum_{i \in g} (x_i - \bar x)\Big)
-
-    Example:
-        >>> longer_share(np.array([2, 3, 1, 1]), np.array([1, 1, 1, 2]), ["a", "b", "c", "d"])
-        (0.625, 0.2393...)
-    """
-    wins = (chosen > rejected) + 0.5 * (chosen == rejected)
-    share = float(wins.mean())
-    totals: Counter[str] = Counter()
-    for group, win in zip(groups, wins, strict=True):
-        totals[group] += win - share
-    error = mean_and_error([*totals.values()])["se"]
-    return share, None if error is None else error * len(totals) / len(wins)
 
 
 def _lengths(data: PairSet, name: str) -> np.ndarray:

@@ -16,13 +16,13 @@ from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs
 from prefdistill.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.models import empty_model, load_tokenizer, random_model, texts_of, train_tokenizer
+from prefdistill.models import check_reward_model, empty_model, load_tokenizer, random_model, texts_of, train_tokenizer
 from prefdistill.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from prefdistill.config import Recipe
+    from prefdistill.config import Recipe, RewardModelOptions
 
 
 @dataclass
@@ -111,6 +111,7 @@ class _Models:
     trust_remote_code: bool
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     shapes: dict[str, PreTrainedModel] = field(default_factory=dict)
+    judge: PreTrainedModel | None = None
     reader: PreTrainedTokenizerBase | None = None  # what the pairs are read with: the student's, or the teacher's
 
     def read(self, recipe: Recipe | None, teacher: str | None, student: str | None, train: PairSet | None) -> None:
@@ -130,6 +131,19 @@ class _Models:
                     with torch.device("meta"):
                         self.shapes[role] = random_model(own, getattr(scratch, role), seed=0)
         self.reader = self.tokenizers.get("student") or self.tokenizers.get("teacher")
+        if recipe and recipe.reward_model:
+            self._judge(recipe.reward_model)
+
+    def _judge(self, asked: RewardModelOptions) -> None:
+        if asked.name is not None:
+            try:
+                check_reward_model(asked.name, trust_remote_code=self.trust_remote_code)
+                self.judge = empty_model(asked.name, trust_remote_code=self.trust_remote_code)
+            except UserError as error:
+                self._lacks("shape", "reward model", error)
+        elif self.reader is not None:
+            with torch.device("meta"):
+                self.judge = random_model(self.reader, asked.model or {}, seed=0, reward=True)
 
     def lend_template(self) -> list[Finding]:
         """As a recipe does; a finding if there is none to lend, or it is a loan."""
@@ -228,7 +242,7 @@ def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, o
         for name in ("train", "test")
         if (kept := checkup.facts.get(name, {}).get("kept"))
     }
-    plan = machine.plan_for(recipe, models.shapes, lengths.get("train"), lengths.get("test"))
+    plan = machine.plan_for(recipe, models.shapes, lengths.get("train"), lengths.get("test"), models.judge)
     device, free, total = machine.memory_there()
     space = machine.disk_there(out)
     checkup.facts |= {"memory": plan.memory, "disk": plan.disk}

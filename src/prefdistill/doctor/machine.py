@@ -94,7 +94,11 @@ def checkpoint_bytes(model: PreTrainedModel, training: Training, dtype: str) -> 
 
 
 def plan_for(
-    recipe: Recipe | None, models: dict[str, PreTrainedModel], train: Lengths | None, test: Lengths | None
+    recipe: Recipe | None,
+    models: dict[str, PreTrainedModel],
+    train: Lengths | None,
+    test: Lengths | None,
+    judge: PreTrainedModel | None = None,
 ) -> Plan:
     """What a recipe's run takes; without one, TVKD on one student."""
     recipe = recipe or validate(Recipe, USUAL, "the usual run")
@@ -122,9 +126,14 @@ def plan_for(
     if student is not None:
         if recipe.student.sft:
             trained("the student's SFT", student, recipe.student.sft, 0, recipe.seeds)
-        for name, run in recipe.methods.items():
+        for name, run in recipe.methods.items():  # trainers of ours hold the student alone
             held = len(getattr(methods[name], "models", _one)(lambda: None, adapter=run.training.lora is not None)) - 1
             trained(f"{name}", student, run.training, held, recipe.seeds * recipe.orders * run.rounds)
+    if judge is not None and recipe.reward_model:
+        if recipe.reward_model.name:
+            plan.memory["reading the reward model"] = weight_bytes(judge, "auto")
+        else:
+            trained("the reward model", judge, recipe.reward_model.training, 0, recipe.seeds)
     rows = {role: vocabulary_rows(model) for role, model in models.items()}
     for where, part in (("train", train), ("test", test)):
         if part is not None and rows:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.data import RESPONSES, check_roles, form_of, read_rows, split_off_start, without_nulls
+from prefdistill.data import RESPONSES, check_roles, form_of, prompt_text, read_rows, split_off_start
 from prefdistill.doctor.findings import Finding, found
 from prefdistill.doctor.text import around, surrogate
 from prefdistill.errors import UserError
@@ -60,7 +60,7 @@ class Pair:
 
     def key(self, name: str) -> str:
         """What makes two values of a column the same: roles and texts."""
-        return repr(without_nulls(self.columns[name]))
+        return prompt_text(self.columns[name])
 
 
 @dataclass
