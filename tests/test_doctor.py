@@ -713,6 +713,7 @@ def test_a_recipe_is_planned_stage_by_stage(tmp_path, tokenizer):
     assert any(key.startswith("signals of the reference on test") for key in disk)
     assert "sampled responses, at most" in disk
     assert not (tmp_path / "runs").exists()
+    assert "training dpo, tvkd, dckd, seqkd" in as_text(checkup)  # they take the same
 
 
 def test_a_judge_is_planned_too(tmp_path, tokenizer):

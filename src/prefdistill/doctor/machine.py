@@ -187,16 +187,17 @@ def _signals(recipe: Recipe, needs: list[Need], where: str, part: Lengths, vocab
 
 def memory_there() -> tuple[str, int, int]:
     """Device, free and total bytes of the memory that models are held in; a container's limit counts."""
-    if default_device().type != "cpu":
+    device = default_device().type
+    if device not in ("cpu", "mps"):  # these two share the machine's
         free, total = torch.accelerator.get_memory_info()
-        return default_device().type, free, total
+        return device, free, total
     import psutil
 
     there = psutil.virtual_memory()
     free, total = there.available, there.total
     if (limit := _number(CGROUP / "memory.max")) is not None:
         free, total = min(free, limit - (_number(CGROUP / "memory.current") or 0)), min(total, limit)
-    return "cpu", max(free, 0), total
+    return device, max(free, 0), total
 
 
 def _number(path: Path) -> int | None:

@@ -48,6 +48,16 @@ def _facts(facts: dict[str, Any]) -> list[str]:
     for what, parts in (("memory", facts.get("memory", {})), ("disk", facts.get("disk", {}))):
         if parts:
             rows = [f"{what}, at least:" if what == "memory" else f"{what}, at most:"]
-            rows += [f"  {size(count):>11}  {part}" for part, count in parts.items()]
+            for part, count in _together(parts):
+                rows += _wrapped(f"  {size(count):>11}  ", part)
             blocks.append("\n".join(rows))
     return blocks
+
+
+def _together(parts: dict[str, int]) -> list[tuple[str, int]]:
+    """Models that take the same, in one line: many methods train one student."""
+    lines: dict[tuple[str, int], list[str]] = {}
+    for part, count in parts.items():
+        kind = next((start for start in ("training ", "weights of ") if part.startswith(start)), part)
+        lines.setdefault((kind, count), []).append(part.removeprefix(kind))
+    return [(kind + ", ".join(names), count) for (kind, count), names in lines.items()]
