@@ -213,8 +213,10 @@ class StudyRun:
         return file.is_file() and read_json(file).get("key") == self.keys[cell.name, seed]
 
     def run(self, command: str) -> list[dict[str, Any]]:
-        """Run what is missing, a whole seed before the next; returns what failed."""
-        failed = []
+        """Run what is missing, a whole seed before the next, and show what there is after each; returns what failed."""
+        from prefdistill.report.study import write_study
+
+        failed: list[dict[str, Any]] = []
         wanted = [(cell, seed) for seed in self.seeds for cell in self.cells]
         missing = [(cell, seed) for cell, seed in wanted if not self.finished(cell, seed)]
         say(f"study {self.study.name}: {len(missing)} of {len(wanted)} cells to run")
@@ -229,6 +231,8 @@ class StudyRun:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"study {self.study.name}: cell {cell.name}, seed {seed} failed: {reason}")
                 failed.append({"cell": cell.name, "seed": seed, "error": f"{type(error).__name__}: {reason}"})
+            if done + 1 < len(missing):  # the last is followed by the whole
+                write_study(summary(self, failed), self.out)
         return failed
 
     def _run_cell(self, cell: Cell, seed: int, command: str) -> None:
