@@ -131,7 +131,7 @@ def bare(grouped: bool, **given: Any) -> Prepared:
 
 def backbone(head: bool, **given: Any) -> Prepared:
     """The limit: the model without its head, over our batches; or with the head's product at the states asked for."""
-    from prefdistill.batches import layout_for, model_inputs
+    from prefdistill.batches import backbone_of, layout_for, model_inputs
 
     made = Pass(**given)
     layout = layout_for(made.model, made.truncation.max_length)
@@ -139,7 +139,7 @@ def backbone(head: bool, **given: Any) -> Prepared:
     @torch.no_grad()
     def run() -> Numbers:
         for batch in made.grouped(layout=layout):
-            hidden = made.model.get_decoder()(**model_inputs(batch, made.model), use_cache=False).last_hidden_state
+            hidden = backbone_of(made.model)(**model_inputs(batch, made.model), use_cache=False).last_hidden_state
             if head:
                 states = hidden.flatten(0, 1)[batch["states"]]
                 for part in states.split(256):

@@ -214,6 +214,7 @@ def test_several_samples_of_each_prompt(tmp_path):
         (["methods.adpa-plus.first_order=7"], "methods.adpa-plus.first_order differs from that of dckd"),
         (["methods.tvkd.values_from=logprobs", "methods.tvkd.value_temperature=2.0"], "differs from signals.value"),
         (["teacher.dpo=null"], "the model the teacher's DPO started from: name it as model.teacher_reference"),
+        (["signals.positions=endpoints", "methods.tvkd.discount=0.9"], "needs the values of all states"),
         (["signals.k=0"], "signals.k"),
         (["signals.p=1.5"], "signals.p"),
         (["sampling.engine=magic"], "sampling.engine"),
@@ -227,6 +228,17 @@ def test_recipes_that_cannot_be(tmp_path, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         run_recipe(load_recipe(QUICKSTART, [*SMALL, *overrides], only=["all"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_endpoints_are_enough_for_tvkd(copy, finished):
+    recipe = load_recipe(QUICKSTART, [*TINY, "signals.positions=endpoints"], only=["tvkd"])
+    results = run_recipe(recipe, copy)
+    made = {name for name, reused in stages(results).items() if not reused}
+    assert "signals-teacher-train" in made
+    assert "signals-teacher-test" not in made  # whose terms are compared with that of the value after the end token
+    assert Signals.open(copy / "seed-0" / "signals-teacher-train" / "store").manifest["positions"] == "endpoints"
+    for metric, value in results["methods"]["tvkd"].items():
+        assert value["mean"] == pytest.approx(finished[1]["methods"]["tvkd"][metric]["mean"], abs=1e-3), metric
 
 
 def test_samples_are_made_again_in_another_precision(tmp_path):

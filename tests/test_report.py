@@ -94,6 +94,25 @@ def make_results(seeds: int = 3, orders: int = 3, recipe: str = "quickstart") ->
             "V of the prompt": {"mean": 0.5, "se": 0.0, "n": 3},
         },
         "shaping": {"tvkd": cloud(0.35), "tvkd-shuffled": cloud(0.0), "oracle-margin": cloud(0.8)},
+        "judge": {
+            "kind": "reward_model", "name": "reward-model", "pairs": 625,
+            "accuracy": {"mean": 0.71, "se": 0.03, "n": 87, "over": "test prompts", "low": 0.652, "high": 0.769},
+            "longer_is_better": {"mean": 0.604, "se": 0.03, "n": 87, "over": "test prompts", "low": 0.55, "high": 0.66},
+        },
+        "generations": {
+            name: {"points": [[rng.randint(4, 14), round(rng.gauss(reward, 0.7), 3)] for _ in range(200)]}
+            for name, (reward, _) in REWARD.items()
+        },
+        "by_length": {
+            "reward_t1": [
+                {"low": low, "high": high, "n": 50, "methods": {
+                    name: {"mean": reward - i / 9, "se": 0.05, "n": 50, "over": "test prompts",
+                           "low": reward - i / 9 - 0.11, "high": reward - i / 9 + 0.09}
+                    for name, (reward, _) in REWARD.items()
+                }}
+                for i, (low, high) in enumerate([(0, 5), (6, 9), (10, None)])
+            ],
+        },
         "samples": [
             {
                 "prompt": f"inc reverse [ {i} 4 7 {i + 1} ]",
@@ -106,7 +125,10 @@ def make_results(seeds: int = 3, orders: int = 3, recipe: str = "quickstart") ->
             for i in range(6)
         ],
         "stages": [
-            {"name": name, "seconds": seconds, "reused": reused, "seed": seed}
+            {
+                "name": name, "seconds": seconds, "reused": reused, "seed": seed,
+                "peak_memory": 900 * 2**20, "bytes": 1_500_000 * seconds,
+            }
             for seed in range(seeds)
             for name, seconds, reused in [
                 ("data", 0.4, False), ("teacher-sft", 31.2, seed == 0), ("teacher-dpo", 24.8, seed == 0),
@@ -567,8 +589,93 @@ def test_logs_of_interrupted_and_diverged_runs(tmp_path: Path) -> None:
     assert "not finite at 1 logged step" in render_html([tmp_path])
 
 
+def test_a_measured_interval_is_taken_as_it_is() -> None:
+    measured = report_table.Estimate.parse({"mean": 0.7, "se": 0.1, "n": 9, "low": 0.55, "high": 0.81})
+    assert measured is not None
+    assert measured.interval() == (0.55, 0.81)
+    upside_down = report_table.Estimate.parse({"mean": 0.7, "se": 0.1, "n": 9, "low": 0.81, "high": 0.55})
+    assert upside_down is not None
+    assert upside_down.interval() == pytest.approx((0.7 - 0.2306, 0.7 + 0.2306), abs=1e-4)  # t of 8 degrees of freedom
+
+
+def test_a_verdict_over_test_prompts_says_what_it_does_not_cover() -> None:
+    results = make_results()
+    estimate = {"mean": 0.2, "se": 0.02, "n": 87, "over": "test prompts", "low": 0.16, "high": 0.24}
+    results["differences"] = {"tvkd": {"reward_t1": estimate}}
+    assert "over 87 test prompts" in verdict(results)
+    assert "another training or seed may differ" in verdict(results)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({"accuracy": {"mean": 0.55, "se": 0.03, "n": 87, "low": 0.49, "high": 0.61}}, "not clearly more than chance"),
+        (
+            {
+                "accuracy": {"mean": 0.63, "se": 0.03, "n": 87, "low": 0.58, "high": 0.69},
+                "longer_is_better": {"mean": 0.604, "se": 0.03, "n": 87, "low": 0.55, "high": 0.66},
+            },
+            "not clearly more than length alone",
+        ),
+        ({"accuracy": {"mean": 0.71, "se": 0.03, "n": 87, "low": 0.65, "high": 0.77}}, None),
+        ({}, None),
+    ],
+)
+def test_a_judge_that_is_worth_little_is_warned_of(tmp_path: Path, judge: dict[str, Any], message: str | None) -> None:
+    from prefdistill.report.warnings import warnings_of
+
+    found = " ".join(warnings_of(load_run(write_run(tmp_path / "run", make_results() | {"judge": judge}))))
+    assert (message in found) if message else ("judge" not in found)
+
+
+def test_rejected_log_probs_that_collapse_are_warned_of(tmp_path: Path) -> None:
+    from prefdistill.report.warnings import warnings_of
+
+    path = write_run(tmp_path / "run", make_results(seeds=1, orders=1))
+    for stage, rejected, chosen in (("tvkd", -200.0, -130.0), ("dpo", -140.0, -70.0)):
+        lines = [
+            {
+                "step": s,
+                "logps/rejected": -80 + (rejected + 80) * s / 100,
+                "logps/chosen": -70 + (chosen + 70) * s / 100,
+            }
+            for s in range(0, 101, 10)
+        ]
+        log = path / "seed-0" / f"distill-{stage}-0" / "metrics.jsonl"
+        log.write_text("\n".join(map(json.dumps, lines)))
+    (found,) = [w for w in warnings_of(load_run(path)) if "rejected" in w]
+    assert found.startswith(
+        "tvkd: the log-prob of the rejected responses fell from -80 to -200, and that of the chosen"
+    )
+
+
+@pytest.mark.parametrize(("low", "warned"), [(0.49, True), (0.53, False)])
+def test_a_shaping_return_at_chance_is_warned_of(tmp_path: Path, low: float, warned: bool) -> None:
+    from prefdistill.report.warnings import warnings_of
+
+    term = {"mean": 0.56, "se": 0.03, "n": 87, "low": low, "high": 0.63}
+    results = make_results() | {"margin_accuracy": {"shaping return": term}}
+    found = " ".join(warnings_of(load_run(write_run(tmp_path / "run", results))))
+    assert ("not told from chance" in found) is warned
+
+
+def test_responses_by_length_on_the_page(page: str, run: Path) -> None:
+    assert (
+        "scores the better response higher in 0.710 ± 0.030 (95 % interval 0.652 to 0.769) of 625 held-out pairs"
+        in (page.replace("\u00a0", " "))
+    )
+    for label in ("up to 5", "6 to 9", "10 and more"):
+        assert page.count(label) >= 3  # the figure, its words, the table
+    assert "200 responses of tvkd: score against length in tokens" in page
+    text = render_markdown([run])
+    assert "| true reward, T=1, by words of the reference | up to 5 | 6 to 9 | 10 and more |" in text
+    assert "| tvkd | 3.069 ± 0.050 | 2.958 ± 0.050 | 2.847 ± 0.050 |" in text
+    assert "900 MiB" in page
+    assert "900 MiB" in text
+
+
 def test_stage_names() -> None:
-    from prefdistill.report.sections import method_of
+    from prefdistill.report.warnings import method_of
 
     names = ["dpo", "tvkd", "tvkd-shuffled", "dpo-other-order", "tvkd-2"]
     assert method_of("distill-tvkd-0", names) == "tvkd"
@@ -581,9 +688,10 @@ def test_stage_names() -> None:
 
 def test_average_takes_the_steps_that_all_runs_share() -> None:
     from prefdistill.report import figures
+    from prefdistill.report.run import average
 
-    assert figures.average([[(1, 1.0), (2, 2.0), (3, 9.0)], [(1, 3.0), (2, 4.0)]]) == [(1, 2.0), (2, 3.0)]
-    assert figures.average([[(1, 1.0)], [(2, 1.0)]]) == []
+    assert average([[(1, 1.0), (2, 2.0), (3, 9.0)], [(1, 3.0), (2, 4.0)]]) == [(1, 2.0), (2, 3.0)]
+    assert average([[(1, 1.0)], [(2, 1.0)]]) == []
     thinned = figures.thin([(float(x), float(x)) for x in range(1000)], 80)
     assert len(thinned) == 80
     assert thinned[0] == (5.5, 5.5)
@@ -669,7 +777,7 @@ def check_page(html: str) -> Page:
 
 def test_page_stands_alone_and_is_accessible(page: str) -> None:
     parsed = check_page(page)
-    assert len([a for a in parsed.all("svg") if a.get("class") == "plot"]) == 6 + 3 + 1 + 1 + 3
+    assert len([a for a in parsed.all("svg") if a.get("class") == "plot"]) == 6 + 3 + 1 + 1 + 3 + 1 + 8
     assert "https://" not in page
     assert re.findall("http://[^\"' <]*", page) == []
     assert parsed.all("html") == [{"lang": "en"}]
@@ -687,7 +795,15 @@ def test_page_shows_the_numbers(page: str) -> None:
     assert "1 of 3 reused" in text
     assert "tvkd: {alpha: 0.7, beta: 0.3}" in text
     assert "packages.trl 1.16.0" in text
-    for heading in ("Methods", "Difference to DPO", "Training", "Samples", "Time", "How to read this", "Provenance"):
+    for heading in (
+        "Methods",
+        "Difference to DPO",
+        "Training",
+        "Samples",
+        "Time, memory, disk",
+        "How to read this",
+        "Provenance",
+    ):
         assert f">{heading}</h2>" in page
 
 
@@ -835,7 +951,7 @@ def test_markdown(run: Path) -> None:
     assert text.startswith("# quickstart\n\n**TVKD came out ahead of DPO")
     assert "| tvkd | 3.069 ± 0.150 | +0.039 ± 0.010 |" in text
     assert "> [!WARNING]" in text
-    assert "| teacher-sft | 3 | 1 min 34 s | 1 of 3 reused |" in text
+    assert "| teacher-sft | 3 | 1 min 34 s | 900 MiB | 134 MiB | 1 of 3 reused |" in text
     assert "```yaml\nname: quickstart" in text
 
 

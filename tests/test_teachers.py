@@ -51,6 +51,12 @@ FAMILIES = {
     "mixtral": (tf.MixtralConfig, {**COMMON, "num_local_experts": 4}),
     "qwen3-moe": (tf.Qwen3MoeConfig, {**COMMON, **EXPERTS}),
     "olmoe": (tf.OlmoeConfig, {**COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
+    # a backbone that get_decoder() does not name
+    "llama4": (
+        tf.Llama4TextConfig,
+        {**COMMON, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    ),
+    "modernbert-decoder": (tf.ModernBertDecoderConfig, {**COMMON, "cls_token_id": 1, "sep_token_id": 2}),
     # a state in place of attention, or of some of it
     "mamba": (tf.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "lfm2": (tf.Lfm2Config, {**COMMON, "layer_types": ["conv", "full_attention"]}),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefdistill.encode import RESPONSES
 
@@ -212,6 +213,15 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def backbone_of(model: Any) -> Any:
+    """The part of a causal language model that ends in the last hidden state."""
+    lm = causal_lm(model)
+    found = lm.get_decoder()
+    if found is lm or not isinstance(found, PreTrainedModel):  # some families name themselves, or a layer of their head
+        found = getattr(lm, "model", found)
+    return found
+
+
 def attention_of(model: Any) -> str:
     """transformers' name of the attention kernel, e.g. "sdpa"."""
     return str(causal_lm(model).config.get_text_config()._attn_implementation)  # it has no public name
@@ -230,7 +240,7 @@ def layout_for(model: Any, longest: int | None = None) -> Layout:
     """
     lm = causal_lm(model)
     config, kernel = lm.config.get_text_config(), attention_of(lm)
-    backbone = lm.get_decoder()
+    backbone = backbone_of(lm)
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         return PADDED
     others = set(getattr(config, "layer_types", None) or ()) - {
@@ -269,7 +279,7 @@ def _agrees(lm: Any, kind: Literal["masked", "packed"]) -> bool:
     def hidden(rows: list[list[Document]], packed: bool) -> Tensor:
         batch = make_batch(rows, pad_token_id=0, packed=packed)
         batch = {name: x.to(lm.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        found = lm.get_decoder()(**model_inputs(batch, lm), use_cache=False).last_hidden_state
+        found = backbone_of(lm)(**model_inputs(batch, lm), use_cache=False).last_hidden_state
         return found.flatten(0, 1)[batch["states"]].float()
 
     training = lm.training

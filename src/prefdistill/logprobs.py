@@ -10,23 +10,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefdistill.batches import causal_lm, model_inputs
+from prefdistill.batches import backbone_of, causal_lm, model_inputs
 
 # Logits alive at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB: the fastest of 2..128 MiB
 # where it was measured), elsewhere enough rows to keep the matrix product at full speed (256 MiB). In training every
-# tile adds a gradient as large as the head, so there are fewer of them (128 MiB).
+# tile adds a gradient as large as the head, so there are fewer of them (128 MiB), and the first ones stay for backward
+# (256 MiB): making them again is a third of their matrix products.
 TILE_ELEMENTS = {"cpu": 2**21, "other": 2**26}
 TRAINING_TILE_ELEMENTS = 2**25
+KEPT_ELEMENTS = 2**26
 
 Reduce = Callable[..., tuple[Tensor, ...]]
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
     """Log-probability of each state's token: logits [n, vocab], tokens [n] -> [n]."""
-    chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    return (chosen - torch.logsumexp(logits, dim=-1),)
+    return (_TokenLogps.apply(logits, tokens),)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """z_a - logsumexp(z), whose gradient, 1[a] - softmax(z), is made in one [n, vocab] tensor and not three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        total = torch.logsumexp(logits, dim=-1)
+        ctx.save_for_backward(logits, tokens, total)
+        return logits.gather(-1, tokens[:, None])[:, 0] - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, total = ctx.saved_tensors
+        back = (logits - total[:, None]).exp_().mul_(-gradient[:, None])
+        return back.scatter_add_(-1, tokens[:, None], gradient[:, None]), None
 
 
 def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +153,8 @@ def reduce_logits(
 
     The model is called as a whole, so wrappers (data parallel, PEFT) do their work; only its forward is replaced for
     the call. The new forward runs the backbone, then the model's *own* code from the last hidden state to the logits
-    (soft-capping and scaling included) tile by tile. With gradients on, the logits of
-    more than one tile are made again in backward.
+    (soft-capping and scaling included) tile by tile. With gradients on, the first tiles stay and the logits of the
+    others are made again in backward.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
@@ -151,7 +170,7 @@ def reduce_logits(
     """
     lm = causal_lm(model)
     own_forward = type(lm).forward
-    backbone = lm.get_decoder()
+    backbone = backbone_of(lm)
     known = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
     gaps = emittable is not None and not bool(emittable[:known].all())
 
@@ -169,7 +188,7 @@ def reduce_logits(
         with _forward(backbone, answer):
             logits = own_forward(lm, input_ids=ids, use_cache=False).logits.squeeze(0).float()
         if not asked:  # then those logits are not of these hidden states
-            raise TypeError(f"{type(lm).__name__} does not run the backbone that its get_decoder() names")
+            raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
         if emittable is not None and gaps:
             return logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
         return logits[:, :known]
@@ -186,11 +205,11 @@ def reduce_logits(
         training = torch.is_grad_enabled()
         elements = TRAINING_TILE_ELEMENTS if training else TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
         size = tile or max(1, elements // vocabulary_rows(lm))
-        # one tile's logits may as well stay: backward would make them again at once
-        again = training and len(hidden) > size
-        run = functools.partial(checkpoint, reduced, use_reentrant=False) if again else reduced
+        kept = KEPT_ELEMENTS // (size * vocabulary_rows(lm)) if training else len(hidden)
+        again = functools.partial(checkpoint, reduced, use_reentrant=False)
         tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
-        return tuple(torch.cat(parts) for parts in zip(*(run(*slices) for slices in tiles), strict=True))
+        found = [(reduced if i < kept else again)(*slices) for i, slices in enumerate(tiles)]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     with _forward(lm, forward):
         return model(**model_inputs(batch, model))

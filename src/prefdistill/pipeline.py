@@ -126,6 +126,15 @@ class SeedRun:
         made, names = self.recipe.signals.value_temperature, self.recipe.model
         if isinstance(method, TVKD) and method.uses_values and method.value_temperature != made:
             raise UserError(f"{where}.value_temperature differs from signals.value_temperature={made}; set both alike")
+        if (
+            self.recipe.signals.positions == "endpoints"
+            and isinstance(method, TVKD)
+            and method.uses_values
+            and (method.discount != 1 or method.terminal == "bootstrap")
+        ):
+            raise UserError(
+                f"{where} needs the values of all states, for its discount or terminal; signals.positions=all"
+            )
         for need in method.needs:
             if need.role == "teacher_reference" and self.recipe.teacher.dpo is None and names.teacher_reference is None:
                 raise UserError(

@@ -145,7 +145,9 @@ class Supply:
             ids_from = self.stores[teacher]
             after.append(teacher)
         asked = run.recipe.signals
-        unused = set() if kinds.intersection(VALUES) else {"value_dtype"}
+        endpoints = asked.positions == "endpoints" and kinds == {"values"} and where != "test"
+        unused = {"positions"} if not endpoints else set()
+        unused |= {"value_dtype"} if endpoints or not kinds.intersection(VALUES) else set()
         unused |= set() if "topk" in kinds and ids_from is None else {"k", "p", "topk_coding"}
         options: dict[str, Any] = asked.model_dump(exclude=unused)
         # the reference is read as the student is trained: same weights, same precision

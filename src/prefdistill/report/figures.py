@@ -19,9 +19,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from prefdistill.report.run import Points, average
 from prefdistill.report.table import width as columns
 
-Points = list[tuple[float, float]]
 SweepPoint = tuple[float, float, float | None, float | None, list[float]]  # x, mean, its 95 % interval, every repeat
 
 # What matplotlib is told -> what the page is given.
@@ -310,15 +310,16 @@ def bars(rows: Sequence[tuple[str, float, float | None, str, bool]], *, title: s
 
 
 def scatter(
-    points: Points, style: Style, *, title: str, alt: str, key: str, x_limits: tuple[float, float],
-    y_limits: tuple[float, float],
+    points: Points, style: Style, *, title: str, labels: tuple[str, str], alt: str, key: str,
+    x_limits: tuple[float, float], y_limits: tuple[float, float],
 ) -> Markup:  # fmt: skip
-    """The shaping margin of each pair against the student's DPO margin."""
+    """A cloud of points; `labels` of the two axes."""
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure, left=54, right=8, top=26, bottom=38)
-        axes.axhline(0, color=MUTED, linewidth=0.9)
-        axes.axvline(0, color=MUTED, linewidth=0.9)
+        for line, (low, high) in ((axes.axvline, x_limits), (axes.axhline, y_limits)):
+            if low < 0 < high:
+                line(0, color=MUTED, linewidth=0.9)
         if points:
             axes.plot(
                 *_xy(points),
@@ -332,24 +333,47 @@ def scatter(
         axes.set_xlim(*x_limits)
         axes.set_ylim(*y_limits)
         axes.set_title(shorten(title, 44))
-        axes.set_xlabel("DPO margin")
-        axes.set_ylabel("shaping margin")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
-    return svg(draw, 330, 290, title=f"{title}: shaping margin against DPO margin", alt=alt, key=key)
+    return svg(draw, 330, 290, title=f"{title}: {labels[1]} against {labels[0]}", alt=alt, key=key)
+
+
+def ranges(
+    names: Sequence[str], series: dict[str, tuple[list[tuple[float, float, float] | None], Style]], *, label: str,
+    alt: str, key: str,
+) -> Markup:  # fmt: skip
+    """Means with 95 % intervals of several methods over a few ranges, side by side. Series: (mean, low, high) each."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, left=48, right=8, top=8, bottom=42)
+        step = 0.7 / max(1, len(series))
+        for i, (ends, style) in enumerate(series.values()):
+            at = [(x + (i - (len(series) - 1) / 2) * step, end) for x, end in enumerate(ends) if end is not None]
+            for x, (_, low, high) in at:
+                axes.plot([x, x], [low, high], color=style.colour, linewidth=1.4)
+            xs, means = [x for x, _ in at], [end[0] for _, end in at]
+            dashes: Any = (0, style.dash) if style.dash else "solid"
+            axes.plot(
+                xs, means, color=style.colour, linestyle=dashes, linewidth=1, marker="o", markersize=5,
+                markeredgewidth=0,
+            )  # fmt: skip
+        axes.set_xticks(range(len(names)), [shorten(name) for name in names])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xlabel("words of the reference response")
+        axes.set_ylabel(shorten(label, 40))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(False, axis="x")
+        axes.spines["left"].set_visible(False)
+
+    return svg(draw, 560, 260, title=f"{label} by length of the reference response", alt=alt, key=key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def average(lines: Sequence[Points]) -> Points:
-    """The mean of several runs at the steps that all of them logged."""
-    tables = [dict(line) for line in lines]
-    shared = set(tables[0]).intersection(*tables[1:]) if tables else set()
-    return [(step, math.fsum(t[step] for t in tables) / len(tables)) for step in sorted(shared)]
 
 
 def thin(line: Points, to: int) -> Points:

@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+from prefdistill.report.generations import judge_of, tables_by_length
 from prefdistill.report.run import Run, load_runs
 from prefdistill.report.sections import (
     TEXT_BUDGET,
-    cell_of,
     comparison_of,
     facts_of,
     gauge_sentence,
@@ -14,7 +15,6 @@ from prefdistill.report.sections import (
     samples_of,
     stages_of,
     title_of,
-    warnings_of,
 )
 from prefdistill.report.table import (
     Estimate,
@@ -27,7 +27,8 @@ from prefdistill.report.table import (
     method_table,
     verdict,
 )
-from prefdistill.report.text import cut, flat, printable
+from prefdistill.report.text import cell_of, cut, flat, printable
+from prefdistill.report.warnings import warnings_of
 
 
 def render_markdown(runs: list[Path]) -> str:
@@ -57,6 +58,13 @@ def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
     named = [f"- {markdown_cell(n)}: {markdown_cell(labels[n])}" for n in results["methods"] if labels.get(n)]
     parts.append("\n".join(named))
 
+    by_length = tables_by_length(results)
+    if (judge := judge_of(results)) or by_length:
+        parts += [f"{level} Responses", markdown_cell(judge or "")]
+    for table in by_length:
+        header = [f"{markdown_cell(table['metric'])}, by words of the reference", *map(markdown_cell, table["ranges"])]
+        rows = [[markdown_cell(row["name"]), *map(_text, row["cells"])] for row in table["rows"]]
+        parts.append(markdown_table(header, rows))
     accuracy = Metric("accuracy", "margin accuracy", True)
     terms = [
         [markdown_cell(t), e.text(accuracy)]
@@ -89,8 +97,12 @@ def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
                 parts.append(f"{markdown_cell(card['name'])}{score}:\n\n" + _fence(card["text"]))
     stages = stages_of(results)
     if stages:
-        rows = [[markdown_cell(r["name"]), str(r["runs"]), r["time"], r["reused"]] for r in stages["rows"]]
-        parts += [f"{level} Time", markdown_table(["stage", "runs", "time", ""], rows)]
+        keys = ("time", "memory", "disk", "reused")
+        rows = [[markdown_cell(r["name"]), str(r["runs"]), *(r[key] for key in keys)] for r in stages["rows"]]
+        parts += [
+            f"{level} Time, memory, disk",
+            markdown_table(["stage", "runs", "time", "peak memory", "disk", ""], rows),
+        ]
     notes = [f"- {markdown_cell(n)}" for n in results.get("notes", [])]
     if notes:
         parts += [f"{level} Notes", "\n".join(notes)]
@@ -117,10 +129,7 @@ def _comparison_parts(runs: list[Run]) -> list[str]:
             cells = []
             for cell in row["cells"]:
                 value, d = cell["value"], cell["difference"]
-                text = f"{value['mean']} ± {value['se']}" if value["se"] else value["mean"]
-                if d:
-                    text += f" ({d['mean']} ± {d['se']})" if d["se"] else f" ({d['mean']})"
-                cells.append(text)
+                cells.append(f"{_text(value)} ({_text(d)})" if d else _text(value))
             rows.append([markdown_cell(row["name"]), *cells])
         header = [markdown_cell(table["metric"]), *map(markdown_cell, table["runs"])]
         parts.append(markdown_table(header, rows))
@@ -129,6 +138,10 @@ def _comparison_parts(runs: list[Run]) -> list[str]:
     else:
         parts.append("In brackets: the paired difference to each run's own baseline.")
     return parts
+
+
+def _text(cell: dict[str, Any]) -> str:
+    return f"{cell['mean']} ± {cell['se']}" if cell["se"] else str(cell["mean"])
 
 
 def _fence(text: str, language: str = "") -> str:

@@ -28,10 +28,17 @@ PANELS = {
 # Optional sections of results.json and what they must be; anything else is left out and said so.
 _SHAPES: dict[str, type | tuple[type, ...]] = {
     "differences": dict, "labels": dict, "metrics": dict, "margin_accuracy": dict, "shaping": dict,
-    "gauge_flips": dict,
+    "gauge_flips": dict, "generations": dict, "by_length": dict, "judge": dict,
     "samples": list, "stages": list, "warnings": list, "notes": list, "seeds": list, "controls": list,
     "recipe": str, "task": str, "baseline": str, "orders": (int, float),
 }  # fmt: skip
+
+
+def average(lines: list[Points]) -> Points:
+    """The mean of several runs at the steps that all of them logged."""
+    tables = [dict(line) for line in lines]
+    shared = set(tables[0]).intersection(*tables[1:]) if tables else set()
+    return [(step, math.fsum(t[step] for t in tables) / len(tables)) for step in sorted(shared)]
 
 
 def load_run(path: str | Path) -> Run:

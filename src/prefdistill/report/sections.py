@@ -5,7 +5,8 @@ import re
 import statistics
 from typing import Any
 
-from prefdistill.report.run import PANELS, Points, Run
+from prefdistill.report import generations
+from prefdistill.report.run import PANELS, Points, Run, average
 from prefdistill.report.table import (
     NOT_FINITE,
     Estimate,
@@ -25,7 +26,19 @@ from prefdistill.report.table import (
     role,
     verdict,
 )
-from prefdistill.report.text import cut, duration, flat, natural, plural, string
+from prefdistill.report.text import (
+    bytes_of,
+    cell_of,
+    cut,
+    duration,
+    flat,
+    interval_of,
+    natural,
+    plural,
+    points_of,
+    string,
+)
+from prefdistill.report.warnings import method_of, warnings_of
 
 View = dict[str, Any]
 
@@ -34,7 +47,6 @@ TEXT_BUDGET = 240_000  # characters of samples
 _LINE_BUDGET = 10_000  # points of all mean curves
 _CLOUD_BUDGET = 6_000  # points of all scatters
 _MAX_SAMPLES = 12
-_MAX_POINTS = 500
 _MAX_SCATTERS = 6
 
 
@@ -68,7 +80,10 @@ def view_of(run: Run, key: str, of: int) -> View:
         "curves": _curve_figures(run["curves"], names, styles, key, _LINE_BUDGET // of),
         "margin_accuracy": _margin_accuracy(results, key),
         "gauge": gauge_sentence(results),
-        "shaping": _shaping(results, styles, key, _CLOUD_BUDGET // of),
+        "shaping": _shaping(results, styles, key, _CLOUD_BUDGET // of // 2),
+        "judge": generations.judge_of(results),
+        "lengths": generations.lengths_of(results, styles, key, _CLOUD_BUDGET // of // 2),
+        "by_length": generations.by_length_of(results, styles, key),
         "samples": samples_of(results, TEXT_BUDGET // of),
         "stages": stages_of(results),
         "recipe": cut(run["recipe"], 40_000) if run["recipe"] else None,
@@ -98,31 +113,6 @@ def _seeds(results: Results) -> list[str]:
     return [clean(results["seed"])] if results.get("seed") is not None else []
 
 
-def warnings_of(run: Run) -> list[str]:
-    """What the pipeline warned of, what is not finite, and what could not be read."""
-    results = run["results"]
-    warnings = [str(w) for w in results.get("warnings", [])]
-    for part in ("methods", "differences"):
-        for name, scores in mapping(results.get(part)).items():
-            bad = [k for k, v in mapping(scores).items() if (e := Estimate.parse(v)) is not None and not e.finite]
-            if bad:
-                what = "" if part == "methods" else "difference of "
-                warnings.append(f"{clean(name)}: {what}{', '.join(map(clean, bad))} {NOT_FINITE}")
-    warnings += run["problems"]
-    shown = [cut(w, 600) for w in warnings[:40]]
-    if len(warnings) > len(shown):
-        shown.append(f"... and {len(warnings) - len(shown)} more")
-    return shown
-
-
-def cell_of(estimate: Estimate | None, metric: Metric, *, sign: bool = False) -> dict[str, Any]:
-    """A cell of a table: the mean, its standard error, and whether something is wrong with it."""
-    if estimate is None:
-        return {"mean": "–", "se": "", "bad": False}
-    mean, _, se = estimate.text(metric, sign=sign).partition(" ± ")
-    return {"mean": mean, "se": se, "bad": not estimate.finite}
-
-
 def _table_view(results: Results, styles: dict[str, Any]) -> View:
     metrics, baseline = metrics_of(results), baseline_of(results)
     headline = metrics[0] if metrics else None
@@ -142,6 +132,7 @@ def _table_view(results: Results, styles: dict[str, Any]) -> View:
                 "style": styles[name],
                 "cells": [cell_of(Estimate.parse(scores.get(m.key)), m) for m in metrics],
                 "difference": cell_of(judgement.estimate, headline, sign=True) if headline else None,
+                "interval": interval_of(judgement.estimate, headline) if headline else "",
                 "word": "" if word == "-" else word,
             }
         )
@@ -218,16 +209,6 @@ def _forest(results: Results, styles: dict[str, Any], key: str) -> View | None:
     }
 
 
-def method_of(stage: str, names: list[str]) -> str | None:
-    """ "distill-tvkd-0" -> "tvkd": the method that a stage trained, None for the other stages."""
-    if not stage.startswith("distill-"):
-        return None
-    rest = stage.removeprefix("distill-")
-    known = [n for n in names if rest == n or rest.startswith(f"{n}-")]
-    exact = re.sub(r"-(order-?)?\d+$", "", rest)
-    return exact if exact in names or not known else max(known, key=len)
-
-
 def _curve_figures(
     curves: dict[str, dict[str, list[Points]]], names: list[str], styles: dict[str, Any], key: str, budget: int
 ) -> View | None:
@@ -252,7 +233,7 @@ def _curve_figures(
         runs = dict(sorted(methods[metric].items(), key=lambda item: order.get(item[0], len(order))))
         if not runs:
             continue
-        ends = [f"{clean(n)} {_last(figures.average(ls))}" for n, ls in runs.items()]
+        ends = [f"{clean(n)} {_last(average(ls))}" for n, ls in runs.items()]
         alt = f"{title} by optimiser step. At the last step: {', '.join(ends)}."
         y_limits = shared if metric.startswith("logps/") else None
         panels.append(
@@ -260,7 +241,7 @@ def _curve_figures(
         )
     early = []
     for i, (stage, lines) in enumerate(list(before.items())[:8]):
-        end = _last(figures.average(lines))
+        end = _last(average(lines))
         early.append(
             figures.curves(
                 {stage: lines},
@@ -327,7 +308,7 @@ def _shaping(results: Results, styles: dict[str, Any], key: str, budget: int) ->
         about = mapping(value)
         std, dpo_std = number(about.get("std")), number(about.get("dpo_margin_std"))
         ratio = std / dpo_std if std is not None and dpo_std else None
-        points = _points(about.get("points"))
+        points = points_of(about.get("points"))
         rows.append(
             {
                 "name": clean(name),
@@ -348,6 +329,7 @@ def _shaping(results: Results, styles: dict[str, Any], key: str, budget: int) ->
             points[:: math.ceil(len(points) / shown)],
             style,
             title=name,
+            labels=("DPO margin", "shaping margin"),
             key=f"{key}-scatter{i}",
             x_limits=x_limits,
             y_limits=y_limits,
@@ -356,16 +338,6 @@ def _shaping(results: Results, styles: dict[str, Any], key: str, budget: int) ->
         for i, (name, points, style) in enumerate(clouds)
     ]
     return {"rows": rows, "plots": plots}
-
-
-def _points(value: Any) -> Points:
-    points = []
-    for item in value if isinstance(value, list) else []:
-        if isinstance(item, list) and len(item) == 2:
-            x, y = number(item[0]), number(item[1])
-            if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
-                points.append((x, y))
-    return points[:_MAX_POINTS]
 
 
 def _agreement(points: Points) -> str:
@@ -411,8 +383,13 @@ def stages_of(results: Results) -> View | None:
             continue
         name = clean(about["name"])
         method = method_of(name, names)
-        group = groups.setdefault(f"distill-{method}" if method else name, {"seconds": 0.0, "runs": 0, "reused": 0})
+        group = groups.setdefault(
+            f"distill-{method}" if method else name,
+            {"seconds": 0.0, "runs": 0, "reused": 0, "peak_memory": 0.0, "bytes": 0.0},
+        )
         group["seconds"] += seconds
+        group["bytes"] += number(about.get("bytes")) or 0.0
+        group["peak_memory"] = max(group["peak_memory"], number(about.get("peak_memory")) or 0.0)
         group["runs"] += 1
         group["reused"] += bool(about.get("reused"))
     if not groups:
@@ -427,6 +404,8 @@ def stages_of(results: Results) -> View | None:
                 "name": name,
                 "runs": runs,
                 "time": duration(g["seconds"]),
+                "memory": bytes_of(g["peak_memory"]) if g["peak_memory"] else "",
+                "disk": bytes_of(g["bytes"]) if g["bytes"] else "",
                 "width": f"{100 * max(0.0, share):.1f}",
                 "reused": "" if not reused else "reused" if reused == runs else f"{reused} of {runs} reused",
                 "all_reused": reused == runs,
@@ -435,7 +414,10 @@ def stages_of(results: Results) -> View | None:
     return {
         "rows": rows,
         "total": duration(math.fsum(g["seconds"] for g in groups.values())),
+        "disk": bytes_of(math.fsum(g["bytes"] for g in groups.values())),
         "any_reused": any(g["reused"] for g in groups.values()),
+        "any_memory": any(g["peak_memory"] for g in groups.values()),
+        "any_disk": any(g["bytes"] for g in groups.values()),
     }
 
 

@@ -79,12 +79,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` repeats with its standard error, each None where it was not measured."""
+    """A mean over `n` repeats with its standard error, each None where it was not measured.
+
+    `low`, `high`: a 95 % interval that was measured with it, by a bootstrap.
+    """
 
     mean: float
     se: float | None = None
     n: int | None = None
     over: str = ""
+    low: float | None = None
+    high: float | None = None
 
     @classmethod
     def parse(cls, value: Any) -> "Estimate | None":
@@ -97,7 +102,11 @@ class Estimate:
             return None
         if se is not None and se < 0:
             se = None
-        return cls(mean, se, int(n) if n is not None and math.isfinite(n) else None, clean(value.get("over") or ""))
+        low, high = number(value.get("low")), number(value.get("high"))
+        if low is None or high is None or not low <= high:
+            low = high = None
+        count = int(n) if n is not None and math.isfinite(n) else None
+        return cls(mean, se, count, clean(value.get("over") or ""), low, high)
 
     @property
     def finite(self) -> bool:
@@ -108,9 +117,14 @@ class Estimate:
         return self.se is not None and self.n != 1
 
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the mean by Student's t, None without repeats. An unknown `n` is taken as large."""
+        """The 95 % interval of the mean: the one measured with it, else by Student's t; None without repeats.
+
+        An unknown `n` is taken as large.
+        """
         if not self.finite or self.se is None or not self.repeated:
             return None
+        if self.low is not None and self.high is not None:
+            return self.low, self.high
         half = t975(self.n - 1 if self.n else None) * self.se
         return self.mean - half, self.mean + half
 
@@ -162,7 +176,7 @@ def difference(results: Results, name: str, metric: Metric | None) -> Estimate |
 
 
 def repeats(results: Results, estimate: Estimate) -> str:
-    """What a difference was repeated over: "seeds" or "data orders"."""
+    """What a difference was repeated over: "seeds", "data orders" or "test prompts"."""
     if estimate.over:
         return estimate.over
     seeds = results.get("seeds")
@@ -373,6 +387,8 @@ def _over(results: Results, estimate: Estimate) -> str:
 
 def _caveat(results: Results, estimate: Estimate) -> str:
     """What the standard error does not cover."""
+    if "test" in repeats(results, estimate):
+        return "; this covers the choice of test prompts only: another training or seed may differ"
     if "order" in repeats(results, estimate):
         return "; this covers training-order noise only, another seed may differ"
     if estimate.n is not None and estimate.n < 3:

@@ -5,7 +5,9 @@ import math
 import re
 from typing import Any
 
-from prefdistill.report.table import NOT_FINITE, clean
+from prefdistill.report.table import NOT_FINITE, Estimate, Metric, clean, number
+
+MAX_POINTS = 500  # of one scatter
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -57,3 +59,37 @@ def plural(n: int, one: str, many: str) -> str:
 def natural(text: str) -> list[Any]:
     """Sort "seed-10" after "seed-2"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def cell_of(estimate: Estimate | None, metric: Metric, *, sign: bool = False) -> dict[str, Any]:
+    """A cell of a table: the mean, its standard error, and whether something is wrong with it."""
+    if estimate is None:
+        return {"mean": "–", "se": "", "bad": False}
+    mean, _, se = estimate.text(metric, sign=sign).partition(" ± ")
+    return {"mean": mean, "se": se, "bad": not estimate.finite}
+
+
+def interval_of(estimate: Estimate | None, metric: Metric) -> str:
+    """The 95 % interval of a difference, "" where nothing was repeated."""
+    interval = estimate.interval() if estimate else None
+    return f"{metric.format(interval[0], sign=True)} to {metric.format(interval[1], sign=True)}" if interval else ""
+
+
+def points_of(value: Any) -> list[tuple[float, float]]:
+    """The finite pairs of numbers in a list, as many as a scatter shows."""
+    points = []
+    for item in value if isinstance(value, list) else []:
+        if isinstance(item, list) and len(item) == 2:
+            x, y = number(item[0]), number(item[1])
+            if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
+                points.append((x, y))
+    return points[:MAX_POINTS]
+
+
+def bytes_of(size: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
