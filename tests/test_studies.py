@@ -425,3 +425,26 @@ def test_json_is_the_results(finished, capsys):
 
 def test_a_study_of_the_quickstart_uses_its_recipe():
     assert load_recipe(studies.BUILT_IN["quickstart"]).name == "quickstart"
+
+
+def test_what_the_value_sees(finished, capsys, monkeypatch):
+    """The script beside the studies: its regression by hand, and that it reads a run of a study."""
+    import importlib.util
+
+    import numpy as np
+
+    path = ROOT / "studies" / "what_the_value_sees.py"
+    spec = importlib.util.spec_from_file_location("what_the_value_sees", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.form("< 6 5 4 >") == [1, 1, 0, 0, 5]
+    assert script.form("um < 6 5 well so") == [0, 0, 1, 3, 6]
+    assert script.form("") == [0, 0, 0, 0, 0]
+    # 3 a + noise at a right angle to it: R^2 is 9 / (9 + 4)
+    a, noise = np.array([1.0, -1.0, 1.0, -1.0]), np.array([2.0, 2.0, -2.0, -2.0])
+    assert script.explained(3 * a + noise, a[:, None]) == pytest.approx(9 / 13)
+    script.main([str(finished[1] / "work" / "alpha=0.5-seed-1")])
+    header, _, row = capsys.readouterr().out.strip().splitlines()
+    shares = [float(cell) for cell in row.split("|")[2:-1]]
+    assert len(shares) == header.count("|") - 2 == 3
+    assert 0 <= shares[1] <= shares[0] <= 1
