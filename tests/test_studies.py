@@ -427,16 +427,31 @@ def test_a_study_of_the_quickstart_uses_its_recipe():
     assert load_recipe(studies.BUILT_IN["quickstart"]).name == "quickstart"
 
 
-def test_what_the_value_sees(finished, capsys, monkeypatch):
-    """The script beside the studies: its regression by hand, and that it reads a run of a study."""
+def script_of(name):
     import importlib.util
 
-    import numpy as np
-
-    path = ROOT / "studies" / "what_the_value_sees.py"
-    spec = importlib.util.spec_from_file_location("what_the_value_sees", path)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "studies" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_what_the_student_learns(finished, capsys):
+    """The parts of the rewards add up to the difference that the study reports."""
+    script = script_of("what_the_student_learns")
+    script.main([str(finished[1] / "work" / "alpha=0.5-seed-1")])
+    header, _, row = capsys.readouterr().out.strip().splitlines()
+    told = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert told["method"] == "tvkd"
+    reported = read_json(finished[1] / "cells" / "alpha=0.5-seed-1.json")["differences"]["tvkd"]["reward"]["mean"]
+    assert float(told["reward"]) == pytest.approx(reported, abs=6e-4)
+
+
+def test_what_the_value_sees(finished, capsys):
+    """The script beside the studies: its regression by hand, and that it reads a run of a study."""
+    import numpy as np
+
+    script = script_of("what_the_value_sees")
     assert script.form("< 6 5 4 >") == [1, 1, 0, 0, 5]
     assert script.form("um < 6 5 well so") == [0, 0, 1, 3, 6]
     assert script.form("") == [0, 0, 0, 0, 0]
