@@ -1,6 +1,7 @@
 """Small models, a tokenizer and pairs that every test can share. Nothing is downloaded."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,3 +90,68 @@ def data_dir() -> Path:
     if not (path / "alpacaeval_pairs").is_dir():
         pytest.skip(f"no real data at {path} (set PREFDISTILL_DATA to the directory that holds alpacaeval_pairs)")
     return path
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Starts servers; no proxy and no key of the machine's comes between."""
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "PREFDISTILL_JUDGE_KEY",
+        "OPENAI_API_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    from judges_for_tests import Judge
+
+    started = []
+
+    def start(behave):
+        started.append(Judge(behave))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, as the system has it: nothing is downloaded."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = os.environ.get("PREFDISTILL_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("no Chromium to test pages in (install it, or set PREFDISTILL_CHROMIUM to its path)")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file in a new window; in the end none has had an error, a dialog, or asked for anything but its file."""
+    contexts, troubles = [], []
+
+    def open_(path: Path, fragment: str = "", **options):
+        context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        url = path.resolve().as_uri()
+        page.on("console", lambda message: troubles.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda r: None if r.url.split("#")[0] == url else troubles.append(f"request: {r.url[:200]}"))
+        page.goto(url + fragment)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert troubles == []

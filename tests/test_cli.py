@@ -187,7 +187,10 @@ MISTAKES = [
     ([*SIGNALS, "--kind", "topk", "--ids-from", "nowhere"], "no signals in nowhere"),
     ([*DISTILL, "--signals", "empty"], "no signals in empty: make them with `prefdistill signals --out empty"),
     ([*DISTILL, "--method", "sft", "batch_size=5"], "batch_size=5 is not a multiple"),
-    ([*EVALUATE], "Missing option '--reference'"),
+    ([*EVALUATE], "nothing to evaluate: give --reference (pairs), --generate"),
+    ([*EVALUATE, "--reward-model", "model"], "it is a language model, LlamaForCausalLM"),
+    ([*EVALUATE, "--reward-model", "nowhere"], "no reward model at 'nowhere'"),
+    ([*EVALUATE, "--lm-eval", "x", "--length-ranges", "5"], "--length-ranges needs responses"),
     ([*EVALUATE, "--reference", "empty"], "no signals in empty"),
     ([*EVALUATE[:-1], "empty", "--reference", "empty"], "empty is a directory; --out names the file"),
     (["report", *OUT], "Missing argument 'runs'"),
@@ -356,7 +359,8 @@ def test_from_pairs_to_an_evaluated_student(place, capfd, make_model, tokenizer)
     assert _call([*evaluate, "--out", "e.json"]) == 0
     out = capfd.readouterr().out
     assert "reward_accuracy" in out
-    assert "(24 pairs)" in out
+    assert "(24 prompts)" in out
+    assert "accuracies of 24 pairs" in out
 
 
 def test_from_pairs_to_an_adpa_student_by_way_of_its_own_samples(place, capfd):

@@ -11,35 +11,20 @@ from prefdistill.config import Recipe
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation import (
+    estimate,
     gauge_flips,
     margin_accuracy,
     mean_and_error,
     pair_terms,
     pair_wins,
-    paired_difference,
 )
+from prefdistill.evaluation.measure import Measured, measure_pairs
 from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
-from prefdistill.pipeline import Measured
 from prefdistill.results import margin_accuracies, side_by_side, summarise
 from prefdistill.signals import SignalSet, extract_signals
 from stores_for_tests import store_by_hand
 
-# -- means and wins ----------------------------------------------------------------------------------------------------
-
-
-def test_mean_and_error_by_hand():
-    found = mean_and_error([1, 2, 6])  # mean 3, squares 4 + 1 + 9, s^2 = 7
-    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3}
-    assert mean_and_error([5.0]) == {"mean": 5.0, "se": None, "n": 1}
-    assert mean_and_error(np.array([True, True])) == {"mean": 1.0, "se": 0.0, "n": 2}
-
-
-def test_a_paired_difference_leaves_out_what_the_pairs_share():
-    shared = np.array([100.0, -50.0, 7.0, 0.0])
-    found = paired_difference(shared + np.arange(1, 5), shared)
-    assert found == {"mean": pytest.approx(2.5), "se": pytest.approx(math.sqrt(5 / 3 / 4)), "n": 4}
-    with pytest.raises(ValueError, match="paired values must be as many on both sides"):
-        paired_difference([1.0, 2.0], [1.0])
+# -- wins --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,8 +220,9 @@ def test_a_student_equal_to_its_reference_has_no_reward(pairs, stores, make_mode
     for side in ("chosen", "rejected"):
         np.testing.assert_array_equal(reward[side], 0)
     found = evaluate_pairs(make_model(0), pairs, tokenizer, [reference])
-    assert found["metrics"]["reward_accuracy"] == {"mean": 0.5, "se": 0.0, "n": 24}
-    assert found["margin_accuracy"] == {}
+    assert found["metrics"]["reward_accuracy"] == {**estimate([0.5] * 24), "over": "test prompts"}
+    assert found["margin_accuracy"].keys() == {"longer is better", "the start's log-prob"}
+    assert found["pairs"] == 24
 
 
 def test_rewards_are_log_ratios(pairs, stores, make_model, tokenizer, naive):
@@ -247,13 +233,40 @@ def test_rewards_are_log_ratios(pairs, stores, make_model, tokenizer, naive):
         [float(a["logp"] - b["logp"]) for a, b in zip(student[side], start[side], strict=True)]
         for side in ("chosen", "rejected")
     ]
-    assert found["metrics"]["reward_accuracy"] == mean_and_error(pair_wins(*ratios))
-    per_token = mean_and_error([float(row["logp"]) / row["tokens"] for row in student["chosen"]])
-    assert found["metrics"]["chosen_logp"]["mean"] == pytest.approx(per_token["mean"], abs=1e-4)
-    assert found["metrics"]["chosen_logp"]["se"] == pytest.approx(per_token["se"], abs=1e-4)
-    assert found["margin_accuracy"]["teacher Q (raw logits)"] == mean_and_error(wins(naive, lambda row: row["q"]))
+    over = {"over": "test prompts"}
+    assert found["metrics"]["reward_accuracy"] == estimate(pair_wins(*ratios)) | over
+    per_token = estimate([float(row["logp"]) / row["tokens"] for row in student["chosen"]])
+    for key in ("mean", "se", "low", "high"):
+        assert found["metrics"]["chosen_logp"][key] == pytest.approx(per_token[key], abs=1e-4)
+    terms = found["margin_accuracy"]
+    assert terms["teacher Q (raw logits)"] == estimate(wins(naive, lambda row: row["q"])) | over
+    assert terms["longer is better"] == estimate(wins(naive, lambda row: row["tokens"])) | over
+    assert terms["the start's log-prob"] == estimate(wins(naive, lambda row: row["logp"], seed=0)) | over
     reward = implicit_rewards(make_model(3), pairs, tokenizer, reference)
     np.testing.assert_allclose([reward["chosen"], reward["rejected"]], ratios, atol=2e-3)
+
+
+def test_pairs_of_one_prompt_are_drawn_together(make_model, tokenizer, tmp_path, pairs):
+    """Six pairs of four prompts, in no order; a pair without room for a response is left out."""
+    prompts = ["b", "a", "b", "c", "a", "d " * 60]
+    rows = [
+        {**pairs[i], "prompt": [{"role": "user", "content": prompt}], "chosen": pairs[i + 8]["chosen"]}
+        for i, prompt in enumerate(prompts)
+    ]
+    few = Dataset.from_list(rows)
+    store = extract_signals(
+        make_model(0), few, tokenizer, ("logps",), tmp_path / "store", role="reference", truncation=Truncation(40)
+    )
+    found = evaluate_pairs(make_model(3), few, tokenizer, [store])
+    reward = implicit_rewards(make_model(3), few, tokenizer, store)
+    assert reward["row"].tolist() == [0, 1, 2, 3, 4]
+    wins = pair_wins(reward["chosen"], reward["rejected"])
+    assert found["metrics"]["reward_accuracy"] == estimate(wins, list("babca")) | {"over": "test prompts"}
+    assert (found["pairs"], found["metrics"]["reward_accuracy"]["n"]) == (5, 3)
+    measured = Measured()
+    measure_pairs(measured, make_model(3), few, tokenizer, store)
+    assert measured.groups["reward_accuracy"] == [0, 1, 0, 2, 1]
+    assert measured.metrics["reward_accuracy"] == wins.mean()
 
 
 def test_what_does_not_belong_together_is_refused(pairs, stores, make_model, tokenizer):
@@ -294,12 +307,12 @@ def measured(*rewards, accuracy=None):
     ]
 
 
-def test_one_run_has_error_bars_over_test_items():
+def test_one_run_has_error_bars_over_test_prompts():
     found = summarise(
         recipe(), [{"dpo": measured([1, 2, 3]), "tvkd": measured([2, 4, 6]), "shuffled": measured([0, 0, 0])}]
     )
-    assert found["methods"]["tvkd"]["reward"] == {**mean_and_error([2, 4, 6]), "over": "test items"}
-    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 2, 3]), "over": "test items"}
+    assert found["methods"]["tvkd"]["reward"] == {**estimate([2, 4, 6]), "over": "test prompts"}
+    assert found["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test prompts"}
     assert found["differences"]["shuffled"]["reward"]["mean"] == -2
     assert found["differences"].keys() == {"tvkd", "shuffled"}
 
@@ -338,7 +351,7 @@ def test_win_rates_are_against_the_start_on_the_same_prompts():
         "tvkd": measured([2] * 4, [2] * 4),
     }
     found = summarise(recipe(), [runs])
-    assert found["methods"]["start"]["win_rate"] == {"mean": 0.5, "se": 0.0, "n": 4, "over": "test items"}
+    assert found["methods"]["start"]["win_rate"] == {**estimate([0.5] * 4), "over": "test prompts"}
     assert found["methods"]["dpo"]["win_rate"] == {**mean_and_error([0.625, 0]), "over": "data orders"}
     assert found["differences"]["tvkd"]["win_rate"] == {**mean_and_error([0.375, 1]), "over": "data orders"}
     assert runs["dpo"][0].items["win_rate"] == [1, 0.5, 0, 1]
@@ -361,7 +374,10 @@ def test_metrics_are_described_in_one_order():
 
 def test_margin_accuracies_over_pairs_or_seeds():
     one, two = {"return": np.array([1, 0, 0.5, 1])}, {"return": np.array([0.0, 0, 0, 1])}
-    assert margin_accuracies([one]) == {"return": {**mean_and_error([1, 0, 0.5, 1]), "over": "test items"}}
+    assert margin_accuracies([one]) == {"return": {**estimate([1, 0, 0.5, 1]), "over": "test prompts"}}
+    grouped = margin_accuracies([one], [0, 0, 1, 1])["return"]
+    assert grouped == {**estimate([1, 0, 0.5, 1], [0, 0, 1, 1]), "over": "test prompts"}
+    assert grouped["n"] == 2
     assert margin_accuracies([one, two]) == {"return": {**mean_and_error([0.625, 0.25]), "over": "seeds"}}
     assert margin_accuracies([]) == margin_accuracies([{}]) == {}
 

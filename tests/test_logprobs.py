@@ -17,6 +17,7 @@ from prefdistill.logprobs import (
     likeliest,
     reduce_logits,
     sum_by_response,
+    token_and_topk_logps,
     token_logps,
     topk_logps,
 )
@@ -380,6 +381,42 @@ def test_gradient_at_ids_by_hand(ids):
     everything = at_ids.masked_fill(at_ids == -math.inf, 0.0).sum() + rest.masked_fill(rest == -math.inf, 0.0).sum()
     (gradient,) = torch.autograd.grad(everything, logits)
     assert torch.isfinite(gradient).all()
+
+
+def test_the_gradient_of_all_that_is_read_at_once_equals_the_naive_one():
+    """Of many distributions, some all on the ids: their rest is next to nothing, and its gradient is not."""
+    rng = torch.Generator().manual_seed(0)
+    start = 3 * torch.randn(30, 20, generator=rng, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(20, generator=rng)[:6] for _ in range(30)])
+    ids[5:10, 3:] = -1
+    ids[10, :] = -1
+    for row, gap in ((0, 50.0), (1, 100.0), (2, 2000.0), (6, 800.0)):
+        start[row, ids[row][ids[row] >= 0]] += gap
+    start[::4, 7] = -math.inf
+    tokens = torch.randint(8, 20, (30,), generator=rng)  # none of those that cannot be
+    weights = (
+        torch.randn(30, 6, generator=rng, dtype=torch.float64),
+        *torch.randn(2, 30, generator=rng, dtype=torch.float64),
+    )
+
+    def gradient(read):
+        logits = start.clone().requires_grad_()
+        of_token, at_ids, rest = read(logits)
+        found = (at_ids.masked_fill(at_ids == -math.inf, 0.0), rest, of_token)
+        (torch.cat([(w * x).flatten() for w, x in zip(weights, found, strict=True)]).sum()).backward()
+        return logits.grad
+
+    def naive(logits):
+        logps = logits.log_softmax(-1)
+        named = torch.zeros_like(logits, dtype=torch.bool)
+        for row, of in enumerate(ids):
+            named[row, of[of >= 0]] = True
+        rest = torch.logsumexp(logits.masked_fill(named, -math.inf), -1) - torch.logsumexp(logits, -1)
+        at_ids = logps.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
+        return logps.gather(-1, tokens[:, None])[:, 0], at_ids, rest
+
+    ours = gradient(lambda logits: token_and_topk_logps(logits, tokens, ids))
+    torch.testing.assert_close(ours, gradient(naive), atol=1e-12, rtol=1e-10)
 
 
 # -- values, states, tiles ---------------------------------------------------------------------------------------------

@@ -340,6 +340,11 @@ def fast(data_dir):
     ]
 
 
+def prompts_of_test(data_dir):
+    test = load_pairs(str(data_dir / "alpacaeval_pairs" / "test.jsonl.gz")).select(range(24))
+    return len({json.dumps(prompt) for prompt in test["prompt"]})
+
+
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory):
     """One run directory for all recipes: they differ in methods only, and share teacher, start and signals."""
@@ -361,7 +366,7 @@ def test_every_recipe_from_real_pairs_to_the_report(shared_run, data_dir, path):
     recipe = load_recipe(path, fast(data_dir), fast=True)
     results = run_recipe(recipe, shared_run)
     for name in recipe.methods:
-        assert results["methods"][name]["reward_accuracy"]["n"] == 24
+        assert results["methods"][name]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
     assert set(results["differences"]) == set(recipe.methods) - {recipe.baseline}
     page = (shared_run / "report.html").read_text()
     assert all(name in page for name in recipe.methods)
@@ -373,8 +378,8 @@ def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
     recipe = ROOT / "recipes" / "local-pairs" / "tvkd.yaml"
     results = run_recipe(load_recipe(recipe, overrides, fast=True), tmp_path / "scratch")
     for name in ("dpo", "tvkd"):
-        assert results["methods"][name]["reward_accuracy"]["n"] == 24
-    assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test items"
+        assert results["methods"][name]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
+    assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test prompts"
 
     made = tmp_path / "scratch" / "seed-0"
     named = [
@@ -389,3 +394,139 @@ def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
     assert not {"init", "teacher-sft", "teacher-dpo", "student-sft"} & stages(again).keys()
     assert again["methods"]["tvkd"] == results["methods"]["tvkd"]
     assert again["margin_accuracy"]["shaping return"] == results["margin_accuracy"]["shaping return"]
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+JUDGE = {
+    "share": 0.3,
+    "model": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "training": {"max_steps": 2},
+}
+
+
+@pytest.fixture
+def judged(named):
+    """A recipe on named models with a judge of its own, and the prompts of its data, twice each."""
+    recipe = json.loads((named / "recipe.yaml").read_text())
+    rows = list(load_pairs(recipe["data"]["train"]).select_columns(["prompt", "chosen", "rejected"]))
+    (named / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows]))
+    recipe["data"] |= {"train": str(named / "pairs.jsonl"), "test": str(named / "pairs.jsonl"), "max_test": 12}
+    recipe |= {
+        "reward_model": JUDGE,
+        "evaluate": {"prompts": 10, "samples": 3, "max_new_tokens": 8, "length_ranges": [3, 5]},
+        "methods": {"dpo": {}},
+    }
+    (named / "judged.yaml").write_text(json.dumps(recipe))
+    return named / "judged.yaml"
+
+
+def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged, tmp_path):
+    out = tmp_path / "run"
+    results = run_recipe(load_recipe(judged), out)
+    metrics = ["judge_win_rate", "judge_score", "rouge_l", "exact_match", "response_tokens"]
+    assert list(results["methods"]) == ["teacher", "start", "dpo"]
+    for name in results["methods"]:
+        found = results["methods"][name]
+        assert [metric for metric in found if metric in metrics] == metrics
+        for metric in metrics:
+            assert (found[metric]["n"], found[metric]["over"]) == (10, "test prompts")
+            assert found[metric]["low"] <= found[metric]["mean"] <= found[metric]["high"]
+        points = results["generations"][name]["points"]
+        assert len(points) == 10
+        assert sum(score for _, score in points) / 10 == pytest.approx(found["judge_score"]["mean"])
+        assert sum(tokens for tokens, _ in points) / 10 == pytest.approx(found["response_tokens"]["mean"])
+    assert results["methods"]["start"]["judge_win_rate"]["mean"] == 0.5
+    assert "reward_accuracy" not in results["methods"]["teacher"]
+    assert results["metrics"]["judge_win_rate"]["label"] == "judged win rate against the start"
+    judge = results["judge"]
+    assert (judge["kind"], judge["pairs"], judge["accuracy"]["n"]) == ("reward_model", 12, 12)
+    assert judge["name"].startswith("trained on ")
+    assert set(results["by_length"]) == set(metrics)
+    ranges = results["by_length"]["rouge_l"]
+    assert {(row["low"], row["high"]) for row in ranges} <= {(0, 3), (4, 5), (6, None)}
+    assert sum(row["n"] for row in ranges) == 10
+    assert all(row["methods"].keys() == results["methods"].keys() for row in ranges)
+    assert len(results["samples"]) == 3
+    assert set(results["samples"][0]["scores"]) == {"teacher", "start", "dpo"}
+    assert all(stage["bytes"] > 0 and stage["peak_memory"] > 0 for stage in results["stages"])
+
+    # the judge's prompts are nobody else's, and a reward model of another reader gives the same scores
+    from prefdistill.data import load_prompts
+    from prefdistill.evaluation.reward_model import RewardModel
+    from prefdistill.pipeline import SeedRun
+
+    run = SeedRun(load_recipe(judged), out, 0)
+    ours, theirs = ({json.dumps(prompt) for prompt in rows["prompt"]} for rows in (run.train, run.judge_pairs))
+    assert ours
+    assert theirs
+    assert not ours & theirs
+    assert len(run.train) + len(run.judge_pairs) == len(load_pairs(str(judged.parent / "pairs.jsonl")))
+    assert len(theirs) == round(0.3 * len(ours | theirs))
+    answers = load_prompts(str(out / "seed-0" / "evaluate-dpo-0" / "responses.jsonl"))
+    scores = RewardModel(str(out / "seed-0" / "reward-model")).score(answers["prompt"][:], answers["response"][:])
+    assert results["methods"]["dpo"]["judge_score"]["mean"] == pytest.approx(scores.mean(), abs=1e-5)
+
+    # reused as it is; another judge is another judge, and the students learn from other pairs
+    again = run_recipe(load_recipe(judged), out)
+    assert all(stages(again).values())
+    assert again["methods"] == results["methods"]
+    longer = run_recipe(load_recipe(judged, ["reward_model.training.max_steps=3", "evaluate.length_ranges=[4]"]), out)
+    made = {name for name, reused in stages(longer).items() if not reused}
+    assert made == {"reward-model", "judge", "evaluate-teacher", "evaluate-start", "evaluate-dpo-0"}
+    assert longer["methods"]["dpo"]["reward_accuracy"] == results["methods"]["dpo"]["reward_accuracy"]
+    assert longer["methods"]["dpo"]["judge_score"] != results["methods"]["dpo"]["judge_score"]
+
+
+def test_a_named_judge_leaves_all_pairs_to_the_students(judged, tmp_path):
+    first = run_recipe(load_recipe(judged), tmp_path / "first")
+    model = tmp_path / "first" / "seed-0" / "reward-model"
+    results = run_recipe(load_recipe(judged, [f"reward_model.name={model}", "seeds=2"]), tmp_path / "run")
+    assert "reward-model" not in stages(results)
+    assert results["judge"]["name"] == str(model)
+    assert results["judge"]["accuracy"]["mean"] == first["judge"]["accuracy"]["mean"]
+    assert results["judge"]["accuracy"]["over"] == "seeds"
+    assert results["by_length"]["rouge_l"][0]["methods"]["dpo"]["over"] == "seeds"
+
+
+def test_without_a_judge_responses_are_still_compared_with_the_references(judged, tmp_path):
+    results = run_recipe(load_recipe(judged, ["reward_model=null"]), tmp_path / "run")
+    assert {"rouge_l", "response_tokens"} <= results["methods"]["dpo"].keys()
+    assert "judge_score" not in results["methods"]["dpo"]
+    assert "judge" not in results
+    assert results["generations"] == {}
+    bare = run_recipe(load_recipe(judged, ["reward_model=null", "evaluate={}"]), tmp_path / "bare")
+    assert list(bare["methods"]) == ["dpo"]
+    assert bare["by_length"] == {}
+
+
+def test_demonstrations_of_the_judges_prompts_are_left_out(judged, tmp_path):
+    from prefdistill.pipeline import SeedRun
+
+    rows = load_pairs(str(judged.parent / "pairs.jsonl"))
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
+    run = SeedRun(load_recipe(judged, [f"data.sft={tmp_path / 'sft.jsonl'}"]), tmp_path / "run", 0)
+    assert run.demonstrations["prompt"][:] == run.train["prompt"][:]
+    alone = SeedRun(load_recipe(judged, ["data.test=null"]), tmp_path / "run", 0)
+    assert alone.judge is None
+    assert len(alone.train) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward_model={share: 0.2}", "reward_model.name must be named, or reward_model.model say how to make one"),
+        ("reward_model.share=1.0", "reward_model.share"),
+        ("reward_model.share=0.0001", "leaves none for one side"),
+        ("reward_model.training.lora.r=4", "there is nothing to adapt in random weights"),
+        ("reward_model.name=nowhere", "no reward model at 'nowhere'"),
+        ("evaluate.prompts=0", "reward_model has nothing to judge: give evaluate.prompts"),
+        ("reward_model.training.batch_size=3", "batch_size"),
+        ("reward_model.model.hidden=3", "the shape of a model from scratch has no 'hidden'"),
+    ],
+)
+def test_judges_that_cannot_be(judged, tmp_path, override, message):
+    overrides = [override, "reward_model.training.micro_batch_size=2"] if "batch_size" in override else [override]
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_recipe(load_recipe(judged, overrides), tmp_path / "run")

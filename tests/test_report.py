@@ -850,6 +850,21 @@ def test_hostile_text_stays_text(evil_page: str) -> None:
     assert "\x1b" not in evil_page
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1300, 380])
+def test_the_page_in_a_browser(evil_page: str, tmp_path: Path, open_page: Any, scheme: str, width: int) -> None:
+    """No error, no dialog, no request (`open_page` sees to that), nothing wider than the window, and it can be read."""
+    (tmp_path / "report.html").write_text(evil_page)
+    page = open_page(tmp_path / "report.html", color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    light = {name: sum(map(int, re.findall(r"\d+", colour)[:3])) for name, colour in (("ink", ink), ("paper", paper))}
+    assert (light["ink"] < light["paper"]) is (scheme == "light")
+    assert abs(light["ink"] - light["paper"]) > 450  # of 765
+    assert page.locator("svg.plot").count() > 5
+
+
 def test_not_finite_is_never_zero(evil_page: str) -> None:
     row = re.search(r'<tr class="method"><th scope="row">(?:(?!</code>).)*alert.*?</tr>', evil_page, re.DOTALL)
     assert row

@@ -364,7 +364,7 @@ def test_every_row_is_there_with_its_responses(model, tokenizer, rows, tmp_path)
     for row, response in zip(written, dataset, strict=True):
         (original,) = (r for r in rows if r["id"] == row["id"])
         assert {key: row[key] for key in original} == original
-        assert list(row) == [*original, "student_response", "student_response_ended"]
+        assert list(row) == [*original, "student_response", "student_response_ended", "student_response_tokens"]
         assert [m["role"] for m in row["student_response"]] == ["assistant"]
         assert response == row  # what is given back is the file
     texts = [row["student_response"][0]["content"] for row in written]
@@ -382,6 +382,7 @@ def test_the_file_holds_what_sampling_in_memory_gives(model, tokenizer, rows, tm
         written = sample_responses(model, rows, tokenizer, tmp_path / f"{name}.jsonl", **ask, **more)
         assert [row["completion"][0]["content"] for row in written] == [response.text for response in found]
         assert written["completion_ended"][:] == [response.ended for response in found]
+        assert written["completion_tokens"][:] == [response.tokens for response in found]
     loaded = load_messages(str(tmp_path / "a.jsonl"))
     assert loaded["prompt"][:] == rows["prompt"][:]
     assert [message["content"] for (message,) in loaded["completion"]] == [response.text for response in found]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefdistill import __version__
+from prefdistill.cli_judge import app as judge_app
 from prefdistill.errors import UserError
 
 # Newer typers carry their own click: the error of a bad command line is found through typer's public subclass of it.
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(judge_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -233,7 +235,8 @@ def signals(
         str, typer.Option(help="Of values, logprob_values, logps, q and topk, with commas.")
     ] = "values,logps",
     role: Annotated[
-        str, typer.Option(help="teacher, teacher_reference, or reference (the student's start).")
+        str,
+        typer.Option(help="teacher, teacher_reference, reference (the student's start), or student (a trained one)."),
     ] = "teacher",
     responses: Annotated[
         str, typer.Option(help="Columns to read, with commas, e.g. student_response of `prefdistill sample`.")
@@ -398,41 +401,137 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option("--model", help="Hub name or directory of the student.")],
-    data: Data,
-    reference: Annotated[Path, typer.Option("--reference", help="logps signals of the student's start on this data.")],
     out: Annotated[Path, typer.Option("--out", help="File for the results (JSON).")],
-    teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="values,logps signals of the teacher on this data.")
+    model: Annotated[str | None, typer.Option("--model", help="Hub name or directory of the student.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Held-out pairs, or rows with prompt and completion; Hub name, directory or file."),
     ] = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="Pairs: logps signals of the student's start on this data.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="Pairs: values,logps signals of the teacher on this data.")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Answer each prompt once; responses are kept beside --out.")
+    ] = False,
+    generations: Annotated[
+        Path | None, typer.Option("--generations", help="Responses in a file, in place of sampling them.")
+    ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option("--reward-model", help="Score responses: Hub name or directory of a one-label classifier."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Win rate against these responses; default: the chosen ones of --data."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Where --generations and --against keep the responses.")] = "response",
+    length_ranges: Annotated[
+        str, typer.Option(help="Edges in words of the reference, e.g. 5,10,50; default: quartiles.")
+    ] = "",
+    prompts: Annotated[int | None, typer.Option(min=1, help="Answer the first prompts only.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the responses; 0 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response; a longer one is cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together.")] = 64,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
+    lm_eval: Annotated[
+        str,
+        typer.Option("--lm-eval", help="Benchmarks, with commas: tasks of lm-evaluation-harness, open-llm-leaderboard"),
+    ] = "",
+    lm_eval_include: Annotated[Path | None, typer.Option(help="A directory with task files of your own.")] = None,
+    lm_eval_batch_size: Annotated[int, typer.Option(min=1, help="Requests of a benchmark read together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first items of each benchmark only.")] = None,
+    seed: Seed = 0,
     dtype: Dtype = "float32",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Implicit-reward accuracy of a student on held-out pairs, and the teacher's terms beside it.
+    """What a student is worth: on held-out pairs, by its responses, by a reward model, on benchmarks.
 
-    Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reference signals/reference-test --out e.json
+    Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reward-model my/judge --out e.json
     """
     _one_process("evaluate")
-    from prefdistill.data import load_pairs
-    from prefdistill.evaluation.pairs import evaluate_pairs
+    from prefdistill.evaluation import evaluate as evaluation
     from prefdistill.files import write_json
-    from prefdistill.models import load_model, load_tokenizer, ready
-    from prefdistill.signals import Signals
 
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the results")
-    pairs = load_pairs(data)
-    stores = [Signals.open(path) for path in (reference, teacher) if path]
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    student = ready(load_model(model, dtype=dtype, trust_remote_code=trust_remote_code))
-    results = evaluate_pairs(student, pairs, tokenizer, stores)
+    if not all(edge.isdecimal() for edge in _listed(length_ranges)):
+        raise UserError(f"--length-ranges takes numbers of words with commas, e.g. 5,10,50; got {length_ranges!r}")
+    request = evaluation.Request(
+        model=model,
+        data=data,
+        reference=reference,
+        teacher=teacher,
+        generate=generate,
+        generations=generations,
+        against=against,
+        column=column,
+        reward_model=reward_model,
+        length_ranges=tuple(int(edge) for edge in _listed(length_ranges)),
+        prompts=prompts,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        engine=engine,
+        lm_eval=_listed(lm_eval),
+        lm_eval_include=lm_eval_include,
+        lm_eval_batch_size=lm_eval_batch_size,
+        limit=limit,
+        seed=seed,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    results = evaluation.evaluate(request, out)
     write_json(out, results)
-    for name, value in [*results["metrics"].items(), *results["margin_accuracy"].items()]:
-        error = "" if value["se"] is None else f" ± {value['se']:.3f}"
-        _print(f"{name:28} {value['mean']:.3f}{error}   ({value['n']} pairs)")
+    _print(evaluation.as_text(results))
     return results
+
+
+@app.command()
+def inspect(
+    data: Data,
+    signals: Annotated[list[Path], typer.Option("--signals", help="Signal stores for these pairs; once for each.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write (HTML).")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub name or directory; default: the one that the signals name.")
+    ] = None,
+    max_pairs: Annotated[int, typer.Option(min=1, help="The page holds the first of the pairs.")] = 5_000,
+    alpha: Annotated[float, typer.Option(help="Weight of the shaping margin on the page.")] = 0.7,
+    beta: Annotated[float, typer.Option(help="Weight of the DPO margin on the page.")] = 0.1,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="gamma of psi.")] = 1.0,
+    terminal: Annotated[
+        Literal["last", "bootstrap", "zero"], typer.Option(help="What stands for the value after an end token.")
+    ] = "last",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """The token view: one page with V, psi and probabilities over the text of chosen and rejected.
+
+    Example: prefdistill inspect --data pairs.jsonl --signals signals/teacher --out tokens.html
+    """
+    _one_process("inspect")
+    from prefdistill.models import load_tokenizer
+    from prefdistill.report.token_data import Weights
+    from prefdistill.report.tokens import write_token_view
+    from prefdistill.signals import Signals
+
+    stores = [Signals.open(path) for path in signals]
+    made = write_token_view(
+        data,
+        stores,
+        out,
+        load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None,
+        max_pairs=max_pairs,
+        weights=Weights(alpha, beta, discount, terminal),
+        trust_remote_code=trust_remote_code,
+    )
+    _print(f"{made['pairs']} of {made['rows']} pairs, {made['bytes']:,} bytes in {out}")
+    return made
 
 
 @app.command()

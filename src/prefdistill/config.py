@@ -232,6 +232,23 @@ class Sampling(Section):
         return self
 
 
+class RewardModelOptions(Section):
+    """The judge of the responses to the held-out prompts: one that is named, or one trained on prompts of its own."""
+
+    name: str | None = None  # Hub name or directory; null: trained from random weights,
+    share: float = Field(0.25, gt=0, lt=1)  # on this share of the training prompts, which nobody else sees
+    model: Options | None = None  # its `LlamaConfig` arguments; it reads max_position_embeddings tokens of a text
+    training: Training
+
+    @model_validator(mode="after")
+    def _somehow(self) -> "RewardModelOptions":
+        if self.name is None and self.model is None:
+            raise ValueError("reward_model.name must be named, or reward_model.model say how to make one")
+        if self.training.lora:
+            raise ValueError("reward_model.training.lora: there is nothing to adapt in random weights; leave it out")
+        return self
+
+
 class MethodRun(Section):
     """A method with its hyper-parameters, under the name it has in the results."""
 
@@ -251,7 +268,9 @@ class Evaluation(Section):
 
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
+    prompts: NonNegativeInt = 0  # of the test pairs, each answered once at temperature 1; 0: no responses are measured
     samples: NonNegativeInt = 0  # generations kept for the report
+    length_ranges: list[PositiveInt] | None = None  # edges in words of the reference response; null: its quartiles
 
 
 class Recipe(Section):
@@ -269,6 +288,7 @@ class Recipe(Section):
     signals: SignalOptions = SignalOptions()
     sampling: Sampling = Sampling()
     training: Options = {}  # defaults of every training below
+    reward_model: RewardModelOptions | None = None
     methods: dict[str, MethodRun]
     evaluate: Evaluation = Evaluation()
     fast: dict[str, Any] = {}  # overrides for a quick run, by dotted key
@@ -287,6 +307,11 @@ class Recipe(Section):
                 if section.get(stage) is not None:
                     section[stage] = {**defaults, **_mapping(section[stage], f"{part}.{stage}")}
             raw[part] = section
+        if raw.get("reward_model") is not None:
+            judge = dict(_mapping(raw["reward_model"], "reward_model"))
+            own = _mapping(judge.get("training"), "reward_model.training")
+            judge["training"] = {**defaults, "lora": None, **own}
+            raw["reward_model"] = judge
         methods = {}
         for name, section in _mapping(raw.get("methods"), "methods").items():
             section = dict(_mapping(section, f"methods.{name}"))
@@ -323,6 +348,12 @@ class Recipe(Section):
             for key in ("test", "sft", "max_train", "max_test"):
                 if getattr(self.data, key) is not None:
                     raise ValueError(f"data.{key} has no part in a synthetic task; leave it out")
+            if self.reward_model or self.evaluate.prompts:
+                raise ValueError(
+                    "a synthetic task knows its reward and its prompts; leave reward_model and evaluate.prompts out"
+                )
+        elif self.reward_model and not self.evaluate.prompts:
+            raise ValueError("reward_model has nothing to judge: give evaluate.prompts, or set reward_model=null")
         if self.model.teacher_reference and (self.teacher.dpo or self.model.teacher is None):
             raise ValueError(
                 "model.teacher_reference is for a named teacher that has had its DPO: with teacher.dpo, the reference "

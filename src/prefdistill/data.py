@@ -119,9 +119,19 @@ def data_fingerprint(dataset: Dataset, responses: Sequence[str] = RESPONSES) -> 
     return digest.hexdigest()
 
 
+def prompt_text(prompt: Any) -> str:
+    """A prompt as one text, to tell prompts apart: the text itself, or its messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(without_nulls(prompt), sort_keys=True, ensure_ascii=False)
+
+
 def ended_column(response: str) -> str:
     """The column that says, where it is there, whether a response has its end token. `sample` writes it."""
     return f"{response}_ended"
+
+
+def tokens_column(response: str) -> str:
+    """The column that says, where it is there, how many tokens were sampled for a response, the end token included."""
+    return f"{response}_tokens"
 
 
 def _read(source: str, split: str) -> Dataset:

@@ -174,6 +174,19 @@ def encode_pairs(
     return encoded, dropped
 
 
+def render_pairs(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = RESPONSES
+) -> Iterator[tuple[str, ...] | None]:
+    """The texts whose tokens `encode_pairs` gives: of each row's prompt, and of the prompt with each response.
+
+    None for a row that the chat template refuses. The `offsets` of a response count from the end of the prompt's text.
+    """
+    encode = _PairEncoder(tokenizer, Truncation(None), responses, isinstance(dataset[0]["prompt"], list))
+    for row in dataset:
+        cut = [row.get(ended_column(name)) is False for name in responses]
+        yield encode.render(cut, row["prompt"], *(row[name] for name in responses))
+
+
 def nothing_left(dropped: Dropped) -> str:
     return f"No pair is left: {dropped}. Change the data, the chat template or the lengths."
 
@@ -242,7 +255,7 @@ class _PairEncoder:
         rows = zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True)
         flags = [batch.get(ended_column(name)) or [None] * len(indices) for name in self.responses]
         cuts = [[ended is False for ended in row] for row in zip(*flags, strict=True)]
-        texts = [self._render(cut, *row) for cut, row in zip(cuts, rows, strict=True)]
+        texts = [self.render(cut, *row) for cut, row in zip(cuts, rows, strict=True)]
         tokens = self._tokenise([text for row in texts if row for text in row])
         columns: dict[str, list[Any]] = {name: [] for name in _encoded_features(self.responses)}
         for index, row, cut in zip(indices, texts, cuts, strict=True):
@@ -254,7 +267,7 @@ class _PairEncoder:
                 column.append(first + index if name == "row" else encoded.get(name))
         return columns
 
-    def _render(self, cut: list[bool], prompt: Any, *responses: Any) -> tuple[str, ...] | None:
+    def render(self, cut: list[bool], prompt: Any, *responses: Any) -> tuple[str, ...] | None:
         """The texts of the prompt, and of the prompt with each response; None where the template refuses.
 
         A response that was cut gets nothing behind it: what ends it was not written by who was cut.
@@ -326,3 +339,28 @@ class _PairEncoder:
             whole = ids[-1] in self.end_tokens and (room is None or len(ids) <= room)
             encoded[f"{name}_ended"] = whole and not was_cut
         return encoded
+
+
+def judged_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) -> list[int]:
+    """The tokens in which a reward model reads a response to a prompt, as TRL's RewardTrainer makes them.
+
+    Args:
+        tokenizer: the reward model's.
+        prompt: messages (through the chat template) or plain text.
+        response: messages or text; text after messages is what the assistant says.
+
+    Raises:
+        UserError: on messages where the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        text = prompt + response
+        end = str(tokenizer.eos_token)
+        return tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the reward model {tokenizer.name_or_path} has no chat template, and the data are conversations; choose "
+            "one that has, or set tokenizer.chat_template"
+        )
+    answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else without_nulls(response)
+    text = tokenizer.apply_chat_template(without_nulls(prompt) + answer, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -61,9 +61,63 @@ def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         [n, k], -inf where the id is -1; [n], -inf where the ids are all tokens with a finite logit; [n].
     """
-    if not torch.is_grad_enabled():
-        return _topk_logps_in_one_pass(logits, ids)
-    return _topk_logps(logits, ids)
+    at_ids, rest, total, _ = _TopkLogps.apply(logits, ids, None)
+    return at_ids, rest, total
+
+
+def token_and_topk_logps(logits: Tensor, tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_logps` [n], and of `topk_logps` what stands at the ids [n, k] and the rest [n], in one go."""
+    at_ids, rest, _, of_token = _TopkLogps.apply(logits, ids, tokens)
+    return of_token, at_ids, rest
+
+
+class _TopkLogps(torch.autograd.Function):
+    """log p_i = z_i - L at the ids, log r = O - L of the others, L; the gradient in one [n, vocab] tensor.
+
+    d log p_i / dz_a = [a = i] - p_a, d log r / dz_a = [a other] e^(z_a - O) - p_a, dL / dz_a = p_a.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        at_ids, rest, total = _topk_logps_in_one_pass(logits, ids)
+        ctx.save_for_backward(logits, ids, rest, total, tokens)
+        of_token = None if tokens is None else logits.gather(-1, tokens[:, None])[:, 0] - total
+        return at_ids, rest, total, of_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_ids: Tensor, of_rest: Tensor, of_total: Tensor, of_token: Tensor | None
+    ) -> tuple[Tensor, None, None]:
+        logits, ids, rest, total, tokens = ctx.saved_tensors
+        given = ids >= 0
+        of_ids = of_ids.masked_fill(~given, 0.0)
+        of_rest = of_rest.masked_fill(~given.any(-1) | (rest == float("-inf")), 0.0)
+        of_all = of_total - of_ids.sum(-1) - of_rest
+        if of_token is not None:
+            of_all = of_all - of_token
+        # e^(z - O) is e^(z - L) / r, but where r is next to nothing
+        faint = rest < FAINT
+        of_others = of_all + torch.where(faint, 0.0, of_rest * (-rest.clamp(min=FAINT)).exp())
+        back = (logits - total[:, None]).exp_()
+        last = ids.argmax(-1, keepdim=True)  # an empty place does what another place of its row does
+        at = torch.where(given, ids, ids.gather(-1, last).clamp(min=0))
+        named = back.gather(-1, at) * of_all[:, None] + of_ids
+        named = torch.where(given, named, named.gather(-1, last))
+        back.mul_(of_others[:, None]).scatter_(-1, at, named)
+        if bool(faint.any()):
+            others = logits[faint].scatter(-1, at[faint], float("-inf"))
+            back[faint] += (
+                of_rest[faint, None] * (others - torch.logsumexp(others, -1, keepdim=True)).exp().nan_to_num()
+            )
+        if tokens is not None and of_token is not None:
+            back.scatter_add_(-1, tokens[:, None], of_token[:, None])
+        return back, None, None
+
+
+FAINT = -60.0  # log-mass of the rest below which its gradient is made by itself
 
 
 def _topk_logps_in_one_pass(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,29 +131,17 @@ def _topk_logps_in_one_pass(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     at_ids = (logits.gather(-1, at) - total[:, None]).masked_fill(~given, float("-inf"))
     rest = others.log() + peak[:, 0] - total
     if bool((unclear := others <= 0).any()):
-        rest[unclear] = _topk_logps(logits[unclear], ids[unclear])[1]
+        rest[unclear] = _rest(logits[unclear], ids[unclear])
     return at_ids, rest, total
 
 
-def _topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rest(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log of the mass besides the ids, from the others' own logsumexp."""
     given = ids >= 0
-    # what fills up a row repeats one of its ids (or token 0 where it has none) and does not count
-    counted = given.clone()
-    counted[:, :1] |= ~given.any(dim=-1, keepdim=True)
+    # what fills up a row repeats one of its ids, or stands for none
     at = torch.where(given, ids, ids.amax(dim=-1, keepdim=True).clamp(min=0))
-    chosen = logits.gather(-1, at)
-    others = _logsumexp(logits.scatter(-1, at, float("-inf")))
-    total = torch.logaddexp(torch.logsumexp(chosen.masked_fill(~counted, float("-inf")), dim=-1), others)
-    at_ids = (chosen - total[:, None]).masked_fill(~given, float("-inf"))
-    rest = (others - total).masked_fill(others == float("-inf"), float("-inf"))
-    return at_ids, rest.masked_fill(~given.any(dim=-1), 0.0), total
-
-
-def _logsumexp(x: Tensor) -> Tensor:
-    """`torch.logsumexp` over the last dimension, with a gradient of 0, not NaN, where every number is -inf."""
-    top = x.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
-    total = (x - top).exp().sum(dim=-1)  # at least 1, or 0
-    return (total.clamp(min=1.0).log() + top[..., 0]).masked_fill(total == 0, float("-inf"))
+    others = torch.logsumexp(logits.scatter(-1, at, float("-inf")), dim=-1)
+    return (others - torch.logsumexp(logits, dim=-1)).masked_fill(~given.any(dim=-1), 0.0)
 
 
 def likeliest(logits: Tensor, k: int, mass: float | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,10 +51,10 @@ def fast_bf16() -> bool:
 def default_dtype(role: str) -> str:
     """The dtype in which a model is read if nobody names one, as `load_model` takes it.
 
-    A reference is read in float32, as the student is trained; a teacher in bfloat16 where that is fast, elsewhere as it
-    is stored.
+    A reference and a trained student are read in float32, as the student is trained; a teacher in bfloat16 where that
+    is fast, elsewhere as it is stored.
     """
-    if role == "reference":
+    if role in ("reference", "student"):
         return "float32"
     return "bfloat16" if fast_bf16() else "auto"
 
@@ -159,6 +159,58 @@ def load_model(
     if quantization:
         _say_unquantised(model, name)
     return model
+
+
+def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
+    """Whether a model is a sequence classifier with one label, by its configuration: before anything long begins.
+
+    Raises:
+        UserError: if there is no such model, or it is a language model or has several labels.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
+    if language := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
+        raise UserError(_not_loaded("reward model", name, f"it is a language model, {language[0]}"))
+    if config.num_labels != 1:
+        raise UserError(f"{name} has {config.num_labels} labels; a reward model has one, the score of a response")
+
+
+def load_reward_model(
+    name: str, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Sequence classifier with one label, which scores a text, and its own tokenizer.
+
+    Raises:
+        UserError: see `check_reward_model`; also if weights are missing, such as a head that was never trained.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_reward_model(name, trust_remote_code=trust_remote_code)
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
+    if missing := sorted(found["missing_keys"]):
+        reason = f"{len(missing)} weights are missing, the first is {missing[0]}"
+        raise UserError(_not_loaded("reward model", name, reason))
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None:  # by which a classifier finds the last token
+        text_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 def _stored_quantization(name: str) -> str | None:
@@ -333,26 +385,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     )
 
 
-def random_model(tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], seed: int) -> "PreTrainedModel":
+def random_model(
+    tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], seed: int, *, reward: bool = False
+) -> "PreTrainedModel":
     """A randomly initialised Llama with the tokenizer's vocabulary.
 
     Args:
         tokenizer: its length is the vocabulary.
         shape: `LlamaConfig` arguments: hidden_size, num_hidden_layers, ...
         seed: of the weights.
+        reward: a sequence classifier with one label in place of a language model.
 
     Raises:
         UserError: on an argument that `LlamaConfig` does not have, or a shape that does not fit together.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-    ours = {
+    ours: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        **({"num_labels": 1} if reward else {}),
     }
     known = inspect.signature(LlamaConfig).parameters.keys() - ours.keys()
     if unknown := [key for key in shape if key not in known]:  # transformers would take them and do nothing
@@ -365,7 +421,8 @@ def random_model(tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], se
         raise UserError(f"a model of this shape cannot be made: {' '.join(str(error).split())}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+        return kind.from_config(config, dtype=torch.float32)
 
 
 def texts_of(dataset: Any) -> Iterator[str]:

@@ -8,18 +8,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from prefdistill import synthetic
 from prefdistill.config import MethodRun, Recipe, Training
 from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.evaluation.pairs import gauge_flips, implicit_rewards, pair_terms, pair_wins
+from prefdistill.evaluation.measure import Measured
 from prefdistill.files import read_json, value_digest, write_json, write_jsonl
+from prefdistill.measuring import Measuring, as_messages
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
+    check_reward_model,
     check_same_tokens,
     load_model,
     load_tokenizer,
@@ -30,8 +31,8 @@ from prefdistill.models import (
     train_tokenizer,
 )
 from prefdistill.progress import say
+from prefdistill.reward_stage import Judge, split_prompts, without_prompts
 from prefdistill.sample import Response, sample
-from prefdistill.signals import SignalSet
 from prefdistill.signals.store import SIDES
 from prefdistill.stages import Stage, run_stage
 from prefdistill.supply import Start, Supply
@@ -42,19 +43,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Spread of the shaping margin in units of the DPO margin's, above which the pairs hardly count.
-DROWNING = 3.0
 # Evaluated beside the methods, before any of them: who they learn from, and where they start.
 TEACHER, START = "teacher", "start"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one evaluated model gave: means by metric, and the values per test item behind them."""
-
-    metrics: dict[str, float]
-    items: dict[str, list[float]]
-    samples: list[dict[str, Any]]
 
 
 @dataclass
@@ -70,6 +60,10 @@ class SeedRun:
     starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
     pool: Path | None = None  # finished stages that several runs share, see `run_stage`
 
+    @functools.cached_property
+    def measuring(self) -> Measuring:
+        return Measuring(self)
+
     @property
     def root(self) -> Path:
         return self.out / f"seed-{self.seed}"
@@ -80,14 +74,14 @@ class SeedRun:
             say(f"seed {self.seed}")
         measured: dict[str, list[Measured]] = {}
         self.prepare()
-        if self.recipe.data.synthetic:
-            measured[TEACHER] = [self.evaluate(TEACHER, self.teacher)]
-            measured[START] = [self.evaluate(START, self.start)]
+        if self.recipe.data.synthetic or (self.test is not None and self.measuring.answers):
+            measured[TEACHER] = [self.measuring.evaluate(TEACHER, self.teacher)]
+            measured[START] = [self.measuring.evaluate(START, self.start)]
         for name, run in self.recipe.methods.items():
             measured[name] = []
             for order in range(run.first_order, run.first_order + self.recipe.orders):
                 student = self.distill(name, run, order)
-                measured[name].append(self.evaluate(f"{name}-{order}", student))
+                measured[name].append(self.measuring.evaluate(f"{name}-{order}", student))
         return measured
 
     def check(self) -> None:
@@ -95,6 +89,8 @@ class SeedRun:
         recipe = self.recipe
         if not recipe.data.synthetic:
             _ = self.train, self.test
+            if recipe.reward_model and self.judge is None:
+                say("note: without data.test there is nothing to judge: no reward model, no pairs set aside for it")
         if recipe.model.teacher or recipe.model.student:
             _ = self.tokenizer
         _ = self.truncation
@@ -104,6 +100,10 @@ class SeedRun:
         ]
         trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
         trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
+        if recipe.reward_model and recipe.reward_model.name:
+            check_reward_model(recipe.reward_model.name, trust_remote_code=recipe.model.trust_remote_code)
+        elif recipe.reward_model:
+            trainings.append((recipe.reward_model.training, RewardConfig))
         for training, kind in trainings:
             training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
         for name, method in self.methods.items():
@@ -223,6 +223,8 @@ class SeedRun:
             self.keys["test"] = data_fingerprint(self.test)
         self.supply = Supply(self)
         self.test_stores = self.supply.test()
+        if self.judge:
+            self.judge.prepare()
 
     # -- data and models ----------------------------------------------------------------------------------------------
 
@@ -230,7 +232,24 @@ class SeedRun:
     def train(self) -> "Dataset":
         if self.recipe.data.synthetic:
             return self._pairs(None, "train", self.recipe.data.synthetic.pairs)
-        return self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train)
+        return self._train_and_judge[0]
+
+    @property
+    def judge_pairs(self) -> "Dataset":
+        """What the run's own reward model is trained on: other prompts than `train`."""
+        return self._train_and_judge[1]
+
+    @functools.cached_property
+    def _train_and_judge(self) -> "tuple[Dataset, Dataset]":
+        pairs = self._pairs(self.recipe.data.train, "train", self.recipe.data.max_train)
+        if self.judge is None or self.judge.options.name:
+            return pairs, pairs.select([])
+        return split_prompts(pairs, self.judge.options.share, self.seed)
+
+    @functools.cached_property
+    def judge(self) -> Judge | None:
+        options = self.recipe.reward_model
+        return Judge(self, options) if options and self.recipe.data.test else None
 
     @functools.cached_property
     def teacher_pairs(self) -> "Dataset":
@@ -259,7 +278,7 @@ class SeedRun:
         if self.recipe.data.synthetic:
             return load_messages(str(self.root / "data" / "demonstrations.jsonl"))
         if self.recipe.data.sft:
-            return load_messages(self.recipe.data.sft)
+            return without_prompts(load_messages(self.recipe.data.sft), self.judge_pairs)
         return self.train.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
 
     @functools.cached_property
@@ -319,11 +338,11 @@ class SeedRun:
 
     def _make_pairs(self, out: Path) -> None:
         """Two samples of the teacher's SFT model per prompt, labelled by the known reward with Bradley-Terry noise."""
-        model = ready(self._load(self.teacher_reference))
+        model = ready(self.load(self.teacher_reference))
         for split, prompts in read_json(self.root / "data" / "prompts.json").items():
-            asked = _as_messages(prompts)
+            asked = as_messages(prompts)
             first, second = (
-                self._sample(model, asked, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
+                self.sample(model, asked, temperature=1.0, seed=self.seed + shift, what=f"{split} pairs")
                 for shift in (0, 1)
             )
             # a response that never ended would get an end token from the chat template: not what was sampled
@@ -411,7 +430,7 @@ class SeedRun:
         def make(out: Path) -> None:
             trainer = make_trainer(
                 method,
-                functools.partial(self._load, start.model),
+                functools.partial(self.load, start.model),
                 rows,
                 self.tokenizer,
                 run.training,
@@ -426,59 +445,11 @@ class SeedRun:
         request = {"method": run.method, "options": run.options, "order": order, **self._request(run.training)}
         self.stage(stage, request, make, "train", start.stage, *made_from)
 
-    def evaluate(self, name: str, model: str) -> Measured:
-        """Measure one model on the held-out pairs and, where the reward is known, by its own responses."""
-
-        def make(out: Path) -> None:
-            measured = self._measure(model)
-            write_json(out / "evaluation.json", measured.__dict__)
-
-        made_from = (f"distill-{name}", self.teacher_stage, self.start_stage, "signals-reference-test", "test")
-        before = [key for key in made_from if key in self.keys]
-        request = {"model": self.name_of(model), **self.recipe.evaluate.model_dump()}
-        self.stage(f"evaluate-{name}", request, make, *before)
-        return Measured(**read_json(self.root / f"evaluate-{name}" / "evaluation.json"))
-
-    def _measure(self, name: str) -> Measured:
-        model = ready(self._load(name))
-        metrics: dict[str, float] = {}
-        items: dict[str, list[float]] = {}
-        samples: list[dict[str, Any]] = []
-        if self.recipe.data.synthetic:
-            prompts = read_json(self.root / "data" / "prompts.json")["test"]
-            asked = _as_messages(prompts)
-            for metric, temperature in (("reward", 1.0), ("reward_greedy", 0.0)):
-                found = self._sample(model, asked, temperature=temperature, seed=self.seed, what=metric)
-                items[metric] = [
-                    synthetic.reward(prompt, response.text, response.ended)
-                    for prompt, response in zip(prompts, found, strict=True)
-                ]
-                if metric == "reward":
-                    samples = [
-                        {"prompt": prompt, "response": response.text, "score": score}
-                        for prompt, response, score in zip(prompts, found, items[metric], strict=True)
-                    ][: self.recipe.evaluate.samples]
-        elif self.test is not None and self.recipe.evaluate.samples:
-            prompts = self.test["prompt"][: self.recipe.evaluate.samples]
-            found = self._sample(model, prompts, temperature=1.0, seed=self.seed, what="samples")
-            samples = [
-                {"prompt": p if isinstance(p, str) else p[-1]["content"], "response": response.text}
-                for p, response in zip(prompts, found, strict=True)
-            ]
-        reference = next((store for store in self.test_stores if store.role == "reference"), None)
-        if reference is not None and self.test is not None and name not in (self.start, self.teacher):
-            reward = implicit_rewards(model, self.test, self.tokenizer, reference)
-            items["reward_accuracy"] = pair_wins(reward["chosen"], reward["rejected"]).tolist()
-            items["reward_margin"] = (reward["chosen"] - reward["rejected"]).tolist()
-            items["chosen_logp"] = reward["chosen_logp"].tolist()
-        metrics |= {metric: float(np.mean(values)) for metric, values in items.items()}
-        return Measured(metrics, items, samples)
-
-    def _load(self, name: str) -> Any:
+    def load(self, name: str) -> Any:
         names = self.recipe.model
         return load_model(name, dtype=names.dtype, trust_remote_code=names.trust_remote_code)
 
-    def _sample(self, model: Any, prompts: list[Any], *, temperature: float, seed: int, what: str) -> list[Response]:
+    def sample(self, model: Any, prompts: list[Any], *, temperature: float, seed: int, what: str) -> list[Response]:
         return sample(
             model,
             self.tokenizer,
@@ -489,44 +460,3 @@ class SeedRun:
             seed=seed,
             what=what,
         )
-
-    def _test_signals(self) -> SignalSet | None:
-        if self.test is None or not any(store.role == "teacher" for store in self.test_stores):
-            return None
-        return SignalSet.of(self.test_stores, self.test)
-
-    def margin_terms(self) -> dict[str, np.ndarray]:
-        """Per test pair, whether each term of the teacher orders it right."""
-        signals = self._test_signals()
-        return pair_terms(signals) if signals else {}
-
-    def gauge_flips(self) -> dict[str, Any]:
-        """How far the order of the held-out pairs by the teacher's value depends on its gauge."""
-        return next((gauge_flips(store) for store in self.test_stores if "values" in store.kinds), {})
-
-    def shaping(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
-        """The offset of each method that has one, on the test pairs, beside the margin its DPO part has learnt."""
-        signals = self._test_signals()
-        found: dict[str, Any] = {}
-        for name, method in self.methods.items():
-            if signals is None or not isinstance(method, TVKD) or signals.missing(method.needs):
-                continue
-            features = method.features(signals)
-            offset = method.alpha * (features["shaping_chosen"] - features["shaping_rejected"])
-            margin = method.beta * np.array(measured[name][0].items["reward_margin"])
-            found[name] = {
-                "mean": float(offset.mean()),
-                "std": float(offset.std()),
-                "dpo_margin_std": float(margin.std()),
-                "points": [[float(m), float(o)] for m, o in zip(margin[:500], offset[:500], strict=True)],
-            }
-            if offset.std() > DROWNING * margin.std():
-                self.warnings.append(
-                    f"{name}: the shaping margin (spread {offset.std():.2f}) drowns the DPO margin "
-                    f"(spread {margin.std():.2f}); a lower alpha or a higher beta gives the pairs more say"
-                )
-        return found
-
-
-def _as_messages(prompts: list[str]) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]

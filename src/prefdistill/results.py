@@ -1,7 +1,7 @@
 """From what was measured to what is reported: means over data orders and seeds, and paired differences to the baseline.
 
 The unit of an error bar is the widest source of variation the run has: seeds (each a whole pipeline) if there are
-several, else data orders, else test items.
+several, else data orders, else test prompts, over which a bootstrap gives an interval too.
 """
 
 import os
@@ -15,16 +15,23 @@ import torch
 
 from prefdistill import __version__
 from prefdistill.config import Recipe
+from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
 from prefdistill.evaluation.pairs import pair_wins
-from prefdistill.evaluation.stats import mean_and_error, paired_difference
+from prefdistill.evaluation.reward_model import judge_of
+from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, paired_difference
 from prefdistill.files import write_json
-from prefdistill.pipeline import START, TEACHER, Measured, SeedRun
+from prefdistill.pipeline import START, TEACHER, SeedRun
 from prefdistill.stages import Stage
 
 METRICS: dict[str, dict[str, Any]] = {
     "reward": {"label": "true reward, T=1", "higher_is_better": True, "format": ".3f"},
     "reward_greedy": {"label": "true reward, greedy", "higher_is_better": True, "format": ".3f"},
     "win_rate": {"label": "win rate against the start, T=1", "higher_is_better": True, "format": ".3f"},
+    "judge_win_rate": {"label": "judged win rate against the start", "higher_is_better": True, "format": ".3f"},
+    "judge_score": {"label": "judge's score", "higher_is_better": True, "format": ".3f"},
+    "rouge_l": {"label": "ROUGE-L", "higher_is_better": True, "format": ".3f"},
+    "exact_match": {"label": "exact match", "higher_is_better": True, "format": ".3f"},
+    "response_tokens": {"label": "tokens", "higher_is_better": None, "format": ".1f"},
     "reward_accuracy": {"label": "implicit-reward accuracy", "higher_is_better": True, "format": ".3f"},
     "chosen_logp": {"label": "log-prob of chosen, per token", "higher_is_better": None, "format": ".3f"},
 }
@@ -32,18 +39,18 @@ LABELS = {TEACHER: "the teacher", START: "the student before any method"}
 
 
 def add_win_rates(measured: dict[str, list[Measured]]) -> None:
-    """Win rate of every model against the student's start on the same prompts, where the reward is known."""
-    if START not in measured or "reward" not in measured[START][0].items:
-        return
-    start = measured[START][0].items["reward"]
-    for runs in measured.values():
-        for run in runs:
-            run.items["win_rate"] = pair_wins(run.items["reward"], start).tolist()
-            run.metrics["win_rate"] = float(np.mean(run.items["win_rate"]))
+    """Win rate of every model against the student's start on the same prompts, by the known reward or by the judge."""
+    for score, rate in (("reward", "win_rate"), ("judge_score", "judge_win_rate")):
+        if START not in measured or score not in measured[START][0].items:
+            continue
+        start = measured[START][0]
+        for runs in measured.values():
+            for run in runs:
+                run.add(rate, pair_wins(run.items[score], start.items[score]), run.groups.get(score))
 
 
 def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[str, Any]:
-    """`methods`, `differences` and `metrics` of results.json."""
+    """What results.json says of the models: `methods`, `differences`, `metrics`, `generations` and `by_length`."""
     for measured in by_seed:
         add_win_rates(measured)
     names = list(by_seed[0])
@@ -55,24 +62,20 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
     for name in names:
         runs = [seed[name] for seed in by_seed]
         shown = [metric for metric in metrics if metric in runs[0][0].metrics]
-        methods[name] = {metric: _mean(runs, metric) for metric in shown}
+        methods[name] = {metric: mean_of(runs, metric) for metric in shown}
         if name != recipe.baseline and name in recipe.methods:
             differences[name] = {metric: _difference(runs, baseline, metric) for metric in shown}
     return {
         "methods": methods,
         "differences": differences,
         "metrics": {metric: METRICS[metric] for metric in metrics},
+        "generations": {name: {"points": found} for name in names if (found := points(by_seed[0][name][0]))},
+        "by_length": by_length(
+            {name: [seed[name] for seed in by_seed] for name in names},
+            recipe.evaluate.length_ranges,
+            [metric for metric in BY_LENGTH if metric in METRICS],
+        ),
     }
-
-
-def _mean(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
-    per_seed = [float(np.mean([run.metrics[metric] for run in runs])) for runs in by_seed]
-    if len(per_seed) > 1:
-        return mean_and_error(per_seed) | {"over": "seeds"}
-    runs = by_seed[0]
-    if len(runs) > 1:
-        return mean_and_error([run.metrics[metric] for run in runs]) | {"over": "data orders"}
-    return mean_and_error(runs[0].items[metric]) | {"over": "test items"}
 
 
 def _difference(ours: list[list[Measured]], theirs: list[list[Measured]], metric: str) -> dict[str, Any]:
@@ -85,21 +88,22 @@ def _difference(ours: list[list[Measured]], theirs: list[list[Measured]], metric
         return mean_and_error([float(np.mean(orders)) for orders in per_order]) | {"over": "seeds"}
     if len(per_order[0]) > 1:
         return mean_and_error(per_order[0]) | {"over": "data orders"}
-    return paired_difference(ours[0][0].items[metric], theirs[0][0].items[metric]) | {"over": "test items"}
+    our, their = ours[0][0], theirs[0][0]
+    return paired_difference(our.items[metric], their.items[metric], our.groups.get(metric)) | {"over": PROMPTS}
 
 
-def margin_accuracies(terms: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Accuracy of each term of the teacher on the held-out pairs, over seeds or over pairs."""
+def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
+    """Accuracy of each term of the teacher on the held-out pairs, over seeds or over the prompts of the pairs."""
     if not terms or not terms[0]:
         return {}
     if len(terms) > 1:
         return {name: mean_and_error([seed[name].mean() for seed in terms]) | {"over": "seeds"} for name in terms[0]}
-    return {name: mean_and_error(wins) | {"over": "test items"} for name, wins in terms[0].items()}
+    return {name: estimate(wins, groups) | {"over": PROMPTS} for name, wins in terms[0].items()}
 
 
 def gauge(runs: list[SeedRun]) -> dict[str, Any]:
     """`gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
-    found = [flips for run in runs if (flips := run.gauge_flips())]
+    found = [flips for run in runs if (flips := run.measuring.gauge_flips())]
     if len(found) < 2:
         return found[0] | {"over": "directions"} if found else {}
     return mean_and_error([flips["mean"] for flips in found]) | {"over": "seeds"}
@@ -120,6 +124,12 @@ def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
     ]
 
 
+def judge_worth(runs: list[SeedRun]) -> dict[str, Any]:
+    """`judge` of results.json: what the reward model is worth; nothing where the true reward is known."""
+    judges = [run.judge for run in runs if run.judge]
+    return {"judge": judge_of(judges[0].label, [judge.worth for judge in judges])} if judges else {}
+
+
 def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | None = None) -> dict[str, Any]:
     """Run every seed of a recipe, and write recipe.yaml, environment.json, results.json and report.html into `out`.
 
@@ -137,7 +147,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
         recipe.save(out / "recipe.yaml")
         write_json(out / "environment.json", environment(command))
         measured = [run.run() for run in runs]
-        shaping = [run.shaping(found) for run, found in zip(runs, measured, strict=True)]
+        shaping = [run.measuring.shaping(found) for run, found in zip(runs, measured, strict=True)]
         results = {
             "recipe": recipe.name,
             "task": recipe.task,
@@ -148,7 +158,10 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
             **summarise(recipe, measured),
             "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
             "controls": [name for name, run in recipe.methods.items() if run.control],
-            "margin_accuracy": margin_accuracies([run.margin_terms() for run in runs]),
+            "margin_accuracy": margin_accuracies(
+                [run.measuring.margin_terms() for run in runs], runs[0].measuring.margin_groups()
+            ),
+            **judge_worth(runs),
             "gauge_flips": gauge(runs),
             "shaping": shaping[0],
             "samples": side_by_side(measured[0]),
@@ -161,8 +174,8 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
 
 
 def _stage(stage: Stage, seed: int) -> dict[str, Any]:
-    row = asdict(stage)
-    return {"name": row["name"], "seconds": row["seconds"], "reused": row["reused"], "seed": seed}
+    shown = ("name", "seconds", "reused", "peak_memory", "bytes")
+    return {key: value for key, value in asdict(stage).items() if key in shown} | {"seed": seed}
 
 
 def environment(command: str) -> dict[str, Any]:

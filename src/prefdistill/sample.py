@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from prefdistill import __version__
-from prefdistill.data import FILE_TYPES, ended_column, load_prompts, without_nulls
+from prefdistill.data import FILE_TYPES, ended_column, load_prompts, tokens_column, without_nulls
 from prefdistill.encode import (
     PROMPT_EMPTY,
     PROMPT_TOO_LONG,
@@ -299,6 +299,7 @@ def sample_responses(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     shard_rows: int = 256,
+    learnt_from: bool = True,
 ) -> "Dataset":
     """Responses to every prompt, written beside everything else that its row holds: `n` rows per prompt, consecutive.
 
@@ -311,7 +312,7 @@ def sample_responses(
         tokenizer: the model's tokenizer; default: the one found beside the model.
         out: the .jsonl, .jsonl.gz or .parquet file to write.
         column: where responses go: one assistant message to a conversation, text to text. The column `{column}_ended`
-            says whether the model wrote its end token.
+            says whether the model wrote its end token, `{column}_tokens` how many tokens it took, that one included.
         n: responses per prompt, drawn independently.
         temperature: of the whole vocabulary's distribution; 0 is greedy.
         top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
@@ -324,6 +325,7 @@ def sample_responses(
         dtype: of the weights, when the model is loaded here. "auto" is as stored; vLLM's auto makes 16 bits of float32.
         trust_remote_code: let the model's repository run its own code.
         shard_rows: prompts per part, the unit of resuming; inside a part prompts of like length are taken together.
+        learnt_from: warn where methods that learn from the responses would see other tokens than were sampled.
 
     Returns:
         The file, loaded.
@@ -346,7 +348,9 @@ def sample_responses(
         raise UserError("vLLM loads a model itself: give its Hub name or directory, or take the engine transformers")
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
     dataset = load_prompts(dataset)
-    if taken := [name for name in (column, ended_column(column)) if name in dataset.column_names]:
+    if taken := [
+        name for name in (column, ended_column(column), tokens_column(column)) if name in dataset.column_names
+    ]:
         raise UserError(f"{data_name} has a column '{taken[0]}' already; name another with --column")
     if tokenizer is None:
         source = model if isinstance(model, str) else model.name_or_path
@@ -388,7 +392,7 @@ def sample_responses(
             rows = [row for row, ids in enumerate(encoded) if ids]
             shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
             found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, seed)
-            _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts})
+            _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts}, learnt_from)
         for path in parts.iterdir():
             if path.name != LOCK:
                 path.unlink()
@@ -478,7 +482,13 @@ def _sample_parts(
 
 
 def _write(
-    out: Path, dataset: "Dataset", rows: list[int], column: str, parts: list[dict[str, Any]], made_from: dict[str, Any]
+    out: Path,
+    dataset: "Dataset",
+    rows: list[int],
+    column: str,
+    parts: list[dict[str, Any]],
+    made_from: dict[str, Any],
+    learnt_from: bool,
 ) -> None:
     """The rows with their responses, and beside them what is to be said of them."""
     responses = [response for part in parts for response in part["responses"]]
@@ -488,6 +498,7 @@ def _write(
     repeated = [row for row in rows for _ in range(len(responses) // len(rows))]
     full = dataset.select(repeated).flatten_indices(keep_in_memory=True)
     full = full.add_column(column, answers).add_column(ended_column(column), list(ended))
+    full = full.add_column(tokens_column(column), list(tokens))
     seconds = sum(part["seconds"] for part in parts)
     counts = {
         "prompts": len(rows),
@@ -506,7 +517,7 @@ def _write(
         f"sample: {counts['responses']:,} responses, {counts['tokens']:,} tokens, "
         f"{counts['tokens_per_second']:,} tokens/s, {counts['ended_share']:.1%} ended"
     )
-    if counts["other_tokens_share"] > OTHER_TOKENS:
+    if learnt_from and counts["other_tokens_share"] > OTHER_TOKENS:
         say(
             f"warning: the text of {counts['other_tokens_share']:.0%} of the responses is tokenised otherwise than it "
             "was sampled: methods that learn where the model went will look at states it did not visit"

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from prefdistill import __version__
 from prefdistill.errors import UserError
 from prefdistill.files import read_json, value_digest, write_json
+from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
 REQUEST, DONE, LOCK = "stage-request.json", "stage.json", ".lock"
@@ -30,6 +31,8 @@ class Stage:
     key: str
     seconds: float
     reused: bool
+    peak_memory: int | None = None  # bytes, see `PeakMemory`; of the last go where it took several
+    bytes: int | None = None  # on disk, of the main process
 
 
 def processes() -> PartialState:
@@ -63,19 +66,21 @@ def run_stage(
     key = value_digest({**request, "version": __version__})
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
-        finished, spent = _look(name, directory, key, replace)
+        done, spent = _look(name, directory, key, replace)
         lent = pool / f"{name}-{key}" if pool else None
-        if not finished and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
+        if not done and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
             shutil.rmtree(directory, ignore_errors=True)
             _link(lent, directory)
-            finished, spent = _look(name, directory, key, replace)
-        if finished:
-            return Stage(name, directory, key, spent, reused=True)
+            done, spent = _look(name, directory, key, replace)
+        if done:
+            return Stage(name, directory, key, spent, True, done.get("peak_memory"), done.get("bytes"))
         if team.is_main_process:
             write_json(directory / REQUEST, {"key": key, "request": request, "seconds": spent})
     start = time.monotonic()
+    peak = PeakMemory()
     try:
-        make(directory)
+        with peak:
+            make(directory)
     except UserError:
         if not _work(directory):
             (directory / REQUEST).unlink(missing_ok=True)  # refused before anything was made: leave nothing behind
@@ -87,30 +92,32 @@ def run_stage(
         raise
     seconds = round(spent + time.monotonic() - start, 3)
     team.wait_for_everyone()
+    size = None
     if team.is_main_process:
-        write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds})
+        write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        size = bytes_on_disk(directory)
         if lent:
             _link(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
-    return Stage(name, directory, key, seconds, reused=False)
+    return Stage(name, directory, key, seconds, False, peak.bytes, size)
 
 
-def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[bool, float]:
-    """Whether the stage is finished, and the seconds it has taken so far; removes what another request has left."""
+def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str, Any], float]:
+    """What is known of a finished stage, and the seconds it has taken so far; removes what another request has left."""
     main = processes().is_main_process
     if (directory / DONE).is_file():
         done = read_json(directory / DONE)
         if done.get("key") == key:
             say(f"{name}: reused") if main else None
-            return True, done["seconds"]
+            return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
     before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
     if before is None and _work(directory):
         raise UserError(f"{directory} is not empty and was not made by prefdistill; give another --out")
     if before is not None and before.get("key") == key:
         if _work(directory) and main:
             say(f"{name}: going on with an interrupted run")
-        return False, before.get("seconds", 0.0)
+        return {}, before.get("seconds", 0.0)
     if _work(directory) and not replace:
         raise UserError(
             f"{directory} holds what was made from other inputs or options; delete it or give another --out"
@@ -120,7 +127,7 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[bool, fl
         for path in directory.iterdir():
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return False, 0.0
+    return {}, 0.0
 
 
 def _link(source: Path, target: Path) -> None:

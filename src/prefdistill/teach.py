@@ -1,12 +1,12 @@
-"""SFT and DPO of a teacher, and SFT of a student's start: TRL's own trainers, unmodified."""
+"""SFT and DPO of a teacher, SFT of a student's start, a reward model: TRL's own trainers, unmodified."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.config import DPOTraining, Training
-from prefdistill.encode import Truncation
+from prefdistill.encode import Truncation, judged_ids
 from prefdistill.errors import UserError
-from prefdistill.models import load_model
+from prefdistill.models import load_model, random_model
 from prefdistill.progress import say
 from prefdistill.training import fit
 
@@ -78,6 +78,39 @@ def train_dpo(
         peft_config=training.peft_config(),
     )
     _count_dropped(trainer, len(pairs), truncation, what)
+    fit(trainer, out, what)
+
+
+def train_reward(
+    shape: dict[str, Any],
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: Training,
+    out: Path,
+    *,
+    seed: int = 0,
+    what: str = "reward model",
+) -> None:
+    """A reward model of this shape from random weights, by the loss of Bradley and Terry; the model ends in `out`.
+
+    A response is read as `RewardModel` reads it later: whole, or up to the last position that the shape has.
+    """
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    model = random_model(tokenizer, shape, seed, reward=True)
+    positions = model.config.max_position_embeddings
+    ids = [
+        {f"{side}_ids": judged_ids(tokenizer, row["prompt"], row[side])[:positions] for side in ("chosen", "rejected")}
+        for row in pairs
+    ]
+    trainer = RewardTrainer(
+        model=model,
+        args=training.to_arguments(out / "checkpoints", seed=seed, data_seed=seed, kind=RewardConfig, max_length=None),
+        train_dataset=Dataset.from_list(ids),
+        processing_class=tokenizer,
+        peft_config=training.peft_config(),
+    )
     fit(trainer, out, what)
 
 

@@ -25,8 +25,8 @@ from prefdistill.logprobs import (
     emittable_ids,
     reduce_logits,
     sum_by_response,
+    token_and_topk_logps,
     token_logps,
-    topk_logps,
     vocabulary_rows,
 )
 from prefdistill.methods import Method, Student, TRLMethod
@@ -224,11 +224,7 @@ def read_student(
         given = [torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])]
 
     def reduce(logits: Tensor, tokens: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
-        if at:
-            at_ids, others, total = topk_logps(logits, *at)
-            found = [logits.gather(-1, tokens[:, None])[:, 0] - total, at_ids, others]
-        else:
-            found = [*token_logps(logits, tokens)]
+        found = [*token_and_topk_logps(logits, tokens, *at)] if at else [*token_logps(logits, tokens)]
         if method.reads_likeliest:
             best = logits.argmax(-1)
             found += [best, *token_logps(logits, best)]

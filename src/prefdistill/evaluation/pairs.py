@@ -1,12 +1,14 @@
 """How well a number per response orders held-out preference pairs."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prefdistill.data import prompt_text
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
-from prefdistill.evaluation.stats import mean_and_error
+from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.methods import shaping_returns
 from prefdistill.signals.reading import score_pairs
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet
@@ -51,8 +53,8 @@ def implicit_rewards(
         reference: "logps" of the student's starting point.
 
     Returns:
-        Per kept pair: `chosen` and `rejected` log-ratios (nats), and `chosen_logp`, the student's log-probability of
-        the chosen response per token.
+        Per kept pair: `chosen` and `rejected` log-ratios (nats), `chosen_logp`, the student's log-probability of the
+        chosen response per token, and `row`, the pair's row in `pairs`.
     """
     encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**reference.manifest["truncation"]))
     rows = np.asarray(encoded["row"][:])
@@ -66,7 +68,13 @@ def implicit_rewards(
     )
     logps = {side: np.array(found[f"{side}_logps"], dtype=np.float64) for side in SIDES}
     ratios = {side: logps[side] - reference.scalar(f"{side}_logps", rows) for side in SIDES}
-    return {**ratios, "chosen_logp": logps["chosen"] / reference.scalar("chosen_tokens", rows)}
+    return {**ratios, "chosen_logp": logps["chosen"] / reference.scalar("chosen_tokens", rows), "row": rows}
+
+
+def prompts_of(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
+    """The prompt of each of these rows as text: what error bars are drawn over, for pairs of one prompt go together."""
+    prompts = pairs["prompt"][:]
+    return [prompt_text(prompts[row]) for row in rows]
 
 
 def evaluate_pairs(
@@ -81,7 +89,7 @@ def evaluate_pairs(
         stores: signals for these pairs: "reference" with logps, and optionally "teacher" with values and logps.
 
     Returns:
-        `{"metrics": {name: {mean, se, n}}, "margin_accuracy": {term: {mean, se, n}}}`, errors over the pairs.
+        `{"metrics": {name: estimate}, "margin_accuracy": {term: estimate}, "pairs": k}`, the errors over the prompts.
 
     Raises:
         UserError: if the signals were made from other data or tokens, or lack the reference's logps.
@@ -91,14 +99,20 @@ def evaluate_pairs(
         raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
     for store in stores:
         store.check_tokenizer(tokenizer)
-    reward = implicit_rewards(student, pairs, tokenizer, signals.store("reference", "logps", "chosen"))
-    terms = {} if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]) else pair_terms(signals)
+    reference = signals.store("reference", "logps", "chosen")
+    reward = implicit_rewards(student, pairs, tokenizer, reference)
+    groups = prompts_of(pairs, reward["row"])
+    metrics = {"reward_accuracy": pair_wins(reward["chosen"], reward["rejected"]), "chosen_logp": reward["chosen_logp"]}
+    if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]):
+        terms = {"longer is better": pair_wins(*(reference.scalar(f"{side}_tokens", signals.rows) for side in SIDES))}
+    else:
+        terms = pair_terms(signals)
+    terms["the start's log-prob"] = pair_wins(*(reference.scalar(f"{side}_logps", signals.rows) for side in SIDES))
+    shared = prompts_of(pairs, signals.rows)
     return {
-        "metrics": {
-            "reward_accuracy": mean_and_error(pair_wins(reward["chosen"], reward["rejected"])),
-            "chosen_logp": mean_and_error(reward["chosen_logp"]),
-        },
-        "margin_accuracy": {name: mean_and_error(wins) for name, wins in terms.items()},
+        "metrics": {name: estimate(values, groups) | {"over": PROMPTS} for name, values in metrics.items()},
+        "margin_accuracy": {name: estimate(wins, shared) | {"over": PROMPTS} for name, wins in terms.items()},
+        "pairs": len(groups),
     }
 
 

@@ -36,7 +36,15 @@ def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Pat
     if format not in renderers:
         raise UserError(f'unknown report format "{format}": use one of {", ".join(renderers)}')
     text = renderers[format]([Path(run) for run in runs])
-    out = Path(out)
+    return save_page(text, Path(out), "the report")
+
+
+def save_page(text: str, out: Path, what: str) -> Path:
+    """Write a page to a file that is whole or not there. Returns `out`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
@@ -50,7 +58,7 @@ def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Pat
                 os.unlink(name)
             raise
     except OSError as error:
-        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}") from None
+        raise UserError(f"{what} cannot be written to {out}: {error.strerror or error}") from None
     return out
 
 

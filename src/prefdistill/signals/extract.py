@@ -84,7 +84,7 @@ def extract_signals(
             "logps" (log-probability of the response), "q" (sum of its tokens' raw logits), "topk" (the most likely
             tokens of s_0 .. s_{T-1} and the mass of all others). In nats, float32 but where said.
         out: directory of the store.
-        role: whose word it is: "teacher", "teacher_reference" or "reference" (the student's starting point).
+        role: whose word it is: "teacher", "teacher_reference", "reference" (the student's starting point) or "student".
         responses: columns of the data to read: "chosen", "rejected", or what `sample` wrote ("student_response").
         truncation: see `prefdistill.data.Truncation`.
         positions: of values: "all" states, or "endpoints", V(s_0) and V of the last state before the end token (of s_T

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCHEMA = 3
-# Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, or that of the student's
-# own starting point, the reference of the DPO margin.
-ROLES = ("teacher", "teacher_reference", "reference")
+# Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, that of the student's own
+# starting point, the reference of the DPO margin, or that of a trained student, which is to be looked at.
+ROLES = ("teacher", "teacher_reference", "reference", "student")
 # What can be asked of a model about a response of T tokens, in nats, and the columns it is stored in.
 #   values          soft value of s_0 .. s_T, and its last one under other gauges (signals/gauge.py); of endpoints only,
 #                   `start_value` of s_0, one for the row, and `end_value` of the last state before the end token, or of

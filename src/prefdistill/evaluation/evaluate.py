@@ -1,0 +1,236 @@
+"""`prefdistill evaluate`: one model, and whatever is asked for of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.data import RESPONSES, check_pairs, load_pairs, load_prompts
+from prefdistill.encode import Truncation
+from prefdistill.errors import UserError
+from prefdistill.evaluation.benchmarks import run_benchmarks
+from prefdistill.evaluation.generations import (
+    RESPONSE,
+    Generations,
+    by_prompt,
+    measure_scores,
+    measure_texts,
+    references_of,
+    unique_prompts,
+)
+from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
+from prefdistill.evaluation.pairs import evaluate_pairs
+from prefdistill.evaluation.reward_model import RewardModel, judge_of
+from prefdistill.files import read_json
+from prefdistill.models import check_reward_model, load_model, load_tokenizer, ready
+from prefdistill.progress import say
+from prefdistill.sample import sample_responses, sidecar
+from prefdistill.signals import Signals
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+SAMPLING = ("prompts", "temperature", "max_new_tokens", "batch_size", "engine")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `evaluate` is asked for; the command line's options of the same names say more.
+
+    Args:
+        model: Hub name or directory; not needed where only given generations are scored.
+        data: pairs, or prompts with or without `completion`; not needed for benchmarks.
+        reference, teacher: signal stores of the student's start and of the teacher, for what is measured on pairs.
+        generate: answer the prompts; implied by a reward model.
+        generations, against: files of responses, in place of sampling them, and to compare with.
+        column: where these two files keep the responses.
+        reward_model: Hub name or directory of the judge.
+        length_ranges: edges in words; empty: quartiles.
+        lm_eval: tasks of the lm-evaluation-harness.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    reference: Path | None = None
+    teacher: Path | None = None
+    generate: bool = False
+    generations: Path | None = None
+    against: Path | None = None
+    column: str = RESPONSE
+    reward_model: str | None = None
+    length_ranges: Sequence[int] = ()
+    prompts: int | None = None
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    batch_size: int = 64
+    engine: str = "transformers"
+    lm_eval: Sequence[str] = ()
+    lm_eval_include: Path | None = None
+    lm_eval_batch_size: int = 8
+    limit: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.reference or self.lm_eval or self.answers):
+            raise UserError(
+                "nothing to evaluate: give --reference (pairs), --generate, --generations or --reward-model "
+                "(responses), or --lm-eval (benchmarks)"
+            )
+        if self.model is None and (self.reference or self.lm_eval or not self.generations):
+            raise UserError("--model is missing: only --generations can be scored without the model they are from")
+        if self.data is None and (self.reference or (self.answers and not self.generations)):
+            raise UserError("--data is missing: the pairs that --reference was made from, or prompts to answer")
+        if self.generate and self.generations:
+            raise UserError("--generate samples the responses that --generations gives; leave one of the two out")
+        sampled = self.answers and not self.generations
+        for there, needs, options in (
+            (self.reference, "--reference", ("teacher",)),
+            (self.reward_model, "--reward-model, which scores both", ("against",)),
+            (self.generations or self.against, "--generations or --against", ("column",)),
+            (self.answers, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
+            (sampled, "responses to sample: --generate or --reward-model", SAMPLING),
+            (self.lm_eval, "--lm-eval", ("lm_eval_include", "lm_eval_batch_size", "limit")),
+        ):
+            given = [name for name in options if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+            if given and not there:
+                raise UserError(f"--{given[0].replace('_', '-')} needs {needs}")
+
+    @property
+    def answers(self) -> bool:
+        """Whether there are responses to look at."""
+        return bool(self.generate or self.generations or self.reward_model)
+
+
+def evaluate(request: Request, out: Path) -> dict[str, Any]:
+    """Everything that is asked for; responses are sampled once, into a file beside `out`.
+
+    Returns:
+        `{"metrics": {name: estimate}}` and, as asked, `margin_accuracy`, `pairs`, `generations`, `by_length`, `judge`,
+        `against`, `benchmarks`; see docs/evaluate.md.
+
+    Raises:
+        UserError: if data, models and stores do not fit together.
+    """
+    results: dict[str, Any] = {"model": request.model, "data": request.data, "metrics": {}}
+    if request.reward_model:
+        check_reward_model(request.reward_model, trust_remote_code=request.trust_remote_code)
+    data = None
+    if request.data:
+        data = load_pairs(request.data) if request.reference else load_prompts(request.data)
+        if set(RESPONSES) <= set(data.column_names):
+            check_pairs(data, request.data)
+    if request.answers:
+        results |= _evaluate_answers(request, data, out)
+    if not (request.reference or request.lm_eval):
+        return results
+    tokenizer = load_tokenizer(str(request.model), trust_remote_code=request.trust_remote_code)
+    model = ready(load_model(str(request.model), dtype=request.dtype, trust_remote_code=request.trust_remote_code))
+    if request.reference:
+        assert data is not None
+        stores = [Signals.open(path) for path in (request.reference, request.teacher) if path]
+        found = evaluate_pairs(model, data, tokenizer, stores)
+        results |= found | {"metrics": found["metrics"] | results["metrics"]}
+    if request.lm_eval:
+        results["benchmarks"] = run_benchmarks(
+            model,
+            tokenizer,
+            request.lm_eval,
+            include=request.lm_eval_include,
+            limit=request.limit,
+            batch_size=request.lm_eval_batch_size,
+            seed=request.seed,
+        )
+    return results
+
+
+def _evaluate_answers(request: Request, data: "Dataset | None", out: Path) -> dict[str, Any]:
+    """Responses, sampled or given: their lengths, how near they are to the references, and what the judge says."""
+    file = request.generations
+    if file is None:
+        assert data is not None
+        file = out.with_name(f"{out.stem}.generations.jsonl")
+        rows = _sample(request, unique_prompts(data, request.prompts), file)
+    else:
+        rows = load_prompts(str(file))
+    column = request.column if request.generations else RESPONSE
+    ours = Generations.read(rows, column, references_of(data) if data is not None else None)
+    measured = Measured()
+    measure_texts(measured, ours)
+    told: dict[str, Any] = {}
+    if request.reward_model:
+        told = _judge(request, measured, ours, data)
+    made = read_json(sidecar(file)) if sidecar(file).is_file() else {}
+    shown = {key: made[key] for key in ("ended_share", "tokens_per_second") if key in made}
+    edges = request.length_ranges or None
+    return {
+        "metrics": {metric: mean_of([[measured]], metric) for metric in BY_LENGTH if metric in measured.metrics},
+        "by_length": by_length({"model": [[measured]]}, edges),
+        "generations": {"file": str(file), "responses": len(ours.responses), **shown, "points": points(measured)},
+        **told,
+    }
+
+
+def _sample(request: Request, prompts: "Dataset", file: Path) -> "Dataset":
+    return sample_responses(
+        str(request.model),
+        prompts.select_columns("prompt"),
+        out=file,
+        column=RESPONSE,
+        temperature=request.temperature,
+        max_new_tokens=request.max_new_tokens,
+        truncation=Truncation(None),
+        batch_size=request.batch_size,
+        seed=request.seed,
+        engine=request.engine,
+        learnt_from=False,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _judge(request: Request, measured: Measured, ours: Generations, data: "Dataset | None") -> dict[str, Any]:
+    """Scores of the judge, the win rate, and what the judge is worth on the data's own pairs."""
+    judge = RewardModel(str(request.reward_model), trust_remote_code=request.trust_remote_code)
+    told: dict[str, Any] = {}
+    others = None
+    if data is not None and set(RESPONSES) <= set(data.column_names):
+        worth = judge.judge_pairs(data)
+        told["judge"] = judge_of(str(request.reward_model), [worth])
+        others = by_prompt(data["prompt"][:], worth.items["chosen_score"])
+        told["against"] = f"the chosen responses of {request.data}"
+    if request.against:
+        theirs = Generations.read(load_prompts(str(request.against)), request.column)
+        others = by_prompt(theirs.prompts, judge.score(theirs.prompts, theirs.responses, what="judging the others"))
+        told["against"] = str(request.against)
+    if others is None:
+        say("evaluate: no win rate, for there is nothing to compare with: --against, or data with chosen responses")
+    measure_scores(measured, ours, judge, others)
+    return told
+
+
+def as_text(results: dict[str, Any]) -> str:
+    """The results line by line, for a person."""
+    lines = [_line(name, value) for name, value in results["metrics"].items()]
+    if against := results.get("against"):
+        lines.append(f"  win rate against {against}")
+    lines += [_line(name, value) for name, value in results.get("margin_accuracy", {}).items()]
+    if "pairs" in results:
+        lines.append(f"  accuracies of {results['pairs']} pairs")
+    if judge := results.get("judge"):
+        lines.append(_line("the judge on these pairs", judge["accuracy"]))
+        lines.append(_line("longer is better, likewise", judge["longer_is_better"]))
+    for name, task in results.get("benchmarks", {}).get("tasks", {}).items():
+        for metric, value in task["metrics"].items():
+            error = "" if value["se"] is None else f" ± {value['se']:.3f}"
+            lines.append(f"{name + ', ' + metric:28} {value['mean']:.3f}{error}   (n = {task['n']})")
+    if made := results.get("generations"):
+        lines.append(f"responses  {made['file']}")
+    return "\n".join(lines)
+
+
+def _line(name: str, value: dict[str, Any]) -> str:
+    error = "" if value["se"] is None else f" ± {value['se']:.3f}, 95 % {value['low']:.3f} to {value['high']:.3f}"
+    return f"{name:28} {value['mean']:.3f}{error}   ({value['n']} prompts)"

@@ -1,0 +1,7 @@
+"""Answers judged by a language model behind an OpenAI-compatible endpoint: MT-Bench and AlpacaEval."""
+
+from prefdistill.evaluation.judges.alpaca import judge_alpaca_eval
+from prefdistill.evaluation.judges.client import Endpoint
+from prefdistill.evaluation.judges.mt_bench import judge_mt_bench
+
+__all__ = ["Endpoint", "judge_alpaca_eval", "judge_mt_bench"]

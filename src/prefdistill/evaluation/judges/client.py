@@ -1,0 +1,266 @@
+"""Questions to an OpenAI-compatible endpoint, many at a time, through the `openai` package.
+
+Retries (429, 5xx, timeouts, broken connections) with exponential back-off, jitter and Retry-After are the package's.
+What is added here: a limit to the bytes and the seconds of a reply, and a failure that is a row like any other.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from prefdistill.errors import UserError
+from prefdistill.files import value_digest
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+KEY_VARIABLES = ("PREFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
+NOT_OURS_TO_SET = ("messages", "model", "stream", "n")
+REFUSED = (401, 403, 404)  # the same for every request: no use in asking on
+GIVE_UP_AFTER = 8  # requests that failed one after another, with none answered before
+ERROR_CHARACTERS = 300
+FIELDS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 2048}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a judge answers, and how it is asked. The key is in the environment alone and no part of this.
+
+    Args:
+        url: base URL, such as http://localhost:8000/v1; credentials in it are refused.
+        model: the judge's name there.
+        fields: of every request beside its messages, e.g. temperature and max_tokens.
+        timeout: seconds that may pass without a byte, after which there is another attempt; one that takes twice as
+            long, though bytes trickle in, is given up.
+        retries: further attempts after a failure that may pass.
+        concurrency: requests under way together.
+        max_bytes: of one reply.
+    """
+
+    url: str
+    model: str
+    fields: dict[str, Any] = field(default_factory=lambda: dict(FIELDS))
+    timeout: float = 120.0
+    retries: int = 5
+    concurrency: int = 4
+    max_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise UserError("--url is no http:// or https:// address; give the base, e.g. http://localhost:8000/v1")
+        if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: it may hold a secret
+            raise UserError(
+                f"--url holds more than an address (user, query or fragment); keys go into {' or '.join(KEY_VARIABLES)}"
+            )
+        if taken := [name for name in NOT_OURS_TO_SET if name in self.fields]:
+            raise UserError(f"{taken[0]} is no field to set: it is made for each request")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The fields that are sent; null leaves out what would be sent otherwise."""
+        return {name: value for name, value in self.fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: messages for the judge, and what is to be written beside its reply."""
+
+    messages: list[dict[str, str]]
+    about: dict[str, Any]
+
+    def key(self, endpoint: Endpoint) -> str:
+        """The same for the same words to the same judge, asked in the same way."""
+        return value_digest({"messages": self.messages, "model": endpoint.model, "fields": endpoint.body})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: `reply` is None where nothing did, and `error` says why."""
+
+    reply: str | None = None
+    error: str | None = None
+    status: int | None = None
+    first_token: list[tuple[str, float]] | None = None
+    finish: str | None = None
+    served_as: str | None = None
+    fingerprint: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    retries: int = 0
+    seconds: float = 0.0
+
+
+def judge_key() -> tuple[str | None, str]:
+    """The variable that holds a key, and the key; local servers need none."""
+    for name in KEY_VARIABLES:
+        if key := os.environ.get(name, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise UserError(f"{name} holds characters that no key has; set it again")
+            return name, key
+    return None, "none"
+
+
+def ask_all(endpoint: Endpoint, questions: Iterable[Question], keep: Callable[[Question, Reply], None]) -> None:
+    """Ask every question and `keep` each reply as it comes; an interruption loses only those under way.
+
+    Raises:
+        UserError: if the endpoint refuses the key, the address or the model before anything was answered.
+        RuntimeError: if nothing is answered at all.
+    """
+    asyncio.run(_ask_all(endpoint, list(questions), keep))
+
+
+async def _ask_all(endpoint: Endpoint, questions: list[Question], keep: Callable[[Question, Reply], None]) -> None:
+    variable, key = judge_key()
+    left, answered, failed = iter(questions), 0, 0
+
+    async def work(client: "AsyncOpenAI") -> None:
+        nonlocal answered, failed
+        for question in left:  # shared by all workers
+            found = _fit_to_write(await _ask(client, endpoint, question), key if variable else None)
+            keep(question, found)
+            answered, failed = answered + (found.error is None), failed + (found.error is not None)
+            if answered == 0 and found.status in REFUSED:
+                raise UserError(_refusal(endpoint, found, variable))
+            if answered == 0 and failed >= min(len(questions), max(GIVE_UP_AFTER, 2 * endpoint.concurrency)):
+                raise RuntimeError(
+                    f"none of {failed} requests to {endpoint.url} was answered, the last one: {found.error}"
+                )
+
+    async with _client(endpoint, key) as client:
+        await asyncio.gather(*(work(client) for _ in range(min(endpoint.concurrency, len(questions)))))
+
+
+def _refusal(endpoint: Endpoint, found: Reply, variable: str | None) -> str:
+    if found.status == 404:
+        fix = f"is {endpoint.model!r} a model there, and does the address end as it should (often in /v1)?"
+    else:
+        fix = f"the key came from {variable}" if variable else f"set {' or '.join(KEY_VARIABLES)} in the environment"
+    return f"{endpoint.url} refuses: {found.error}; {fix}"
+
+
+def _client(endpoint: Endpoint, key: str) -> "AsyncOpenAI":
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("judges are asked through the openai package: pip install 'prefdistill[judges]'") from error
+
+    class TooMuch(openai.OpenAIError):
+        """Of the package's own kind, which it passes on without trying again."""
+
+    class Limited(openai.DefaultAsyncHttpxClient):
+        """Reads no more of a body than `max_bytes`, and not for long; the package limits neither."""
+
+        async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            try:
+                async with asyncio.timeout(2 * endpoint.timeout):
+                    response = await super().send(request, stream=True, **options)
+                    try:
+                        body = await _read(response.aiter_bytes(), endpoint.max_bytes)
+                    finally:
+                        await response.aclose()
+            except TimeoutError:
+                raise TooMuch(f"the reply is not whole after {2 * endpoint.timeout:g} s") from None
+            if body is None:
+                raise TooMuch(f"the reply is longer than {endpoint.max_bytes:,} bytes")
+            headers = [
+                (k, v) for k, v in response.headers.multi_items() if k not in ("content-encoding", "content-length")
+            ]
+            return type(response)(response.status_code, headers=headers, content=body, request=response.request)
+
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=endpoint.url,
+        timeout=endpoint.timeout,
+        max_retries=endpoint.retries,
+        http_client=Limited(timeout=endpoint.timeout),
+    )
+
+
+async def _read(chunks: AsyncIterator[bytes], most: int) -> bytes | None:
+    """None if there are more than `most` bytes."""
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > most:
+            return None
+    return bytes(body)
+
+
+async def _ask(client: "AsyncOpenAI", endpoint: Endpoint, question: Question) -> Reply:
+    import openai
+
+    begun = time.monotonic()
+    try:
+        raw = await client.chat.completions.with_raw_response.create(
+            model=endpoint.model,
+            messages=cast(Any, question.messages),
+            extra_body=endpoint.body,
+        )
+        found = asdict(_parse(raw.parse())) | {"retries": raw.retries_taken}
+    except openai.APIStatusError as error:
+        found = {
+            "error": f"status {error.status_code}: {error.response.text}",
+            "status": error.status_code,
+            "retries": int(error.request.headers.get("x-stainless-retry-count", 0)),
+        }
+    except openai.APIConnectionError as error:
+        late = isinstance(error, openai.APITimeoutError)
+        told = f"no reply within {endpoint.timeout:g} s" if late else f"no connection ({error.__cause__ or error})"
+        found = {"error": told, "retries": endpoint.retries}
+    except (openai.OpenAIError, ValueError) as error:  # too much; not JSON
+        found = {"error": f"no chat completion: {error}"}
+    return Reply(**found | {"seconds": round(time.monotonic() - begun, 3)})
+
+
+def _parse(completion: Any) -> Reply:
+    """What we need of a completion, which the package builds of whatever JSON it gets, or leaves as text."""
+    try:
+        choice = completion.choices[0]
+        text = choice.message.content
+        if text is None:
+            text = getattr(choice.message, "refusal", None) or ""
+        if not isinstance(text, str):
+            raise TypeError
+        scored = getattr(getattr(choice, "logprobs", None), "content", None)
+        first = [(entry.token, float(entry.logprob)) for entry in scored[0].top_logprobs] if scored else None
+    except (AttributeError, TypeError, IndexError, ValueError):
+        return Reply(error="no chat completion: the reply holds no choices with a message")
+    usage = getattr(completion, "usage", None)
+    return Reply(
+        reply=text,
+        first_token=first,
+        finish=_given(str, choice, "finish_reason"),
+        served_as=_given(str, completion, "model"),
+        fingerprint=_given(str, completion, "system_fingerprint"),
+        tokens_in=_given(int, usage, "prompt_tokens"),
+        tokens_out=_given(int, usage, "completion_tokens"),
+    )
+
+
+def _given(kind: type, of: Any, name: str) -> Any:
+    """None where a server leaves out what others say, or says something else in its place."""
+    value = getattr(of, name, None)
+    return value if isinstance(value, kind) else None
+
+
+def _fit_to_write(found: Reply, key: str | None) -> Reply:
+    """Without the key, which servers quote in their errors, and without halves of characters, which no file takes."""
+
+    def fit(text: str) -> str:
+        whole = text.encode(errors="replace").decode()
+        return whole.replace(key, "***") if key else whole
+
+    texts: dict[str, Any] = {name: fit(value) for name, value in asdict(found).items() if isinstance(value, str)}
+    if found.error is not None:  # cut only now: half a key would not have been found
+        texts["error"] = " ".join(texts["error"].split())[:ERROR_CHARACTERS]
+    return replace(found, **texts)

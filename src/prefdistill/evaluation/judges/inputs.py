@@ -1,0 +1,158 @@
+"""The files a judgement is made from: FastChat's questions, prompts and answers, AlpacaEval's outputs."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefdistill.errors import UserError
+from prefdistill.files import file_digest, read_json
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words for a judge, with {names} for what is judged."""
+
+    name: str
+    system: str
+    template: str
+
+    def messages(self, fields: Mapping[str, str]) -> list[dict[str, str]]:
+        """As a system message, if there are words for one, and a user message."""
+        system = [{"role": "system", "content": fill(self.system, fields)}] if self.system.strip() else []
+        return [*system, {"role": "user", "content": fill(self.template, fields)}]
+
+    def require(self, names: Sequence[str], where: Path | str) -> None:
+        if missing := [name for name in names if f"{{{name}}}" not in self.template]:
+            raise UserError(f"{where}: the prompt {self.name!r} has no place for {{{missing[0]}}}")
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """The template with each {name} replaced, in one pass: braces in an answer, or elsewhere in the template, stay.
+
+    Example:
+        >>> fill("{question} {x}: {answer}", {"question": "Why?", "answer": "{question}"})
+        'Why? {x}: {question}'
+    """
+    names = "|".join(map(re.escape, fields))
+    return re.sub(rf"\{{({names})\}}", lambda found: fields[found[1]], template)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, or of a JSON file that holds a list of them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    # not str.splitlines: it also parts at characters that JSON allows inside of a text
+    pieces = [(0, text)] if text.lstrip().startswith("[") else list(enumerate(text.split("\n")))
+    rows: list[Any] = []
+    for line, piece in pieces:
+        try:
+            found = json.loads(piece) if piece.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {line + error.lineno}: not valid JSON ({error.msg})") from error
+        rows += found if isinstance(found, list) else [found]
+    if not rows:
+        raise UserError(f"{path}: there are no rows in it")
+    if bad := [place for place, row in enumerate(rows) if not isinstance(row, dict)]:
+        raise UserError(f"{path}, row {bad[0]}: not a JSON object")
+    return rows
+
+
+def read_questions(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """Questions with `question_id`, `category` and `turns`; where `most` are asked for, evenly from the whole file."""
+    rows = read_rows(path)
+    seen: set[Any] = set()
+    for place, row in enumerate(rows):
+        turns = row.get("turns")
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)):
+            raise UserError(f"{path}, row {place}: a question has `turns`, a list of texts")
+        if len(turns) > 2:
+            raise UserError(f"{path}, row {place}: {len(turns)} turns; the judge's prompts are for one and two")
+        if "question_id" not in row or row["question_id"] in seen:
+            raise UserError(f"{path}, row {place}: a question has a `question_id` of its own")
+        if not isinstance(row.get("category"), str):
+            raise UserError(f"{path}, row {place}: a question has a `category`")
+        seen.add(row["question_id"])
+    if most is not None and most < len(rows):
+        rows = [rows[place * len(rows) // most] for place in range(most)]
+    return rows
+
+
+def read_prompts(path: Path, names: Sequence[str]) -> dict[str, Prompt]:
+    """The named prompts of a file with `name`, `system_prompt` and `prompt_template`."""
+    found = {}
+    for place, row in enumerate(read_rows(path)):
+        try:
+            found[row["name"]] = Prompt(row["name"], row.get("system_prompt") or "", row["prompt_template"])
+        except KeyError as error:
+            raise UserError(f"{path}, row {place}: a prompt has {error}") from error
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{path}: no prompt {missing[0]!r}; it has {', '.join(found)}")
+    return {name: found[name] for name in names}
+
+
+def read_answers(path: Path, questions: Sequence[dict[str, Any]], what: str) -> dict[Any, list[str]]:
+    """The first choice's turns for each question, from FastChat's answer files."""
+    found: dict[Any, list[str]] = {}
+    for place, row in enumerate(read_rows(path)):
+        try:
+            turns = row["choices"][0]["turns"]
+            found[row["question_id"]] = turns
+            if not (isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
+                raise TypeError
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f'{path}, row {place}: an answer is {{"question_id": ..., "choices": [{{"turns": ["...", "..."]}}]}}'
+            ) from error
+    missing = [q["question_id"] for q in questions if len(found.get(q["question_id"], [])) < len(q["turns"])]
+    if missing:
+        listed = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{path}: no {what} to all turns of {len(missing)} questions ({listed})")
+    return found
+
+
+def read_outputs(path: Path) -> dict[str, str]:
+    """Instruction -> output, of AlpacaEval's files (`instruction`, `output`) or `prefdistill sample`'s (`prompt`,
+    `completion`).
+    """
+    found: dict[str, str] = {}
+    for place, row in enumerate(read_rows(path)):
+        if "instruction" in row and "output" in row:
+            instruction, output = row["instruction"], row["output"]
+        elif "prompt" in row and "completion" in row:
+            instruction, output = _text(row["prompt"]), _text(row["completion"])
+        else:
+            instruction = output = None
+        if not (isinstance(instruction, str) and isinstance(output, str)):
+            raise UserError(
+                f"{path}, row {place}: give `instruction` and `output`, or `prompt` and `completion`, one message each"
+            )
+        if instruction in found:
+            raise UserError(f"{path}, row {place}: a second output to the same instruction; keep one")
+        found[instruction] = output
+    return found
+
+
+def _text(value: Any) -> Any:
+    """Plain text, or the text of a conversation of one message."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return value[0].get("content")
+    return value
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """What a file of answers is: its digest, who it says answered, and how, if it is as `prefdistill` wrote it."""
+    rows = read_rows(path)
+    names = {str(row[key]) for row in rows for key in ("model_id", "generator") if row.get(key)}
+    found: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "models": sorted(names)}
+    beside = path.with_name(f"{path.name}.meta.json")
+    if beside.is_file():
+        made = read_json(beside)
+        if made.get("sha256") == found["sha256"]:
+            found["made_from"] = made.get("request")
+    return found

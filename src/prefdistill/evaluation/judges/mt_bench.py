@@ -1,0 +1,279 @@
+"""MT-Bench: grades of single answers and comparisons of two, turn by turn.
+
+A grade is a number from 1 to 10. A comparison is asked in both orders, and won only where both orders say so: anything
+else is a tie, so that a judge with a preference for the first answer decides nothing.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefdistill.errors import UserError
+from prefdistill.evaluation.judges import verdicts
+from prefdistill.evaluation.judges.client import Endpoint, Question, Reply
+from prefdistill.evaluation.judges.inputs import Prompt, provenance, read_answers, read_prompts, read_questions
+from prefdistill.evaluation.judges.ledger import Ledger, summary
+from prefdistill.evaluation.stats import estimate
+from prefdistill.files import file_digest, write_json
+from prefdistill.progress import say
+from prefdistill.stages import locked
+
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose answers are right or wrong
+ORDERS = ("first", "second")  # the place at which our answer is shown
+KINDS = ("single", "pair")
+FOR_THE_FIRST = {"A": 1.0, "B": 0.0, "C": 0.5}
+# (kind, has a reference, turn) -> the prompt's name in FastChat's file, and what it must have a place for
+PROMPTS = {
+    ("single", False, 1): ("single-v1", ("question", "answer")),
+    ("single", True, 1): ("single-math-v1", ("question", "answer", "ref_answer_1")),
+    ("single", False, 2): ("single-v1-multi-turn", ("question_1", "answer_1", "question_2", "answer_2")),
+    ("single", True, 2): (
+        "single-math-v1-multi-turn",
+        ("question_1", "answer_1", "question_2", "answer_2", "ref_answer_1", "ref_answer_2"),
+    ),
+    ("pair", False, 1): ("pair-v2", ("question", "answer_a", "answer_b")),
+    ("pair", True, 1): ("pair-math-v1", ("question", "answer_a", "answer_b", "ref_answer_1")),
+    ("pair", False, 2): (
+        "pair-v2-multi-turn",
+        ("question_1", "answer_a_1", "answer_b_1", "question_2", "answer_a_2", "answer_b_2"),
+    ),
+    ("pair", True, 2): (
+        "pair-math-v1-multi-turn",
+        ("question_1", "answer_a_1", "answer_b_1", "question_2", "answer_a_2", "answer_b_2", "ref_answer_1"),
+    ),
+}
+
+
+def judge_mt_bench(
+    endpoint: Endpoint,
+    out: Path,
+    *,
+    questions: Path,
+    prompts: Path,
+    references: Path,
+    answers: Path,
+    against: Path | None = None,
+    kinds: Sequence[str] | None = None,
+    max_questions: int | None = None,
+    price_in: float | None = None,
+    price_out: float | None = None,
+) -> dict[str, Any]:
+    """Have the answers to MT-Bench's questions judged; `OUT/verdicts.jsonl` keeps every reply, `OUT/results.json` is
+    returned.
+
+    Args:
+        endpoint: the judge.
+        out: a directory; what is in it already is not asked again.
+        questions, prompts, references: FastChat's question.jsonl, judge_prompts.jsonl and reference answers.
+        answers: FastChat's answer file, or that of `prefdistill judge answers`.
+        against: another one, to compare with.
+        kinds: "single" grades each file, "pair" compares them; default: all that the files allow.
+        max_questions: as many, evenly from the whole file.
+        price_in, price_out: money per million tokens.
+
+    Returns:
+        `{"single": {"answers": scores, "against": scores, "difference": estimate}, "pair": {...}, "judge", ...}`, where
+        every estimate is over questions.
+
+    Raises:
+        UserError: if a file lacks something, or the endpoint refuses.
+        RuntimeError: if no request is answered.
+
+    Example:
+        >>> judge_mt_bench(endpoint, Path("judged"), questions=..., prompts=..., references=..., answers=...)
+        ... # doctest: +SKIP
+    """
+    begun = time.monotonic()
+    kinds = kinds or (KINDS if against else KINDS[:1])
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"unknown kind {unknown[0]!r}; known: {', '.join(KINDS)}")
+    if "pair" in kinds and against is None:
+        raise UserError("--kind pair compares two files of answers; give the other one with --against")
+    asked = read_questions(questions, max_questions)
+    worded = _prompts(prompts, kinds)
+    told = _references(references, asked)
+    files = {"answers": answers} | ({"against": against} if against else {})
+    said = {who: read_answers(path, asked, "answer") for who, path in files.items()}
+    results: dict[str, Any] = {"task": "mt-bench", "questions": len(asked)}
+    used: list[dict[str, Any]] = []
+    with locked(out):
+        ledger = Ledger(out / "verdicts.jsonl")
+        if "single" in kinds:
+            graded = [(who, q) for who in files for q in _single(asked, worded, told, said[who])]
+            rows = ledger.ask(endpoint, [q for _, q in graded], _rating, what="grading")
+            by_who = {who: [r for r, (w, _) in zip(rows, graded, strict=True) if w == who] for who in files}
+            results["single"] = {who: grades(own) for who, own in by_who.items()}
+            if against:
+                results["single"]["difference"] = grade_difference(by_who["answers"], by_who["against"])
+            used += rows
+        if "pair" in kinds:
+            shown = {order: _pair(asked, worded, told, said, order) for order in ORDERS}
+            rows = ledger.ask(endpoint, [q for order in ORDERS for q in shown[order]], _winner, what="comparing")
+            half = len(rows) // 2
+            results["pair"] = comparisons(rows[:half], rows[half:])
+            used += rows
+        results |= summary(used, endpoint, price_in, price_out)
+        results["answers"] = {
+            who: provenance(path) | {"characters": _characters(said[who], asked)} for who, path in files.items()
+        }
+        results["files"] = {
+            name: {"file": path.name, "sha256": file_digest(path)}
+            for name, path in (("questions", questions), ("prompts", prompts), ("references", references))
+        }
+        results["seconds"] = round(time.monotonic() - begun, 3)
+        results["asked_now"] = ledger.asked
+        for warning in results["warnings"]:
+            say(f"warning: {warning}")
+        write_json(out / "results.json", results)
+    return results
+
+
+def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The mean rating of all turns, of each turn and of each category; replies without a rating are left out.
+
+    Args:
+        rows: `{"question_id", "turn", "category", "verdict": rating or None, "error"}` each.
+    """
+    rows = list(rows)
+    rated = [row for row in rows if row["verdict"] is not None]
+    return {
+        "score": _mean(rated),
+        "turns": _by(rated, "turn"),
+        "categories": _by(rated, "category"),
+        **_left_out(rows),
+    }
+
+
+def grade_difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mean of our rating less theirs where both have one; the rows are of the same turns, in order."""
+    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a["verdict"] is not None and b["verdict"] is not None]
+    return _mean([a | {"verdict": a["verdict"] - b["verdict"]} for a, b in both])
+
+
+def comparisons(shown_first: Sequence[dict[str, Any]], shown_second: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Wins, ties and losses of our answers, each comparison asked in both orders.
+
+    Args:
+        shown_first, shown_second: rows of the same turns, with our answer as A and as B; "verdict" is A, B, C or None.
+
+    Returns:
+        `win_rate` counts a tie one half. `consistency` is the share of comparisons in which both orders name the same
+        answer, or both a tie; `first_preferred` the share of all decided verdicts that name the answer shown first,
+        one half for a judge without a preference.
+    """
+    pairs = list(zip(shown_first, shown_second, strict=True))
+    both = [(a, b) for a, b in pairs if a["verdict"] is not None and b["verdict"] is not None]
+    as_ours = [(FOR_THE_FIRST[a["verdict"]], 1 - FOR_THE_FIRST[b["verdict"]]) for a, b in both]
+    worth = [
+        a | {"verdict": first if first == second else 0.5}
+        for (a, _), (first, second) in zip(both, as_ours, strict=True)
+    ]
+    agreed = [a | {"verdict": float(first == second)} for (a, _), (first, second) in zip(both, as_ours, strict=True)]
+    decided = [
+        row | {"verdict": float(row["verdict"] == "A")} for pair in both for row in pair if row["verdict"] != "C"
+    ]
+    counts = Counter(row["verdict"] for row in worth)
+    return {
+        "win_rate": _mean(worth),
+        "wins": counts[1.0],
+        "ties": counts[0.5],
+        "losses": counts[0.0],
+        "turns": _by(worth, "turn"),
+        "categories": _by(worth, "category"),
+        "consistency": _mean(agreed),
+        "first_preferred": _mean(decided),
+        "left_out": len(pairs) - len(both),
+        **_left_out([row for pair in pairs for row in pair]),
+    }
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """An estimate over questions: the turns of one are not independent."""
+    if not rows:
+        return None
+    return estimate([row["verdict"] for row in rows], [str(row["question_id"]) for row in rows])
+
+
+def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    return {str(name): _mean([row for row in rows if row[key] == name]) for name in dict.fromkeys(r[key] for r in rows)}
+
+
+def _left_out(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    errors = sum(row["error"] is not None for row in rows)
+    return {"verdicts": len(rows), "unparsable": sum(r["verdict"] is None for r in rows) - errors, "errors": errors}
+
+
+def _characters(answers: dict[Any, list[str]], asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Length of the judged turns: judges like long answers."""
+    told = [(q["question_id"], turn) for q in asked for turn in answers[q["question_id"]][: len(q["turns"])]]
+    return estimate([len(turn) for _, turn in told], [str(name) for name, _ in told])
+
+
+def _rating(reply: Reply) -> float | None:
+    return verdicts.rating(reply.reply or "")
+
+
+def _winner(reply: Reply) -> str | None:
+    return verdicts.winner(reply.reply or "")
+
+
+def _prompts(path: Path, kinds: Sequence[str]) -> dict[tuple[str, bool, int], Prompt]:
+    wanted = {key: value for key, value in PROMPTS.items() if key[0] in kinds}
+    found = read_prompts(path, [name for name, _ in wanted.values()])
+    for name, places in wanted.values():
+        found[name].require(places, path)
+    return {key: found[name] for key, (name, _) in wanted.items()}
+
+
+def _references(path: Path, asked: Sequence[dict[str, Any]]) -> dict[Any, list[str]]:
+    needed = [q for q in asked if q["category"] in WITH_REFERENCE]
+    return read_answers(path, needed, "reference answer") if needed else {}
+
+
+def _turns(
+    asked: Sequence[dict[str, Any]], prompts: dict[tuple[str, bool, int], Prompt], kind: str, references: dict[Any, Any]
+) -> Iterable[tuple[dict[str, Any], Prompt, dict[str, str], dict[str, Any]]]:
+    """Each turn of each question with its prompt, the fields that do not depend on answers, and what to write down."""
+    for q in asked:
+        reference = references[q["question_id"]] if q["category"] in WITH_REFERENCE else []
+        for turn in range(1, len(q["turns"]) + 1):
+            prompt = prompts[kind, bool(reference), turn]
+            fields = {"question": q["turns"][0]}
+            fields |= {f"question_{n}": text for n, text in enumerate(q["turns"], start=1)}
+            fields |= {f"ref_answer_{n}": text for n, text in enumerate(reference, start=1)}
+            about = {"question_id": q["question_id"], "category": q["category"], "turn": turn, "prompt": prompt.name}
+            yield q, prompt, fields, about
+
+
+def _single(
+    asked: Sequence[dict[str, Any]],
+    prompts: dict[tuple[str, bool, int], Prompt],
+    references: dict[Any, list[str]],
+    answers: dict[Any, list[str]],
+) -> list[Question]:
+    made = []
+    for q, prompt, fields, about in _turns(asked, prompts, "single", references):
+        own = answers[q["question_id"]]
+        told = {"answer": own[0]} | {f"answer_{n}": text for n, text in enumerate(own, start=1)}
+        made.append(Question(prompt.messages(fields | told), about))
+    return made
+
+
+def _pair(
+    asked: Sequence[dict[str, Any]],
+    prompts: dict[tuple[str, bool, int], Prompt],
+    references: dict[Any, list[str]],
+    said: dict[str, dict[Any, list[str]]],
+    order: str,
+) -> list[Question]:
+    names = ("answers", "against") if order == "first" else ("against", "answers")
+    made = []
+    for q, prompt, fields, about in _turns(asked, prompts, "pair", references):
+        told: dict[str, str] = {}
+        for letter, who in zip("ab", names, strict=True):
+            own = said[who][q["question_id"]]
+            told |= {f"answer_{letter}": own[0]} | {f"answer_{letter}_{n}": t for n, t in enumerate(own, start=1)}
+        made.append(Question(prompt.messages(fields | told), about | {"ours_shown": order}))
+    return made

@@ -1,0 +1,105 @@
+"""Pairs of the token view as small as they go: tokens and numbers in planes of bytes, compressed in blocks.
+
+A block holds `BLOCK` pairs, and the page unpacks the one it shows:
+
+    length of the head (uint32, little-endian), the head (JSON), then for the tokens of every pair, chosen before
+    rejected: the number of each token's piece, and a number for each field
+
+A whole array is written one byte of its numbers after another (the lowest first), which is what deflate likes. The
+piece of a token is its id and the text it stands for, both in one table for the whole page, the commonest first.
+Numbers of a field are int16 multiples of a step, about 1/2000 of the scale they are shown on or, where a pair needs it,
+more; MISSING is no number. A field that is a path (the value of each state) is written as differences that add up to
+the rounded path.
+"""
+
+import base64
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+BLOCK = 64
+MISSING = -(2**15)
+LIMIT = 2**15 - 1
+
+
+class Pieces:
+    """The table of pieces; a piece has the number it was first seen with until `ranked` sorts them."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str], int] = {}
+
+    def number(self, ids: Sequence[int], text: str, ends: Sequence[int]) -> np.ndarray:
+        """The pieces of one response, from its tokens and where each ends in its text, [T]."""
+        numbers, found, start = self._numbers, [], 0
+        for token, end in zip(ids, ends, strict=True):
+            found.append(numbers.setdefault((token, text[start:end]), len(numbers)))
+            start = end
+        return np.array(found, dtype=np.int64)
+
+    def ranked(self, counts: np.ndarray) -> tuple[list[tuple[int, str]], np.ndarray]:
+        """The table with the commonest piece first, and where each piece has gone, given how often each occurs."""
+        order = np.argsort(-counts, kind="stable")
+        places = np.empty(len(order), dtype=np.int64)
+        places[order] = np.arange(len(order))
+        table = list(self._numbers)
+        return [table[i] for i in order], places
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+def finest(scale: float) -> int:
+    """The exponent e of the smallest step 2^e for numbers that are shown on a scale."""
+    return int(np.floor(np.log2(scale))) - 11
+
+
+def quantised(numbers: np.ndarray, least: int) -> tuple[np.ndarray, int]:
+    """Numbers (nan where there is none) as int16, and the exponent e of their step 2^e, `least` or more."""
+    present = np.isfinite(numbers)
+    exponent = _exponent(np.abs(numbers[present]).max(initial=0.0), least)
+    scaled = np.round(np.where(present, numbers, 0.0) / 2.0**exponent)
+    return np.where(present, scaled, MISSING).astype(np.int16), exponent
+
+
+def quantised_steps(paths: Sequence[np.ndarray], least: int) -> tuple[list[np.ndarray], int]:
+    """Differences along each path [T + 1] as int16 [T], and the exponent of their step; they add up without drift."""
+    exponent = _exponent(max(float(np.abs(np.diff(path)).max(initial=0.0)) for path in paths), least)
+    return [np.diff(np.round((path - path[0]) / 2.0**exponent)).astype(np.int16) for path in paths], exponent
+
+
+def _exponent(largest: float, least: int) -> int:
+    """Differences of rounded numbers are off by one step at most, for which there is room."""
+    return max(least, int(np.ceil(np.log2(largest / (LIMIT - 1))))) if largest > 0 else least
+
+
+def block(head: Any, pieces: np.ndarray, width: int, fields: Iterable[np.ndarray]) -> str:
+    """A block as text; `width` is how many bytes the number of a piece takes."""
+    text = _json(head)
+    parts = [struct.pack("<I", len(text)), text, _planes(pieces.astype("<u4"), width)]
+    parts += [_planes(field.astype("<i2"), 2) for field in fields]
+    return deflated(b"".join(parts))
+
+
+def deflated_json(value: Any) -> str:
+    return deflated(_json(value))
+
+
+def deflated(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def width_of(count: int) -> int:
+    """Bytes that the numbers below `count` take."""
+    return max(1, ((count - 1).bit_length() + 7) // 8)
+
+
+def _planes(numbers: np.ndarray, width: int) -> bytes:
+    return np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, numbers.itemsize)[:, :width].T).tobytes()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

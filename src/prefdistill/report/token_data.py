@@ -1,0 +1,306 @@
+"""What the token view shows of each pair: its text in tokens, and what the signals say of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefdistill.data import SCORES
+from prefdistill.encode import Truncation, encode_pairs, render_pairs
+from prefdistill.errors import UserError
+from prefdistill.methods import shaping_returns
+from prefdistill.methods.tvkd import VALUES
+from prefdistill.progress import Progress
+from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
+from prefdistill.signals.store import ROLES, SIDES, Need, SignalSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# log-ratios whose difference is a DPO margin: the teacher's own, and the student's
+MARGINS = (("teacher", "teacher_reference"), ("student", "reference"))
+LOGP_STEP = -9  # log-probabilities are rounded to 2^-9 nats
+SNIPPET = 140  # characters of a prompt in the list of pairs
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the page multiplies margins by, and how it adds up psi; the defaults are those of the method "tvkd"."""
+
+    alpha: float = 0.7
+    beta: float = 0.1
+    discount: float = 1.0
+    terminal: str = "last"
+
+
+def has(signals: SignalSet, need: Need) -> bool:
+    return not signals.missing([need])
+
+
+def positions(signals: SignalSet, kind: str) -> set[str]:
+    """Of which states the teacher's values of the two responses are stored: "all" or "endpoints"."""
+    return {signals.store("teacher", kind, side).manifest["positions"] for side in SIDES}
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """The tokens of each pair, in the rows that are shown, and what truncation took away."""
+
+    prompts: list[list[str]]  # text and special tokens by turns: text first
+    prompt_tokens: list[int]
+    prompt_cut: list[int]
+    pieces: dict[str, list[np.ndarray]]
+    ids: dict[str, list[np.ndarray]]
+    cut: dict[str, list[int]]
+    table: Pieces
+
+    @classmethod
+    def of(cls, signals: SignalSet, tokenizer: "PreTrainedTokenizerBase", truncation: Truncation) -> "Texts":
+        """Encode without truncation, then cut as the signals were, so that what was lost can be counted.
+
+        Raises:
+            UserError: if what comes out is not what the signals were made of.
+        """
+        pairs = signals.data.select(signals.rows)
+        encoded, _ = encode_pairs(pairs, tokenizer, Truncation(None))
+        if len(encoded) != len(pairs):
+            raise UserError("rows that have signals cannot be encoded now: make the signals again with this version")
+        texts = cls([], [], [], {s: [] for s in SIDES}, {s: [] for s in SIDES}, {s: [] for s in SIDES}, Pieces())
+        made = signals.stores[0]
+        lengths = {side: made.scalar(f"{side}_tokens", signals.rows) for side in SIDES if side in made.responses}
+        prompts: dict[tuple[int, ...], list[str]] = {}
+        with Progress("token view: text", len(pairs), "pair") as progress:
+            for at, (row, rendered) in enumerate(zip(encoded, render_pairs(pairs, tokenizer), strict=True)):
+                assert rendered is not None  # encoded as well
+                whole = row["prompt_ids"]
+                kept = truncation.cut_prompt(whole, tokenizer.bos_token_id)
+                key = tuple(kept)
+                if key not in prompts:
+                    prompts[key] = _segments(kept, tokenizer)
+                texts.prompts.append(prompts[key])
+                texts.prompt_tokens.append(len(kept))
+                texts.prompt_cut.append(len(whole) - len(kept))
+                room = truncation.room_after(kept)
+                for side, text in zip(SIDES, rendered[1:], strict=True):
+                    ids, ends = row[f"{side}_ids"][:room], row[f"{side}_offsets"][:room]
+                    if side in lengths and len(ids) != lengths[side][at]:
+                        raise UserError(
+                            f"row {signals.rows[at]}: {side} has {len(ids)} tokens now and {lengths[side][at]} in the "
+                            "signals; make the signals again with this version"
+                        )
+                    texts.ids[side].append(np.array(ids, dtype=np.int64))
+                    texts.pieces[side].append(texts.table.number(ids, text[len(rendered[0]) :], ends))
+                    texts.cut[side].append(len(row[f"{side}_ids"]) - len(ids))
+                progress.update()
+        return texts
+
+
+def _segments(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Text of a prompt, cut at its special tokens: text, special token, text, ..., text."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    runs: list[list[int]] = [[]]
+    found: list[str] = []
+    for token in ids:
+        if token in special:
+            found.append(str(tokenizer.convert_ids_to_tokens(token)))
+            runs.append([])
+        else:
+            runs[-1].append(token)
+    texts = [str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs]
+    return [part for both in zip(texts, [*found, ""], strict=True) for part in both][:-1]
+
+
+def _snippet(prompt: Any) -> str:
+    """The last thing the user said, on one line."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    line = " ".join(text[: 4 * SNIPPET].split())
+    return line if len(line) <= SNIPPET else line[: SNIPPET - 1] + "…"
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """Numbers of every token: a path of values, or log-probabilities of a role."""
+
+    kind: str
+    role: str
+
+    @property
+    def path(self) -> bool:
+        return self.kind in VALUES.values()
+
+    def manifest(self) -> dict[str, Any]:
+        return {"kind": self.kind, "role": self.role, "path": self.path}
+
+
+def fields_of(signals: SignalSet) -> list[Field]:
+    found = []
+    for kind in VALUES.values():
+        need = Need("teacher", kind)
+        if has(signals, need) and positions(signals, kind) == {"all"}:
+            found.append(Field(kind, "teacher"))
+    return found + [Field("logps", role) for role in ROLES if has(signals, Need(role, "topk"))]
+
+
+def token_psi(values: np.ndarray, ended: bool, discount: float = 1.0, terminal: str = "last") -> np.ndarray:
+    r"""What each token of a response adds to Psi, [T]; they add up to `losses.shaping_return`.
+
+    .. math:: \psi_t = \gamma V(s_{t+1}) - V(s_t)
+
+    Args:
+        values: V(s_0) .. V(s_T), [T + 1].
+        ended: whether the last token is an end token, after which `terminal` says what stands for V(s_T).
+    """
+    states = np.asarray(values, dtype=np.float64).copy()
+    if ended and terminal != "bootstrap":
+        states[-1] = 0.0 if terminal == "zero" else states[-2]
+    return discount * states[1:] - states[:-1]
+
+
+def _token_logps(signals: SignalSet, role: str, side: str, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Log-probability of each token of some responses where it is among those kept, nan where it is not."""
+    topk = signals.topk(role, side)
+    match = topk.ids == np.concatenate(ids)[:, None]
+    at = match.argmax(axis=1)[:, None]
+    flat = np.where(match.any(axis=1), np.take_along_axis(topk.logps, at, axis=1)[:, 0], np.nan)
+    return np.split(flat.astype(np.float64), np.cumsum([len(part) for part in ids])[:-1])
+
+
+def packed(
+    signals: SignalSet, texts: Texts, fields: list[Field], weights: Weights
+) -> tuple[dict[str, Any], list[str], list[tuple[int, str]], dict[str, float]]:
+    """The index of the pairs, their blocks, the table of pieces, and how large the numbers of each mode are."""
+    n = len(signals.rows)
+    everything = [part for side in SIDES for part in texts.pieces[side]]
+    table, places = texts.table.ranked(np.bincount(np.concatenate(everything), minlength=len(texts.table)))
+    values = {
+        (field.kind, side): [np.asarray(v, dtype=np.float64) for v in signals.ragged("teacher", field.kind, side)]
+        for field in fields
+        if field.path
+        for side in SIDES
+    }
+    least = {
+        kind: finest(_scale([np.diff(path) for (k, _), paths in values.items() if k == kind for path in paths]))
+        for kind in {kind for kind, _ in values}
+    }
+    index = _index(signals, texts, weights)
+    index["peak"] = [0.0] * n
+    index["steps"] = [[] for _ in range(n)]
+    sizes: dict[str, list[np.ndarray]] = {}
+
+    def note(mode: str, numbers: np.ndarray) -> None:
+        sizes.setdefault(mode, []).append(numbers[np.isfinite(numbers)])
+
+    blocks = []
+    with Progress("token view: numbers", n, "pair") as progress:
+        for start in range(0, n, BLOCK):
+            part = range(start, min(start + BLOCK, n))
+            here = signals.at(signals.rows[part.start : part.stop])
+            coded: list[list[np.ndarray]] = [[] for _ in fields]
+            logps: dict[tuple[str, str], list[np.ndarray]] = {}
+            for field in fields:
+                if not field.path:
+                    for side in SIDES:
+                        ids = texts.ids[side][part.start : part.stop]
+                        logps[field.role, side] = _token_logps(here, field.role, side, ids)
+            for at in part:
+                for number, field in enumerate(fields):
+                    if field.path:
+                        paths = [values[field.kind, side][at] for side in SIDES]
+                        steps, exponent = quantised_steps(paths, least[field.kind])
+                        coded[number] += steps
+                        for side, path, ended in zip(SIDES, paths, index["ended"][at], strict=True):
+                            psi = token_psi(path, ended, weights.discount, weights.terminal)
+                            note(f"{field.kind}.psi", psi)
+                            note(f"{field.kind}.V", path[1:] - path[0])
+                            if number == 0:
+                                index["peak"][at] = max(index["peak"][at], short(np.abs(psi).max()))
+                            index[f"{field.kind}_start"][side].append(short(path[0]))
+                    else:
+                        both = [logps[field.role, side][at - start] for side in SIDES]
+                        joined, exponent = quantised(np.concatenate(both), LOGP_STEP)
+                        coded[number].append(joined)
+                        note(f"{field.role}.logp", np.concatenate(both))
+                    index["steps"][at].append(exponent)
+                progress.update()
+            for a, b in MARGINS:
+                for side in SIDES:
+                    if (a, side) in logps and (b, side) in logps:
+                        for x, y in zip(logps[a, side], logps[b, side], strict=True):
+                            note(f"{a}.ratio", x - y)
+            pieces = np.concatenate([places[texts.pieces[side][at]] for at in part for side in SIDES])
+            prompts: list[list[str]] = []
+            which = []
+            for at in part:
+                if texts.prompts[at] not in prompts:
+                    prompts.append(texts.prompts[at])
+                which.append(prompts.index(texts.prompts[at]))
+            head = {"prompts": prompts, "which": which}
+            blocks.append(block(head, pieces, width_of(len(table)), [np.concatenate(field) for field in coded]))
+    scales = {mode: _scale(parts) for mode, parts in sizes.items()}
+    return index, blocks, table, scales
+
+
+def _scale(parts: list[np.ndarray]) -> float:
+    """How large numbers are whose colour is the strongest: 98 % of all are smaller. 1 without numbers."""
+    numbers = np.abs(np.concatenate(parts))
+    if not len(numbers):
+        return 1.0
+    return float(np.quantile(numbers, 0.98)) or float(numbers.max(initial=0.0)) or 1.0
+
+
+def _index(signals: SignalSet, texts: Texts, weights: Weights) -> dict[str, Any]:
+    """What the page knows of every pair before it is shown: columns, with [chosen, rejected] where there are two."""
+    data = signals.data.select(signals.rows)
+    made = signals.stores[0]
+    flags = {
+        side: next(s for s in signals.stores if side in s.responses).scalar(f"{side}_ended", signals.rows)
+        for side in SIDES
+        if any(side in s.responses for s in signals.stores)
+    }
+    if len(flags) < len(SIDES):
+        raise UserError(f"the signals are of {', '.join(made.responses)}: the token view needs {' and '.join(SIDES)}")
+    index: dict[str, Any] = {
+        "row": signals.rows.tolist(),
+        "prompt": [_snippet(prompt) for prompt in data["prompt"]],
+        "prompt_tokens": texts.prompt_tokens,
+        "prompt_cut": texts.prompt_cut,
+        "tokens": [[len(texts.ids[side][at]) for side in SIDES] for at in range(len(data))],
+        "cut": [[texts.cut[side][at] for side in SIDES] for at in range(len(data))],
+        "ended": [[bool(flags[side][at]) for side in SIDES] for at in range(len(data))],
+        "psi": {},
+        "logps": {},
+        "scores": None,
+    }
+    for kind in VALUES.values():
+        if has(signals, Need("teacher", kind)):
+            returns = [
+                shaping_returns(signals, side, discount=weights.discount, terminal=weights.terminal, kind=kind)
+                for side in SIDES
+            ]
+            index["psi"][kind] = _columns(returns)
+            index[f"{kind}_start"] = {side: [] for side in SIDES}
+    for role in ROLES:
+        if has(signals, Need(role, "logps")):
+            index["logps"][role] = _columns([signals.scalar(role, "logps", side) for side in SIDES])
+    if set(SCORES) <= set(data.column_names):
+        index["scores"] = [
+            [None if x is None or not np.isfinite(x) else short(x) for x in both]
+            for both in zip(*(data[name] for name in SCORES), strict=True)
+        ]
+    return index
+
+
+def _columns(both: list[np.ndarray]) -> list[list[float]]:
+    return [[short(x) for x in row] for row in zip(*both, strict=True)]
+
+
+def short(x: float) -> float:
+    """Seven digits: all that a float32 has."""
+    return float(f"{float(x):.7g}")

@@ -1,0 +1,248 @@
+"""The token view: one page that shows, token by token, what the stored signals say about the responses of each pair."""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefdistill import __version__
+from prefdistill.data import load_pairs
+from prefdistill.encode import Truncation, end_token_ids
+from prefdistill.errors import UserError
+from prefdistill.models import load_tokenizer
+from prefdistill.report.packed import BLOCK, deflated_json, width_of
+from prefdistill.report.page import environment, save_page
+from prefdistill.report.text import printable
+from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
+from prefdistill.signals.store import ROLES, SIDES, Need, Signals, SignalSet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+MOST_PAIRS = 5_000
+WHOSE = {
+    "teacher": "TEACHER",
+    "teacher_reference": "TEACHER_SFT_MODEL",
+    "reference": "STUDENT",
+    "student": "TRAINED_STUDENT",
+}
+
+
+def write_token_view(
+    data: "str | Dataset",
+    signals: Sequence[Signals],
+    out: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    max_pairs: int = MOST_PAIRS,
+    weights: Weights | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    r"""Write the token view of some pairs to one HTML file that loads nothing from elsewhere.
+
+    .. math:: \psi_t = \gamma V(s_{t+1}) - V(s_t), \qquad \Psi(y) = \sum_t \psi_t
+
+    Args:
+        data: the preference pairs that the signals were made from, or where to load them from.
+        signals: stores for these pairs. What they hold is what the page offers; it names the rest.
+        out: the file.
+        tokenizer: the one the signals were made with; default: the one that their manifest names.
+        max_pairs: the page holds the first of them.
+        weights: alpha and beta of the margins, discount and terminal of psi.
+
+    Returns:
+        `{"out", "pairs", "rows", "bytes", "shows"}`: pairs on the page, rows of the data, what colours tokens.
+
+    Raises:
+        UserError: if a store was made from other data or tokens, no pair has signals, or the file cannot be written.
+
+    Example:
+        >>> write_token_view("pairs.jsonl", [Signals.open("signals/teacher")], "tokens.html")     # doctest: +SKIP
+    """
+    weights = weights or Weights()
+    if not signals:
+        raise UserError("no signals to look at: give a store with --signals DIR (`prefdistill signals` makes one)")
+    name = data if isinstance(data, str) else signals[0].manifest["data"]["name"]
+    pairs = load_pairs(data) if isinstance(data, str) else data
+    available = SignalSet.of(signals, pairs)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(signals[0], trust_remote_code)
+    for store in signals:
+        store.check_tokenizer(tokenizer)
+    if not len(available.rows):
+        raise UserError("no pair has signals in all of the stores: nothing to show")
+    shown = available.at(available.rows[:max_pairs])
+    texts = Texts.of(shown, tokenizer, Truncation(**signals[0].manifest["truncation"]))
+    fields = fields_of(shown)
+    index, blocks, pieces, scales = packed(shown, texts, fields, weights)
+    modes = _modes(fields, scales)
+    page = {
+        "sides": SIDES,
+        "block": BLOCK,
+        "width": width_of(len(pieces)),
+        "fields": [field.manifest() for field in fields],
+        "modes": modes,
+        "weights": vars(weights),
+        "kept": {role: _kept(shown, role) for role in ROLES if has(shown, Need(role, "topk"))},
+    }
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= end_token_ids(tokenizer)
+    table = {
+        "ids": [token for token, _ in pieces],
+        "texts": [text for _, text in pieces],
+        "special": [i for i, (token, _) in enumerate(pieces) if token in special],
+        "names": {i: tokenizer.convert_ids_to_tokens(token) for i, (token, text) in enumerate(pieces) if not text},
+    }
+    about = _about(name, shown, pairs, len(available.rows) - len(shown.rows))
+    html = _render(page, index, table, blocks, about, _missing(shown, name))
+    save_page(printable(html), Path(out), "the token view")
+    return {
+        "out": str(out),
+        "pairs": len(shown.rows),
+        "rows": len(pairs),
+        "bytes": Path(out).stat().st_size,
+        "shows": [mode["key"] for mode in modes],
+    }
+
+
+def _tokenizer_of(store: Signals, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    made = store.manifest["tokenizer"]["name"]
+    if not made:
+        raise UserError("the signals do not say which tokenizer they were made with; name it with --tokenizer")
+    try:
+        return load_tokenizer(made, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        raise UserError(f"{error}\n(the signals name this tokenizer; --tokenizer says where it is now)") from None
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _modes(fields: list[Field], scales: dict[str, float]) -> list[dict[str, Any]]:
+    """What tokens can be coloured by. `signed`: whether zero is in the middle of the scale or at its end."""
+    modes: list[dict[str, Any]] = []
+    for number, field in enumerate(fields):
+        if field.path:
+            of = "" if field.kind == "values" else " of log-probabilities"
+            modes += [
+                {"key": f"{field.kind}.psi", "show": "psi", "field": number, "label": f"ψ{of}", "signed": True},
+                {"key": f"{field.kind}.V", "show": "V", "field": number, "label": f"V{of}", "signed": True},
+            ]
+        else:
+            label = f"log-prob, {field.role.replace('_', ' ')}"
+            modes.append(
+                {"key": f"{field.role}.logp", "show": "logp", "field": number, "label": label, "signed": False}
+            )
+    place = {field.role: number for number, field in enumerate(fields) if not field.path}
+    for a, b in MARGINS:
+        if a in place and b in place:
+            label = f"log-ratio, {a} to {b.replace('_', ' ')}"
+            both = {"field": place[a], "base": place[b]}
+            modes.append({"key": f"{a}.ratio", "show": "ratio", **both, "label": label, "signed": True})
+    return [mode | {"scale": short(scales[mode["key"]])} for mode in modes]
+
+
+def _kept(signals: SignalSet, role: str) -> str:
+    """How many tokens of each distribution a store has, in words."""
+    made = signals.store(role, "topk", SIDES[0]).manifest["topk"]
+    if "k" not in made:
+        return "the ones kept of the teacher's"
+    return "all" if made["k"] == "vocab" else f"the {made['k']} likeliest"
+
+
+def _about(name: str, signals: SignalSet, pairs: "Dataset", left: int) -> dict[str, Any]:
+    """What the head of the page says."""
+    made = signals.stores[0].manifest
+    lengths = made["truncation"]
+    facts = []
+    for role in ROLES:
+        stores = [store for store in signals.stores if store.role == role]
+        if stores:
+            model = stores[0].manifest["model"].get("name") or "a model in memory"
+            kinds = ", ".join(dict.fromkeys(kind for store in stores for kind in store.kinds))
+            facts.append((role.replace("_", " "), f"{model} ({kinds})"))
+    facts.append(("tokenizer", made["tokenizer"]["name"] or "not named"))
+    facts.append(("max_length", str(lengths["max_length"] or "none")))
+    if lengths["max_prompt_length"]:
+        facts.append(("max_prompt_length", str(lengths["max_prompt_length"])))
+    gone = len(pairs) - len(signals.rows) - left
+    notes = []
+    if gone:
+        reasons = dict.fromkeys(reason for store in signals.stores for reason in store.manifest["dropped"]["reasons"])
+        notes.append(f"{gone:,} of {len(pairs):,} rows have no signals ({'; '.join(reasons)}).")
+    if left:
+        notes.append(f"The first {len(signals.rows):,} pairs; {left:,} more are left out (--max-pairs).")
+    return {"name": name, "facts": facts, "notes": notes}
+
+
+def _missing(signals: SignalSet, data: str) -> list[dict[str, str]]:
+    """What the page could show if it were stored, and the command that stores it."""
+    made = signals.stores[0].manifest
+    models = {store.role: store.manifest["model"].get("name") for store in signals.stores}
+
+    def command(role: str, kind: str) -> str:
+        parts = ["prefdistill", "signals", "--model", models.get(role) or WHOSE[role], "--data", data]
+        parts += [] if role == "teacher" else ["--role", role]
+        parts += ["--kind", kind]
+        if kind == "topk" and role != "teacher":
+            parts += ["--ids-from", "DIR_OF_THE_TEACHERS"]
+        for option, value in made["truncation"].items():
+            if value is not None and (option, value) != ("max_length", Truncation().max_length):
+                parts += [f"--{option.replace('_', '-')}", str(value)]
+        return shlex.join([*parts, "--out", f"signals/{role.replace('_', '-')}-{kind}"])
+
+    missing = []
+    has_values = has(signals, Need("teacher", "values"))
+    if not has_values or positions(signals, "values") != {"all"}:
+        what = "V and ψ of every token" + (" (these signals hold the endpoints only)" if has_values else "")
+        missing.append({"what": what, "command": command("teacher", "values")})
+    if not has(signals, Need("teacher", "topk")):
+        what = "the teacher's log-prob of each token (where it is among the k likeliest)"
+        missing.append({"what": what, "command": command("teacher", "topk")})
+    for role, what in (
+        ("teacher", "the teacher's log-probability of each response"),
+        ("teacher_reference", "the teacher's own DPO margin"),
+        ("reference", "the student's DPO margin: the student's start"),
+        ("student", "the student's DPO margin: the trained student"),
+    ):
+        if not has(signals, Need(role, "logps")):
+            missing.append({"what": what, "command": command(role, "logps")})
+    return missing
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def _render(
+    page: dict[str, Any],
+    index: dict[str, Any],
+    table: dict[str, Any],
+    blocks: list[str],
+    about: dict[str, Any],
+    missing: list[dict[str, str]],
+) -> str:
+    from markupsafe import Markup
+
+    templates = environment()
+    script, style = (templates.get_template(name).render() for name in ("tokens.js", "tokens.css"))
+    return templates.get_template("tokens.html.j2").render(
+        page=page,
+        about=about,
+        missing=missing,
+        count=len(index["row"]),
+        version=__version__,
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_csp_hash(script),
+        style_hash=_csp_hash(style),
+        index=Markup(deflated_json(index)),
+        pieces=Markup(deflated_json(table)),
+        blocks=[Markup(text) for text in blocks],
+    )
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

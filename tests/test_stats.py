@@ -1,0 +1,95 @@
+"""Error bars: by hand, against scipy on the raw data, and by how often the interval holds the truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+
+from prefdistill.evaluation import estimate, mean_and_error, paired_difference
+
+
+def test_mean_and_error_by_hand():
+    found = mean_and_error([1, 2, 6])  # mean 3, squares 4 + 1 + 9, s^2 = 7
+    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3}
+    assert mean_and_error([5.0]) == {"mean": 5.0, "se": None, "n": 1}
+    assert mean_and_error(np.array([True, True])) == {"mean": 1.0, "se": 0.0, "n": 2}
+
+
+def test_every_item_weighs_the_same_whatever_its_group():
+    found = estimate([1, 1, 1, 0], ["long", "long", "long", "short"])
+    assert (found["mean"], found["n"]) == (0.75, 2)
+    # the draws are (long, long), (short, short) and twice (long, short), whose ratio of sums is 3/4
+    assert (found["low"], found["high"]) == (0.0, 1.0)
+    outcomes = np.array([1, 0, 0.75, 0.75])
+    assert found["se"] == pytest.approx(outcomes.std(), rel=0.05)
+
+
+def test_without_groups_it_is_scipys_bootstrap_of_the_mean():
+    values = np.random.default_rng(0).exponential(size=60)
+    found = estimate(values, seed=3, resamples=500)
+    theirs = bootstrap((values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(3))
+    assert found["low"] == pytest.approx(theirs.confidence_interval.low)
+    assert found["high"] == pytest.approx(theirs.confidence_interval.high)
+    assert found["se"] == pytest.approx(theirs.standard_error)
+    assert found["se"] == pytest.approx(mean_and_error(values)["se"], rel=0.1)
+
+
+def test_groups_are_drawn_whole():
+    """Against a bootstrap that gathers the raw items of each drawn group."""
+    rng = np.random.default_rng(1)
+    items = [rng.normal(rng.normal(), 1, size) for size in rng.integers(1, 9, 25)]
+    groups = [f"prompt {g}" for g, values in enumerate(items) for _ in values]
+    order = rng.permutation(len(groups))  # the items of a group need not stand together
+    found = estimate(np.concatenate(items)[order], [groups[i] for i in order], resamples=4_000)
+    drawn = [np.concatenate([items[g] for g in rng.integers(0, 25, 25)]).mean() for _ in range(4_000)]
+    assert found["n"] == 25
+    assert found["se"] == pytest.approx(np.std(drawn, ddof=1), rel=0.06)
+    assert [found["low"], found["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.15 * found["se"])
+
+
+def test_the_same_numbers_again_and_in_batches(monkeypatch):
+    values, groups = np.arange(50) % 7, [str(i // 3) for i in range(50)]
+    once = estimate(values, groups, seed=1)
+    assert once == estimate(values, groups, seed=1)
+    assert once != estimate(values, groups, seed=2)
+    monkeypatch.setattr("prefdistill.evaluation.stats._AT_ONCE", 100)
+    assert once == pytest.approx(estimate(values, groups, seed=1), rel=0.1)
+
+
+def test_no_interval_where_there_is_none():
+    assert estimate([1.0, 3.0], ["a", "a"]) == {"mean": 2.0, "se": None, "n": 1}
+    assert estimate([4.0]) == {"mean": 4.0, "se": None, "n": 1}
+    assert estimate([1.0, -math.inf]) == {"mean": -math.inf, "se": None, "n": 2}
+    assert estimate([1, 1, 1]) == {"mean": 1.0, "se": 0.0, "n": 3, "low": 1.0, "high": 1.0}
+    with pytest.raises(ValueError, match="at least one number"):
+        estimate([])
+    with pytest.raises(ValueError, match="a group for each value, got 1 groups and 2 values"):
+        estimate([1.0, 2.0], ["a"])
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """Groups of 1 to 14 items that share half of their variance; drawing items alone would be far too sure."""
+    rng = np.random.default_rng(2)
+    whole = alone = 0
+    runs = 300
+    for _ in range(runs):
+        groups = np.repeat(np.arange(60), rng.integers(1, 15, 60))
+        values = rng.normal(size=60)[groups] + rng.normal(size=len(groups))
+        for by_group in (True, False):
+            found = estimate(values, groups if by_group else None, resamples=400)
+            inside = found["low"] <= 0 <= found["high"]
+            whole, alone = whole + (inside and by_group), alone + (inside and not by_group)
+    assert 0.90 < whole / runs < 0.98
+    assert alone / runs < 0.75
+
+
+def test_a_paired_difference_leaves_out_what_the_pairs_share():
+    shared = np.array([100.0, -50.0, 7.0, 0.0])
+    found = paired_difference(shared + np.arange(1, 5), shared)
+    assert found == pytest.approx(estimate([1, 2, 3, 4]))
+    assert found["se"] < 1
+    grouped = paired_difference([3.0, 1.0, 5.0], [1.0, 1.0, 1.0], ["a", "a", "b"])
+    assert grouped == estimate([2.0, 0.0, 4.0], ["a", "a", "b"])
+    with pytest.raises(ValueError, match="paired values must be as many on both sides"):
+        paired_difference([1.0, 2.0], [1.0])
