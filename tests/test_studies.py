@@ -415,6 +415,20 @@ def test_the_page_and_the_plot(three_seeds, tmp_path, x):
     assert "prefers-color-scheme: dark" in text
 
 
+@pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": {"width": 420, "height": 800}}])
+def test_the_page_in_a_browser(three_seeds, tmp_path, open_page, options):
+    write_study(three_seeds, tmp_path)
+    page = open_page(tmp_path / "study.html", **options)
+    assert page.get_by_role("heading", level=1).inner_text() == "Is it <b>small</b>?"
+    picture = page.get_by_role("img", name="true reward, T=1, difference to dpo")
+    assert picture.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    seeds = page.get_by_text("Seed by seed")
+    seeds.focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("row", name="alpha=−0.5 tvkd −0.100 0.000 +0.200").is_visible()
+
+
 def test_json_is_the_results(finished, capsys):
     path, out, results = finished
     with pytest.raises(SystemExit) as exit:
