@@ -47,6 +47,10 @@ Data = Annotated[
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of prompt and response; the response is cut on the right.")]
 MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt; a longer one keeps its end.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the weights: auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Read the weights in 4bit or 8bit (bitsandbytes); a quantised checkpoint needs no option."),
+]
 Methods = Annotated[
     str | None,
     typer.Option(help="Only these of the recipe, e.g. dpo,tvkd (its baseline always runs), or all it knows."),
@@ -188,6 +192,7 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together; vLLM decides itself.")] = 64,
     engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -216,6 +221,7 @@ def sample(
         seed=seed,
         engine=engine,
         dtype=dtype,
+        quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
     made = read_json(sidecar(out))
@@ -267,10 +273,7 @@ def signals(
             "it fast, else as stored."
         ),
     ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Read the weights in 4bit or 8bit (bitsandbytes); a quantised checkpoint needs no option."),
-    ] = None,
+    quantization: Quantization = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 16_384,
     trust_remote_code: RemoteCode = False,
