@@ -415,6 +415,20 @@ def test_the_page_and_the_plot(three_seeds, tmp_path, x):
     assert "prefers-color-scheme: dark" in text
 
 
+@pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": {"width": 420, "height": 800}}])
+def test_the_page_in_a_browser(three_seeds, tmp_path, open_page, options):
+    write_study(three_seeds, tmp_path)
+    page = open_page(tmp_path / "study.html", **options)
+    assert page.get_by_role("heading", level=1).inner_text() == "Is it <b>small</b>?"
+    picture = page.get_by_role("img", name="true reward, T=1, difference to dpo")
+    assert picture.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    seeds = page.get_by_text("Seed by seed")
+    seeds.focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("row", name="alpha=−0.5 tvkd −0.100 0.000 +0.200").is_visible()
+
+
 def test_json_is_the_results(finished, capsys):
     path, out, results = finished
     with pytest.raises(SystemExit) as exit:
@@ -425,3 +439,41 @@ def test_json_is_the_results(finished, capsys):
 
 def test_a_study_of_the_quickstart_uses_its_recipe():
     assert load_recipe(studies.BUILT_IN["quickstart"]).name == "quickstart"
+
+
+def script_of(name):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, ROOT / "studies" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_what_the_student_learns(finished, capsys):
+    """The parts of the rewards add up to the difference that the study reports."""
+    script = script_of("what_the_student_learns")
+    script.main([str(finished[1] / "work" / "alpha=0.5-seed-1")])
+    header, _, row = capsys.readouterr().out.strip().splitlines()
+    told = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert told["method"] == "tvkd"
+    reported = read_json(finished[1] / "cells" / "alpha=0.5-seed-1.json")["differences"]["tvkd"]["reward"]["mean"]
+    assert float(told["reward"]) == pytest.approx(reported, abs=6e-4)
+
+
+def test_what_the_value_sees(finished, capsys):
+    """The script beside the studies: its regression by hand, and that it reads a run of a study."""
+    import numpy as np
+
+    script = script_of("what_the_value_sees")
+    assert script.form("< 6 5 4 >") == [1, 1, 0, 0, 5]
+    assert script.form("um < 6 5 well so") == [0, 0, 1, 3, 6]
+    assert script.form("") == [0, 0, 0, 0, 0]
+    # 3 a + noise at a right angle to it: R^2 is 9 / (9 + 4)
+    a, noise = np.array([1.0, -1.0, 1.0, -1.0]), np.array([2.0, 2.0, -2.0, -2.0])
+    assert script.explained(3 * a + noise, a[:, None]) == pytest.approx(9 / 13)
+    script.main([str(finished[1] / "work" / "alpha=0.5-seed-1")])
+    header, _, row = capsys.readouterr().out.strip().splitlines()
+    shares = [float(cell) for cell in row.split("|")[2:-1]]
+    assert len(shares) == header.count("|") - 2 == 3
+    assert 0 <= shares[1] <= shares[0] <= 1

@@ -77,12 +77,6 @@ class Judge:
             request = {"shape": self.options.model, "training": training.essence(), "tokenizer": tokens}
             run.stage(STAGE, request, self._train, "judge-pairs")
         run.stage(WORTH, {"model": run.name_of(self.name)}, self._look, STAGE, "test")
-        right, longer = (self.worth.metrics[key] for key in ("accuracy", "longer_is_better"))
-        if right <= longer:
-            run.warnings.append(
-                f"the judge orders {right:.1%} of the held-out pairs right and length alone {longer:.1%}: its scores "
-                "and win rates are worth no more than a ruler"
-            )
 
     def _train(self, out: Path) -> None:
         assert self.options.model is not None

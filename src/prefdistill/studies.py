@@ -210,7 +210,7 @@ class StudyRun:
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
             essence = recipe.model_dump(mode="json", exclude=WORDS)
-            made_from = value_digest([recipe.data.model_dump(), recipe.model.model_dump()])
+            made_from = _names(recipe)
             if made_from not in self.given:
                 self.given[made_from] = fingerprints(run)
             given = self.given[made_from]
@@ -226,8 +226,10 @@ class StudyRun:
         return file.is_file() and read_json(file).get("key") == self.keys[cell.name, seed]
 
     def run(self, command: str) -> list[dict[str, Any]]:
-        """Run what is missing, a whole seed before the next; returns what failed."""
-        failed = []
+        """Run what is missing, a whole seed before the next, and show what there is after each; returns what failed."""
+        from prefdistill.report.study import write_study
+
+        failed: list[dict[str, Any]] = []
         wanted = [(cell, seed) for seed in self.seeds for cell in self.cells]
         missing = [(cell, seed) for cell, seed in wanted if not self.finished(cell, seed)]
         say(f"study {self.study.name}: {len(missing)} of {len(wanted)} cells to run")
@@ -242,6 +244,8 @@ class StudyRun:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"study {self.study.name}: cell {cell.name}, seed {seed} failed: {reason}")
                 failed.append({"cell": cell.name, "seed": seed, "error": f"{type(error).__name__}: {reason}"})
+            if done + 1 < len(missing):  # the last is followed by the whole
+                write_study(summary(self, failed), self.out)
         return failed
 
     def _run_cell(self, cell: Cell, seed: int, command: str) -> None:
@@ -251,7 +255,17 @@ class StudyRun:
         work = self.out / "work" / cell.file(seed)
         start = time.monotonic()
         results = run_recipe(recipe, work, command=command, pool=self.pool)
-        kept = ("baseline", "methods", "differences", "metrics", "labels", "controls", "margin_accuracy", "gauge_flips")
+        kept = (
+            "baseline",
+            "methods",
+            "differences",
+            "metrics",
+            "labels",
+            "controls",
+            "margin_accuracy",
+            "gauge_flips",
+            "judge",
+        )
         shaping = {
             name: {key: value for key, value in of.items() if key != "points"}
             for name, of in results["shaping"].items()
@@ -268,7 +282,7 @@ class StudyRun:
                     **{change.key: change.value for change in self.overrides},
                     **cell.overrides,
                 },
-                **{name: results[name] for name in kept},
+                **{name: results[name] for name in kept if name in results},
                 "shaping": shaping,
                 "warnings": results["warnings"],
                 "seconds": round(time.monotonic() - start, 3),
@@ -296,12 +310,20 @@ def fingerprints(run: Any) -> dict[str, Any]:
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(names, role):
             found[role] = model_key(name)
+    if run.recipe.reward_model and (name := run.recipe.reward_model.name):
+        found["reward_model"] = model_key(name)
     return found
+
+
+def _names(recipe: Recipe) -> str:
+    """Of the data and models that a recipe is given: where the names are the same, so is what they stand for."""
+    parts = (recipe.data, recipe.model, recipe.reward_model)
+    return value_digest([part.model_dump() if part else None for part in parts])
 
 
 def data_of(recipe: Recipe, work: Path, seed: int, given: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Digests of the data a cell has used: those it was given, or of the files it has made."""
-    found = given[value_digest([recipe.data.model_dump(), recipe.model.model_dump()])]
+    found = given[_names(recipe)]
     if not recipe.data.synthetic:
         return found
     made = ("pairs/train.jsonl", "pairs/test.jsonl", "data/demonstrations.jsonl")

@@ -184,13 +184,28 @@ def reward(prompt: str, response: str, ended: bool = True) -> float:
     >>> reward("reverse inc : 3 4 5", "well < 6 5")  # 3 * 2/3 + 0.5 - 0.25
     2.25
     """
+    return sum(reward_parts(prompt, response, ended).values())
+
+
+def reward_parts(prompt: str, response: str, ended: bool = True) -> dict[str, float]:
+    """What `reward` is the sum of.
+
+    >>> reward_parts("reverse inc : 3 4 5", "well < 6 5")
+    {'matches': 2.0, 'opened': 0.5, 'closed': 0.0, 'extras': -0.25, 'unended': 0.0}
+    """
     answer, words = _answer(*_parse(prompt)), response.split()
     items = [word for word in words if word in DIGITS]
     core = [word for word in words if word in (*DIGITS, OPEN, CLOSE)]
     opened, closed = core[:1] == [OPEN], core[-1:] == [CLOSE]
     agree = [given == wanted for given, wanted in zip_longest(items, answer)] or [True]
     extras = len(words) - len(items) - opened - closed
-    return 3 * sum(agree) / len(agree) + 0.5 * opened + 0.5 * closed - 0.25 * extras - 0.5 * (not ended)
+    return {
+        "matches": 3 * sum(agree) / len(agree),
+        "opened": 0.5 * opened,
+        "closed": 0.5 * closed,
+        "extras": -0.25 * extras if extras else 0.0,
+        "unended": 0.0 if ended else -0.5,
+    }
 
 
 def preference_pairs(

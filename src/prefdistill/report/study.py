@@ -159,6 +159,8 @@ def teacher_terms(results: Results) -> tuple[list[str], list[list[str]]]:
         for cell in results["cells"]
         if cell["margin_accuracy"]
     ]
+    if len({tuple(row[1:]) for row in rows}) == 1:  # the same teacher throughout
+        rows = [["every cell", *rows[0][1:]]]
     return ["cell", *terms], rows
 
 
@@ -187,7 +189,13 @@ def render_markdown(results: Results) -> str:
     parts += ["\n".join(lines) or "No results yet.", caveat(results)]
     for title, header, rows in tables(results):
         parts.append(f"## {markdown_cell(title)}")
-        parts.append(markdown_table([markdown_cell(h) for h in header], [[markdown_cell(c) for c in r] for r in rows]))
+        parts.append(
+            markdown_table(
+                [markdown_cell(h) for h in header],
+                [[markdown_cell(c) for c in r] for r in rows],
+                left=2 if header[1] == "method" else 1,
+            )
+        )
     return "\n\n".join(parts) + "\n"
 
 

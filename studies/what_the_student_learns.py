@@ -1,0 +1,61 @@
+"""Where a student's reward on the built-in task comes from, beside the baseline's: matching digits, marks, fillers.
+
+    python studies/what_the_student_learns.py runs/studies/alpha/work/alpha=0.3-seed-1 ...
+
+Each argument is a run directory of the quickstart recipe (or one of its `seed-N`). Every student answers the test
+prompts at T=1, and the parts of its mean reward, and its words, are printed as differences to DPO's.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from prefdistill.files import read_json
+from prefdistill.models import load_model, load_tokenizer, ready
+from prefdistill.sample import sample
+from prefdistill.synthetic import reward_parts
+
+PARTS = ("matches", "opened", "closed", "extras", "unended")
+
+
+def parts_of(student: Path, prompts: list[str], seed: int) -> np.ndarray:
+    """Mean of each of PARTS over the answers to the prompts, and of their words."""
+    model = ready(load_model(str(student), dtype="float32"))
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = sample(
+        model, load_tokenizer(str(student)), asked, max_new_tokens=16, batch_size=500, seed=seed, what=student.name
+    )
+    rows = [
+        [*(reward_parts(prompt, answer.text, answer.ended)[part] for part in PARTS), len(answer.text.split())]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return np.mean(rows, axis=0)
+
+
+def of_run(run: Path, baseline: str = "dpo") -> dict[str, np.ndarray]:
+    """By method, the difference to the baseline, a mean over the data orders."""
+    prompts, seed = read_json(run / "data" / "prompts.json")["test"], int(run.name.rsplit("-", 1)[1])
+    found: dict[str, list[np.ndarray]] = {}
+    for student in sorted(run.glob("distill-*")):
+        name = student.name.removeprefix("distill-").rsplit("-", 1)[0]
+        found.setdefault(name, []).append(parts_of(student, prompts, seed))
+    means = {name: np.mean(values, axis=0) for name, values in found.items()}
+    return {name: mean - means[baseline] for name, mean in means.items() if name != baseline}
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        sys.exit(f"usage: python {sys.argv[0]} RUN...")
+    header = ("method", *PARTS, "reward", "words")
+    print("| run | " + " | ".join(header) + " |\n| :-- | :-- |" + " --: |" * (len(header) - 1))
+    for argument in map(Path, arguments):
+        seeds = [argument] if (argument / "data").is_dir() else sorted(argument.glob("seed-*"))
+        for run in seeds:
+            for name, (*parts, words) in of_run(run).items():
+                cells = [f"{value:+.3f}" for value in (*parts, sum(parts), words)]
+                print(f"| {argument.name} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
