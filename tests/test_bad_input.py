@@ -314,6 +314,11 @@ BAD = [
     (["report", "run-scores", "--out", "r.html"], '"methods" -> "dpo" must be {METRIC: number}, not 3'),
     (["report", "run-deep", "--out", "r.html"], "run-deep/results.json is not valid JSON"),
     (["report", "pairs.jsonl", "--out", "r.html"], "pairs.jsonl is not a directory"),
+    # the doctor, whose findings are no mistakes of its own
+    (["doctor"], "there is nothing to look at: give --data, --teacher, --student or --recipe"),
+    (["doctor", "--recipe", "round.yaml"], "round.yaml: extends must name another recipe file, got 'trip.yaml'"),
+    (["doctor", "--recipe", "trusting.yaml"], "trusting.yaml asks to run code from the models' repositories"),
+    (["doctor", *PAIRS, "a=1"], "'a=1' is an override of a recipe; give --recipe with it"),
     # judges
     (answers("nowhere.jsonl"), "nowhere.jsonl cannot be read: No such file or directory"),
     (answers("empty"), "empty cannot be read: Is a directory"),

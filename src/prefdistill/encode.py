@@ -124,7 +124,7 @@ def check_template(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     if isinstance(rows[0]["prompt"], list):
         if not tokenizer.chat_template:
             raise UserError(NO_TEMPLATE)
-        _template_ending(tokenizer)
+        template_ending(tokenizer)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
