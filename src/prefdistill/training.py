@@ -485,10 +485,11 @@ def _last_checkpoint(directory: Path) -> Path | None:
 
 def _leave_no_trace(out: Path) -> None:
     """Of a training that stopped before it had saved or logged anything."""
-    if not any((out / "checkpoints").glob("checkpoint-*")):
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        if (out / "metrics.jsonl").is_file() and not (out / "metrics.jsonl").stat().st_size:
-            (out / "metrics.jsonl").unlink()
+    log = out / "metrics.jsonl"
+    if any((out / "checkpoints").glob("checkpoint-*")) or (log.is_file() and log.stat().st_size):
+        return
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    log.unlink(missing_ok=True)
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:
