@@ -12,7 +12,10 @@ import torch
 import transformers as tf
 from datasets import Dataset
 
+from prefdistill.errors import UserError
+from prefdistill.files import read_json
 from prefdistill.models import load_model
+from prefdistill.sample import sample_responses, sidecar
 from prefdistill.signals import extract_signals
 
 quantised = pytest.mark.skipif(
@@ -181,6 +184,25 @@ def test_a_quantised_teacher(bits, scale, atol, tokenizer, tmp_path):
     again = check(load_model(str(tmp_path / "stored")), tokenizer, tmp_path / "again", atol=atol)
     for name in ("weights_sha256", "dtype", "quantization"):
         assert again.manifest["model"][name] == store.manifest["model"][name]
+
+
+@quantised
+def test_a_quantised_teacher_answers(tokenizer, tmp_path):
+    name = small(tokenizer, tmp_path / "plain", scale=0.3)
+    prompts = Dataset.from_dict({"prompt": ["the small teacher", "every student reads"]})
+    ask = {"max_new_tokens": 12, "temperature": 0.0}
+    by_name = sample_responses(name, prompts, tokenizer, tmp_path / "a.jsonl", quantization="4bit", **ask)
+    model = load_model(name, quantization="4bit")
+    assert (
+        by_name["completion"][:]
+        == sample_responses(model, prompts, tokenizer, tmp_path / "b.jsonl", **ask)["completion"][:]
+    )
+    assert read_json(sidecar(tmp_path / "a.jsonl"))["request"]["quantization"] == "4bit"
+    for wrong in ({"model": model}, {"model": name, "engine": "vllm"}):
+        with pytest.raises(UserError, match="quantization is for a model that transformers loads here"):
+            sample_responses(
+                dataset=prompts, tokenizer=tokenizer, out=tmp_path / "c.jsonl", quantization="4bit", **wrong
+            )
 
 
 @quantised

@@ -47,6 +47,10 @@ Data = Annotated[
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of prompt and response; the response is cut on the right.")]
 MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt; a longer one keeps its end.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the weights: auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Read the weights in 4bit or 8bit (bitsandbytes); a quantised checkpoint needs no option."),
+]
 Methods = Annotated[
     str | None,
     typer.Option(help="Only these of the recipe, e.g. dpo,tvkd (its baseline always runs), or all it knows."),
@@ -188,6 +192,7 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together; vLLM decides itself.")] = 64,
     engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -216,6 +221,7 @@ def sample(
         seed=seed,
         engine=engine,
         dtype=dtype,
+        quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
     made = read_json(sidecar(out))
@@ -267,10 +273,7 @@ def signals(
             "it fast, else as stored."
         ),
     ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Read the weights in 4bit or 8bit (bitsandbytes); a quantised checkpoint needs no option."),
-    ] = None,
+    quantization: Quantization = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 16_384,
     trust_remote_code: RemoteCode = False,
@@ -592,6 +595,57 @@ def study(
     return results
 
 
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option("--data", help="Preference pairs to train on.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Held-out pairs, to look for leaks too.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Hub name or directory of the teacher.")] = None,
+    student: Annotated[str | None, typer.Option("--student", help="Hub name or directory of the student.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Recipe (YAML) whose run is planned; the options win over it.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the run will write; its disk is looked at.")] = Path("runs"),
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of prompt and response; default: the recipe's, or 1024."),
+    ] = None,
+    max_prompt_length: MaxPrompt = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Data, chat template, token boundaries, vocabularies, memory and disk, before anything runs. No weights are
+    loaded. Status 2 if something is wrong, 0 if there are only warnings and notes. KEY=VALUE is for the recipe.
+
+    Example: prefdistill doctor --data pairs.jsonl --test test.jsonl --teacher my/teacher --student my/student
+    """
+    _one_process("doctor")
+    from prefdistill.config import Override, load_recipe
+    from prefdistill.doctor import as_text, examine
+    from prefdistill.encode import Truncation
+
+    if overrides and recipe is None:
+        raise UserError(f"{overrides[0]!r} is an override of a recipe; give --recipe with it")
+    if recipe is None:
+        truncation = Truncation(max_length or 1024, max_prompt_length)
+        checkup = examine(data, test, teacher, student, truncation, out=out, trust_remote_code=trust_remote_code)
+    else:
+        given = {
+            "data.train": data,
+            "data.test": test,
+            "data.max_length": max_length,
+            "data.max_prompt_length": max_prompt_length,
+            "model.teacher": teacher,
+            "model.student": student,
+            "model.trust_remote_code": trust_remote_code or None,
+        }
+        changes = [Override(key, value) for key, value in given.items() if value is not None]
+        checkup = examine(recipe=load_recipe(recipe, [*(overrides or []), *changes]), out=out)
+    _print(as_text(checkup))
+    return checkup.to_json()
+
+
 # -- what every verb shares --------------------------------------------------------------------------------------------
 
 
@@ -689,6 +743,8 @@ def _call(arguments: list[str]) -> int:
             return result
         if as_json and _main_process():
             print(json.dumps(result, ensure_ascii=False))
+        if isinstance(result, dict) and result.get("ok") is False:  # a verb that looks has found what is wrong
+            return 2
     except UserError as error:
         return _fail(str(error), 2, debug)
     except UsageError as error:

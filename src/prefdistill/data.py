@@ -134,11 +134,29 @@ def tokens_column(response: str) -> str:
     return f"{response}_tokens"
 
 
-def _read(source: str, split: str) -> Dataset:
+def read_rows(source: str, *, split: str = "train") -> Iterator[dict[str, Any] | UserError]:
+    """The rows of a source as they stand, before any check; in place of a line that holds no row, what is wrong there.
+
+    Arguments and errors are those of `load_pairs`.
+    """
+    _, path, suffix = _place(source)
+    file = _split_file(path, suffix or split) if path.is_dir() else path
+    if file and file.is_file() and file.name.endswith((".jsonl", ".jsonl.gz")) and (path.is_dir() or not suffix):
+        yield from _lines(file)
+    else:
+        yield from _read(source, split)
+
+
+def _place(source: str) -> tuple[str, Path, str]:
+    """Name, path and split of a source."""
     name, suffix = source, ""
     if not Path(source).expanduser().exists():  # a path may itself contain '#'
         name, _, suffix = source.partition("#")
-    path = Path(name).expanduser()
+    return name, Path(name).expanduser(), suffix
+
+
+def _read(source: str, split: str) -> Dataset:
+    name, path, suffix = _place(source)
     if path.is_dir():
         dataset = _read_directory(path, suffix or split)
     elif path.is_file():
@@ -161,9 +179,8 @@ def _read(source: str, split: str) -> Dataset:
 def _read_directory(path: Path, split: str) -> Dataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
-    for suffix in FILE_TYPES:
-        if (file := path / f"{split}{suffix}").is_file():
-            return _read_file(file)
+    if file := _split_file(path, split):
+        return _read_file(file)
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         with _explain(f"{path}: no split '{split}' could be loaded from this directory. Check its files"):
             return load_dataset(str(path), split=split)
@@ -176,6 +193,11 @@ def _read_directory(path: Path, split: str) -> Dataset:
     return saved[split]
 
 
+def _split_file(directory: Path, split: str) -> Path | None:
+    files = (directory / f"{split}{suffix}" for suffix in FILE_TYPES)
+    return next((file for file in files if file.is_file()), None)
+
+
 def _read_file(path: Path) -> Dataset:
     from datasets import Dataset
 
@@ -184,15 +206,20 @@ def _read_file(path: Path) -> Dataset:
             return Dataset.from_parquet(str(path))
     if not path.name.endswith(FILE_TYPES):
         raise UserError(f"{path}: unknown file type. Give a {', '.join(FILE_TYPES)} file.")
-    rows = list(_read_jsonl(path))
+    rows: list[dict[str, Any]] = []
+    for row in _lines(path):
+        if isinstance(row, UserError):
+            raise row
+        rows.append(row)
     columns = dict.fromkeys(name for row in rows for name in row)
     with _explain(f"{path}: holds a value that Arrow cannot store. Fix or remove it"):
         # Columns of mixed types are kept as JSON: ours are refused by the checks, with row numbers; others may stay.
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns}, on_mixed_types="use_json")
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file. Not through `datasets`, whose errors name neither the line nor the column."""
+def _lines(path: Path) -> Iterator[dict[str, Any] | UserError]:
+    """The objects of a JSON Lines file, and in place of a line that holds none what is wrong with it. Not through
+    `datasets`, whose errors name neither the line nor the column."""
     with (
         _explain(f"{path}: cannot be read. Write it again"),
         gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file,
@@ -204,10 +231,12 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
                 reason = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{path}, line {number}: not valid JSON ({reason}). Fix or remove the line.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a line must be a JSON object, not {reprlib.repr(row)}.")
-            yield row
+                yield UserError(f"{path}, line {number}: not valid JSON ({reason}). Fix or remove the line.")
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                yield UserError(f"{path}, line {number}: a line must be a JSON object, not {reprlib.repr(row)}.")
 
 
 @contextmanager
@@ -255,7 +284,7 @@ def _check_rows(dataset: Dataset, source: str, columns: Sequence[str]) -> None:
     for index, row in enumerate(dataset.select_columns(list(columns))):
         where = f"{source}, row {index}"
         for name in columns:
-            first.setdefault(_form(row[name], f"{where}: '{name}'"), f"row {index} ('{name}')")
+            first.setdefault(form_of(row[name], f"{where}: '{name}'"), f"row {index} ('{name}')")
         if len(first) == 2:
             raise UserError(
                 f"{source}: {first['plain']} is plain text and {first['conversational']} is a list of messages. "
@@ -263,10 +292,11 @@ def _check_rows(dataset: Dataset, source: str, columns: Sequence[str]) -> None:
             )
         if "conversational" in first:
             for name in columns:
-                _check_roles(row[name], name, where)
+                check_roles(row[name], name, where)
 
 
-def _form(value: Any, what: str) -> str:
+def form_of(value: Any, what: str) -> str:
+    """`plain` or `conversational`; a UserError about `what` if it is neither."""
     if isinstance(value, str):
         return "plain"
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
@@ -280,7 +310,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
-def _check_roles(messages: list[dict[str, Any]], name: str, where: str) -> None:
+def check_roles(messages: list[dict[str, Any]], name: str, where: str) -> None:
     roles = [message["role"] for message in messages]
     if name == "prompt" and roles[-1] == "assistant":
         raise UserError(f"{where}: the prompt ends with an assistant message. End it with the turn to answer.")
@@ -291,15 +321,15 @@ def _check_roles(messages: list[dict[str, Any]], name: str, where: str) -> None:
 
 def _split_off_prompt(dataset: Dataset, source: str) -> Dataset:
     """Move the shared start of `chosen` and `rejected` into `prompt`."""
-    return dataset.map(_extract_prompt, with_indices=True, fn_kwargs={"source": source}, **NO_CACHE)
+    return dataset.map(split_off_start, with_indices=True, fn_kwargs={"source": source}, **NO_CACHE)
 
 
-def _extract_prompt(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
+def split_off_start(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
     from trl import extract_prompt
 
     where = f"{source}, row {index}"
     for name in RESPONSES:
-        _form(row[name], f"{where}: '{name}'")
+        form_of(row[name], f"{where}: '{name}'")
     if not row["chosen"] or row["chosen"][:1] != row["rejected"][:1]:  # TRL's function takes a shared start for granted
         raise UserError(f"{where}: 'chosen' and 'rejected' do not start alike. Add a `prompt` column.")
     return extract_prompt(row)
@@ -307,7 +337,7 @@ def _extract_prompt(row: dict[str, Any], index: int, source: str) -> dict[str, A
 
 def _split_off_answer(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
     where, messages = f"{source}, row {index}", row["messages"]
-    if _form(messages, f"{where}: 'messages'") == "plain":
+    if form_of(messages, f"{where}: 'messages'") == "plain":
         raise UserError(f"{where}: 'messages' must be a list of messages, not {reprlib.repr(messages)}.")
     answer = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))
     if not answer or len(answer) == len(messages):

@@ -88,7 +88,7 @@ class Dropped:
         return f"{total}: {'; '.join(reasons)}" if self.counts else total
 
 
-class _Ending(NamedTuple):
+class Ending(NamedTuple):
     """What the chat template writes after an assistant message: `before` up to and with the end token, then `after`."""
 
     token: int | None = None
@@ -96,10 +96,10 @@ class _Ending(NamedTuple):
     after: str = ""
 
 
-def _template_ending(tokenizer: PreTrainedTokenizerBase) -> _Ending:
+def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     """Let the template show its end token: the first special token it writes after an assistant message."""
     if not tokenizer.chat_template:
-        return _Ending()
+        return Ending()
     from jinja2 import TemplateError
 
     answer = "probe answer"
@@ -113,13 +113,13 @@ def _template_ending(tokenizer: PreTrainedTokenizerBase) -> _Ending:
     for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []:
         if token in special:
             before, end_text, after = tail.partition(str(tokenizer.convert_ids_to_tokens(token)))
-            return _Ending(token, before + end_text, after)
-    return _Ending()
+            return Ending(token, before + end_text, after)
+    return Ending()
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a response: the tokenizer's EOS, and the one its chat template puts after an answer."""
-    return {tokenizer.eos_token_id, _template_ending(tokenizer).token} - {None}
+    return {tokenizer.eos_token_id, template_ending(tokenizer).token} - {None}
 
 
 def encode_pairs(
@@ -225,6 +225,22 @@ def _encoded_features(responses: Sequence[str]) -> Any:
     return Features({"row": Value("int64"), "dropped": Value("string"), "prompt_ids": tokens, **parts, **ended})
 
 
+def encode_whole(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = RESPONSES
+) -> Iterator[tuple[tuple[str, ...] | None, dict[str, Any]]]:
+    """Rows of one form before truncation, for those who look at them.
+
+    Returns:
+        For each row the texts that become tokens, of the prompt and of the prompt with each response (None where the
+        chat template refuses), and its columns as in `encode_pairs`, with `dropped`, the reason to leave it out or "".
+
+    Raises:
+        UserError: the tokenizer lacks what they need.
+    """
+    encode = _PairEncoder(tokenizer, Truncation(None), responses, isinstance(rows[0]["prompt"], list))
+    yield from encode.rows({name: [row.get(name) for row in rows] for name in {key for row in rows for key in row}})
+
+
 class _Refused(Exception):
     """A row cannot be encoded; the argument is the reason."""
 
@@ -247,25 +263,30 @@ class _PairEncoder:
             raise UserError("The data are plain text but the tokenizer has no EOS token. Set tokenizer.eos_token.")
         self.tokenizer, self.truncation, self.conversational = tokenizer, truncation, conversational
         self.responses = responses
-        self.ending = _template_ending(tokenizer) if conversational else _Ending()
+        self.ending = template_ending(tokenizer) if conversational else Ending()
         self.end_tokens = {tokenizer.eos_token_id, self.ending.token}
         self.appends_eos = not conversational and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int], first: int = 0) -> dict[str, list[Any]]:
-        rows = zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True)
-        flags = [batch.get(ended_column(name)) or [None] * len(indices) for name in self.responses]
+        columns: dict[str, list[Any]] = {name: [] for name in _encoded_features(self.responses)}
+        for index, (_, encoded) in zip(indices, self.rows(batch), strict=True):
+            for name, column in columns.items():
+                column.append(first + index if name == "row" else encoded.get(name))
+        return columns
+
+    def rows(self, batch: dict[str, list[Any]]) -> Iterator[tuple[tuple[str, ...] | None, dict[str, Any]]]:
+        """The texts of each row, and what is made of them."""
+        rows = list(zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True))
+        flags = [batch.get(ended_column(name)) or [None] * len(rows) for name in self.responses]
         cuts = [[ended is False for ended in row] for row in zip(*flags, strict=True)]
         texts = [self.render(cut, *row) for cut, row in zip(cuts, rows, strict=True)]
         tokens = self._tokenise([text for row in texts if row for text in row])
-        columns: dict[str, list[Any]] = {name: [] for name in _encoded_features(self.responses)}
-        for index, row, cut in zip(indices, texts, cuts, strict=True):
+        for row, cut in zip(texts, cuts, strict=True):
             try:
                 encoded = self._encode(row, tokens, cut)
             except _Refused as refusal:
                 encoded = {"dropped": str(refusal)}
-            for name, column in columns.items():
-                column.append(first + index if name == "row" else encoded.get(name))
-        return columns
+            yield row, encoded
 
     def render(self, cut: list[bool], prompt: Any, *responses: Any) -> tuple[str, ...] | None:
         """The texts of the prompt, and of the prompt with each response; None where the template refuses.

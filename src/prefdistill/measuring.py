@@ -47,7 +47,7 @@ class Measuring:
         before = [key for key in made_from if key in self.run.keys]
         request = {
             "model": self.run.name_of(model),
-            "dtype": self._dtype_of(model),
+            **self._weights_of(model),
             **self.run.recipe.evaluate.model_dump(exclude={"length_ranges"}),
         }
         self.run.stage(f"evaluate-{name}", request, make, *before)
@@ -91,16 +91,17 @@ class Measuring:
             batch_size=recipe.evaluate.batch_size,
             seed=self.run.seed,
             learnt_from=False,
-            dtype=self._dtype_of(name),
+            **self._weights_of(name),
             trust_remote_code=recipe.model.trust_remote_code,
         )
 
-    def _dtype_of(self, name: str) -> str:
+    def _weights_of(self, name: str) -> dict[str, Any]:
         """What a model answers in: the teacher as it is read, the others as they are trained."""
         recipe = self.run.recipe
         if name == self.run.teacher and not recipe.data.synthetic:
-            return recipe.signals.dtype or default_dtype("teacher")
-        return recipe.model.dtype
+            dtype = recipe.signals.dtype or default_dtype("teacher")
+            return {"dtype": dtype, "quantization": recipe.signals.quantization}
+        return {"dtype": recipe.model.dtype, "quantization": None}
 
     def _test_signals(self) -> SignalSet | None:
         if self.run.test is None or not any(store.role == "teacher" for store in self.run.test_stores):

@@ -161,6 +161,26 @@ def load_model(
     return model
 
 
+def empty_model(name: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base.
+
+    Raises:
+        UserError: if there is no such model, or it is no causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = name
+    try:
+        if (adapter := Path(name) / "adapter_config.json").is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_not_loaded("model", base, _first_line(error))) from error
+
+
 def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
     """Whether a model is a sequence classifier with one label, by its configuration: before anything long begins.
 
@@ -334,6 +354,14 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     }
 
 
+def token_conflicts(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> list[str]:
+    """Tokens of ours that have another id in theirs, or whose id is another token's there."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    taken = set(b.values())
+    moved = [token for token in sorted(a.keys() & b.keys()) if a[token] != b[token]]
+    return moved + [token for token, i in a.items() if token not in b and i in taken]
+
+
 def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> None:
     """Two models can speak of the same tokens only if no id means two things; ids that one of them lacks are trimmed.
 
@@ -341,10 +369,7 @@ def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokeni
         UserError: naming the first token that has two ids.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
-    clash = [token for token in sorted(a.keys() & b.keys()) if a[token] != b[token]]
-    taken = {i: token for token, i in b.items()}
-    clash += [token for token, i in a.items() if token not in b and i in taken]
-    if clash:
+    if clash := token_conflicts(ours, theirs):
         raise UserError(
             f"{ours.name_or_path} and {theirs.name_or_path} have different tokenizers: {len(clash)} of {len(a)} tokens "
             f"differ, e.g. {clash[0]!r}; choose a teacher and a student of one family"

@@ -297,6 +297,7 @@ def sample_responses(
     seed: int = 0,
     engine: str = "transformers",
     dtype: str = "auto",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
     shard_rows: int = 256,
     learnt_from: bool = True,
@@ -323,6 +324,7 @@ def sample_responses(
         seed: of the draws.
         engine: "transformers" or "vllm".
         dtype: of the weights, when the model is loaded here. "auto" is as stored; vLLM's auto makes 16 bits of float32.
+        quantization: read the weights in "4bit" or "8bit", see `prefdistill.models.load_model`; not with vLLM.
         trust_remote_code: let the model's repository run its own code.
         shard_rows: prompts per part, the unit of resuming; inside a part prompts of like length are taken together.
         learnt_from: warn where methods that learn from the responses would see other tokens than were sampled.
@@ -344,6 +346,10 @@ def sample_responses(
         raise UserError(f"shard_rows must be at least 1, got {shard_rows}")
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    if quantization is not None and (engine == "vllm" or not isinstance(model, str)):
+        raise UserError(
+            "quantization is for a model that transformers loads here, by name; vLLM reads one that is stored quantised"
+        )
     if engine == "vllm" and not isinstance(model, str):
         raise UserError("vLLM loads a model itself: give its Hub name or directory, or take the engine transformers")
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
@@ -362,6 +368,7 @@ def sample_responses(
         "engine": engine,
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
         "dtype": dtype,
+        "quantization": quantization,
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": _fingerprint(dataset, out)},
         **asdict(settings),
@@ -386,7 +393,9 @@ def sample_responses(
                 generate = _vllm(str(model), tokenizer, settings, seed=seed, dtype=dtype, remote_code=trust_remote_code)
             else:
                 if isinstance(model, str):
-                    model = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+                    model = load_model(
+                        model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
+                    )
                 generate = _transformers(ready(model), tokenizer, settings)
             write_json(parts / REQUEST, request)
             rows = [row for row, ids in enumerate(encoded) if ids]

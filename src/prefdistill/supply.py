@@ -60,12 +60,14 @@ class Supply:
         seed = run.seed + SAMPLING_SEED * (start.round if own else 0)
         options = recipe.sampling.model_dump()
         dtype = recipe.model.dtype if own else recipe.signals.dtype or default_dtype("teacher")
+        quantization = None if own else recipe.signals.quantization
         request = {
             "model": run.name_of(model),
             "truncation": str(run.truncation),
             "sampling": options,
             "seed": seed,
             "dtype": dtype,
+            "quantization": quantization,
         }
 
         def make(out: Path) -> None:
@@ -79,6 +81,7 @@ class Supply:
                 truncation=run.truncation,
                 seed=seed,
                 dtype=dtype,
+                quantization=quantization,
                 trust_remote_code=recipe.model.trust_remote_code,
                 **options,
             )

@@ -4,6 +4,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,25 @@ def known_tasks(include: str | None) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include)
+
+
+def known_names(tasks: Sequence[str], include: str | Path | None = None) -> list[str]:
+    """The harness's own names of some tasks.
+
+    Raises:
+        UserError: if the harness is not installed or does not know a task.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError('--lm-eval needs the lm-evaluation-harness: pip install "prefdistill[lm-eval]"')
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = known_tasks(None if include is None else str(include))
+    asked = [GROUPS.get(task, task) for task in tasks]
+    for task in asked:
+        if task not in manager.all_tasks and not Path(task).is_file():
+            close = difflib.get_close_matches(task, [*GROUPS, *manager.all_tasks], n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "--lm-eval-include names a directory of yours"
+            raise UserError(f"the lm-evaluation-harness has no task {task!r}; {hint}")
+    return asked
 
 
 def run_benchmarks(
@@ -54,31 +74,16 @@ def run_benchmarks(
     Raises:
         UserError: if the harness is not installed or does not know a task.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise UserError('--lm-eval needs the lm-evaluation-harness: pip install "prefdistill[lm-eval]"') from error
+    asked = known_names(tasks, include)
     from importlib.metadata import version
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = known_tasks(None if include is None else str(include))
-    asked = [GROUPS.get(task, task) for task in tasks]
-    for task in asked:
-        if task not in manager.all_tasks and not Path(task).is_file():
-            close = difflib.get_close_matches(task, [*GROUPS, *manager.all_tasks], n=3)
-            raise UserError(
-                f"the lm-evaluation-harness has no task {task!r}"
-                + (
-                    f"; did you mean {' or '.join(close)}?"
-                    if close
-                    else "; --lm-eval-include names a directory of yours"
-                )
-            )
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=asked,
-        task_manager=manager,
+        task_manager=known_tasks(None if include is None else str(include)),
         limit=limit,
         log_samples=False,
         random_seed=seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.data import RESPONSES, check_pairs, load_pairs, load_prompts
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.evaluation.benchmarks import run_benchmarks
+from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
 from prefdistill.evaluation.generations import (
     RESPONSE,
     Generations,
@@ -115,6 +115,8 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
         UserError: if data, models and stores do not fit together.
     """
     results: dict[str, Any] = {"model": request.model, "data": request.data, "metrics": {}}
+    if request.lm_eval:
+        known_names(request.lm_eval, request.lm_eval_include)
     if request.reward_model:
         check_reward_model(request.reward_model, trust_remote_code=request.trust_remote_code)
     data = None

@@ -10,6 +10,7 @@ from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.methods import shaping_returns
+from prefdistill.progress import Progress
 from prefdistill.signals.reading import score_pairs
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet
 
@@ -58,14 +59,16 @@ def implicit_rewards(
     """
     encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**reference.manifest["truncation"]))
     rows = np.asarray(encoded["row"][:])
-    found = score_pairs(
-        student,
-        encoded,
-        tokenizer,
-        ("logps",),
-        bf16=reference.manifest["model"]["bf16"],
-        batch_tokens=reference.manifest["batch_tokens"],
-    )
+    with Progress("held-out pairs", len(SIDES) * len(encoded), "response") as progress:
+        found = score_pairs(
+            student,
+            encoded,
+            tokenizer,
+            ("logps",),
+            bf16=reference.manifest["model"]["bf16"],
+            batch_tokens=reference.manifest["batch_tokens"],
+            progress=progress,
+        )
     logps = {side: np.array(found[f"{side}_logps"], dtype=np.float64) for side in SIDES}
     ratios = {side: logps[side] - reference.scalar(f"{side}_logps", rows) for side in SIDES}
     return {**ratios, "chosen_logp": logps["chosen"] / reference.scalar("chosen_tokens", rows), "row": rows}

@@ -1,0 +1,264 @@
+"""Memory and disk that a run needs, from the shapes of its models alone, against what is there."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from prefdistill.config import DPOTraining, Recipe, Training, validate
+from prefdistill.doctor.findings import Finding, Severity
+from prefdistill.logprobs import vocabulary_rows
+from prefdistill.methods import make_method, sampled
+from prefdistill.models import default_device, default_dtype
+from prefdistill.signals.sizes import store_bytes
+from prefdistill.signals.store import Need
+from prefdistill.supply import source, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAM = 2  # moments of each trained weight, of its dtype
+NEARLY = 0.8  # of what is free: more than that deserves a warning
+CGROUP = Path("/sys/fs/cgroup")
+# What is planned without a recipe; the names stand for what the caller gives.
+USUAL = {
+    "name": "usual",
+    "data": {"train": "train"},
+    "model": {"teacher": "teacher", "student": "student"},
+    "methods": {"tvkd": {}},
+    "baseline": "tvkd",
+}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the signals will be of: rows, and tokens of both responses together."""
+
+    pairs: int
+    tokens: int
+
+
+@dataclass
+class Plan:
+    """What the parts of a run hold in memory, one after another, and leave on disk together; in bytes."""
+
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+
+def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = None) -> int:
+    stored: Any = getattr(model.config, "quantization_config", None)
+    if stored is not None:
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        bits = stored.get("bits") or (4 if stored.get("load_in_4bit") else 8)
+    elif quantization is not None:
+        bits = int(quantization.removesuffix("bit"))
+    else:
+        bits = 8 * _dtype(model, dtype).itemsize
+    return model.num_parameters() * bits // 8
+
+
+def _dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
+    if dtype == "auto":
+        return cast(torch.dtype, model.config.dtype or torch.float32)
+    return cast(torch.dtype, getattr(torch, dtype))
+
+
+def training_bytes(model: PreTrainedModel, training: Training, dtype: str) -> int:
+    r"""Weights, gradients and Adam's moments; activations come on top.
+
+    .. math:: 4 n b \quad\text{or, with adapters of } m \text{ weights,}\quad n b + 16 m
+    """
+    weights = weight_bytes(model, dtype)
+    config = training.peft_config()
+    if config is None:
+        return weights * (2 + ADAM)
+    from peft import get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    return weights + adapted.get_nb_trainable_parameters()[0] * 4 * (2 + ADAM)  # adapters are float32
+
+
+def checkpoint_bytes(model: PreTrainedModel, training: Training, dtype: str) -> int:
+    """Of two checkpoints, the old one goes when the new one is whole; without gradients."""
+    trained = training_bytes(model, training, dtype)
+    if training.lora is None:
+        return 2 * trained * (1 + ADAM) // (2 + ADAM)
+    return 2 * (trained - weight_bytes(model, dtype)) * (1 + ADAM) // (2 + ADAM)
+
+
+def plan_for(
+    recipe: Recipe | None,
+    models: dict[str, PreTrainedModel],
+    train: Lengths | None,
+    test: Lengths | None,
+    judge: PreTrainedModel | None = None,
+) -> Plan:
+    """What a recipe's run takes; without one, TVKD on one student."""
+    recipe = recipe or validate(Recipe, USUAL, "the usual run")
+    plan = Plan()
+    teacher, student = models.get("teacher"), models.get("student")
+    dtype = recipe.model.dtype
+    checkpoints = [0]
+
+    def trained(what: str, model: PreTrainedModel, training: Training, held_beside: int, times: int) -> None:
+        beside = held_beside * weight_bytes(model, dtype)
+        plan.memory[f"training {what}"] = training_bytes(model, training, dtype) + beside
+        plan.disk[f"weights of {what}"] = weight_bytes(model, dtype) * times
+        checkpoints.append(checkpoint_bytes(model, training, dtype))
+
+    if teacher is not None:
+        for stage, training in (("SFT", recipe.teacher.sft), ("DPO", recipe.teacher.dpo)):
+            if training is not None:
+                beside = int(isinstance(training, DPOTraining) and training.lora is None)
+                trained(f"the teacher's {stage}", teacher, training, beside, recipe.seeds)
+    methods = {name: make_method(run.method, run.options) for name, run in recipe.methods.items()}
+    needs = [need for method in methods.values() for need in split(method.needs)]
+    if teacher is not None and any(need.role == "teacher" for need in needs):
+        asked = recipe.signals.dtype or default_dtype("teacher")
+        plan.memory["reading the teacher"] = weight_bytes(teacher, asked, recipe.signals.quantization)
+    if student is not None:
+        if recipe.student.sft:
+            trained("the student's SFT", student, recipe.student.sft, 0, recipe.seeds)
+        for name, run in recipe.methods.items():  # trainers of ours hold the student alone
+            held = len(getattr(methods[name], "models", _one)(lambda: None, adapter=run.training.lora is not None)) - 1
+            trained(f"{name}", student, run.training, held, recipe.seeds * recipe.orders * run.rounds)
+    if judge is not None and recipe.reward_model:
+        if recipe.reward_model.name:
+            plan.memory["reading the reward model"] = weight_bytes(judge, "auto")
+        else:
+            trained("the reward model", judge, recipe.reward_model.training, 0, recipe.seeds)
+    rows = {role: vocabulary_rows(model) for role, model in models.items()}
+    for where, part in (("train", train), ("test", test)):
+        if part is not None and rows:
+            plan.disk |= _signals(recipe, needs, where, part, max(rows.values()))
+    drawn = {response for method in methods.values() for response in sampled(method)}
+    if train is not None and drawn:
+        most = train.pairs * recipe.sampling.n * recipe.sampling.max_new_tokens * len(drawn)
+        plan.disk["sampled responses, at most"] = most * 5 * recipe.seeds  # characters of a token
+    plan.disk["checkpoints while training"] = max(checkpoints)
+    plan.disk = {what: size for what, size in plan.disk.items() if size}
+    return plan
+
+
+def _one(load: Any, adapter: bool) -> dict[str, Any]:
+    """What a trainer of ours holds: the student."""
+    return {"model": load()}
+
+
+def _signals(recipe: Recipe, needs: list[Need], where: str, part: Lengths, vocabulary: int) -> dict[str, int]:
+    asked = recipe.signals
+    found: dict[str, int] = {}
+    for role in dict.fromkeys(need.role for need in needs):
+        mine = [need for need in needs if need.role == role and source(need) == "train"]
+        kinds = {need.kind for need in mine}
+        if where == "test":  # the terms that every student is compared with, and no distributions
+            kinds = {"logps"} if role != "teacher" else (kinds - {"topk"}) | {"values", "logps", "q"}
+        if not kinds:
+            continue
+        size = store_bytes(
+            kinds,
+            part.tokens,
+            2 * part.pairs,
+            vocabulary,
+            positions=asked.positions if kinds == {"values"} and where == "train" else "all",
+            value_dtype=asked.value_dtype,
+            k=asked.k,
+            packed=asked.topk_coding != "float32" if asked.topk_coding else asked.k != "vocab",
+            own_ids=role == "teacher",
+        )
+        found[f"signals of the {role.replace('_', ' ')} on {where} ({', '.join(sorted(kinds))})"] = size * recipe.seeds
+    for need in [need for need in needs if source(need) != "train" and where == "train"]:
+        responses = part.pairs * recipe.sampling.n
+        tokens = responses * recipe.sampling.max_new_tokens
+        size = store_bytes([need.kind], tokens, responses, vocabulary, k=asked.k, own_ids=need.role == "teacher")
+        found[f"signals of the {need.role} on {source(need)} ({need.kind}), at most"] = size * recipe.seeds
+    return found
+
+
+# -- what is there -----------------------------------------------------------------------------------------------------
+
+
+def memory_there() -> tuple[str, int, int]:
+    """Device, free and total bytes of the memory that models are held in; a container's limit counts."""
+    device = default_device().type
+    if device not in ("cpu", "mps"):  # these two share the machine's
+        free, total = torch.accelerator.get_memory_info()
+        return device, free, total
+    import psutil
+
+    there = psutil.virtual_memory()
+    free, total = there.available, there.total
+    if (limit := _number(CGROUP / "memory.max")) is not None:
+        free, total = min(free, limit - (_number(CGROUP / "memory.current") or 0)), min(total, limit)
+    return device, max(free, 0), total
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not a container, or without a limit ("max")
+        return None
+
+
+def disk_there(place: Path) -> int:
+    """Free bytes where `place` will be."""
+    while not place.exists():
+        place = place.absolute().parent
+    return shutil.disk_usage(place).free
+
+
+# -- findings ----------------------------------------------------------------------------------------------------------
+
+
+def memory(plan: Plan, device: str, free: int, total: int) -> Iterator[Finding]:
+    if not plan.memory:
+        return
+    what, need = max(plan.memory.items(), key=lambda item: item[1])
+    where = f"{size(free)} of {size(total)} are free ({device})"
+    text = f"{what} needs at least {size(need)}, activations on top; {where}"
+    fix = (
+        "Use LoRA (training.lora), a smaller student, or dtype bfloat16."
+        if what.startswith("training")
+        else "Read the teacher in 4bit (signals --quantization 4bit) or choose a smaller one."
+    )
+    if need > total:
+        yield Finding("machine.memory", "error", text, fix)
+    elif need > NEARLY * free:
+        yield Finding("machine.memory", "warning", text, f"Free memory first. {fix}")
+    else:
+        yield Finding("machine.memory", "note", text, "Nothing to do.")
+
+
+def disk(plan: Plan, place: Path, free: int) -> Iterator[Finding]:
+    if not plan.disk:
+        return
+    need = sum(plan.disk.values())
+    what, most = max(plan.disk.items(), key=lambda item: item[1])
+    severity: Severity = "error" if need > free else "warning" if need > NEARLY * free else "note"
+    fix = "Free some, or take less: positions=endpoints, value_dtype=float16, a smaller k, LoRA."
+    yield Finding(
+        "machine.disk",
+        severity,
+        f"up to {size(need)} of disk, most of it for {what} ({size(most)}); {size(free)} are free in {place}",
+        "Nothing to do." if severity == "note" else fix,
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for a reader.
+
+    Example:
+        >>> size(3 * 2**30 // 2)
+        '1.5 GiB'
+    """
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):,.1f} {unit}"
+    return f"{count} bytes"
