@@ -1,6 +1,7 @@
 """The command line: verb -> function, nothing else. Heavy imports wait until a verb runs."""
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -459,9 +460,11 @@ def evaluate(
     _one_process("evaluate")
     from prefdistill.evaluation import evaluate as evaluation
     from prefdistill.files import write_json
+    from prefdistill.places import check_place
 
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the results")
+    check_place(out)
     if not all(edge.isdecimal() for edge in _listed(length_ranges)):
         raise UserError(f"--length-ranges takes numbers of words with commas, e.g. 5,10,50; got {length_ranges!r}")
     request = evaluation.Request(
@@ -774,6 +777,7 @@ def _quieten() -> None:
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a CPU does not have
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Options = dict[str, JsonValue]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
+UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")  # in pydantic's path to a value, but no key
 RESERVED_NAMES = ("teacher", "start")  # evaluated beside the methods
 
 
@@ -91,6 +92,13 @@ class Training(Section):
     report_to: list[str] = []
     lora: Lora | None = None
     arguments: Options = {}
+
+    @model_validator(mode="after")
+    def _no_keys(self) -> "Training":
+        for name, value in self.arguments.items():
+            if name.endswith("hub_token") and value is not None:
+                raise ValueError(f"arguments.{name} would be in the results; set HF_TOKEN in the environment instead")
+        return self
 
     def peft_config(self) -> "LoraConfig | None":
         return self.lora.config() if self.lora else None
@@ -434,6 +442,7 @@ def load_recipe(
         profile = _mapping(raw.get("fast"), "fast") if fast else {}
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    refuse_trust([raw, applied(profile)], str(path))
     changes = [Override(key, value) for key, value in profile.items()]
     changes += [Override.parse(change) if isinstance(change, str) else change for change in overrides]
     for change in changes:
@@ -450,6 +459,28 @@ def load_recipe(
         except UserError as error:
             raise UserError(f"{path}: methods.{name}: {error}") from error
     return recipe
+
+
+def applied(changes: dict[str, Any]) -> dict[str, Any]:
+    """Overrides by dotted key, as the mapping they make."""
+    raw: dict[str, Any] = {}
+    for key, value in changes.items():
+        Override(key, value).apply(raw)
+    return raw
+
+
+def refuse_trust(files: Iterable[dict[str, Any]], where: str) -> None:
+    """A file may come from anyone: that a model's repository runs its code is for the command line to say.
+
+    Raises:
+        UserError: if what was read from a file asks for it.
+    """
+    for raw in files:
+        if isinstance(raw.get("model"), dict) and raw["model"].get("trust_remote_code"):
+            raise UserError(
+                f"{where} asks to run code from the models' repositories: if you trust them, leave it out there and "
+                "add model.trust_remote_code=true to the command"
+            )
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -514,7 +545,8 @@ def validate(kind: type[Any], raw: Any, where: str, also: Iterable[str] = ()) ->
 
 def _explain(kind: type[BaseModel], error: ValidationError, also: Iterable[str]) -> str:
     first = error.errors()[0]
-    key, got = ".".join(str(part) for part in first["loc"]), reprlib.repr(first["input"])
+    key = ".".join(str(part) for part in first["loc"] if not UNION_MEMBER.fullmatch(str(part)))
+    got = reprlib.repr(first["input"])
     if first["type"] == "extra_forbidden":
         known = [*_keys_at(kind, first["loc"][:-1]), *also]
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)

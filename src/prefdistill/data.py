@@ -150,6 +150,8 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[dict[str, Any] |
 def _place(source: str) -> tuple[str, Path, str]:
     """Name, path and split of a source."""
     name, suffix = source, ""
+    if not source.strip():
+        raise UserError("the name of the data is empty. Give a file, a directory, or a Hub name such as org/name.")
     if not Path(source).expanduser().exists():  # a path may itself contain '#'
         name, _, suffix = source.partition("#")
     return name, Path(name).expanduser(), suffix

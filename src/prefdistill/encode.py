@@ -32,6 +32,8 @@ PROMPT_EMPTY = "the prompt has no tokens"
 PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
 RESPONSE_EMPTY = "a response has no tokens"
 
+NO_TEMPLATE = "The data are conversations but the tokenizer has no chat template. Set one, or use text."
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -115,6 +117,14 @@ def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
             before, end_text, after = tail.partition(str(tokenizer.convert_ids_to_tokens(token)))
             return Ending(token, before + end_text, after)
     return Ending()
+
+
+def check_template(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises a UserError if the rows are conversations and the tokenizer has no chat template for them."""
+    if isinstance(rows[0]["prompt"], list):
+        if not tokenizer.chat_template:
+            raise UserError(NO_TEMPLATE)
+        template_ending(tokenizer)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -258,7 +268,7 @@ class _PairEncoder:
         if not tokenizer.is_fast:
             raise UserError("The tokenizer does not report character offsets. Load a fast one (use_fast=True).")
         if conversational and not tokenizer.chat_template:
-            raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
+            raise UserError(NO_TEMPLATE)
         if not conversational and tokenizer.eos_token is None:
             raise UserError("The data are plain text but the tokenizer has no EOS token. Set tokenizer.eos_token.")
         self.tokenizer, self.truncation, self.conversational = tokenizer, truncation, conversational

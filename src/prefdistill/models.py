@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
 
 # Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
 # between prompt and response, and a training conversation ends where a generated one does.
@@ -145,7 +147,7 @@ def load_model(
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
             return adapted if method else adapted.merge_and_unload()
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_not_loaded("model", name, _first_line(error))) from error
     except (ImportError, NameError, RuntimeError) as error:  # a package or hardware that the quantisation needs
         if not method or isinstance(error, torch.OutOfMemoryError):
@@ -221,7 +223,7 @@ def load_reward_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
     if missing := sorted(found["missing_keys"]):
         reason = f"{len(missing)} weights are missing, the first is {missing[0]}"
@@ -425,7 +427,6 @@ def random_model(
         UserError: on an argument that `LlamaConfig` does not have, or a shape that does not fit together.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
     ours: dict[str, Any] = {
@@ -435,19 +436,33 @@ def random_model(
         "eos_token_id": tokenizer.eos_token_id,
         **({"num_labels": 1} if reward else {}),
     }
-    known = inspect.signature(LlamaConfig).parameters.keys() - ours.keys()
+    check_shape(shape, ours)
+    config = LlamaConfig(**shape, **ours)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+        return kind.from_config(config, dtype=torch.float32)
+
+
+def check_shape(shape: dict[str, Any], ours: dict[str, Any] | None = None) -> None:
+    """Whether a model from scratch can have this shape; `ours` are the arguments that are not the user's.
+
+    Raises:
+        UserError: as `random_model` does.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
+    ours = ours or {}
+    known = inspect.signature(LlamaConfig).parameters.keys() - {*ours, *TOKEN_ARGUMENTS}
     if unknown := [key for key in shape if key not in known]:  # transformers would take them and do nothing
         close = difflib.get_close_matches(str(unknown[0]), sorted(known), n=1)
         hint = f"did you mean {close[0]!r}?" if close else "it has hidden_size, num_hidden_layers, ..."
         raise UserError(f"the shape of a model from scratch has no {unknown[0]!r}; {hint}")
     try:
-        config = LlamaConfig(**shape, **ours)
+        LlamaConfig(**shape, **ours)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"a model of this shape cannot be made: {' '.join(str(error).split())}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-        return kind.from_config(config, dtype=torch.float32)
 
 
 def texts_of(dataset: Any) -> Iterator[str]:

@@ -22,6 +22,7 @@ from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
     check_reward_model,
     check_same_tokens,
+    check_shape,
     load_model,
     load_tokenizer,
     model_key,
@@ -95,6 +96,9 @@ class SeedRun:
             _ = self.tokenizer
         _ = self.truncation
         self._check_samples()
+        if recipe.model.scratch:
+            check_shape(recipe.model.scratch.teacher)
+            check_shape(recipe.model.scratch.student)
         trainings: list[tuple[Training, type[Any]]] = [
             (run.training, arguments_kind(self.methods[name])) for name, run in recipe.methods.items()
         ]

@@ -6,6 +6,9 @@ several, else data orders, else test prompts, over which a bootstrap gives an in
 
 import os
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,15 @@ import torch
 
 from prefdistill import __version__
 from prefdistill.config import Recipe
+from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
 from prefdistill.evaluation.pairs import pair_wins
 from prefdistill.evaluation.reward_model import judge_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, paired_difference
 from prefdistill.files import write_json
 from prefdistill.pipeline import START, TEACHER, SeedRun
-from prefdistill.stages import Stage
+from prefdistill.places import check_own
+from prefdistill.stages import LOCK, REQUEST, Stage
 
 METRICS: dict[str, dict[str, Any]] = {
     "reward": {"label": "true reward, T=1", "higher_is_better": True, "format": ".3f"},
@@ -142,8 +147,9 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
         torch.set_num_threads(recipe.threads)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
     runs = [SeedRun(recipe, out, seed, pool=pool) for seed in seeds]
+    check_own(out, ("recipe.yaml",), "run")
     runs[0].check()
-    with locked(out):
+    with locked(out), _clean_if_refused(out):
         recipe.save(out / "recipe.yaml")
         write_json(out / "environment.json", environment(command))
         measured = [run.run() for run in runs]
@@ -171,6 +177,21 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
         write_json(out / "results.json", results)
         write_report([out], out / "report.html")
     return results
+
+
+@contextmanager
+def _clean_if_refused(out: Path) -> Iterator[None]:
+    """A run that is refused before any of its stages has made something leaves nothing in a directory that was new."""
+    notes = {LOCK, REQUEST, "recipe.yaml", "environment.json"}
+    new = all(path.name == LOCK for path in out.iterdir())
+    try:
+        yield
+    except UserError:
+        if new and all(path.name in notes for path in out.rglob("*") if path.is_file()):
+            for path in out.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def _stage(stage: Stage, seed: int) -> dict[str, Any]:

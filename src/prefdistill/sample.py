@@ -12,14 +12,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prefdistill import __version__
 from prefdistill.data import FILE_TYPES, ended_column, load_prompts, tokens_column, without_nulls
@@ -129,7 +129,8 @@ def sample(
     for reason, first in dropped.first_rows.items():
         raise UserError(f"prompt {first}: {reason}. Leave such prompts out, or change the template or the lengths.")
     with Progress(what, n * len(prompts), "response") as progress:
-        found = sampler.respond(_transformers(model, tokenizer, settings), encoded, seed, progress)
+        rows = range(len(prompts))
+        found = sampler.respond(_transformers(model, tokenizer, settings), encoded, rows, seed, progress)
     return [response for response, _ in found]
 
 
@@ -172,13 +173,19 @@ class _Sampler:
         return encoded, Dropped.from_reasons(reasons)
 
     def respond(
-        self, generate: _Engine, encoded: list[list[int]], seed: int, progress: Progress
+        self, generate: _Engine, encoded: list[list[int]], rows: Sequence[int], seed: int, progress: Progress
     ) -> list[tuple[Response, list[int]]]:
-        """Responses, each with its tokens without the end token."""
+        """Responses, each with its tokens without the end token; `rows` are the prompts' numbers for who reads."""
         most = self.settings.max_new_tokens
         rooms = [self.truncation.room_after(ids) for ids in encoded]
         limits = [most if room is None else min(most, room) for room in rooms]
-        found = generate(encoded, limits, seed, progress)
+        try:
+            found = generate(encoded, limits, seed, progress)
+        except _NotFinite as error:
+            raise UserError(
+                f"the model's logits are not finite after the prompt of row {rows[error.prompt]} of the data; its "
+                "weights may be damaged, or its dtype too narrow: try --dtype float32"
+            ) from error
         return [self._response(new[: limits[place // self.settings.n]]) for place, new in enumerate(found)]
 
     def _response(self, new: list[int]) -> tuple[Response, list[int]]:
@@ -197,6 +204,25 @@ class _Sampler:
             return False
         after = whole[len(sampled) :]
         return whole[: len(sampled)] == sampled and (not after or after[0] in self.ends)
+
+
+class _NotFinite(Exception):
+    def __init__(self, prompt: int) -> None:
+        super().__init__(prompt)
+        self.prompt = prompt
+
+
+class _Finite(LogitsProcessor):
+    """Stops at logits from which nothing can be drawn, where generation goes on with any token. -inf is a fair one."""
+
+    def __init__(self, prompts: list[int]) -> None:
+        self.prompts = prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        highest = scores.amax(-1)  # not a number where any is not
+        if not bool(torch.isfinite(highest).all()):
+            raise _NotFinite(self.prompts[int((~torch.isfinite(highest)).nonzero()[0])])
+        return scores
 
 
 def _transformers(model: Any, tokenizer: Any, settings: _Settings) -> _Engine:
@@ -222,6 +248,7 @@ def _transformers(model: Any, tokenizer: Any, settings: _Settings) -> _Engine:
                     eos_token_id=ends,
                     pad_token_id=tokenizer.pad_token_id,
                     use_cache=True,
+                    logits_processor=LogitsProcessorList([_Finite([asked[place] for place in places])]),
                 )
                 found.update(zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
                 progress.update(len(places))
@@ -400,7 +427,12 @@ def sample_responses(
             write_json(parts / REQUEST, request)
             rows = [row for row, ids in enumerate(encoded) if ids]
             shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
-            found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, seed)
+            try:
+                found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, seed)
+            except UserError:
+                if {path.name for path in parts.iterdir()} <= {LOCK, REQUEST}:  # nothing to go on with
+                    (parts / REQUEST).unlink()
+                raise
             _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts}, learnt_from)
         for path in parts.iterdir():
             if path.name != LOCK:
@@ -479,7 +511,7 @@ def _sample_parts(
                 continue
             begun = time.monotonic()
             own_seed = int(value_digest([seed, number])[:15], 16)
-            found = sampler.respond(generate, [encoded[row] for row in rows], own_seed, progress)
+            found = sampler.respond(generate, [encoded[row] for row in rows], rows, own_seed, progress)
             seconds = round(time.monotonic() - begun, 3)
             asked = [prompts[row] for row in rows for _ in range(n)]
             responses = [

@@ -17,9 +17,21 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from prefdistill import __version__
-from prefdistill.config import DIRECTORY_NAME, Options, Override, Recipe, Section, load_recipe, read_yaml, validate
+from prefdistill.config import (
+    DIRECTORY_NAME,
+    Options,
+    Override,
+    Recipe,
+    Section,
+    applied,
+    load_recipe,
+    read_yaml,
+    refuse_trust,
+    validate,
+)
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, value_digest, write_json
+from prefdistill.places import check_own, check_place
 from prefdistill.progress import say
 
 BUILT_IN = {"quickstart": Path(__file__).parent / "recipes" / "quickstart.yaml"}
@@ -154,6 +166,7 @@ def recipe_of(study: Study, path: Path, cell: Cell, overrides: Sequence[Override
         for key in cell.overrides:
             if f"{override.key}.".startswith(f"{key}.") or f"{key}.".startswith(f"{override.key}."):
                 raise UserError(f"{override.key}: cell {cell.name!r} of the study sets {key}; leave it out")
+    refuse_trust([applied(study.overrides), applied(cell.overrides)], str(path))
     changes = [Override(key, value) for key, value in study.overrides.items()]
     changes += [*overrides, *(Override(key, value) for key, value in cell.overrides.items())]
     changes += [Override("name", study.name), Override("seed", seed), Override("seeds", 1)]
@@ -358,6 +371,8 @@ def run_study(
     study = load_study(path, seeds=seeds, metric=metric, recipe=str(recipe.resolve()) if recipe else None)
     out = out or Path("runs") / "studies" / study.name
     run = StudyRun(study, path, out, stages or out / "stages", [Override.parse(text) for text in overrides])
+    check_own(out, ("cells", "work", "stages", "results.json"), "study")
+    check_place(run.pool / "x", "--stages")
     run.check()
     with locked(out):
         failed = run.run(command)

@@ -1,14 +1,15 @@
-"""SFT and DPO of a teacher, SFT of a student's start, a reward model: TRL's own trainers, unmodified."""
+"""SFT and DPO of a teacher, SFT of a student's start, a reward model: by TRL's own trainers, under watch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.config import DPOTraining, Training
-from prefdistill.encode import Truncation, judged_ids
+from prefdistill.encode import Truncation, check_template, judged_ids
 from prefdistill.errors import UserError
+from prefdistill.finite import watched
 from prefdistill.models import load_model, random_model
 from prefdistill.progress import say
-from prefdistill.training import fit
+from prefdistill.training import fit, making_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,16 +32,18 @@ def train_sft(
     """Supervised fine-tuning on `prompt`/`completion` rows, the loss on completions only; the model ends in `out`."""
     from trl import SFTConfig, SFTTrainer
 
+    check_template(demonstrations, tokenizer)
     args = training.to_arguments(
         out / "checkpoints", seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
-    trainer = SFTTrainer(
-        model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
-        args=args,
-        train_dataset=demonstrations.select_columns(["prompt", "completion"]),
-        processing_class=tokenizer,
-        peft_config=training.peft_config(),
-    )
+    with making_trainer():
+        trainer = watched(SFTTrainer)(
+            model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+            args=args,
+            train_dataset=demonstrations.select_columns(["prompt", "completion"]),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
     _count_dropped(trainer, len(demonstrations), truncation, what)
     fit(trainer, out, what)
 
@@ -61,6 +64,7 @@ def train_dpo(
     """DPO with the model itself as the reference; the model ends in `out`."""
     from trl import DPOConfig, DPOTrainer
 
+    check_template(pairs, tokenizer)
     args = training.to_arguments(
         out / "checkpoints",
         seed=seed,
@@ -69,14 +73,15 @@ def train_dpo(
         max_length=truncation.max_length,
         beta=training.beta,
     )
-    trainer = DPOTrainer(
-        model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
-        ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
-        args=args,
-        train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
-        processing_class=tokenizer,
-        peft_config=training.peft_config(),
-    )
+    with making_trainer():
+        trainer = watched(DPOTrainer)(
+            model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+            ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+            args=args,
+            train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
     _count_dropped(trainer, len(pairs), truncation, what)
     fit(trainer, out, what)
 
@@ -104,13 +109,15 @@ def train_reward(
         {f"{side}_ids": judged_ids(tokenizer, row["prompt"], row[side])[:positions] for side in ("chosen", "rejected")}
         for row in pairs
     ]
-    trainer = RewardTrainer(
-        model=model,
-        args=training.to_arguments(out / "checkpoints", seed=seed, data_seed=seed, kind=RewardConfig, max_length=None),
-        train_dataset=Dataset.from_list(ids),
-        processing_class=tokenizer,
-        peft_config=training.peft_config(),
-    )
+    args = training.to_arguments(out / "checkpoints", seed=seed, data_seed=seed, kind=RewardConfig, max_length=None)
+    with making_trainer():
+        trainer = watched(RewardTrainer)(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(ids),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
     fit(trainer, out, what)
 
 

@@ -6,9 +6,11 @@ import signal
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from prefdistill.batches import Layout, PairCollator, layout_for
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
+from prefdistill.finite import check_loss, check_weights, watched
 from prefdistill.logprobs import (
     emittable_ids,
     reduce_logits,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
 # Nats per token between the student and its reference before the first step that rounding does not explain.
 REFERENCE_GAP = 0.05
+ARGUMENTS = "training_args.bin"  # a pickle, which the Trainer leaves beside a model; what is in it is in our own files
 
 
 class PrefDistillTrainer(Trainer):
@@ -144,11 +148,7 @@ class PrefDistillTrainer(Trainer):
         with self.accelerator.autocast():
             student = read_student(model, inputs, self.method, features, emittable=self._emittable)
         loss, metrics = self.method.loss(student, features)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {read['row']} of the data: "
-                "try a lower learning rate, max_grad_norm=1, or bf16=false"
-            )
+        check_loss(loss, self.state.global_step + 1, f"rows {read['row']} of the data")
         if model.training:
             self._check_reference(student, features)
             for name, value in metrics.items():
@@ -374,16 +374,17 @@ def make_trainer(
     """
     data_seed = seed if data_seed is None else data_seed
     if not isinstance(method, TRLMethod):
-        return PrefDistillTrainer(
-            model=load(),
-            method=method,
-            args=training.to_arguments(out / "checkpoints", seed=seed, data_seed=data_seed),
-            train_dataset=pairs,
-            signals=signals,
-            processing_class=tokenizer,
-            peft_config=training.peft_config(),
-            truncation=truncation,
-        )
+        with making_trainer():
+            return PrefDistillTrainer(
+                model=load(),
+                method=method,
+                args=training.to_arguments(out / "checkpoints", seed=seed, data_seed=data_seed),
+                train_dataset=pairs,
+                signals=signals,
+                processing_class=tokenizer,
+                peft_config=training.peft_config(),
+                truncation=truncation,
+            )
     if training.arguments.get("precompute_ref_log_probs"):
         raise UserError("precompute_ref_log_probs is not supported here: TRL reads its reference as it goes")
     if signals:
@@ -400,16 +401,28 @@ def make_trainer(
         max_length=sys.maxsize,  # the rows come cut
         **method.arguments(),
     )
-    trainer = kind(
-        **method.models(load, adapter=training.lora is not None),
-        args=args,
-        train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
-        processing_class=tokenizer,
-        peft_config=training.peft_config(),
-    )
+    with making_trainer():
+        trainer = watched(kind)(
+            **method.models(load, adapter=training.lora is not None),
+            args=args,
+            train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
     # What TRL makes of a row goes on behind the end token, with what the template writes there or an EOS of its own.
     trainer.train_dataset = method.rows(encoded)
     return trainer
+
+
+@contextmanager
+def making_trainer() -> Iterator[None]:
+    """What a trainer refuses when it is made, such as an adapter for unknown layers, is the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"the trainer cannot be made: {' '.join(str(error).split())}") from error
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -431,6 +444,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
+        UserError: if the loss or the weights are not finite, or the checkpoint holds more than numbers.
     """
     from transformers import PrinterCallback
 
@@ -449,6 +463,13 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     trainer.add_callback(stop)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except UserError:
+        _leave_no_trace(out)
+        raise
+    except UnpicklingError as error:  # weights only: nothing in it has been run
+        raise UserError(
+            f"{last} is damaged, or holds more than the state of a training; delete it to train without it"
+        ) from error
     finally:
         stop.restore()
     if stop.asked:
@@ -460,6 +481,15 @@ def _last_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that is whole. The Trainer writes trainer_state.json last; what lacks it was cut off."""
     found = [path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _leave_no_trace(out: Path) -> None:
+    """Of a training that stopped before it had saved or logged anything."""
+    log = out / "metrics.jsonl"
+    if any((out / "checkpoints").glob("checkpoint-*")) or (log.is_file() and log.stat().st_size):
+        return
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    log.unlink(missing_ok=True)
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:
@@ -474,10 +504,13 @@ def _save(trainer: Trainer, out: Path) -> None:
     if logs.is_dir() and trainer.is_world_process_zero():
         shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    check_weights(model)
     if not hasattr(model, "peft_config"):
         trainer.save_model(str(out))
+        (out / ARGUMENTS).unlink(missing_ok=True)
         return
     trainer.save_model(str(out / "adapter"))
+    (out / "adapter" / ARGUMENTS).unlink(missing_ok=True)
     if trainer.is_world_process_zero():
         merged = model.merge_and_unload()
         merged.save_pretrained(out)

@@ -1,5 +1,6 @@
 """What a model answers, beside what it should have answered and what another model did."""
 
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -51,6 +52,12 @@ class Generations:
                 "--column"
             )
         prompts = rows["prompt"][:]
+        for row, response in enumerate(rows[column][:]):
+            if not isinstance(response, str) and not _are_messages(response):
+                raise UserError(
+                    f"row {row} of the generations has no response: {column!r} must be text or a list of messages, not "
+                    f"{reprlib.repr(response)}"
+                )
         found = None
         if references:
             texts = [prompt_text(prompt) for prompt in prompts]
@@ -68,6 +75,10 @@ class Generations:
     @property
     def groups(self) -> list[int]:
         return numbered([prompt_text(prompt) for prompt in self.prompts])
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
 
 
 def text_of(response: Any) -> str:

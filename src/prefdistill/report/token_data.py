@@ -1,5 +1,6 @@
 """What the token view shows of each pair: its text in tokens, and what the signals say of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,11 @@ class Weights:
     beta: float = 0.1
     discount: float = 1.0
     terminal: str = "last"
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "discount"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} must be a finite number, got {getattr(self, name)}")
 
 
 def has(signals: SignalSet, need: Need) -> bool:

@@ -2,6 +2,8 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,7 @@ from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, write_json
 from prefdistill.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models import default_dtype, load_model, load_tokenizer, model_identity, ready, tokenizer_identity
+from prefdistill.places import check_place
 from prefdistill.progress import Progress, say
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs
@@ -191,7 +194,8 @@ def extract_signals(
     paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(parts))]
     # by number, so that a run goes on with what any number of processes have left
     ours = [n for n in range(len(parts)) if n % team.num_processes == team.process_index]
-    with Progress(f"signals ({role})", len(responses) * sum(len(parts[n]) for n in ours), "response") as progress:
+    label, total = f"signals ({role})", len(responses) * sum(len(parts[n]) for n in ours)
+    with _all_or_nothing(out), Progress(label, total, "response") as progress:
         for n in ours:
             if paths[n].exists():
                 progress.update(len(responses) * len(parts[n]))
@@ -257,12 +261,24 @@ def _check_ids(
         )
 
 
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[None]:
+    """What is refused before its first shard leaves no directory behind."""
+    try:
+        yield
+    except UserError:
+        if not any((out / "shards").glob("*.parquet")):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
 def _finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether `out` holds what is asked for; clears the way for it where it does not."""
     if (out / "request.json").is_file():
         before = read_json(out / "request.json")
         check_same_request("signals", out, before, request)
         return (out / "manifest.json").is_file()
+    check_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no signals; give another --out")
     shutil.rmtree(out, ignore_errors=True)

@@ -21,6 +21,7 @@ from prefdistill.data import data_fingerprint
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, value_digest
 from prefdistill.models import tokenizer_identity
+from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
 from prefdistill.signals.shards import Shard
 
@@ -126,6 +127,7 @@ class Signals:
         manifest = read_json(directory / "manifest.json")
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
             raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; make it again")
+        check_manifest(manifest, directory)
         shards = []
         for shard in manifest["shards"]:
             path = directory / "shards" / Path(shard["file"]).name
@@ -135,7 +137,8 @@ class Signals:
                 raise UserError(f"{path} is damaged (its checksum differs); delete {directory} and make it again")
             shards.append(Shard(path))
         signals = cls(manifest, shards)
-        if sorted([*signals.rows.tolist(), *manifest["dropped"]["rows"]]) != list(range(manifest["data"]["rows"])):
+        known = sorted([*signals.rows.tolist(), *manifest["dropped"]["rows"]])
+        if len(known) != manifest["data"]["rows"] or known != list(range(len(known))):
             raise UserError(f"the signals in {directory} do not cover every row of the data; delete and make it again")
         return signals
 

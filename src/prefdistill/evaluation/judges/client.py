@@ -6,6 +6,7 @@ What is added here: a limit to the bytes and the seconds of a reply, and a failu
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 KEY_VARIABLES = ("PREFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
+SECRET = re.compile(r"api.?key|authorization|password|secret|(^|_)(access_|auth_)?token$", re.IGNORECASE)
 NOT_OURS_TO_SET = ("messages", "model", "stream", "n")
 REFUSED = (401, 403, 404)  # the same for every request: no use in asking on
 GIVE_UP_AFTER = 8  # requests that failed one after another, with none answered before
@@ -61,6 +63,8 @@ class Endpoint:
             raise UserError(
                 f"--url holds more than an address (user, query or fragment); keys go into {' or '.join(KEY_VARIABLES)}"
             )
+        if secret := [name for name in self.fields if SECRET.search(name)]:
+            raise UserError(f"{secret[0]} would be written into the results; keys go into {' or '.join(KEY_VARIABLES)}")
         if taken := [name for name in NOT_OURS_TO_SET if name in self.fields]:
             raise UserError(f"{taken[0]} is no field to set: it is made for each request")
 

@@ -53,8 +53,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for line, piece in pieces:
         try:
             found = json.loads(piece) if piece.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {line + error.lineno}: not valid JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            found_at, reason = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, str(error))
+            raise UserError(f"{path}, line {line + found_at}: not valid JSON ({reason})") from error
         rows += found if isinstance(found, list) else [found]
     if not rows:
         raise UserError(f"{path}: there are no rows in it")

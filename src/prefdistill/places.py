@@ -1,0 +1,24 @@
+"""Whether results can go where they are to go: found out before the work, not after it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefdistill.errors import UserError
+
+
+def check_place(out: Path, option: str = "--out") -> None:
+    """Raises a UserError if nothing can be written at `out`: a file is in the way, or it is not ours to write to."""
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if above != out and not above.is_dir():
+        raise UserError(f"{out} cannot be written, for {above} is a file; give another {option}")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{out} cannot be written: no permission in {above}; give another {option}")
+
+
+def check_own(out: Path, marks: Sequence[str], verb: str) -> None:
+    """Raises a UserError if a directory holds something, but none of what `verb` always leaves there."""
+    check_place(out)
+    there = {path.name for path in out.iterdir() if path.name != ".lock"} if out.is_dir() else set()
+    if there and there.isdisjoint(marks):
+        raise UserError(f"{out} is not empty and was not made by `prefdistill {verb}`; give another --out")

@@ -1,0 +1,106 @@
+"""Training that goes wrong says so: before it begins where it can, else at the step, and with what to try."""
+
+import json
+
+import datasets
+import pytest
+import torch
+
+from prefdistill.cli import _call
+from prefdistill.config import Training
+from prefdistill.errors import UserError
+from prefdistill.files import read_json
+from prefdistill.finite import check_weights
+from prefdistill.methods import METHODS
+from prefdistill.training import fit, make_trainer
+
+FAST = ["batch_size=2", "micro_batch_size=2", "max_steps=2"]
+DATA = ["--data", "pairs.jsonl"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
+    datasets.disable_progress_bars()
+    monkeypatch.chdir(tmp_path)
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs.select(range(8))]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = make_model(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    model.save_pretrained(tmp_path / "flat")
+    for name in ("model", "flat"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_a_constant_value_is_reported_before_training(place, capsys):
+    """Of a teacher whose logits are all alike, every state has the same value: log of the vocabulary."""
+    assert _call(["signals", "--model", "flat", *DATA, "--kind", "values", "--out", "values"]) == 0
+    start = ["--role", "reference", "--kind", "logps", "--out", "start"]
+    assert _call(["signals", "--model", "model", *DATA, *start]) == 0
+    stores = ["--signals", "values", "--signals", "start"]
+    capsys.readouterr()
+    assert _call(["distill", "--student", "model", *DATA, "--method", "tvkd", *stores, "--out", "out", *FAST]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("prefdistill: the shaping margin (value) is the same number, 0, for all 8 pairs")
+    assert "raw logits are needed" in told
+    assert not (place / "out").exists()
+
+
+def test_shaping_that_drowns_the_margin_is_warned_of_with_numbers(place, capsys):
+    (place / "recipe.yaml").write_text(
+        "name: x\ndata: {train: pairs.jsonl, test: pairs.jsonl}\nmodel: {teacher: model, student: model}\n"
+        "training: {max_steps: 2, learning_rate: 0.01, batch_size: 2, micro_batch_size: 2}\nbaseline: faint\n"
+        "methods: {tvkd: {alpha: 1000}, faint: {method: tvkd, alpha: 1.0e-9}}\n"
+    )
+    assert _call(["run", "recipe.yaml", "--out", "run"]) == 0
+    results = read_json(place / "run" / "results.json")
+    (warning,) = (text for text in results["warnings"] if "drowns" in text)
+    spread, margin = (results["shaping"]["tvkd"][key] for key in ("std", "dpo_margin_std"))
+    assert spread > 3 * margin
+    assert warning == (
+        f"tvkd: the shaping margin (spread {spread:.2f}) drowns the DPO margin (spread {margin:.2f}); a lower alpha or "
+        "a higher beta gives the pairs more say"
+    )
+    assert warning in (place / "run" / "report.html").read_text(encoding="utf-8")
+
+
+class Spoiled(torch.optim.SGD):
+    """An optimiser whose step makes weights that are no numbers."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("method", ["sft", "simpo"])
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, make_model, tokenizer, pairs, method):
+    """After the last step there is no loss that would show it."""
+    training = Training(max_steps=1, batch_size=2, micro_batch_size=2)
+    model = make_model(num_hidden_layers=1)
+    out = tmp_path / "out"
+    rows = pairs.select(range(4)).select_columns(["prompt", "chosen", "rejected"])
+    trainer = make_trainer(METHODS[method](), lambda: model, rows, tokenizer, training, out)
+    trainer.optimizer = Spoiled(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"the trained weights are not finite, the first of them model\.embed_tokens"):
+        fit(trainer, out, method)
+    assert not (out / "model.safetensors").exists()
+
+
+def test_whole_weights_pass(make_model):
+    check_weights(make_model(num_hidden_layers=1))
+
+
+def test_what_was_logged_stays_to_be_looked_at(place, capsys, make_model, tokenizer):
+    """A training that goes wrong late leaves its log; one that is wrong at once leaves nothing."""
+    given = ["sft", "--model", "model", *DATA, "--out", "out", "batch_size=2", "micro_batch_size=2", "max_steps=8"]
+    assert _call([*given, "learning_rate=1e30", "max_grad_norm=0", "logging_steps=1"]) == 2
+    told = capsys.readouterr().err
+    assert "the loss is nan at step" in told
+    assert "try a lower learning rate" in told
+    (first, *_) = (json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines())
+    assert first["step"] == 1
+    assert not (place / "out" / "model.safetensors").exists()
