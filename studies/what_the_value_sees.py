@@ -49,7 +49,8 @@ def of_run(run: Path) -> dict[str, float]:
     pairs = load_pairs(str(run / "pairs" / "test.jsonl"))
     stores = [Signals.open(run / f"signals-{role}-test" / "store") for role in ("teacher", "reference")]
     signals = SignalSet.of(stores, pairs)
-    returns = make_method("tvkd", {"alpha": 0.0}).features(signals)
+    made_with = {"value_temperature": stores[0].manifest["value_temperature"]}
+    returns = make_method("tvkd", {"alpha": 0.0, **made_with}).features(signals)
     margin = returns["shaping_chosen"] - returns["shaping_rejected"]
     kept = pairs.select(signals.rows)
     chosen, rejected = (np.array([form(answer[-1]["content"]) for answer in kept[side]]) for side in SIDES)
