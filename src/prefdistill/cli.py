@@ -471,7 +471,8 @@ def evaluate(
     """
     _one_process("evaluate")
     from prefdistill.evaluation import evaluate as evaluation
-    from prefdistill.files import write_json
+    from prefdistill.files import sweep, write_json
+    from prefdistill.stages import locked
 
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the results")
@@ -501,8 +502,10 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    results = evaluation.evaluate(request, out)
-    write_json(out, results)
+    with locked(out.parent, f".{out.name}.lock"):
+        sweep(out.parent, out.name)
+        results = evaluation.evaluate(request, out)
+        write_json(out, results)
     _print(evaluation.as_text(results))
     return results
 
