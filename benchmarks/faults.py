@@ -4,10 +4,10 @@
     python -m benchmarks.faults --kills 40 --stages run,distill --seed 7
 
 A moment is one of the changes a run makes to its directory (a file opened to be written, renamed or removed, a
-directory made: the process ends just before the n-th of them, n drawn evenly), or a point in time, which also falls into
-what is written without Python and into what is computed. The signal is SIGKILL, or Ctrl-C. After each kill the same
-command is started again, and may be killed again; when it ends, its result is compared with that of a run that nothing
-disturbed, and it begins anew, until all kills are spent.
+directory made: the process ends just before the n-th of them, n drawn evenly), or a point in time, which also falls
+into what is written without Python and into what is computed. The signal is SIGKILL, or Ctrl-C. After each kill the
+same command is started again, and may be killed again; when it ends, its result is compared with that of a run that
+nothing disturbed, and it begins anew, until all kills are spent.
 
 Every attempt is a fork of a process that has imported everything: no kill waits for PyTorch to be loaded.
 """
@@ -52,6 +52,10 @@ TINY = [
     "model.scratch.student={hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     "orders=1",
 ]
+IMPORTED_LATE = (
+    *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "rouge_score.rouge_scorer", "scipy.stats", "scipy.ndimage"),
+    *("matplotlib.pyplot", "prefdistill.results", "prefdistill.report.figures"),
+)
 CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # what no two runs have alike
 
 
@@ -77,8 +81,8 @@ def make_place(place: Path) -> Path:
         for i in range(12)
     ]
     write_jsonl(place / "pairs.jsonl", rows)
-    for module in ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "prefdistill.results", "prefdistill.report"):
-        import_module(module)  # once, not in every fork
+    for module in IMPORTED_LATE:  # once, not in every fork
+        import_module(module)
     pairs = str(place / "pairs.jsonl")
     extract_signals(str(place / "teacher"), pairs, out=place / "signals-teacher")
     extract_signals(str(place / "model"), pairs, kinds=("logps",), out=place / "signals-start", role="reference")
