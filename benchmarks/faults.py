@@ -5,17 +5,19 @@
 
 A moment is one of the changes a run makes to its directory (a file opened to be written, renamed or removed, a
 directory made: the process ends just before the n-th of them, n drawn evenly), or a point in time, which also falls
-into what is written without Python and into what is computed. The signal is SIGKILL, or Ctrl-C. After each kill the
-same command is started again, and may be killed again; when it ends, its result is compared with that of a run that
-nothing disturbed, and it begins anew, until all kills are spent.
+into what is written without Python and into what is computed. The signal is SIGKILL, or Ctrl-C; or there is none, and
+from that change on the disk is full. After each fault the same command is started again, and may fail again; when it
+ends, its result is compared with that of a run that nothing disturbed, and it begins anew, until all faults are spent.
 
 Every attempt is a fork of a process that has imported everything: no kill waits for PyTorch to be loaded.
 """
 
 import argparse
+import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -178,11 +180,20 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal, sent before the n-th change to the directory or after some seconds."""
+    """A signal, sent before the n-th change to the directory or after some seconds; none: the disk is full from there."""
 
-    signal: int
+    signal: int | None
     change: int | None = None
     seconds: float | None = None
+
+    @property
+    def status(self) -> int:
+        """What the process must end with."""
+        return 1 if self.signal is None else 130 if self.signal == signal.SIGINT else -self.signal
+
+    def __str__(self) -> str:
+        name = {None: "full disk", signal.SIGKILL: "kill -9", signal.SIGINT: "Ctrl-C"}[self.signal]
+        return f"{name} {'at a change' if self.change else 'in time'}"
 
 
 @dataclass
@@ -193,8 +204,10 @@ class Attempt:
     said: str
 
 
-def attempt(job: Job, place: Path, fault: Fault | None = None, *, timeout: float = 120) -> Attempt:
-    """Do a job in a fork of this process, with a fault in it."""
+def attempt(
+    job: Job, place: Path, fault: Fault | None = None, *, largest: int | None = None, timeout: float = 120
+) -> Attempt:
+    """Do a job in a fork of this process, with a fault in it, or with files of some bytes at most."""
     read, write = os.pipe()
     log = place / "log.txt"
     start = time.monotonic()
@@ -209,6 +222,8 @@ def attempt(job: Job, place: Path, fault: Fault | None = None, *, timeout: float
             os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
             os.chdir(place)
+            if largest is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
             count = _watch(place / "out", fault)
             status = job.call()
             os.write(write, str(count[0]).encode())
@@ -223,7 +238,7 @@ def attempt(job: Job, place: Path, fault: Fault | None = None, *, timeout: float
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         now = time.monotonic()
         if due is not None and now >= due:
-            os.kill(child, fault.signal)  # type: ignore[union-attr]
+            os.kill(child, fault.signal)  # type: ignore[union-attr,arg-type]
             due = None
         if now > start + timeout:
             os.kill(child, signal.SIGKILL)
@@ -253,7 +268,12 @@ def _watch(out: Path, fault: Fault | None) -> list[int]:
         if not os.path.abspath(os.fsdecode(path)).startswith(root):
             return
         count[0] += 1
-        if fault is not None and count[0] == fault.change:
+        if fault is None or fault.change is None:
+            return
+        if fault.signal is None:
+            if count[0] >= fault.change and event in ("open", "os.mkdir", "os.link"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path))
+        elif count[0] == fault.change:
             os.kill(os.getpid(), fault.signal)
 
     sys.addaudithook(hook)
@@ -284,9 +304,13 @@ def disturb(job: Job, place: Path, kills: int, seed: int, *, timeout: float = 12
         spent = tally.injected.total()
         fault = None if spent == kills else _fault(spent, whole, draw)
         tried = attempt(job, place, fault, timeout=timeout)
-        if fault is not None and tried.status == (-signal.SIGKILL if fault.signal == signal.SIGKILL else 130):
-            name = "kill -9" if fault.signal == signal.SIGKILL else "Ctrl-C"
-            tally.injected[f"{name} {'at a change' if fault.change else 'in time'}"] += 1
+        if fault is not None and tried.status == fault.status:
+            tally.injected[str(fault)] += 1
+            if fault.signal is None:
+                if os.strerror(errno.ENOSPC) not in tried.said:
+                    tally.lost.append(f"{fault}: {tried.said[-1500:]}")
+                if half := list(out.rglob(".*.tmp")):
+                    tally.lost.append(f"half written on a full disk: {half}")
             continue
         if tried.status:
             tally.lost.append(f"{fault}: ended with {tried.status}: {tried.said[-1500:]}")
@@ -302,6 +326,8 @@ def disturb(job: Job, place: Path, kills: int, seed: int, *, timeout: float = 12
 
 
 def _fault(number: int, whole: Attempt, draw: random.Random) -> Fault:
+    if number % 5 == 2:
+        return Fault(None, change=draw.randint(1, whole.changes))
     kind = signal.SIGINT if number % 5 == 4 else signal.SIGKILL
     if number % 4 == 3:
         return Fault(kind, seconds=draw.uniform(0, whole.seconds))

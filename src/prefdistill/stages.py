@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import read_json, sweep, value_digest, write_json
+from prefdistill.files import disk_full, read_json, sweep, value_digest, write_json
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
@@ -175,6 +175,8 @@ def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file is in the way, or the place is not ours to write to
+        if disk_full(error):
+            raise
         raise UserError(f"cannot make the directory {directory} ({error.strerror}); give another --out") from error
     if not processes().is_main_process:
         yield
