@@ -42,7 +42,7 @@ from prefdistill.cli import _call
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 WORDS = ["the", "small", "teacher", "reads", "a", "prompt", "and", "answers", "with", "care", "what", "it", "says"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-FEW = ["max_steps=6", "batch_size=4", "micro_batch_size=4", "save_steps=2", "logging_steps=1"]
+FEW = ["max_steps=4", "batch_size=4", "micro_batch_size=4", "save_steps=2", "logging_steps=1"]
 TINY = [
     "data.synthetic={demonstrations: 32, teacher_pairs: 24, pairs: 16, test_prompts: 8}",
     "teacher.sft.max_steps=12",
@@ -180,7 +180,7 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal, sent before the n-th change to the directory or after some seconds; none: the disk is full from there."""
+    """A signal, sent before the n-th change to the directory or after some seconds; None: the disk is full then."""
 
     signal: int | None
     change: int | None = None
