@@ -247,9 +247,7 @@ def failing(monkeypatch):
     return fail_with
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("no space\nleft on device"), KeyError("x"), OSError(28, "No space left")]
-)
+@pytest.mark.parametrize("error", [RuntimeError("all of it\nwent wrong"), KeyError("x"), OSError(5, "Input/output")])
 def test_a_failure_is_not_the_users_mistake(failing, capsys, error):
     failing(error)
     assert _call(["run", "x.yaml"]) == 1

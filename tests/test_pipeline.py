@@ -83,6 +83,17 @@ def test_everything_is_reused_by_the_same_recipe(copy, finished):
     assert results["differences"] == finished[1]["differences"]
 
 
+def test_a_damaged_store_of_a_finished_stage_is_repaired(copy, finished, capsys):
+    shard = copy / "seed-0" / "signals-teacher-test" / "store" / "shards" / "00000.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    results = run_recipe(load_recipe(QUICKSTART, TINY), copy)
+    assert "00000.parquet is damaged (its checksum differs); it is made again" in capsys.readouterr().err
+    assert shard.read_bytes() == whole
+    assert set(stages(results).values()) == {True}
+    assert results["methods"] == finished[1]["methods"]
+
+
 def test_only_what_depends_on_a_change_is_made_again(copy):
     results = run_recipe(load_recipe(QUICKSTART, [*TINY, "methods.tvkd.alpha=0.2"]), copy)
     made = {name for name, reused in stages(results).items() if not reused}

@@ -1,7 +1,6 @@
 """The signal store: what is in it equals a naive forward, and a store that is not whole or not ours is refused."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -13,6 +12,7 @@ from prefdistill.data import data_fingerprint
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.evaluation import gauge_flips, mean_and_error, pair_terms
+from prefdistill.files import read_sealed, write_sealed
 from prefdistill.signals import Need, Signals, SignalSet, extract_signals
 from prefdistill.signals.gauge import DIRECTIONS, gauge_directions
 
@@ -172,7 +172,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
     extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "again", **ask)
     assert len(calls) == 4  # one finished before, one interrupted, then only the two that were missing
     written = [path for path in sorted((tmp_path / "store").rglob("*.*")) if path.is_file()]
-    assert len(written) == 5
+    assert len(written) == 8
     for path in written:
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "store")).read_bytes()
 
@@ -202,20 +202,29 @@ def test_damage_is_found_at_open(store, tmp_path):
 
 def test_a_gap_is_refused(store, tmp_path):
     path = tmp_path / "store" / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_sealed(path)
     manifest["shards"].pop()
-    path.write_text(json.dumps(manifest))
+    write_sealed(path, manifest)
     with pytest.raises(UserError, match="do not cover every row"):
         Signals.open(tmp_path / "store")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not valid JSON"), ("[]", "not a signal manifest"), ('{"schema": 99}', "not a signal manifest")],
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ("", "is damaged"),
+        ('{"schema": 99}', "is damaged"),
+        ('{"schema": 3}', "written by an older version"),
+    ],
 )
 def test_a_manifest_that_is_not_one(store, tmp_path, content, message):
     (tmp_path / "store" / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=message):
+        Signals.open(tmp_path / "store")
+    write_sealed(tmp_path / "store" / "manifest.json", {"schema": 99})
+    with pytest.raises(UserError, match="not a signal manifest"):
         Signals.open(tmp_path / "store")
 
 

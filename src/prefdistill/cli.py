@@ -39,12 +39,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=1e-6")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, data order and sampling.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data", help="Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."
-    ),
-]
+DATA_HELP = "Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."
+Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of prompt and response; the response is cut on the right.")]
 MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt; a longer one keeps its end.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the weights: auto, float32, bfloat16 or float16.")]
@@ -235,9 +231,12 @@ def sample(
 
 @app.command()
 def signals(
-    model: Annotated[str, typer.Option("--model", help="Hub name or directory of the model that is asked.")],
-    data: Data,
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Directory of the signal store.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub name or directory of the model that is asked.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP)] = None,
     kind: Annotated[
         str, typer.Option(help="Of values, logprob_values, logps, q and topk, with commas.")
     ] = "values,logps",
@@ -277,6 +276,14 @@ def signals(
     quantization: Quantization = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast, as in a bf16 training run.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = 16_384,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Make the damaged files of --out again, and no others, by the options it was made with; --model and "
+            "--data only where they lie elsewhere now.",
+        ),
+    ] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -285,11 +292,20 @@ def signals(
     logprob_values), log-probability of the response (logps), its raw logits (q), the likeliest tokens (topk).
 
     Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind topk --k 50
+    or, where a file of it is damaged: prefdistill signals --repair --out signals/teacher
     """
     from prefdistill.encode import Truncation
     from prefdistill.evaluation import gauge_flips
-    from prefdistill.signals import Signals, extract_signals
+    from prefdistill.signals import Signals, extract_signals, repair_signals
 
+    if repair:
+        _only(context, "--repair", ("out", "model", "data", "ids_from", "trust_remote_code", "as_json", "debug"))
+        ids = Signals.open(ids_from) if ids_from else None
+        store, damaged = repair_signals(out, model, data, ids_from=ids, trust_remote_code=trust_remote_code)
+        _print("\n".join([f"made again: {name}" for name in damaged] or [f"{out} is whole"]))
+        return {"out": str(out), "damaged": damaged, "pairs": len(store.rows), "rows": len(store)}
+    if model is None or data is None:
+        raise UserError(f"--{'data' if model else 'model'} is missing: whose signals, and of which pairs")
     if not (k == "vocab" or k.isdecimal()):
         raise UserError(f"--k takes a number of tokens or the word vocab, got {k!r}")
     store = extract_signals(
@@ -459,8 +475,9 @@ def evaluate(
     """
     _one_process("evaluate")
     from prefdistill.evaluation import evaluate as evaluation
-    from prefdistill.files import write_json
+    from prefdistill.files import sweep, write_json
     from prefdistill.places import check_place
+    from prefdistill.stages import locked
 
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the results")
@@ -491,8 +508,10 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    results = evaluation.evaluate(request, out)
-    write_json(out, results)
+    with locked(out.parent, f".{out.name}.lock"):
+        sweep(out.parent, out.name)
+        results = evaluation.evaluate(request, out)
+        write_json(out, results)
     _print(evaluation.as_text(results))
     return results
 
@@ -682,6 +701,14 @@ def _training(kind: type[Any], overrides: "list[str] | dict[str, Any] | None", a
     return validate(kind, raw, "command line", also)
 
 
+def _only(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
+    """Beside some options only a few others have a meaning."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in (option.strip("-"), *others):
+            raise UserError(f"{option} goes by what the store says of itself: leave --{name.replace('_', '-')} out")
+
+
 def _one_process(verb: str) -> None:
     """Some verbs know nothing of other processes, which would all write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -762,6 +789,12 @@ def _call(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        from prefdistill.files import disk_full
+
+        if disk_full(error):
+            where = getattr(error, "filename", None)
+            reason = f"no room on the disk{f' for {where}' if where else ''} ({' '.join(str(error).split())})"
+            return _fail(f"{reason}; make some, and the same command goes on", 1, debug)
         if isinstance(error, typer.Abort) and error.__cause__ is not None:  # typer's name for an EOFError
             error = error.__cause__  # type: ignore[assignment]
         reason = " ".join(str(error).split()) or type(error).__name__

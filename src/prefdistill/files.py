@@ -1,9 +1,12 @@
-"""Files that are either whole or not there: temporary name, fsync, rename."""
+"""Files that are either whole or not there: temporary name, fsync, rename, fsync of the directory."""
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +26,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """A rename is in the directory, which is written to the disk on its own account."""
+    if os.name == "nt":  # no such thing there
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:
+    """Remove what killed processes have left half written in a directory, or of one name there.
+
+    Only for who keeps others from writing there: what a living process is writing looks the same.
+    """
+    pattern = f".{name if name == '*' else glob.escape(name)}.{'[0-9a-f]' * 32}.tmp"
+    for path in list(directory.rglob(pattern) if below else directory.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, of whatever library, says that a file could not grow."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    text = str(error)  # of safetensors and of PyTorch's own writer, which give no number
+    return any(os.strerror(number) in text for number in numbers) or "PytorchStreamWriter failed writing" in text
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,8 +66,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(value))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -45,6 +83,24 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with a checksum of its own as its last key, `sha256`."""
+    write_json(path, {**value, "sha256": value_digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote, without the checksum; None if a single bit of the file has changed since."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    # the text too, for there are several of the same value: 1e-05 and 1E-05
+    if not isinstance(value, dict) or _json_text(value) != text:
+        return None
+    return value if value.pop("sha256", None) == value_digest(value) else None
 
 
 def file_digest(path: Path) -> str:

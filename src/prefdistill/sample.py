@@ -32,7 +32,7 @@ from prefdistill.encode import (
     end_token_ids,
 )
 from prefdistill.errors import UserError
-from prefdistill.files import atomic_path, file_digest, read_json, value_digest, write_json
+from prefdistill.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
 from prefdistill.models import load_model, load_tokenizer, model_identity, model_key, ready, tokenizer_identity
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import check_same_request
@@ -405,6 +405,8 @@ def sample_responses(
     }
     parts = out.with_name(f"{out.name}.parts")
     with locked(parts):
+        for file in (out, sidecar(out)):
+            sweep(out.parent, file.name)
         if _finished(out, parts, request):
             say(f"sample: {out} reused")
         else:

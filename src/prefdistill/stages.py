@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import read_json, value_digest, write_json
+from prefdistill.files import disk_full, read_json, sweep, value_digest, write_json
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
@@ -66,6 +66,9 @@ def run_stage(
     key = value_digest({**request, "version": __version__})
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
+        if team.is_main_process:
+            sweep(directory.parent, directory.name)  # a copy from the pool
+            sweep(directory, below=True)
         done, spent = _look(name, directory, key, replace)
         lent = pool / f"{name}-{key}" if pool else None
         if not done and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
@@ -159,8 +162,12 @@ def _work(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
     """Keep a second run out of a directory; the lock goes with the process that holds it.
+
+    Args:
+        directory: made if there is none, and removed again if it stays empty.
+        name: of the file that is locked: another one for a single result in a directory that others may use.
 
     Raises:
         UserError: if another process holds it, or there can be no such directory.
@@ -168,11 +175,13 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file is in the way, or the place is not ours to write to
+        if disk_full(error):
+            raise
         raise UserError(f"cannot make the directory {directory} ({error.strerror}); give another --out") from error
     if not processes().is_main_process:
         yield
         return
-    lock = FileLock(directory / LOCK)
+    lock = FileLock(directory / name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -180,9 +189,11 @@ def locked(directory: Path) -> Iterator[None]:
             f"another prefdistill run is working in {directory}; wait for it, or give another --out"
         ) from None
     try:
+        if name == LOCK:  # then all of it is ours
+            sweep(directory)
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
+        (directory / name).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
         lock.release()
         with suppress(OSError):  # not empty, as it should be
             directory.rmdir()

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.data import SCORES, ended_column, load_pairs
 from prefdistill.methods import Method, sampled
 from prefdistill.models import default_dtype
+from prefdistill.progress import say
 from prefdistill.sample import sample_responses
 from prefdistill.signals import Need, Signals, extract_signals
 from prefdistill.signals.reading import VALUES
-from prefdistill.signals.store import SIDES
+from prefdistill.signals.repair import set_aside
+from prefdistill.signals.store import SIDES, DamagedSignals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -182,7 +184,14 @@ class Supply:
             )
 
         run.stage(name, request, make, *after)
-        self.stores[name] = Signals.open(run.root / name / "store")
+        store = run.root / name / "store"
+        try:
+            self.stores[name] = Signals.open(store)
+        except DamagedSignals as error:
+            say(f"{name}: {str(error).split(';')[0]}; it is made again")
+            set_aside(store)
+            make(run.root / name)
+            self.stores[name] = Signals.open(store)
         return name
 
 

@@ -453,6 +453,8 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             say(f"{what}: trained, only to be saved")
+            if trainer.is_world_process_zero():
+                write_jsonl(out / "metrics.jsonl", state.log_history)  # its last line may be torn
             _load_weights(trainer.model, last)
             _save(trainer, out)
             return
@@ -478,9 +480,19 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole. The Trainer writes trainer_state.json last; what lacks it was cut off."""
-    found = [path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest checkpoint that is whole; the main process removes those that were cut off.
+
+    The Trainer writes trainer_state.json last: a checkpoint is whole if that is.
+    """
+    whole = []
+    for path in directory.glob("checkpoint-*"):
+        try:
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
+            whole.append(path)
+        except (OSError, ValueError, TypeError):
+            if processes().is_main_process:
+                shutil.rmtree(path, ignore_errors=True)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _leave_no_trace(out: Path) -> None:

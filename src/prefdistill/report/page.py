@@ -1,14 +1,12 @@
 """The report as one self-contained HTML page, laid out and escaped by `page.html.j2`; writing it to a file."""
 
-import contextlib
 import functools
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
+from prefdistill.files import disk_full, write_text
 from prefdistill.report.markdown import render_markdown
 from prefdistill.report.run import load_runs
 from prefdistill.report.sections import comparison_of, reading_of, title_of, view_of
@@ -46,18 +44,10 @@ def save_page(text: str, out: Path, what: str) -> Path:
         UserError: if it cannot be written.
     """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(text.encode())
-            os.chmod(name, 0o644)
-            os.replace(name, out)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        write_text(out, text)
     except OSError as error:
+        if disk_full(error):  # nobody's mistake
+            raise
         raise UserError(f"{what} cannot be written to {out}: {error.strerror or error}") from None
     return out
 

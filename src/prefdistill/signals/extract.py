@@ -16,14 +16,14 @@ from prefdistill.batches import layout_for
 from prefdistill.data import check_pairs, data_fingerprint, load_pairs
 from prefdistill.encode import Dropped, Truncation, encode_pairs, nothing_left
 from prefdistill.errors import UserError
-from prefdistill.files import file_digest, read_json, write_json
+from prefdistill.files import read_sealed, sweep, write_sealed
 from prefdistill.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models import default_dtype, load_model, load_tokenizer, model_identity, ready, tokenizer_identity
 from prefdistill.places import check_place
 from prefdistill.progress import Progress, say
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs
-from prefdistill.signals.shards import Shard, write_shard
+from prefdistill.signals.shards import Shard, is_whole, read_checksum, write_shard
 from prefdistill.signals.store import (
     KINDS,
     PACKED,
@@ -31,12 +31,13 @@ from prefdistill.signals.store import (
     ROLES,
     SCHEMA,
     SIDES,
+    DamagedSignals,
     Need,
     Signals,
     SignalSet,
     check_same_request,
 )
-from prefdistill.stages import processes
+from prefdistill.stages import LOCK, locked, processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 # Numbers of one shard that are held at once before it is written: 2^24 pairs of id and log-probability are 128 MiB.
 SHARD_NUMBERS = 2**24
+IN_MEMORY = "a data set in memory"
 TOKENS = 4096  # of a response at most, where truncation says nothing
 
 
@@ -75,7 +77,8 @@ def extract_signals(
 
     .. math:: V(s_t) = b \log \sum_a \exp(z(s_t, a) / b), \qquad \log\pi(y|x) = \sum_t \log\pi(a_t|s_t)
 
-    A finished store of the same request is opened as it is; an interrupted one goes on after its last whole shard.
+    A finished store of the same request is opened as it is; an interrupted one goes on after its last whole shard, and
+    so does one whose damaged shards `prefdistill.signals.repair` has set aside.
     Under `accelerate launch` or torchrun every process makes its share of the shards; their number changes no byte
     (that of a process's CPU threads may, by rounding). A process holds the tokens and signals of one shard at a time.
 
@@ -105,8 +108,8 @@ def extract_signals(
         trust_remote_code: let the model's repository run its own code.
 
     Raises:
-        UserError: on an unknown kind or role, data that cannot be read, a store of another request in `out`, ids of
-            a store of other data, or logits that are not finite (with the rows).
+        UserError: on an unknown kind or role, data that cannot be read, a store of another request in `out`, another
+            run that works there, ids of a store of other data, or logits that are not finite (with the rows).
 
     Example:
         >>> extract_signals("my/teacher", "pairs.jsonl", out="signals/teacher")       # doctest: +SKIP
@@ -146,7 +149,7 @@ def extract_signals(
     truncation = truncation or Truncation()
     team = processes()  # before the model is loaded: it gives each process its device
     model_name = model if isinstance(model, str) else ""
-    data_name = dataset if isinstance(dataset, str) else "a data set in memory"
+    data_name = dataset if isinstance(dataset, str) else IN_MEMORY
     if isinstance(dataset, str):
         dataset = load_pairs(dataset, responses=responses)
     else:
@@ -178,7 +181,11 @@ def extract_signals(
         "value_dtype": value_dtype,
         "value_temperature": value_temperature,
         "topk": topk.manifest(vocabulary, head_rows) if "topk" in kinds else {},
-        "model": {**model_identity(model, model_name), "bf16": bf16},
+        "model": {
+            **model_identity(model, model_name),
+            "bf16": bf16,
+            **({"read_in": quantization} if quantization else {}),
+        },
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
         "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
@@ -187,47 +194,55 @@ def extract_signals(
         "layout": layout.kind,
     }
     out = Path(out)
-    with team.main_process_first():  # it clears the way, the others find it cleared
-        if _finished(out, request):
-            return Signals.open(out)
+    check_place(out)
+    if out.is_file():
+        raise UserError(f"{out} is not a directory; give another --out")
+    with locked(out):
+        with team.main_process_first():  # it clears the way, the others find it cleared
+            if _finished(out, request):
+                return Signals.open(out)
+            request |= _before(out)  # the same but for names: what is gone on with keeps those it has
 
-    paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(parts))]
-    # by number, so that a run goes on with what any number of processes have left
-    ours = [n for n in range(len(parts)) if n % team.num_processes == team.process_index]
-    label, total = f"signals ({role})", len(responses) * sum(len(parts[n]) for n in ours)
-    with _all_or_nothing(out), Progress(label, total, "response") as progress:
-        for n in ours:
-            if paths[n].exists():
-                progress.update(len(responses) * len(parts[n]))
-                continue
-            rows, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=parts[n])
-            found = score_pairs(
-                model,
-                rows,
-                tokenizer,
-                kinds,
-                responses=responses,
-                positions=positions,
-                value_temperature=value_temperature,
-                topk=topk,
-                bf16=bf16,
-                batch_tokens=batch_tokens,
-                layout=layout,
-                progress=progress,
-            )
-            progress.update(len(responses) * len(dropped))
-            columns, errors = _columns(rows, responses, found, request)
-            notes = {
-                "kept": len(rows),
-                "rows": sorted(set(parts[n]).difference(rows["row"][:])),
-                "dropped": dropped.counts,
-                "first_rows": dropped.first_rows,
-                "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
-            }
-            write_shard(paths[n], columns, notes)
-    team.wait_for_everyone()
-    _finish(out, paths, request)
-    return Signals.open(out)
+        paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(parts))]
+        # by number, so that a run goes on with what any number of processes have left
+        ours = [n for n in range(len(parts)) if n % team.num_processes == team.process_index]
+        label, total = f"signals ({role})", len(responses) * sum(len(parts[n]) for n in ours)
+        with _all_or_nothing(out), Progress(label, total, "response") as progress:
+            for n in ours:
+                if is_whole(paths[n]):
+                    progress.update(len(responses) * len(parts[n]))
+                    continue
+                rows, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=parts[n])
+                found = score_pairs(
+                    model,
+                    rows,
+                    tokenizer,
+                    kinds,
+                    responses=responses,
+                    positions=positions,
+                    value_temperature=value_temperature,
+                    topk=topk,
+                    bf16=bf16,
+                    batch_tokens=batch_tokens,
+                    layout=layout,
+                    progress=progress,
+                )
+                progress.update(len(responses) * len(dropped))
+                columns, errors = _columns(rows, responses, found, request)
+                notes = {
+                    "kept": len(rows),
+                    "rows": sorted(set(parts[n]).difference(rows["row"][:])),
+                    "dropped": dropped.counts,
+                    "first_rows": dropped.first_rows,
+                    "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
+                }
+                noted = read_checksum(paths[n])
+                write_shard(paths[n], columns, notes)
+                if noted not in (None, read_checksum(paths[n])):
+                    say(f"warning: {paths[n]} has come out otherwise than before: made with other versions or hardware")
+        team.wait_for_everyone()
+        _finish(out, paths, request)
+        return Signals.open(out)
 
 
 def _check_ids(
@@ -275,15 +290,23 @@ def _all_or_nothing(out: Path) -> Iterator[None]:
 def _finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether `out` holds what is asked for; clears the way for it where it does not."""
     if (out / "request.json").is_file():
-        before = read_json(out / "request.json")
-        check_same_request("signals", out, before, request)
+        check_same_request("signals", out, _before(out), request)
+        if processes().is_main_process:
+            sweep(out, below=True)
         return (out / "manifest.json").is_file()
-    check_place(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if (out / "manifest.json").is_file():
+        raise DamagedSignals(f"{out}/request.json is missing", out)
+    if any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no signals; give another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    write_json(out / "request.json", request)
+    write_sealed(out / "request.json", request)
     return False
+
+
+def _before(out: Path) -> dict[str, Any]:
+    """The request that a store was begun with."""
+    if (before := read_sealed(out / "request.json")) is None:
+        raise DamagedSignals(f"{out}/request.json is damaged (its checksum differs)", out)
+    return before
 
 
 def _columns(
@@ -334,11 +357,11 @@ def _finish(out: Path, paths: list[Path], request: dict[str, Any]) -> None:
             mean = sum(error["sum"] for error in errors) / states
             request["topk"]["kl_error"] = {"mean": mean, "max": max(error["max"] for error in errors), "states": states}
         shards = [
-            {"file": path.name, "rows": note["kept"], "sha256": file_digest(path)}
+            {"file": path.name, "rows": note["kept"], "sha256": read_checksum(path)}
             for path, note in zip(paths, notes, strict=True)
         ]
         gone = {"reasons": dropped.counts, "rows": [row for note in notes for row in note["rows"]]}
-        write_json(out / "manifest.json", {**request, "dropped": gone, "shards": shards, "versions": _versions()})
+        write_sealed(out / "manifest.json", {**request, "dropped": gone, "shards": shards, "versions": _versions()})
     team.wait_for_everyone()
 
 

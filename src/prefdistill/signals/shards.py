@@ -1,4 +1,4 @@
-"""The files of a signal store: Parquet, written whole, read a column or a few rows at a time."""
+"""The files of a signal store: Parquet, written whole, each with a checksum beside it, read a few rows at a time."""
 
 import json
 from collections import OrderedDict
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefdistill.files import atomic_path
+from prefdistill.files import atomic_path, file_digest, write_text
 
 # Bytes of a row group, the least that is read at once: small enough to pick single pairs out of a file of many.
 GROUP_BYTES = 2**18
@@ -44,7 +44,8 @@ TYPES: dict[str, tuple[pa.DataType, str | None]] = {
 def write_shard(path: Path, columns: dict[str, Sequence[Any]], notes: dict[str, Any]) -> None:
     """Write columns of rows, and some notes on how they were made, into a file that is whole or not there.
 
-    The type of a column goes by the end of its name (`TYPES`), where it is not an Arrow array already.
+    Its checksum is written first, as sha256sum would: a file that does not fit it is not what was written. The type of
+    a column goes by the end of its name (`TYPES`), where it is not an Arrow array already.
     """
     arrays: dict[str, pa.Array] = {}
     encodings: dict[str, str] = {}
@@ -69,6 +70,31 @@ def write_shard(path: Path, columns: dict[str, Sequence[Any]], notes: dict[str, 
             column_encoding=encodings,
             write_statistics=False,  # nobody searches these files by value
         )
+        write_checksum(path, file_digest(temporary))
+
+
+def checksum_file(shard: Path) -> Path:
+    return shard.parent.parent / "checksums" / f"{shard.stem}.sha256"
+
+
+def write_checksum(shard: Path, digest: str) -> None:
+    write_text(checksum_file(shard), f"{digest}  {shard.parent.name}/{shard.name}\n")
+
+
+def read_checksum(shard: Path) -> str | None:
+    """What was noted when a shard was written; None where there is no such note that can be read."""
+    try:
+        line = checksum_file(shard).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest = line.removesuffix(f"  {shard.parent.name}/{shard.name}\n")
+    return digest if len(digest) == 64 and digest != line else None
+
+
+def is_whole(shard: Path, digest: str | None = None) -> bool:
+    """Whether a shard is there, with the checksum it should have: by default the one that was noted beside it."""
+    digest = digest or read_checksum(shard)
+    return digest is not None and shard.is_file() and file_digest(shard) == digest
 
 
 class Shard:

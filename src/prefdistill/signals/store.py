@@ -1,13 +1,15 @@
 """A signal store: Parquet shards and a manifest that says where they came from. Written last, the manifest is the proof
 that the store is whole.
 
-    DIR/manifest.json        provenance, row counts, a checksum per shard
+    DIR/manifest.json        provenance, row counts, a checksum per shard and of itself
     DIR/request.json         what was asked for; an interrupted extraction goes on only if it is asked for the same
+    DIR/checksums/*.sha256   of each shard as it was written: an interrupted extraction and a repair go by them
     DIR/shards/00000.parquet one line per row of the data: row, and for each response (chosen_, rejected_, ...): tokens,
                              ended, offsets, and what the kinds are made of, see `KINDS`
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +21,7 @@ import numpy as np
 from prefdistill.data import RESPONSES as SIDES
 from prefdistill.data import data_fingerprint
 from prefdistill.errors import UserError
-from prefdistill.files import file_digest, read_json, value_digest
+from prefdistill.files import file_digest, read_sealed, value_digest
 from prefdistill.models import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 3
+SCHEMA = 4
 # Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, that of the student's own
 # starting point, the reference of the DPO margin, or that of a trained student, which is to be looked at.
 ROLES = ("teacher", "teacher_reference", "reference", "student")
@@ -83,6 +85,13 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+class DamagedSignals(UserError):
+    """A store that is not as it was written; `prefdistill.signals.repair` makes it whole."""
+
+    def __init__(self, what: str, directory: Path) -> None:
+        super().__init__(f"{what}; `prefdistill signals --repair --out {directory}` makes that part again")
+
+
 def check_same_request(what: str, where: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
     """Raises a UserError if what is at a place was made for another request."""
     if changed := ", ".join(sorted(key for key in request if not same(before.get(key), request[key]))):
@@ -117,24 +126,31 @@ class Signals:
         """Read a store after checking it against its manifest.
 
         Raises:
-            UserError: if it is missing, unfinished, of another schema, has a gap, or a shard fails its checksum.
+            UserError: if it is missing, unfinished or of another schema.
+            DamagedSignals: if the manifest or a shard fails its checksum, a shard is missing, or there is a gap.
         """
         directory = Path(directory)
         if not (directory / "manifest.json").is_file():
             if (directory / "request.json").is_file():
                 raise UserError(f"the signals in {directory} are unfinished; run the same `prefdistill signals` again")
+            if (directory / "shards").is_dir():
+                raise UserError(f"{directory} has lost manifest.json and request.json; delete it and make it again")
             raise UserError(f"no signals in {directory}: make them with `prefdistill signals --out {directory} ...`")
-        manifest = read_json(directory / "manifest.json")
-        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        manifest = read_sealed(directory / "manifest.json")
+        if manifest is None and _older(directory / "manifest.json"):
+            raise UserError(f"{directory} was written by an older version; delete it and make the signals again")
+        if manifest is None:
+            raise DamagedSignals(f"{directory}/manifest.json is damaged (its checksum differs)", directory)
+        if manifest.get("schema") != SCHEMA:
             raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; make it again")
         check_manifest(manifest, directory)
         shards = []
         for shard in manifest["shards"]:
             path = directory / "shards" / Path(shard["file"]).name
             if not path.is_file():
-                raise UserError(f"{path} is missing; delete {directory} and make the signals again")
+                raise DamagedSignals(f"{path} is missing", directory)
             if file_digest(path) != shard["sha256"]:
-                raise UserError(f"{path} is damaged (its checksum differs); delete {directory} and make it again")
+                raise DamagedSignals(f"{path} is damaged (its checksum differs)", directory)
             shards.append(Shard(path))
         signals = cls(manifest, shards)
         known = sorted([*signals.rows.tolist(), *manifest["dropped"]["rows"]])
@@ -268,6 +284,15 @@ class Signals:
             self.shards[shard].rows([place - self._starts[shard]], columns)
             for shard, place in zip(shards, places, strict=True)
         )
+
+
+def _older(manifest: Path) -> bool:
+    """Whether a manifest is of the time before manifests had a checksum."""
+    try:
+        value = json.loads(manifest.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "sha256" not in value and value.get("schema") in range(1, 4)
 
 
 def _flat(column: Any) -> Any:
