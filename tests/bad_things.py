@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from prefdistill.files import read_sealed, write_sealed
+
 # A token that the nan model cannot read; it stands in one row of poisoned.jsonl.
 POISON = "Q"
 POISONED_ROW = 3
@@ -130,8 +132,8 @@ def write_stores(place: Path) -> None:
     shard = place / "damaged" / "shards" / "00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     (place / "gone" / "shards" / "00000.parquet").unlink()
-    manifest = json.loads((place / "no-schema" / "manifest.json").read_text())
-    (place / "no-schema" / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
+    manifest = read_sealed(place / "no-schema" / "manifest.json")
+    write_sealed(place / "no-schema" / "manifest.json", manifest | {"schema": 1})
     (place / "no-json" / "manifest.json").write_text("{")
     (place / "unfinished" / "manifest.json").unlink()
 

@@ -437,6 +437,7 @@ def test_an_interruption_keeps_what_is_done(judge, bench, tmp_path):
         [sys.executable, "-c", code, *command(bench, server.url, tmp_path / "out", "--concurrency=2")],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 180  # to import everything on a busy machine
     while len(server.seen) < 4 and time.monotonic() < deadline:

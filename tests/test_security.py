@@ -17,7 +17,7 @@ from prefdistill.cli import _call
 from prefdistill.config import Training
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.files import read_json, write_json
+from prefdistill.files import read_json, read_sealed, write_json, write_sealed
 from prefdistill.methods import METHODS
 from prefdistill.models import load_model
 from prefdistill.report.study import write_study
@@ -96,7 +96,18 @@ def test_results_are_of_harmless_kinds_and_hold_no_key(place, monkeypatch, capfd
     made = [path for path in (place / "run").rglob("*") if path.is_file()]
     kinds = {path.suffix for path in made}
     assert {".safetensors", ".parquet", ".json", ".jsonl"} <= kinds
-    assert kinds <= {".safetensors", ".parquet", ".json", ".jsonl", ".yaml", ".html", ".jinja", ".txt", ".md"}
+    assert kinds <= {
+        ".safetensors",
+        ".parquet",
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".html",
+        ".jinja",
+        ".txt",
+        ".md",
+        ".sha256",
+    }
     assert not any(secret.encode() in path.read_bytes() for path in made)
 
 
@@ -280,9 +291,9 @@ def store(tmp_path, make_model, tokenizer, pairs):
 )
 def test_a_manifest_names_files_of_its_store_only(store, name):
     shutil.copy(store / "shards" / "00000.parquet", store.parent / "00000.parquet")
-    manifest = read_json(store / "manifest.json")
+    manifest = read_sealed(store / "manifest.json")
     manifest["shards"][0]["file"] = name
-    write_json(store / "manifest.json", manifest)
+    write_sealed(store / "manifest.json", manifest)
     with pytest.raises(UserError, match="which is no file of the store"):
         Signals.open(store)
 
