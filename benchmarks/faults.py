@@ -303,13 +303,14 @@ def disturb(job: Job, place: Path, kills: int, seed: int, *, timeout: float = 12
     while True:
         spent = tally.injected.total()
         fault = None if spent == kills else _fault(spent, whole, draw)
+        left = set(out.rglob(".*.tmp"))  # of kills before: a disk that is full at once keeps them from being swept
         tried = attempt(job, place, fault, timeout=timeout)
         if fault is not None and tried.status == fault.status:
             tally.injected[str(fault)] += 1
             if fault.signal is None:
                 if os.strerror(errno.ENOSPC) not in tried.said:
                     tally.lost.append(f"{fault}: {tried.said[-1500:]}")
-                if half := list(out.rglob(".*.tmp")):
+                if half := set(out.rglob(".*.tmp")) - left:
                     tally.lost.append(f"half written on a full disk: {half}")
             continue
         if tried.status:
