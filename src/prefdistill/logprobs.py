@@ -112,7 +112,7 @@ class _TopkLogps(torch.autograd.Function):
             back[faint] += (
                 of_rest[faint, None] * (others - torch.logsumexp(others, -1, keepdim=True)).exp().nan_to_num()
             )
-        if tokens is not None and of_token is not None:
+        if of_token is not None:
             back.scatter_add_(-1, tokens[:, None], of_token[:, None])
         return back, None, None
 

@@ -341,6 +341,31 @@ def scatter(
     return svg(draw, 330, 290, title=f"{title}: {labels[1]} against {labels[0]}", alt=alt, key=key)
 
 
+def clouds(
+    found: Sequence[tuple[str, Points, Style, str]], *, labels: tuple[str, str], key: str, budget: int, zero: bool
+) -> list[Markup]:
+    """A scatter of each of some clouds (name, points, style, text alternative), on the same axes.
+
+    `budget` points are shared by all; `zero` says whether the axes reach to it.
+    """
+    shown = max(40, budget // max(1, len(found)))
+    everything = [point for _, points, _, _ in found for point in points]
+    x_limits, y_limits = (limits((point[axis] for point in everything), zero=zero) for axis in (0, 1))
+    return [
+        scatter(
+            points[:: math.ceil(len(points) / shown)],
+            style,
+            title=name,
+            labels=labels,
+            key=f"{key}{i}",
+            x_limits=x_limits,
+            y_limits=y_limits,
+            alt=alt,
+        )
+        for i, (name, points, style, alt) in enumerate(found)
+    ]
+
+
 def ranges(
     names: Sequence[str], series: dict[str, tuple[list[tuple[float, float, float] | None], Style]], *, label: str,
     alt: str, key: str,

@@ -59,30 +59,25 @@ def lengths_of(results: Results, styles: dict[str, Any], key: str, budget: int) 
     if not found:
         return None
     rows: list[View] = []
-    for name, (points, _) in found.items():
+    clouds = []
+    for name, (points, style) in found.items():
         tokens, scores = [x for x, _ in points], [y for _, y in points]
-        cells = [statistics.fmean(tokens), statistics.fmean(scores), _correlation(tokens, scores)]
-        rows.append({"name": name, "cells": [cell_of(Estimate.parse(cell), _SCORE) for cell in cells]})
-    clouds = list(found.items())[:_MAX_CLOUDS]
-    shown = max(40, budget // len(clouds))
-    x_limits = figures.limits((x for _, (points, _) in clouds for x, _ in points), zero=False)
-    y_limits = figures.limits((y for _, (points, _) in clouds for _, y in points), zero=False)
-    plots = [
-        figures.scatter(
-            points[:: math.ceil(len(points) / shown)],
-            style,
-            title=name,
-            labels=("tokens of the response", "score"),
-            key=f"{key}-length{i}",
-            x_limits=x_limits,
-            y_limits=y_limits,
-            alt=f"{len(points)} responses of {name}: score against length in tokens. On average "
-            f"{rows[i]['cells'][0]['mean']} tokens and a score of {rows[i]['cells'][1]['mean']}; "
-            f"correlation {rows[i]['cells'][2]['mean']}.",
+        measured = [statistics.fmean(tokens), statistics.fmean(scores), _correlation(tokens, scores)]
+        cells = [cell_of(Estimate.parse(value), _SCORE) for value in measured]
+        rows.append({"name": name, "cells": cells})
+        alt = (
+            f"{len(points)} responses of {name}: score against length in tokens. On average {cells[0]['mean']} tokens "
+            f"and a score of {cells[1]['mean']}; correlation {cells[2]['mean']}."
         )
-        for i, (name, (points, style)) in enumerate(clouds)
-    ]
-    return {"rows": rows, "plots": plots, "left_out": len(found) - len(clouds)}
+        clouds.append((name, points, style, alt))
+    plots = figures.clouds(
+        clouds[:_MAX_CLOUDS],
+        labels=("tokens of the response", "score"),
+        key=f"{key}-length",
+        budget=budget,
+        zero=False,
+    )
+    return {"rows": rows, "plots": plots, "left_out": len(clouds) - len(plots)}
 
 
 def tables_by_length(results: Results) -> list[View]:

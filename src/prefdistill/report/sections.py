@@ -320,23 +320,21 @@ def _shaping(results: Results, styles: dict[str, Any], key: str, budget: int) ->
             clouds.append((clean(name), points, styles.get(name, figures.Style(figures.BLUE))))
     if not rows:
         return None
-    clouds = clouds[:_MAX_SCATTERS]
-    shown = max(40, budget // max(1, len(clouds)))
-    x_limits = figures.limits(x for _, points, _ in clouds for x, _ in points)
-    y_limits = figures.limits(y for _, points, _ in clouds for _, y in points)
-    plots = [
-        figures.scatter(
-            points[:: math.ceil(len(points) / shown)],
-            style,
-            title=name,
-            labels=("DPO margin", "shaping margin"),
-            key=f"{key}-scatter{i}",
-            x_limits=x_limits,
-            y_limits=y_limits,
-            alt=f"{len(points)} pairs: shaping margin of {name} against DPO margin. {_agreement(points)}.",
-        )
-        for i, (name, points, style) in enumerate(clouds)
-    ]
+    plots = figures.clouds(
+        [
+            (
+                name,
+                points,
+                style,
+                f"{len(points)} pairs: shaping margin of {name} against DPO margin. {_agreement(points)}.",
+            )
+            for name, points, style in clouds[:_MAX_SCATTERS]
+        ],
+        labels=("DPO margin", "shaping margin"),
+        key=f"{key}-scatter",
+        budget=budget,
+        zero=True,
+    )
     return {"rows": rows, "plots": plots}
 
 
