@@ -1,6 +1,7 @@
 """What is measured of the models of a run: a stage for each, and what the teacher's terms say of the held-out pairs."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,7 @@ class Measuring:
             return {"dtype": dtype, "quantization": recipe.signals.quantization}
         return {"dtype": recipe.model.dtype, "quantization": None}
 
+    @cached_property
     def _test_signals(self) -> SignalSet | None:
         if self.run.test is None or not any(store.role == "teacher" for store in self.run.test_stores):
             return None
@@ -110,12 +112,12 @@ class Measuring:
 
     def margin_terms(self) -> dict[str, np.ndarray]:
         """Per test pair, whether each term of the teacher orders it right."""
-        signals = self._test_signals()
+        signals = self._test_signals
         return pair_terms(signals) if signals else {}
 
     def margin_groups(self) -> list[int]:
         """The number of the prompt of each pair of `margin_terms`."""
-        signals = self._test_signals()
+        signals = self._test_signals
         return numbered(prompts_of(signals.data, signals.rows)) if signals else []
 
     def gauge_flips(self) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class Measuring:
 
     def shaping(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
         """The offset of each method that has one, on the test pairs, beside the margin its DPO part has learnt."""
-        signals = self._test_signals()
+        signals = self._test_signals
         if signals is None:
             return {}
         found, warnings = shaping_of(self.run.methods, signals, measured)
