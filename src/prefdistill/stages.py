@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import disk_full, read_json, sweep, value_digest, write_json
+from prefdistill.files import disk_full, read_json, sweep, sync, value_digest, write_json
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
@@ -97,6 +97,7 @@ def run_stage(
     team.wait_for_everyone()
     size = None
     if team.is_main_process:
+        sync(directory)  # what libraries wrote: only then is it true that the stage is done
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         size = bytes_on_disk(directory)
@@ -141,6 +142,7 @@ def _link(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
+        sync(temporary)
         temporary.rename(target)
     except OSError:
         if not (target / DONE).is_file():  # there is one: another run has been quicker with the same stage
