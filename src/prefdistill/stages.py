@@ -102,7 +102,9 @@ def run_stage(
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         size = bytes_on_disk(directory)
         if lent:
-            _link(directory, lent)
+            with locked(lent.parent, f".{lent.name}.lock", wait=True):  # it takes no longer than making links
+                sweep(lent.parent, lent.name)
+                _link(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
     return Stage(name, directory, key, seconds, False, peak.bytes, size)
 
@@ -164,15 +166,16 @@ def _work(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
+def locked(directory: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
     """Keep a second run out of a directory; the lock goes with the process that holds it.
 
     Args:
         directory: made if there is none, and removed again if it stays empty.
         name: of the file that is locked: another one for a single result in a directory that others may use.
+        wait: for the process that holds it.
 
     Raises:
-        UserError: if another process holds it, or there can be no such directory.
+        UserError: if another process holds it (without `wait`), or there can be no such directory.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -185,7 +188,7 @@ def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
         return
     lock = FileLock(directory / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise UserError(
             f"another prefdistill run is working in {directory}; wait for it, or give another --out"
