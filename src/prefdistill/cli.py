@@ -476,12 +476,10 @@ def evaluate(
     _one_process("evaluate")
     from prefdistill.evaluation import evaluate as evaluation
     from prefdistill.files import sweep, write_json
-    from prefdistill.places import check_place
+    from prefdistill.places import check_file
     from prefdistill.stages import locked
 
-    if out.is_dir():
-        raise UserError(f"{out} is a directory; --out names the file for the results")
-    check_place(out)
+    check_file(out, '{\n  "model":', "evaluate")
     if not all(edge.isdecimal() for edge in _listed(length_ranges)):
         raise UserError(f"--length-ranges takes numbers of words with commas, e.g. 5,10,50; got {length_ranges!r}")
     request = evaluation.Request(
@@ -550,7 +548,7 @@ def inspect(
         data,
         stores,
         out,
-        load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None,
+        None if tokenizer is None else load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
         max_pairs=max_pairs,
         weights=Weights(alpha, beta, discount, terminal),
         trust_remote_code=trust_remote_code,
