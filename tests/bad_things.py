@@ -48,6 +48,7 @@ def write_data(place: Path, pairs: Any) -> None:
     write_rows(place / "no-messages.jsonl", [first, first | {"chosen": []}])
     write_rows(place / "no-content.jsonl", [first | {"chosen": [{"role": "assistant"}]}])
     write_rows(place / "roles.jsonl", [first, first | {"rejected": said("user", "no")}])
+    write_rows(place / "steering.jsonl", [first | {"rejected": said("user\x1b]0;owned\x07", "no")}])
     write_rows(place / "answered.jsonl", [first | {"prompt": said("user", "a") + said("assistant", "b")}])
     write_rows(place / "scores.jsonl", [row | {"score_chosen": "good", "score_rejected": "bad"} for row in few])
     write_rows(place / "ended.jsonl", [row | {"chosen_ended": "yes"} for row in few])
@@ -214,6 +215,8 @@ def write_settings(place: Path) -> None:
         "word": RECIPE.replace("max_steps: 1", "max_steps: many"),
         "endless": RECIPE + "task: &t [*t]\n",
         "endless-options": RECIPE.replace("max_steps: 1", "max_steps: 1, arguments: &a {b: *a}"),
+        "key-twice": RECIPE.replace("{dpo: {}}", "{dpo: {beta: 0.1}, dpo: {beta: 5.0}}"),
+        "half": RECIPE + 'task: "a \\ud800"\n',
         "slash": RECIPE.replace("name: x", "name: ../x"),
         "no-methods": RECIPE.replace("{dpo: {}}", "{}"),
     }
