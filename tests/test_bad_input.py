@@ -188,7 +188,9 @@ BAD = [
     (distill(student="no-template"), "made with another tokenizer"),
     (evaluate("--reference", "reference", model="headless"), "1 weights are missing"),
     (evaluate("--reward-model", "classifier"), "classifier has 2 labels; a reward model has one"),
-    (run("model.student=headless"), "1 weights are missing"),
+    (run("model.student=headless", "teacher.dpo.max_steps=1"), "1 weights are missing"),  # before the teacher's
+    (run("model.teacher=cut-weights"), "cut-weights is there but holds no model"),
+    (study("model.student=headless"), "cell 'beta=0.1': headless is there but holds no model"),
     (run("model.student=other"), "other and model have different tokenizers"),
     (answers("questions.jsonl", model="headless"), "1 weights are missing"),
     # logits that are not numbers: which row, and what to try

@@ -183,6 +183,29 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> "PreTrainedMod
         raise _refused("model", str(base), error) from error
 
 
+def check_model(name: str, *, trust_remote_code: bool = False) -> None:
+    """Whether a causal language model can be loaded, by the names and shapes of its weights, of which none is read:
+    before anything long begins. Of a PEFT adapter, its base; what is stored quantised is found out when it is loaded.
+
+    Raises:
+        UserError: if there is no such model, it is no causal language model, or weights are missing or do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = name
+    try:
+        if (adapter := Path(name) / "adapter_config.json").is_file():
+            base = _base_of(adapter)
+        if _stored_quantization(base):
+            return
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, device_map="meta", trust_remote_code=trust_remote_code, **LOOKED_AT
+        )
+    except Exception as error:
+        raise _refused("model", str(base), error) from error
+    _check_weights("model", base, loaded[1])
+
+
 def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
     """Whether a model is a sequence classifier with one label, by its configuration: before anything long begins.
 
