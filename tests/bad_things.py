@@ -96,6 +96,9 @@ def write_models(place: Path, make_model: Any, tokenizer: Any) -> None:
 
     model = make_model(num_hidden_layers=1)
     save("model", model)
+    few = make_model(num_hidden_layers=1)
+    few.resize_token_embeddings(len(tokenizer) // 2)
+    save("few-rows", few)
     save("headless", AutoModel.from_config(model.config))
     save("classifier", AutoModelForSequenceClassification.from_config(model.config))
     save("other", make_model(1, num_hidden_layers=1), train_tokenizer(["some other words altogether"] * 9, 320))

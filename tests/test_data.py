@@ -227,8 +227,7 @@ NO_START = "'chosen' and 'rejected' do not start alike. Add a `prompt` column."
         ),
         (
             [GOOD.replace('"p"', '"\\ud800"')],
-            ": holds a value that Arrow cannot store. Fix or remove it (UnicodeEncodeError: 'utf-8' codec can't encode"
-            " character '\\ud800' in position 0: surrogates not allowed).",
+            ", row 0: there is half a character in it (\\ud800 to \\udfff). Fix or remove it.",
         ),
     ],
 )

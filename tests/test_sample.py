@@ -251,6 +251,9 @@ class Recorder:
     def __init__(self):
         self.prompts = []
 
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(1_000, 1)
+
     def generate(self, input_ids, attention_mask, eos_token_id, **_):
         self.prompts += [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
         return torch.nn.functional.pad(input_ids, (0, 1), value=eos_token_id[0])

@@ -116,6 +116,8 @@ class Training(Section):
         for name, value in self.arguments.items():
             if name.endswith("hub_token") and value is not None:
                 raise ValueError(f"arguments.{name} would be in the results; set HF_TOKEN in the environment instead")
+        if "resume_from_checkpoint" in self.arguments:
+            raise ValueError("arguments.resume_from_checkpoint has no effect: a run goes on from its last checkpoint")
         return self
 
     def peft_config(self) -> "LoraConfig | None":

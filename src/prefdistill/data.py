@@ -220,7 +220,16 @@ def _read_file(path: Path) -> Dataset:
     columns = dict.fromkeys(name for row in rows for name in row)
     with _explain(f"{path}: holds a value that Arrow cannot store. Fix or remove it"):
         # Columns of mixed types are kept as JSON: ours are refused by the checks, with row numbers; others may stay.
-        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns}, on_mixed_types="use_json")
+        table = {name: [row.get(name) for row in rows] for name in columns}
+        try:
+            return Dataset.from_dict(table, on_mixed_types="use_json")
+        except UnicodeEncodeError:
+            number = next((number for number, row in enumerate(rows) if not _is_text(row)), None)
+            if number is None:
+                raise
+            raise UserError(
+                f"{path}, row {number}: there is half a character in it (\\ud800 to \\udfff). Fix or remove it."
+            ) from None
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -256,6 +265,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any] | UserError]:
                 yield row
             else:
                 yield UserError(f"{path}, line {number}: a line must be a JSON object, not {reprlib.repr(row)}.")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a JSON value can be written again; half of a surrogate pair can be read but not written."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -113,6 +113,15 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
         raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
+def highest_id(encoded: Dataset) -> int:
+    """Of all tokens in the columns `*_ids`."""
+    import pyarrow.compute as pc
+
+    columns = [name for name in encoded.column_names if name.endswith("_ids") and name != "position_ids"]
+    tables = encoded.select_columns(columns).with_format("arrow").iter(1_024)
+    return max((pc.max(pc.list_flatten(part)).as_py() or 0 for table in tables for part in table.columns), default=0)
+
+
 def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     """Let the template show its end token: the first special token it writes after an assistant message."""
     if not tokenizer.chat_template:

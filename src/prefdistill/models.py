@@ -440,6 +440,21 @@ def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokeni
         say(f"{ours.name_or_path} has {len(a)} tokens, {theirs.name_or_path} {len(b)}; the {shared} they share agree")
 
 
+def check_ids(highest: int, model: Any, tokenizer: Any) -> None:
+    """Whether a model can be given tokens up to this id, and padding: an id without an embedding ends in an IndexError,
+    or on a GPU in the loss of the whole process.
+
+    Raises:
+        UserError: naming the token that the model has no row for.
+    """
+    top, rows = max(highest, tokenizer.pad_token_id or 0), model.get_input_embeddings().weight.shape[0]
+    if top >= rows:
+        raise UserError(
+            f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the id {top:,} and the model {rows:,} embedding "
+            "rows; use the tokenizer it was trained with, or resize its embeddings (model.resize_token_embeddings)"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
     """Byte-level BPE tokenizer with a chat template, trained on `texts`.
 

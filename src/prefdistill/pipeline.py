@@ -95,9 +95,6 @@ class SeedRun:
                 say("note: without data.test there is nothing to judge: no reward model, no pairs set aside for it")
         if recipe.model.teacher or recipe.model.student:
             _ = self.tokenizer
-        for name in (recipe.model.teacher, recipe.model.teacher_reference, recipe.model.student):
-            if name:
-                check_model(name, trust_remote_code=recipe.model.trust_remote_code)
         _ = self.truncation
         self._check_samples()
         if recipe.model.scratch:
@@ -121,6 +118,12 @@ class SeedRun:
         for name, run in recipe.methods.items():
             if run.rounds > 1 and "student_response" not in self.methods[name].responses:
                 raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+    def check_models(self) -> None:
+        """Whether the models that are named can be loaded; this fetches those of the Hub."""
+        names = self.recipe.model
+        for name in filter(None, (names.teacher, names.teacher_reference, names.student)):
+            check_model(name, trust_remote_code=names.trust_remote_code)
 
     def _check_samples(self) -> None:
         asked = {response for method in self.methods.values() for response in sampled(method)}

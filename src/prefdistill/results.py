@@ -149,6 +149,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
     runs = [SeedRun(recipe, out, seed, pool=pool) for seed in seeds]
     check_own(out, ("environment.json",), "run")  # not recipe.yaml, which may be the user's own
     runs[0].check()
+    runs[0].check_models()
     with locked(out), _clean_if_refused(out):
         write_json(out / "environment.json", environment(command))
         recipe.save(out / "recipe.yaml")

@@ -34,7 +34,15 @@ from prefdistill.encode import (
 )
 from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
-from prefdistill.models import load_model, load_tokenizer, model_identity, model_key, ready, tokenizer_identity
+from prefdistill.models import (
+    check_ids,
+    load_model,
+    load_tokenizer,
+    model_identity,
+    model_key,
+    ready,
+    tokenizer_identity,
+)
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import check_same_request
 from prefdistill.stages import LOCK, locked
@@ -241,6 +249,7 @@ def _transformers(model: Any, tokenizer: Any, settings: _Settings) -> _Engine:
             for start in range(0, len(order), settings.batch_size):
                 places = order[start : start + settings.batch_size]
                 ids = [prompts[asked[place]] for place in places]
+                check_ids(max(map(max, ids)), model, tokenizer)
                 batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
                 out = model.generate(
                     **batch.to(model.device),

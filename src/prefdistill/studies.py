@@ -207,6 +207,7 @@ class StudyRun:
             run = SeedRun(recipe, self.out, self.seeds[0])
             try:
                 run.check()
+                run.check_models()
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
             essence = recipe.model_dump(mode="json", exclude=WORDS)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from prefdistill.batches import Layout, PairCollator, layout_for
 from prefdistill.checkpoints import SealCheckpoints, last_checkpoint
-from prefdistill.encode import Truncation, encode_pairs
+from prefdistill.encode import Truncation, encode_pairs, highest_id
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
 from prefdistill.finite import check_loss, check_weights, watched
@@ -34,7 +34,7 @@ from prefdistill.logprobs import (
     vocabulary_rows,
 )
 from prefdistill.methods import Method, Student, TRLMethod
-from prefdistill.models import load_model, weights_digest
+from prefdistill.models import check_ids, load_model, weights_digest
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
 from prefdistill.stages import processes
@@ -467,6 +467,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     """
     from transformers import PrinterCallback
 
+    check_ids(highest_id(trainer.train_dataset), trainer.model, trainer.processing_class)
     last = last_checkpoint(Path(str(trainer.args.output_dir)))
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))

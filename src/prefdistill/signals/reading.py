@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from prefdistill.batches import Document, Layout, layout_for, make_batch
+from prefdistill.encode import highest_id
 from prefdistill.errors import UserError
 from prefdistill.logprobs import emittable_ids, likeliest, reduce_logits, token_logps, topk_logps, vocabulary_rows
 from prefdistill.losses.value import soft_value
+from prefdistill.models import check_ids
 from prefdistill.progress import Progress
 from prefdistill.signals.gauge import gauge_directions, gauge_shifts
 from prefdistill.signals.packing import id_bits
@@ -96,8 +98,9 @@ def score_pairs(
     and nothing but these two is read. `layout` is by default what `layout_for` finds for texts of any length.
 
     Raises:
-        UserError: if a model's logits are not finite, naming the rows.
+        UserError: if a model's logits are not finite, naming the rows, or it has no embedding for a token.
     """
+    check_ids(highest_id(rows), model, tokenizer)
     reading = _Reading(
         tuple(kind for kind in KINDS if kind in set(kinds)),
         positions,
