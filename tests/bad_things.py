@@ -122,6 +122,7 @@ def write_stores(place: Path) -> None:
     store("endpoints", kinds=("values",), positions="endpoints")
     store("warm", kinds=("values",), value_temperature=2.0)
     store("topk", kinds=("topk",), k=4)
+    store("topk-poisoned", data="poisoned.jsonl", kinds=("topk",), k=4)
     store("reference", kinds=("logps",), role="reference")
     store("reference-poisoned", data="poisoned.jsonl", kinds=("logps",), role="reference")
     store("reference-short", kinds=("logps",), role="reference", truncation=Truncation(24))

@@ -39,6 +39,10 @@ def tvkd(*more, stores=("teacher", "reference")):
     return distill(*more, method="tvkd", stores=stores)
 
 
+def dckd(student, store, data):
+    return distill(method="dckd", student=student, stores=(store,), data=data)
+
+
 def evaluate(*more, data="pairs.jsonl", model="model"):
     return ["evaluate", "--model", model, "--data", data, "--out", "e.json", *more]
 
@@ -164,8 +168,8 @@ BAD = [
     (sample("questions-poisoned.jsonl", "nan"), "logits are not finite after the prompt of row 2 of the data"),
     (evaluate("--generate", model="infinite"), "not finite after the prompt of row"),
     (answers("questions.jsonl", model="infinite"), "not finite after the prompt of row 0"),
-    (distill(student="nan", data="poisoned.jsonl", stores=("reference-poisoned",)), "rows [3, 0] of the data: try a"),
-    (distill(student="infinite"), "the loss is nan at step 1, rows ["),
+    (dckd("nan", "topk-poisoned", "poisoned.jsonl"), "rows [3, 0] of the data: try a"),
+    (dckd("infinite", "topk", "pairs.jsonl"), "the loss is nan at step 1, rows ["),
     (distill(student="nan", data="poisoned.jsonl", stores=(), method="simpo"), "the loss is nan at step 2, in the"),
     (distill(student="nan", data="poisoned.jsonl", stores=(), method="wpo"), "the loss is nan at step 2, in the batch"),
     (sft("infinite-rows.jsonl", "infinite"), "the loss is nan at step 1, in the batch with '"),
@@ -220,7 +224,10 @@ BAD = [
     (distill(stores=("reference", "reference")), "two signal stores have reference.logps of chosen"),
     (distill(stores=("reference-others",)), "the reference signals were made from other data ("),
     (distill(stores=("reference-tokens",)), "the reference signals were made with another tokenizer ("),
-    (tvkd(stores=("teacher", "reference-short")), "signals differ in truncation: {'max_length': 24"),
+    (
+        tvkd(stores=("teacher", "reference-short")),
+        "made otherwise than the teacher's (truncation.max_length is 24, not 1024)",
+    ),
     (distill("--max-length", "9"), "the reference signals were made with Truncation(max_length=1024"),
     (tvkd("discount=0.9", stores=("endpoints", "reference")), "need the values of more states than the endpoints"),
     (tvkd("terminal=bootstrap", stores=("endpoints", "reference")), "need the values of more states than the"),
@@ -235,6 +242,8 @@ BAD = [
     (distill(stores=("unfinished",)), "unfinished"),
     (distill(stores=("pairs.jsonl",)), "no signals in pairs.jsonl: make them with `prefdistill signals"),
     (distill(student="other"), "the reference signals were made with another tokenizer"),
+    (distill(student="nan"), "the reference signals were made from another model ("),
+    (dckd("other", "topk", "pairs.jsonl"), "the teacher signals were made with another tokenizer"),
     (evaluate("--reference", "teacher"), "evaluation needs the reference's logps"),
     (evaluate("--reference", "reference", data="others.jsonl"), "the reference signals were made from other data"),
     (evaluate("--reference", "reference-tokens"), "the reference signals were made with another tokenizer"),
@@ -245,7 +254,7 @@ BAD = [
     (inspect("--signals", "teacher", "--signals", "teacher"), "two signal stores have teacher."),
     # places that hold other work, or cannot be
     ([*SIGNALS, "--out", "full"], "full is not empty and holds no signals; give another --out"),
-    ([*SIGNALS, "--out", "reference"], "reference holds signals of another request (other kinds, role)"),
+    ([*SIGNALS, "--out", "reference"], "reference holds signals of another request (kinds is"),
     ([*SIGNALS, "--out", "pairs.jsonl/x"], "pairs.jsonl/x cannot be written, for"),
     (distill(out="full"), "full is not empty and was not made by prefdistill; give another --out"),
     (distill(out="model"), "model is not empty and was not made by prefdistill; give another --out"),

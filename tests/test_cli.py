@@ -441,10 +441,10 @@ def test_a_model_is_never_made_over_itself(place, capfd):
 def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatch):
     signals = ["signals", *MODEL, *PAIRS, "--out", "out"]
     first, _ = call(capfd, *signals)
-    monkeypatch.setattr("prefdistill.signals.extract.score_pairs", None)
+    monkeypatch.setattr("prefdistill.signals.extract.score_pairs", lambda *_, **__: 1 / 0)
     assert call(capfd, *signals)[0] == first
     assert _call([*signals, "--max-length", "20"]) == 2
-    assert "holds signals of another request (other truncation)" in capfd.readouterr().err
+    assert "holds signals of another request (truncation.max_length is" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["own.jsonl", "own.parquet"])
@@ -462,7 +462,7 @@ def test_sampled_responses_are_data_like_any_other(place, capfd, name):
     assert again == found | {"reused": True}
     assert f"{name} reused" in err
     assert _call([*sample, "--max-length", "60", "--seed", "4"]) == 2
-    assert f"{name} holds responses of another request (other seed); give another --out" in capfd.readouterr().err
+    assert f"{name} holds responses of another request (seed is 3, not 4); give another --out" in capfd.readouterr().err
     call(capfd, "sft", *MODEL, "--data", name, "--out", "sft", *FAST)
     assert _call([*SAMPLE, "other.jsonl", "--max-new-tokens", "2"]) == 0
     assert "24 responses" in capfd.readouterr().out

@@ -165,7 +165,7 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
     assert out.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.meta.json", "q.jsonl"]
     assert _call([*command, "--seed=1"]) == 2
-    assert "other seed" in capsys.readouterr().err
+    assert "seed is" in capsys.readouterr().err
     out.write_text("mine")
     assert _call(command) == 2
     assert "is not as `prefdistill judge answers` wrote it" in capsys.readouterr().err

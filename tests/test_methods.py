@@ -21,7 +21,7 @@ from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.methods import TRLMethod, make_method, sampled
 from prefdistill.methods.tvkd import _other_rows
-from prefdistill.models import random_model
+from prefdistill.models import random_model, weights_digest
 from prefdistill.signals import Need, SignalSet, extract_signals
 from prefdistill.signals.store import TopK
 from prefdistill.training import make_trainer
@@ -574,6 +574,7 @@ def test_dpkd_is_dpo_with_the_teacher_as_reference_to_the_last_bit(
              for flag in ("", "_ended")}  # fmt: skip
     renamed = rows.remove_columns([*SIDES, "score_chosen", "score_rejected"]).rename_columns(names)
     teacher = extract_signals(model_of("teacher"), renamed, tokenizer, ("logps",), tmp_path / "s", role="reference")
+    teacher.manifest["model"]["weights_sha256"] = weights_digest(model_of("student"))  # or DPO would refuse it
     training = Training(batch_size=4, max_steps=8, learning_rate=1e-3, logging_steps=1)
     dpo = make_trainer(
         METHODS["dpo"](beta=0.2), lambda: model_of("student"), renamed, tokenizer, training, tmp_path / "out",

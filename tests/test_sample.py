@@ -476,13 +476,15 @@ def test_a_finished_file_is_reused_and_anything_else_refused(model, tokenizer, r
             sample_responses(model, dataset, tokenizer, out, **(ASK | change))
 
     refused(
-        r"a.jsonl holds responses of another request \(other seed, temperature\); give another", seed=1, temperature=2
+        r"a.jsonl holds responses of another request \(seed is 0, not 1; temperature is 1.0, not 2\); give",
+        seed=1,
+        temperature=2,
     )
-    refused(r"\(other data\)", dataset=rows.select(range(10)))
-    refused(r"\(other data\)", dataset=rows.rename_column("id", "name"))
-    refused(r"\(other max_length\)", truncation=Truncation(200))
+    refused(r"\(another data\.fingerprint; data\.rows is 11, not 10\)", dataset=rows.select(range(10)))
+    refused(r"\(another data\.fingerprint\)", dataset=rows.rename_column("id", "name"))
+    refused(r"\(max_length is None, not 200\)", truncation=Truncation(200))
     model.lm_head.weight.data[0, 0] += 1
-    refused(r"\(other model\)")
+    refused(r"\(another model\.weights_sha256\)")
     model.lm_head.weight.data[0, 0] -= 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == made
     out.write_text(out.read_text() + "\n")
@@ -498,7 +500,7 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(model, tokenizer, rows, tm
     with pytest.raises(ZeroDivisionError):
         sample_responses(model, rows, tokenizer, out, **ASK)
     monkeypatch.setattr(model, "generate", generate)
-    with pytest.raises(UserError, match=r"a.jsonl.parts holds responses of another request \(other n\)"):
+    with pytest.raises(UserError, match=r"a.jsonl.parts holds responses of another request \(n is \d, not \d\)"):
         sample_responses(model, rows, tokenizer, out, **(ASK | {"n": 1}))
     (tmp_path / "b.jsonl.parts").mkdir()
     (tmp_path / "b.jsonl.parts" / "thesis.tex").write_text("all of it")

@@ -15,6 +15,7 @@ from prefdistill.evaluation import gauge_flips, mean_and_error, pair_terms
 from prefdistill.files import read_sealed, write_sealed
 from prefdistill.signals import Need, Signals, SignalSet, extract_signals
 from prefdistill.signals.gauge import DIRECTIONS, gauge_directions
+from prefdistill.stages import locked
 
 EXACT = {"topk_coding": "float32"}
 
@@ -178,7 +179,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_another_request_does_not_overwrite_a_store(store, tmp_path, make_model, pairs, tokenizer):
-    with pytest.raises(UserError, match=r"another request \(other model\)"):
+    with pytest.raises(UserError, match=r"another request \(another model\.weights_sha256\)"):
         extract_signals(make_model(seed=1), pairs, tokenizer, out=tmp_path / "store", shard_rows=10)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -519,7 +520,9 @@ def test_a_set_of_signals_is_of_one_data_set_one_truncation_one_role_each(store,
     with pytest.raises(UserError, match=r"teacher signals were made from other data .*chosen, rejected; this has 24"):
         SignalSet.of([store], sampled)
     short = extract(make_model(1), "logps", truncation=Truncation(max_length=30), **ask)
-    with pytest.raises(UserError, match="reference and teacher signals differ in truncation"):
+    with pytest.raises(
+        UserError, match=r"reference signals were made otherwise than the teacher's \(truncation\.max_length is"
+    ):
         SignalSet.of([store, short], pairs)
 
 
@@ -866,3 +869,8 @@ def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
     assert (tmp_path / "s.parquet").stat().st_size / states <= 128
     assert np.mean(errors) < 1e-3
     assert Shard(tmp_path / "s.parquet").notes == {"kept": 24}
+
+
+def test_a_second_extraction_is_refused_before_it_loads_anything(tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="another prefdistill run is working in"):
+        extract_signals("no/such/model", "no-such-file.jsonl", out=tmp_path / "out")

@@ -280,7 +280,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pair
     assert a == b
 
 
-def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenizer, teacher):
     """A second adapter is trained on base and first adapter; what is saved holds both."""
     from peft import LoraConfig
 
@@ -289,8 +289,9 @@ def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenize
     lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
 
     def adapt(model, out):
+        own = extract_signals(model, pairs, tokenizer, ("logps",), out / "reference", role="reference")
         trainer = PrefDistillTrainer(
-            model, METHODS["tvkd"](), arguments(out, learning_rate=1e-2), pairs, [reference, teacher], tokenizer,
+            model, METHODS["tvkd"](), arguments(out, learning_rate=1e-2), pairs, [own, teacher], tokenizer,
             peft_config=lora,
         )  # fmt: skip
         fit(trainer, out, "adapter")
@@ -360,15 +361,55 @@ def test_a_constant_signal_is_an_error(tmp_path, train, make_model, pairs, token
         train(METHODS["tvkd"](), signals=[reference, flat])
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, train, make_model):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, train, make_model, pairs, tokenizer):
+    distributions = extract_signals(make_model(5), pairs, tokenizer, ("topk",), tmp_path / "topk", k=4)
     student = make_model()
     student.lm_head.weight.data[5] = float("inf")
     with pytest.raises(UserError, match=r"loss is nan at step 1, rows \[\d+, \d+, \d+, \d+\]"):
-        train(METHODS["dpo"](), model=student)
+        train(METHODS["dckd"](), model=student, signals=[distributions])
 
 
-def test_a_reference_that_is_not_the_student_is_pointed_out(train, make_model, capsys):
+def test_a_reference_that_is_not_the_student_is_refused(tmp_path, train, make_model):
     train(METHODS["dpo"]())
+    other = make_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[3, 2] += 1e-3  # of one weight, which no loss would show
+    other.save_pretrained(tmp_path / "other")
+    named = rf"another model .*in float32\) than the student starts from \({tmp_path}/other, in float32\)"
+    with pytest.raises(UserError, match=named):
+        train(METHODS["dpo"](), model=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="another model"):
+        train(METHODS["dpo"](), model=make_model(num_hidden_layers=1))
+
+
+def test_held_out_reference_signals_are_of_the_student_too(tmp_path, train, make_model, pairs, tokenizer):
+    other = extract_signals(make_model(3), pairs, tokenizer, ("logps",), tmp_path / "other", role="reference")
+    with pytest.raises(UserError, match="the reference signals were made from another model"):
+        train(METHODS["dpo"](), eval_dataset=pairs, eval_signals=[other])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_reference_in_another_dtype_is_the_student_if_its_weights_are(
+    tmp_path, train, make_model, pairs, tokenizer, dtype
+):
+    """What is stored in 16 bits and read in 32 is the same model; what loses bits on the way is not."""
+    stored = make_model().to(dtype)
+    narrow = extract_signals(stored, pairs, tokenizer, ("logps",), tmp_path / "narrow", role="reference")
+    train(METHODS["dpo"](), model=make_model().to(dtype).float(), signals=[narrow])
+    wide = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "wide", role="reference")
+    with pytest.raises(UserError, match=rf"in float32\) than the student .*in {str(dtype)[6:]}"):
+        train(METHODS["dpo"](), model=make_model().to(dtype), signals=[wide])
+
+
+def test_an_adapter_that_is_not_its_reference_is_pointed_out(train, make_model, capsys):
+    """Around a model that is an adapter already: its weights are not told apart, its numbers are."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(**options):
+        torch.manual_seed(0)
+        return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj", "up_proj"], **options))
+
+    train(METHODS["dpo"](), model=adapted())
     assert "differ by" not in capsys.readouterr().err
-    train(METHODS["dpo"](), model=make_model(3))
+    train(METHODS["dpo"](), model=adapted(init_lora_weights=False))
     assert "student and its reference signals differ by" in capsys.readouterr().err

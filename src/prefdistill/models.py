@@ -283,22 +283,12 @@ def _first_line(error: Exception) -> str:
 def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
     """What makes two models the same for us: name, Hub revision, architecture, dtype, a digest of every weight, and how
     they are quantised, if they are."""
-    import torch
-
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        for part, tensor in _parts(key, value):
-            if isinstance(tensor, torch.Tensor):
-                digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-            else:
-                digest.update(f"{part} {tensor!r}".encode())
     identity = {
         "name": name or model.name_or_path,
         "revision": hub_revision(name),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": weights_digest(model),
     }
     if getattr(model, "is_quantized", False):
         settings = model.config.quantization_config
@@ -306,6 +296,23 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
         told = {key: value for key, value in settings.items() if not key.startswith("_")}
         identity["quantization"] = json.loads(json.dumps(told, default=str))
     return identity
+
+
+def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
+    """sha256 of every weight: of those in the model's own dtype, as they are in another one, if that is named."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        for part, tensor in _parts(key, value):
+            if isinstance(tensor, torch.Tensor):
+                if dtype is not None and tensor.dtype == model.dtype:
+                    tensor = tensor.to(getattr(torch, dtype))
+                digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+            else:
+                digest.update(f"{part} {tensor!r}".encode())
+    return digest.hexdigest()
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ from prefdistill.logprobs import (
     vocabulary_rows,
 )
 from prefdistill.methods import Method, Student, TRLMethod
-from prefdistill.models import load_model
+from prefdistill.models import load_model, weights_digest
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
 from prefdistill.stages import processes
@@ -106,16 +106,17 @@ class PrefDistillTrainer(Trainer):
             )
         student: nn.Module = load_model(model, dtype="float32") if isinstance(model, str) else model
         disable_dropout(student)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
         self.method = method
         train_rows, collate, truncated = _prepare(train_dataset, method, signals, processing_class, truncation)
         eval_rows: Dataset | None = None
         collate_eval: _Collator | None = None
         if eval_dataset:
             eval_rows, collate_eval, _ = _prepare(eval_dataset, method, eval_signals, processing_class, truncation)
+        _check_starting_point(student, [*signals, *eval_signals])
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
         args.remove_unused_columns = False  # our columns are not the model's arguments
         super().__init__(
             model=student,
@@ -324,6 +325,23 @@ def _prepare(
     )
     topk = tuple((need.role, r) for need in method.needs if need.kind == "topk" for r in need.responses)
     return encoded, _Collator(collate, available, topk), truncation
+
+
+def _check_starting_point(student: Any, signals: Sequence[Signals]) -> None:
+    """The reference of a student is what it starts from. A wrapped adapter hides its base: its numbers alone tell."""
+    references = [store.manifest["model"] for store in signals if store.role == "reference"]
+    if not references or not processes().is_main_process or hasattr(student, "peft_config"):
+        return
+    weights = {dtype: weights_digest(student, dtype) for dtype in {made["dtype"] for made in references}}
+    for made in references:
+        if weights[made["dtype"]] != made["weights_sha256"]:
+            dtype = str(student.dtype).removeprefix("torch.")
+            name = student.name_or_path or "the student"
+            raise UserError(
+                f"the reference signals were made from another model ({made['name'] or 'one in memory'}, in "
+                f"{made['dtype']}) than the student starts from ({name}, in {dtype}): their weights differ; make them "
+                "again with `prefdistill signals --role reference` and the student"
+            )
 
 
 def _how_to_make(need: Need) -> str:

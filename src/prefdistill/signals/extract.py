@@ -2,8 +2,9 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,102 +148,112 @@ def extract_signals(
     if quantization is not None and not isinstance(model, str):
         raise UserError("quantization is for a model that is loaded here, by name: leave it out for one in memory")
     truncation = truncation or Truncation()
-    team = processes()  # before the model is loaded: it gives each process its device
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else IN_MEMORY
-    if isinstance(dataset, str):
-        dataset = load_pairs(dataset, responses=responses)
-    else:
-        check_pairs(dataset, "The data set", responses)
-    if tokenizer is None:
-        source = model if isinstance(model, str) else model.name_or_path
-        tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
-    if isinstance(model, str):
-        dtype = dtype or default_dtype(role)
-        model = load_model(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
-    model = ready(model)
-
-    if ids_from is not None:
-        _check_ids(ids_from, role, dataset, tokenizer, truncation, responses)
-    head_rows = vocabulary_rows(model)
-    vocabulary = emittable_count(emittable_ids(tokenizer, head_rows), head_rows)
-    per_state = 1 + (topk.most(vocabulary) if "topk" in kinds else 0)
-    most = (truncation.max_length or TOKENS) * len(responses) * per_state
-    shard_rows = min(shard_rows, max(1, SHARD_NUMBERS // most))
-    parts = [range(a, min(a + shard_rows, len(dataset))) for a in range(0, len(dataset), shard_rows)]
-    encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=range(1))  # or says what is wrong with them
-    layout = layout_for(model, truncation.max_length)
-    request = {
-        "schema": SCHEMA,
-        "role": role,
-        "kinds": sorted(kinds),
-        "responses": list(responses),
-        "positions": positions,
-        "value_dtype": value_dtype,
-        "value_temperature": value_temperature,
-        "topk": topk.manifest(vocabulary, head_rows) if "topk" in kinds else {},
-        "model": {
-            **model_identity(model, model_name),
-            "bf16": bf16,
-            **({"read_in": quantization} if quantization else {}),
-        },
-        "tokenizer": tokenizer_identity(tokenizer),
-        "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
-        "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
-        "shard_rows": shard_rows,
-        "batch_tokens": batch_tokens,
-        "layout": layout.kind,
-    }
     out = Path(out)
     check_place(out)
     if out.is_file():
         raise UserError(f"{out} is not a directory; give another --out")
-    with locked(out):
-        with team.main_process_first():  # it clears the way, the others find it cleared
+    with locked(out):  # before anything is loaded; it also gives each process its device
+        if isinstance(dataset, str):
+            dataset = load_pairs(dataset, responses=responses)
+        else:
+            check_pairs(dataset, "The data set", responses)
+        if tokenizer is None:
+            source = model if isinstance(model, str) else model.name_or_path
+            tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
+        if isinstance(model, str):
+            dtype = dtype or default_dtype(role)
+            model = load_model(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
+        model = ready(model)
+        if ids_from is not None:
+            _check_ids(ids_from, role, dataset, tokenizer, truncation, responses)
+        head_rows = vocabulary_rows(model)
+        vocabulary = emittable_count(emittable_ids(tokenizer, head_rows), head_rows)
+        per_state = 1 + (topk.most(vocabulary) if "topk" in kinds else 0)
+        most = (truncation.max_length or TOKENS) * len(responses) * per_state
+        encode = partial(encode_pairs, dataset, tokenizer, truncation, responses=responses)
+        encode(rows=range(1))  # or says what is wrong with them
+        layout = layout_for(model, truncation.max_length)
+        request = {
+            "schema": SCHEMA,
+            "role": role,
+            "kinds": sorted(kinds),
+            "responses": list(responses),
+            "positions": positions,
+            "value_dtype": value_dtype,
+            "value_temperature": value_temperature,
+            "topk": topk.manifest(vocabulary, head_rows) if "topk" in kinds else {},
+            "model": {
+                **model_identity(model, model_name),
+                "bf16": bf16,
+                **({"read_in": quantization} if quantization else {}),
+            },
+            "tokenizer": tokenizer_identity(tokenizer),
+            "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
+            "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
+            "shard_rows": min(shard_rows, max(1, SHARD_NUMBERS // most)),
+            "batch_tokens": batch_tokens,
+            "layout": layout.kind,
+        }
+        read = partial(
+            score_pairs,
+            model,
+            tokenizer=tokenizer,
+            kinds=kinds,
+            responses=responses,
+            positions=positions,
+            value_temperature=value_temperature,
+            topk=topk,
+            bf16=bf16,
+            batch_tokens=batch_tokens,
+            layout=layout,
+        )
+        with processes().main_process_first():  # it clears the way, the others find it cleared
             if _finished(out, request):
                 return Signals.open(out)
             request |= _before(out)  # the same but for names: what is gone on with keeps those it has
-
-        paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(parts))]
-        # by number, so that a run goes on with what any number of processes have left
-        ours = [n for n in range(len(parts)) if n % team.num_processes == team.process_index]
-        label, total = f"signals ({role})", len(responses) * sum(len(parts[n]) for n in ours)
-        with _all_or_nothing(out), Progress(label, total, "response") as progress:
-            for n in ours:
-                if is_whole(paths[n]):
-                    progress.update(len(responses) * len(parts[n]))
-                    continue
-                rows, dropped = encode_pairs(dataset, tokenizer, truncation, responses=responses, rows=parts[n])
-                found = score_pairs(
-                    model,
-                    rows,
-                    tokenizer,
-                    kinds,
-                    responses=responses,
-                    positions=positions,
-                    value_temperature=value_temperature,
-                    topk=topk,
-                    bf16=bf16,
-                    batch_tokens=batch_tokens,
-                    layout=layout,
-                    progress=progress,
-                )
-                progress.update(len(responses) * len(dropped))
-                columns, errors = _columns(rows, responses, found, request)
-                notes = {
-                    "kept": len(rows),
-                    "rows": sorted(set(parts[n]).difference(rows["row"][:])),
-                    "dropped": dropped.counts,
-                    "first_rows": dropped.first_rows,
-                    "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
-                }
-                noted = read_checksum(paths[n])
-                write_shard(paths[n], columns, notes)
-                if noted not in (None, read_checksum(paths[n])):
-                    say(f"warning: {paths[n]} has come out otherwise than before: made with other versions or hardware")
-        team.wait_for_everyone()
-        _finish(out, paths, request)
+        with _all_or_nothing(out):
+            _make_shards(out, request, encode, read)
         return Signals.open(out)
+
+
+def _make_shards(
+    out: Path,
+    request: dict[str, Any],
+    encode: Callable[..., "tuple[Dataset, Dropped]"],
+    read: Callable[..., dict[str, list[Any]]],
+) -> None:
+    """This process's shards of a store, but those that are there already, and the manifest over all."""
+    count, size, responses = request["data"]["rows"], request["shard_rows"], tuple(request["responses"])
+    parts = [range(a, min(a + size, count)) for a in range(0, count, size)]
+    paths = [out / "shards" / f"{number:05d}.parquet" for number in range(len(parts))]
+    team = processes()
+    # by number, so that a run goes on with what any number of processes have left
+    ours = range(team.process_index, len(parts), team.num_processes)
+    total = len(responses) * sum(len(parts[n]) for n in ours)
+    with Progress(f"signals ({request['role']})", total, "response") as progress:
+        for n in ours:
+            if is_whole(paths[n]):
+                progress.update(len(responses) * len(parts[n]))
+                continue
+            rows, dropped = encode(rows=parts[n])
+            found = read(rows, progress=progress)
+            progress.update(len(responses) * len(dropped))
+            columns, errors = _columns(rows, responses, found, request)
+            notes = {
+                "kept": len(rows),
+                "rows": sorted(set(parts[n]).difference(rows["row"][:])),
+                "dropped": dropped.counts,
+                "first_rows": dropped.first_rows,
+                "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
+            }
+            noted = read_checksum(paths[n])
+            write_shard(paths[n], columns, notes)
+            if noted not in (None, read_checksum(paths[n])):
+                say(f"warning: {paths[n]} has come out otherwise than before: made with other versions or hardware")
+    team.wait_for_everyone()
+    _finish(out, paths, request)
 
 
 def _check_ids(

@@ -49,6 +49,7 @@ KINDS = ("values", "logprob_values", "logps", "q", "topk")
 EXACT = ("counts", "ids", "logps", "rest")
 PACKED = ("counts", "ids", "levels", "gap", "span", "odds")
 PACKED_AT_IDS = ("counts", "levels", "span", "odds")
+SHOWN = 60  # characters of a value that a message shows; a digest tells nobody anything
 PLAIN = ("tokens", "ended", "offsets", "values", "gauge", "end_value", "logprob_values", "logps", "q")
 
 
@@ -78,11 +79,23 @@ class TopK:
     rest: np.ndarray
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two parts of a manifest agree in everything but what the thing is called: directories may be moved."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        a, b = ({key: value for key, value in x.items() if key != "name"} for x in (a, b))
-    return a == b
+def differences(before: dict[str, Any], asked: dict[str, Any], at: str = "") -> list[str]:
+    """Where two manifests, or parts of them, differ; what things are called is no difference: directories may be moved.
+
+    Example:
+        >>> differences({"name": "a", "model": {"dtype": "float32"}}, {"name": "b", "model": {"dtype": "bfloat16"}})
+        ["model.dtype is 'float32', not 'bfloat16'"]
+    """
+    found = []
+    for key in sorted({*before, *asked} - {"name"}):
+        a, b = before.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{at}{key}.")
+        elif a != b and max(len(repr(a)), len(repr(b))) <= SHOWN:
+            found.append(f"{at}{key} is {a!r}, not {b!r}")
+        elif a != b:
+            found.append(f"another {at}{key}")
+    return found
 
 
 class DamagedSignals(UserError):
@@ -93,10 +106,10 @@ class DamagedSignals(UserError):
 
 
 def check_same_request(what: str, where: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
-    """Raises a UserError if what is at a place was made for another request."""
-    if changed := ", ".join(sorted(key for key in request if not same(before.get(key), request[key]))):
+    """Raises a UserError if what is at a place was made for another request, with where it differs."""
+    if changed := differences(before, request):
         raise UserError(
-            f"{where} holds {what} of another request (other {changed}); give another --out or delete it first"
+            f"{where} holds {what} of another request ({'; '.join(changed)}); give another --out or delete it first"
         )
 
 
@@ -203,11 +216,10 @@ class Signals:
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises a UserError if the signals were made with another tokenizer than the student's."""
         made, ours = self.manifest["tokenizer"], tokenizer_identity(tokenizer)
-        if not same(made, ours):
-            differ = ", ".join(k for k in ours if k != "name" and made.get(k) != ours[k])
+        if changed := differences(made, ours):
             raise UserError(
-                f"the {self.role} signals were made with another tokenizer ({made['name']}, "
-                f"other {differ}): make them again with the student's"
+                f"the {self.role} signals were made with another tokenizer ({made['name']}: {'; '.join(changed)}); "
+                "make them again with the student's"
             )
 
     def places(self, rows: np.ndarray) -> np.ndarray:
@@ -344,10 +356,10 @@ class SignalSet:
                     "`prefdistill signals --data` and this data"
                 )
             for part in ("truncation", "tokenizer"):
-                ours, theirs = store.manifest[part], stores[0].manifest[part]
-                if not same(ours, theirs):
+                if changed := differences(store.manifest[part], stores[0].manifest[part], f"{part}."):
                     raise UserError(
-                        f"the {store.role} and {stores[0].role} signals differ in {part}: {ours} and {theirs}"
+                        f"the {store.role} signals were made otherwise than the {stores[0].role}'s "
+                        f"({'; '.join(changed)}): make them alike"
                     )
             if "topk" in store.kinds and store.role != "teacher":
                 for response in store.responses:
