@@ -45,7 +45,7 @@ from prefdistill.cli import _call
 
 WORDS = ["the", "small", "teacher", "reads", "a", "prompt", "and", "answers", "with", "care", "what", "it", "says"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-FEW = ["max_steps=4", "batch_size=4", "micro_batch_size=4", "save_steps=2", "logging_steps=1"]
+FEW = ["max_steps=4", "batch_size=4", "micro_batch_size=2", "save_steps=2", "logging_steps=1"]
 TINY = [
     "data.synthetic={demonstrations: 32, teacher_pairs: 24, pairs: 16, test_prompts: 8}",
     "teacher.sft.max_steps=12",
@@ -228,7 +228,9 @@ def disturb(
             tally.lost.append(f"{ranks} processes come to another result than one")
     while True:
         spent = tally.injected.total()
-        fault = None if spent == kills else _full(disk, draw) if disk else _fault(spent, whole, draw)
+        fault = _fault(spent, whole, draw) if disk is None else _full(disk, draw)
+        if spent == kills or (disk and draw.random() < 0.3):  # else it would be close to its end most of the time
+            fault = None
         if disk:
             disk.resize(fault.room if fault else None)
         left = set(out.rglob(".*.tmp"))  # of kills before: a disk that is full at once keeps them from being swept
@@ -250,7 +252,7 @@ def disturb(
             tally.lost.append(f"another result after {dict(tally.injected)}, and {fault}")
         if not hit:
             shutil.rmtree(out, ignore_errors=True)
-        if fault is None or len(tally.lost) > 5:
+        if spent == kills or len(tally.lost) > 5:
             return tally
 
 
