@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prefdistill.checkpoints import WHOLE
 from prefdistill.cli import _call
 from prefdistill.signals import Signals
 from prefdistill.stages import locked
@@ -101,7 +102,7 @@ def test_a_disk_without_room_is_one_line_and_the_next_call_goes_on(place, argume
 
 
 def test_a_checkpoint_of_which_the_last_file_is_torn_is_no_checkpoint(place):
-    """Before trainer_state.json of the second checkpoint is written it is there, and empty."""
+    """All of it is there but the mark that it is on the disk; the last file to be written is empty."""
     job = JOBS["distill"]
     whole = attempt(job, place)
     assert whole.status == 0
@@ -113,6 +114,7 @@ def test_a_checkpoint_of_which_the_last_file_is_torn_is_no_checkpoint(place):
     torn = checkpoints[0].with_name("checkpoint-3")
     shutil.copytree(checkpoints[0], torn)
     (torn / "trainer_state.json").write_text("")
+    (torn / WHOLE).unlink()
     assert attempt(job, place).status == 0
     assert job.result(place / "out") == expected
 
@@ -184,7 +186,7 @@ def launched(place, out):
 def test_if_one_rank_is_killed_the_others_end_and_the_next_call_goes_on(place):
     first = launched(place, "out")
     start = time.monotonic()
-    while not list((place / "out" / "checkpoints").glob("*/trainer_state.json")):
+    while not list((place / "out" / "checkpoints").glob(f"*/{WHOLE}")):
         assert first.poll() is None, (place / "log.txt").read_text()[-2000:]
         assert time.monotonic() < start + 240
         time.sleep(0.05)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -287,6 +289,30 @@ def test_what_is_made_again_leaves_the_pool_alone(tmp_path):
     back = run_stage("sft", out, {"a": 1}, Work(fail=AssertionError()), replace=True, pool=pool)
     assert back.reused
     assert (out / "made-1").read_text() == "x"
+
+
+def test_what_a_killed_process_has_left_in_the_pool_goes_with_the_next_stage_of_its_name(tmp_path):
+    pool = tmp_path / "pool"
+    first = run_stage("sft", tmp_path / "a" / "sft", {"a": 1}, Work(), pool=pool)
+    whole = pool / f"sft-{first.key}"
+    half = pool / f".{whole.name}.{'0' * 32}.tmp"
+    shutil.copytree(whole, half)
+    other = pool / f".other-key.{'0' * 32}.tmp"  # another process may be making it
+    other.mkdir()
+    shutil.rmtree(whole)
+    run_stage("sft", tmp_path / "b" / "sft", {"a": 1}, Work(), pool=pool)
+    assert sorted(path.name for path in pool.iterdir()) == sorted([whole.name, other.name])
+
+
+def test_two_processes_may_leave_one_stage_in_the_pool_at_once(tmp_path):
+    pool = tmp_path / "pool"
+
+    def make(name):
+        return run_stage("sft", tmp_path / name / "sft", {"a": 1}, Work(), pool=pool)
+
+    with ThreadPoolExecutor(4) as threads:
+        keys = {stage.key for stage in threads.map(make, "abcd")}
+    assert [path.name for path in pool.iterdir()] == [f"sft-{key}" for key in keys]
 
 
 def test_only_finished_stages_are_in_the_pool(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
+from prefdistill.checkpoints import WHOLE
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.signals import extract_signals
+from prefdistill.stages import run_stage
 from prefdistill.training import fit
 
 
@@ -278,6 +283,36 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pair
     assert again.state.global_step == 7
     a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "cut"))
     assert a == b
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(
+    tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
+):
+    """And the model before the stage is called done: what was not synced, a loss of power may take back."""
+    synced, removed = set(), []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def record_sync(descriptor):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_removal(path, *args, **options):
+        if Path(path).name.startswith("checkpoint-"):
+            made = max(Path(path).parent.glob("checkpoint-*"))
+            left = {made.parent, made, *made.rglob("*")} - synced - {made / WHOLE}  # renamed since it was synced
+            removed.append((Path(path).name, sorted(left), (made / WHOLE).is_file()))
+        rmtree(path, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(shutil, "rmtree", record_removal)
+    out = tmp_path / "out"
+
+    def make(out):
+        fit(whole_run(out, make_model, pairs, tokenizer, [reference, teacher], save_steps=2), out, "distill")
+
+    run_stage("distill", out, {}, make)
+    assert removed == [(f"checkpoint-{step}", [], True) for step in (2, 4, 6)]
+    assert {out, out / "model.safetensors", out / "config.json", out / "tokenizer.json"} <= synced
 
 
 def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenizer, teacher):

@@ -137,7 +137,6 @@ class Training(Section):
             "gradient_checkpointing": self.gradient_checkpointing,
             "logging_steps": self.logging_steps,
             "save_steps": self.save_steps,
-            "save_total_limit": 1,
             "report_to": self.report_to or "none",
             "disable_tqdm": True,
             "dataloader_pin_memory": accelerator,

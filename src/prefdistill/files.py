@@ -26,20 +26,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync(path.parent, below=False)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_directory(directory: Path) -> None:
-    """A rename is in the directory, which is written to the disk on its own account."""
-    if os.name == "nt":  # no such thing there
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(directory: Path, *, below: bool = True) -> None:
+    """Have a directory on the disk, and all that is in it: a name, as a rename leaves it, is in the directory."""
+    windows = os.name == "nt"  # which has no such thing for directories, and wants the right to write for files
+    for path in [directory, *(directory.rglob("*") if below else ())]:
+        if not path.is_file() and (windows or not path.is_dir()):
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:

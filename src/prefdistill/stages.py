@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import disk_full, read_json, sweep, value_digest, write_json
+from prefdistill.files import disk_full, read_json, sweep, sync, value_digest, write_json
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
@@ -97,11 +97,14 @@ def run_stage(
     team.wait_for_everyone()
     size = None
     if team.is_main_process:
+        sync(directory)  # what libraries wrote: only then is it true that the stage is done
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         size = bytes_on_disk(directory)
         if lent:
-            _link(directory, lent)
+            with locked(lent.parent, f".{lent.name}.lock", wait=True):  # it takes no longer than making links
+                sweep(lent.parent, lent.name)
+                _link(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
     return Stage(name, directory, key, seconds, False, peak.bytes, size)
 
@@ -141,6 +144,7 @@ def _link(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
+        sync(temporary)
         temporary.rename(target)
     except OSError:
         if not (target / DONE).is_file():  # there is one: another run has been quicker with the same stage
@@ -162,15 +166,16 @@ def _work(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
+def locked(directory: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
     """Keep a second run out of a directory; the lock goes with the process that holds it.
 
     Args:
         directory: made if there is none, and removed again if it stays empty.
         name: of the file that is locked: another one for a single result in a directory that others may use.
+        wait: for the process that holds it.
 
     Raises:
-        UserError: if another process holds it, or there can be no such directory.
+        UserError: if another process holds it (without `wait`), or there can be no such directory.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -183,7 +188,7 @@ def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
         return
     lock = FileLock(directory / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise UserError(
             f"another prefdistill run is working in {directory}; wait for it, or give another --out"

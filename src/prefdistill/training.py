@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefdistill.batches import Layout, PairCollator, layout_for
+from prefdistill.checkpoints import SealCheckpoints, last_checkpoint
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.files import write_jsonl
@@ -466,7 +467,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     """
     from transformers import PrinterCallback
 
-    last = _last_checkpoint(Path(str(trainer.args.output_dir)))
+    last = last_checkpoint(Path(str(trainer.args.output_dir)))
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -480,6 +481,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
+    trainer.add_callback(SealCheckpoints())
     trainer.add_callback(stop)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -495,22 +497,6 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     if stop.asked:
         raise KeyboardInterrupt
     _save(trainer, out)
-
-
-def _last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; the main process removes those that were cut off.
-
-    The Trainer writes trainer_state.json last: a checkpoint is whole if that is.
-    """
-    whole = []
-    for path in directory.glob("checkpoint-*"):
-        try:
-            TrainerState.load_from_json(str(path / "trainer_state.json"))
-            whole.append(path)
-        except (OSError, ValueError, TypeError):
-            if processes().is_main_process:
-                shutil.rmtree(path, ignore_errors=True)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _leave_no_trace(out: Path) -> None:
