@@ -130,7 +130,7 @@ def _sample() -> int:
 
 
 def all_bytes(out: Path) -> Any:
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.suffix not in PASSING]
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and not path.name.endswith(PASSING)]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -246,7 +246,7 @@ def disturb(
             tally.lost.append(f"{fault}: ended with {tried.ranks}: {tried.said[-1500:]}")
         else:  # the moment came too late, for the rest was shorter; or there was none
             tally.compared += 1
-            if leftover := [str(path.relative_to(out)) for path in out.rglob("*") if path.suffix in PASSING]:
+            if leftover := [str(path.relative_to(out)) for path in out.rglob("*") if path.name.endswith(PASSING)]:
                 tally.lost.append(f"left behind: {leftover}")
         if (not tried.status or (job.mark and (out / job.mark).exists())) and _differs(job, out, expected):
             tally.lost.append(f"another result after {dict(tally.injected)}, and {fault}")
