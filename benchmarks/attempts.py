@@ -78,7 +78,7 @@ class Disk:
     """A small file system of its own, where a job finds what it reads through links.
 
     Raises:
-        PermissionError: if nothing can be mounted here; `unshare -rm COMMAND` may lend a process the right to.
+        OSError: if nothing can be mounted here; `unshare -rm COMMAND` may lend a command the right to.
     """
 
     PLENTY = 2**26
@@ -90,7 +90,7 @@ class Disk:
         self.at.mkdir(exist_ok=True)
         self._mount(f"size={self.PLENTY}")
         for path in self.place.iterdir():
-            if path != self.at:
+            if path.name not in (self.at.name, "out"):
                 (self.at / path.name).symlink_to(path)
         return self
 

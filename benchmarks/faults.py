@@ -212,7 +212,7 @@ def disturb(
     Args:
         ranks: processes that the job runs on, of which a fault hits one.
         disk: where `out` is then; all faults are that it is full, at some size below what the undisturbed run takes.
-        alone: the undisturbed run is one process, whatever the ranks.
+        alone: one process must come to the very result that several do.
     """
     draw, tally, out = random.Random(seed), Tally(), (disk.at if disk else place) / "out"
     go = partial(attempt, job, place, disk=disk, timeout=timeout)

@@ -140,7 +140,7 @@ def disk(place):
     try:
         with Disk(place) as disk:
             yield disk
-    except PermissionError as error:
+    except OSError as error:  # the right to, or the command
         pytest.skip(f"{error}; try `unshare -rm pytest ...`")
 
 
