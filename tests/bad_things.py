@@ -3,11 +3,15 @@
 import gzip
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 
 from prefdistill.files import read_sealed, write_sealed
 
@@ -44,9 +48,17 @@ def write_data(place: Path, pairs: Any) -> None:
     write_rows(place / "no-messages.jsonl", [first, first | {"chosen": []}])
     write_rows(place / "no-content.jsonl", [first | {"chosen": [{"role": "assistant"}]}])
     write_rows(place / "roles.jsonl", [first, first | {"rejected": said("user", "no")}])
+    write_rows(place / "steering.jsonl", [first | {"rejected": said("user\x1b]0;owned\x07", "no")}])
     write_rows(place / "answered.jsonl", [first | {"prompt": said("user", "a") + said("assistant", "b")}])
     write_rows(place / "scores.jsonl", [row | {"score_chosen": "good", "score_rejected": "bad"} for row in few])
     write_rows(place / "ended.jsonl", [row | {"chosen_ended": "yes"} for row in few])
+    write_rows(place / "scores-mixed.jsonl", [few[0] | {"score_chosen": 1.0}, few[1] | {"score_chosen": "good"}])
+    write_rows(place / "ended-mixed.jsonl", [few[0] | {"chosen_ended": True}, few[1] | {"chosen_ended": "yes"}])
+    write_rows(place / "surrogate.jsonl", [plain[0], plain[1] | {"chosen": "half a \ud800 character"}])
+    write_rows(place / "long.jsonl", [row | {"prompt": said("user", "a small prompt " * 900)} for row in few])
+    columns = {"prompt": pa.array(["a"]), "chosen": pa.array(["b"]), "rejected": pa.array(["c"])}
+    pq.write_table(pa.table(columns).slice(0, 0), place / "rowless.parquet")
+    pq.write_table(pa.table([*columns.values(), columns["chosen"]], [*columns, "chosen"]), place / "twice.parquet")
     write_rows(place / "apart.jsonl", [{"chosen": said("user", "a"), "rejected": said("user", "b")}])
     write_rows(place / "columns.jsonl", [{"question": "a", "answer": "b"}])
     write_rows(place / "messages.jsonl", [{"messages": said("user", "a")}])
@@ -100,6 +112,7 @@ def write_models(place: Path, make_model: Any, tokenizer: Any) -> None:
     (place / "cut-weights" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     config = json.loads((place / "odd-type" / "config.json").read_text())
     (place / "odd-type" / "config.json").write_text(json.dumps(config | {"model_type": "gpt-17"}))
+    write_damaged_models(place)
     nan = make_model(num_hidden_layers=1)
     with torch.no_grad():
         (poison,) = tokenizer(POISON, add_special_tokens=False)["input_ids"]
@@ -109,6 +122,43 @@ def write_models(place: Path, make_model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         infinite.get_output_embeddings().weight[:] = float("inf")
     save("infinite", infinite)
+
+
+class Code:
+    """What a pickle from a stranger may do."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def write_damaged_models(place: Path) -> None:
+    """Files of another shape than transformers and PEFT expect: what they raise then is of any kind."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(place / "model", place / name))
+
+    def changed(name: str, file: str, value: Any) -> None:
+        (copy(name) / file).write_text(json.dumps(value))
+
+    config = json.loads((place / "model" / "config.json").read_text())
+    changed("other-config", "config.json", config | {"hidden_size": "large"})
+    changed("config-list", "config.json", [])
+    changed("generation-list", "generation_config.json", [])
+    changed("tokenizer-list", "tokenizer_config.json", [])
+    changed("tokenizer-empty", "tokenizer.json", {})
+    changed("adapter-list", "adapter_config.json", [])
+    changed("adapter-type", "adapter_config.json", {"base_model_name_or_path": "model", "peft_type": "EVIL"})
+    (copy("dividing-template") / "chat_template.jinja").write_text("{{ messages[0].content }}{{ 1 / 0 }}")
+    weights = load_file(place / "model" / "model.safetensors")
+    other = {name: torch.ones(3, 3) if name.endswith("q_proj.weight") else value for name, value in weights.items()}
+    save_file(other, copy("other-shape") / "model.safetensors", metadata={"format": "pt"})
+    away = copy("index-away")
+    (away / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../../../../etc/hostname")}
+    (away / "model.safetensors.index.json").write_text(json.dumps(index))
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Code()}, protocol=2))
 
 
 def write_stores(place: Path) -> None:
@@ -166,6 +216,8 @@ def write_settings(place: Path) -> None:
         "word": RECIPE.replace("max_steps: 1", "max_steps: many"),
         "endless": RECIPE + "task: &t [*t]\n",
         "endless-options": RECIPE.replace("max_steps: 1", "max_steps: 1, arguments: &a {b: *a}"),
+        "key-twice": RECIPE.replace("{dpo: {}}", "{dpo: {beta: 0.1}, dpo: {beta: 5.0}}"),
+        "half": RECIPE + 'task: "a \\ud800"\n',
         "slash": RECIPE.replace("name: x", "name: ../x"),
         "no-methods": RECIPE.replace("{dpo: {}}", "{}"),
     }

@@ -797,3 +797,14 @@ def test_every_pair_of_a_real_data_set_encodes():
         content = dataset[index]["chosen"][0]["content"].strip()
         assert tokenizer.decode(encoded[index]["chosen_ids"]) == content + "<|eot_id|>"
         assert encoded[index]["chosen_offsets"][-2:] == [len(content), len(content + "<|eot_id|>")]
+
+
+@pytest.mark.parametrize("source", ["pairs.parquet", "directory"])
+def test_another_file_of_the_same_name_and_time_is_read_anew(tmp_path, source):
+    """Archives and copies keep times; a cache that goes by them would give the rows of the older file."""
+    (tmp_path / "directory").mkdir()
+    file = tmp_path / ("pairs.parquet" if source == "pairs.parquet" else "directory/0.parquet")
+    for chosen in ("old", "new"):
+        Dataset.from_list([plain("a", chosen, "c")]).to_parquet(file)
+        os.utime(file, (1e9, 1e9))
+        assert load_pairs(str(tmp_path / source))["chosen"][:] == [chosen]

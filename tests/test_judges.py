@@ -209,6 +209,7 @@ def test_retry_after_is_waited_for(judge, bench, tmp_path):
         ((200, {"content-type": "text/html"}, b"<html>Sign in</html>"), "holds no choices"),
         ((200, {"content-type": "application/json"}, b"{not json"), "no chat completion"),
         ((200, {"content-type": "application/json"}, b"[]"), "holds no choices"),
+        ((200, {"content-type": "application/json"}, b"[" * 9_000), "no chat completion"),
         ((200, {"content-type": "application/json"}, b'{"choices": []}'), "holds no choices"),
         (
             (200, {"content-type": "application/json"}, b'{"choices": [{"message": {"content": 5}}]}'),

@@ -981,11 +981,12 @@ def test_markdown_of_hostile_text(evil_run: Path) -> None:
 
 def test_write_report(evil_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.html"
-    assert write_report([evil_run], out, format="md") == out  # a lone surrogate does not stop it
-    assert "Samples" in out.read_text(encoding="utf-8")
-    assert write_report([small_run(tmp_path)], out) == out
+    assert write_report([evil_run], out.with_suffix(".md"), format="md")  # a lone surrogate does not stop it
+    assert "Samples" in out.with_suffix(".md").read_text(encoding="utf-8")
+    for run in (evil_run, small_run(tmp_path)):  # the second takes the place of the first
+        assert write_report([run], out) == out
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["report.html", "report.md"]
     with pytest.raises(UserError, match='unknown report format "pdf"'):
         write_report([evil_run], out, format="pdf")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cannot be written"):

@@ -1,5 +1,6 @@
 """The command line: verb -> function, nothing else. Heavy imports wait until a verb runs."""
 
+import errno
 import json
 import logging
 import os
@@ -476,12 +477,10 @@ def evaluate(
     _one_process("evaluate")
     from prefdistill.evaluation import evaluate as evaluation
     from prefdistill.files import sweep, write_json
-    from prefdistill.places import check_place
+    from prefdistill.places import check_file
     from prefdistill.stages import locked
 
-    if out.is_dir():
-        raise UserError(f"{out} is a directory; --out names the file for the results")
-    check_place(out)
+    check_file(out, '{\n  "model":', "evaluate")
     if not all(edge.isdecimal() for edge in _listed(length_ranges)):
         raise UserError(f"--length-ranges takes numbers of words with commas, e.g. 5,10,50; got {length_ranges!r}")
     request = evaluation.Request(
@@ -550,7 +549,7 @@ def inspect(
         data,
         stores,
         out,
-        load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None,
+        None if tokenizer is None else load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
         max_pairs=max_pairs,
         weights=Weights(alpha, beta, discount, terminal),
         trust_remote_code=trust_remote_code,
@@ -765,6 +764,8 @@ def _call(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments and not asks_for_help, "--debug" in arguments
     _quieten()
     try:
+        if broken := [given for given in arguments if not _is_text(given)]:
+            raise UserError(f"{broken[0]!a} is not UTF-8 text, which no result could be written with; rename it")
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = app(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
         if result == INTERRUPTED:  # a verb returns a dict; a number is the status typer would have exited with
@@ -795,6 +796,8 @@ def _call(arguments: list[str]) -> int:
             where = getattr(error, "filename", None)
             reason = f"no room on the disk{f' for {where}' if where else ''} ({' '.join(str(error).split())})"
             return _fail(f"{reason}; make some, and the same command goes on", 1, debug)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _fail(f"{str(error.filename)[:60]}...: the name is too long; give a shorter one", 2, debug)
         if isinstance(error, typer.Abort) and error.__cause__ is not None:  # typer's name for an EOFError
             error = error.__cause__  # type: ignore[assignment]
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -818,8 +821,21 @@ def _fail(message: str, status: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"prefdistill: {message}", file=sys.stderr)
+    print(f"prefdistill: {_harmless(message)}", file=sys.stderr)
     return status
+
+
+def _harmless(message: str) -> str:
+    """Without what would steer a terminal: names and text of files are from anybody."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+
+
+def _is_text(given: str) -> bool:
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @app.callback(invoke_without_command=True)

@@ -36,7 +36,25 @@ RESERVED_NAMES = ("teacher", "start")  # evaluated beside the methods
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, and numbers such as 1e-6, which it takes for words."""
+    """YAML 1.1, and numbers such as 1e-6, which it takes for words. A key that stands twice is an error: it would hide
+    what is said first. So is half a character, which no result could be written with."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:  # before merged keys are among them, which may stand there too
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise yaml.constructor.ConstructorError(None, None, f"{value!r} holds half a character", node.start_mark)
+        return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -286,7 +304,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**32)  # what numpy takes
     seeds: PositiveInt = 1  # the whole pipeline, from models to evaluation, with seed, seed + 1, ...
     orders: PositiveInt = 1  # trainings of each method per seed, on the same pairs in other orders
-    threads: PositiveInt | None = None  # of the CPU; the smallest models are fastest on one
+    threads: int | None = Field(default=None, gt=0, le=1024)  # of the CPU; the smallest models are fastest on one
     baseline: str = "dpo"
     data: Data
     model: Models = Models()
@@ -332,6 +350,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if self.seed + self.seeds > 2**32:
+            raise ValueError(f"seed + seeds - 1 must be less than 2**32, got {self.seed} + {self.seeds} - 1")
         if not self.methods:
             raise ValueError("methods is empty; name at least one, e.g. `methods: {dpo: {}, tvkd: {}}`")
         for name in (self.name, *self.methods):

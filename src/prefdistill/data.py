@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
@@ -185,8 +186,12 @@ def _read_directory(path: Path, split: str) -> Dataset:
     if file := _split_file(path, split):
         return _read_file(file)
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        with _explain(f"{path}: no split '{split}' could be loaded from this directory. Check its files"):
-            return load_dataset(str(path), split=split)
+        # A cache of its own: the common one goes by names and times, and would give the rows of older files.
+        with (
+            _explain(f"{path}: no split '{split}' could be loaded from this directory. Check its files"),
+            TemporaryDirectory() as cache,
+        ):
+            return load_dataset(str(path), split=split, cache_dir=cache, keep_in_memory=True)
     with _explain(f"{path}: the saved data set cannot be read. Save it again"):
         saved = load_from_disk(str(path))
     if not isinstance(saved, DatasetDict):
@@ -205,8 +210,7 @@ def _read_file(path: Path) -> Dataset:
     from datasets import Dataset
 
     if path.name.endswith(".parquet"):
-        with _explain(f"{path}: not a readable Parquet file. Write it again"):
-            return Dataset.from_parquet(str(path))
+        return _read_parquet(path)
     if not path.name.endswith(FILE_TYPES):
         raise UserError(f"{path}: unknown file type. Give a {', '.join(FILE_TYPES)} file.")
     rows: list[dict[str, Any]] = []
@@ -218,6 +222,19 @@ def _read_file(path: Path) -> Dataset:
     with _explain(f"{path}: holds a value that Arrow cannot store. Fix or remove it"):
         # Columns of mixed types are kept as JSON: ours are refused by the checks, with row numbers; others may stay.
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns}, on_mixed_types="use_json")
+
+
+def _read_parquet(path: Path) -> Dataset:
+    """Not through `Dataset.from_parquet`, which keeps a copy by name and time: another file of the same ones, from an
+    archive or a copy, would be read as the old one."""
+    from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
+
+    with _explain(f"{path}: not a readable Parquet file. Write it again"), ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: there are two columns '{twice[0]}'. Rename or drop one of them.")
+        return Dataset(file.read())
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | UserError]:
@@ -264,14 +281,21 @@ def check_pairs(dataset: Dataset, source: str, responses: Sequence[str] = RESPON
     hint = f"`prefdistill sample --column {made[0]}` makes such a column." if made else ""
     _require(dataset, source, ("prompt", *responses), hint)
     for name in responses:
-        dtype = str(getattr(dataset.features.get(ended_column(name)), "dtype", "null"))
+        dtype = _dtype(dataset, ended_column(name))
         if dtype not in ("bool", "null"):
             raise UserError(f"{source}: column '{ended_column(name)}' must hold true or false, it holds {dtype}.")
     for name in SCORES:
-        dtype = str(getattr(dataset.features.get(name), "dtype", "null"))
+        dtype = _dtype(dataset, name)
         if not dtype.startswith(("float", "int", "uint", "null")):
             raise UserError(f"{source}: column '{name}' must hold numbers, it holds {dtype}. Convert or rename it.")
     _check_rows(dataset, source, ("prompt", *responses))
+
+
+def _dtype(dataset: Dataset, column: str) -> str:
+    """What a column holds; `null` also where there is none, and a word for values that are no single ones."""
+    if column not in dataset.features:
+        return "null"
+    return str(getattr(dataset.features[column], "dtype", "values of several types"))
 
 
 def _require(dataset: Dataset, source: str, columns: Sequence[str], expected: str = "") -> None:

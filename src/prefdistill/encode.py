@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,6 +97,22 @@ class Ending(NamedTuple):
     after: str = ""
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, generate: bool = False) -> str:
+    """Messages through the chat template, with the header of an answer where one is to be generated.
+
+    Raises:
+        jinja2.TemplateError: whatever goes wrong in the template, which is a program and may raise anything.
+    """
+    from jinja2 import TemplateError, TemplateRuntimeError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     """Let the template show its end token: the first special token it writes after an assistant message."""
     if not tokenizer.chat_template:
@@ -107,7 +122,7 @@ def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     answer = "probe answer"
     conversation = [{"role": "user", "content": "probe question"}, {"role": "assistant", "content": answer}]
     try:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        text = rendered(tokenizer, conversation)
     except TemplateError as error:
         raise UserError(f"The chat template refuses a user and an assistant message ({error}). Fix it.") from error
     _, found, tail = text.rpartition(answer)
@@ -314,10 +329,9 @@ class _PairEncoder:
 
         # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
         prompt, *answers = (without_nulls(messages) for messages in (prompt, *responses))
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         try:
-            prompt_text = str(render(prompt, add_generation_prompt=True))
-            full_texts = [str(render(prompt + answer)) for answer in answers]
+            prompt_text = rendered(self.tokenizer, prompt, generate=True)
+            full_texts = [rendered(self.tokenizer, prompt + answer) for answer in answers]
         except TemplateError:
             return None
         texts = [self._cut_after_end(text) for text in full_texts]

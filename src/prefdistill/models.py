@@ -7,11 +7,10 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
-from prefdistill.files import value_digest
+from prefdistill.files import disk_full, value_digest
 from prefdistill.progress import say
 
 if TYPE_CHECKING:
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+# Say which weights are missing or have another shape, in place of warnings and a bare error: `_check_weights` refuses.
+LOOKED_AT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
 
 # Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
@@ -86,8 +87,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("tokenizer", name, _first_line(error))) from error
+    except Exception as error:
+        raise _refused("tokenizer", name, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token (eos_token); set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -117,7 +118,6 @@ def load_model(
             needs is not here.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
@@ -146,18 +146,18 @@ def load_model(
 
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
             return adapted if method else adapted.merge_and_unload()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise UserError(_not_loaded("model", name, _first_line(error))) from error
-    except (ImportError, NameError, RuntimeError) as error:  # a package or hardware that the quantisation needs
-        if not method or isinstance(error, torch.OutOfMemoryError):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **LOOKED_AT)
+    except Exception as error:
+        # of a quantised one these speak of a package or hardware that it needs
+        if not method or not isinstance(error, (ImportError, NameError, RuntimeError)):
+            raise _refused("model", name, error) from error
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         if isinstance(error, ImportError) and "bitsandbytes" in str(error):
             raise UserError(f'{name} needs bitsandbytes: pip install "prefdistill[quantized]"') from error
         raise UserError(f"{name} cannot be read quantised ({method}) here: {_first_line(error)}") from error
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers has made them up
-        raise UserError(_not_loaded("model", name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
+    _check_weights("model", name, found)
     if quantization:
         _say_unquantised(model, name)
     return model
@@ -175,12 +175,35 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> "PreTrainedMod
     base = name
     try:
         if (adapter := Path(name) / "adapter_config.json").is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            base = _base_of(adapter)
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_not_loaded("model", base, _first_line(error))) from error
+    except Exception as error:
+        raise _refused("model", str(base), error) from error
+
+
+def check_model(name: str, *, trust_remote_code: bool = False) -> None:
+    """Whether a causal language model can be loaded, by the names and shapes of its weights, of which none is read:
+    before anything long begins. Of a PEFT adapter, its base; what is stored quantised is found out when it is loaded.
+
+    Raises:
+        UserError: if there is no such model, it is no causal language model, or weights are missing or do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = name
+    try:
+        if (adapter := Path(name) / "adapter_config.json").is_file():
+            base = _base_of(adapter)
+        if _stored_quantization(base):
+            return
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, device_map="meta", trust_remote_code=trust_remote_code, **LOOKED_AT
+        )
+    except Exception as error:
+        raise _refused("model", str(base), error) from error
+    _check_weights("model", base, loaded[1])
 
 
 def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
@@ -193,8 +216,8 @@ def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
+    except Exception as error:
+        raise _refused("reward model", name, error) from error
     if language := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
         raise UserError(_not_loaded("reward model", name, f"it is a language model, {language[0]}"))
     if config.num_labels != 1:
@@ -210,7 +233,6 @@ def load_reward_model(
         UserError: see `check_reward_model`; also if weights are missing, such as a head that was never trained.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     if dtype not in DTYPES:
@@ -221,13 +243,11 @@ def load_reward_model(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            **LOOKED_AT,
         )
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise UserError(_not_loaded("reward model", name, _first_line(error))) from error
-    if missing := sorted(found["missing_keys"]):
-        reason = f"{len(missing)} weights are missing, the first is {missing[0]}"
-        raise UserError(_not_loaded("reward model", name, reason))
+    except Exception as error:
+        raise _refused("reward model", name, error) from error
+    _check_weights("reward model", name, found)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:  # by which a classifier finds the last token
@@ -241,12 +261,32 @@ def _stored_quantization(name: str) -> str | None:
 
     try:
         if (adapter := Path(name) / "adapter_config.json").is_file():
-            name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            name = _base_of(adapter)
         config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:
         return None  # whoever loads it says what is wrong
+    if not isinstance(config, dict):
+        return None
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     return str(found.get("quant_method", "bitsandbytes")) if found else None
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter's configuration names."""
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not isinstance(base, str):
+        raise ValueError(f"adapter_config.json names no base model: {base!r}")
+    return base
+
+
+def _check_weights(what: str, name: str, found: dict[str, Any]) -> None:
+    """transformers makes up weights that are missing, or of another shape than the configuration says."""
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(_not_loaded(what, name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
+    if other := sorted(found["mismatched_keys"]):
+        key, stored, configured = other[0]
+        shapes = f"{key} has the shape {list(stored)}, its config.json says {list(configured)}"
+        raise UserError(_not_loaded(what, name, f"{len(other)} weights do not fit, the first is {shapes}"))
 
 
 def _say_unquantised(model: Any, name: str) -> None:
@@ -270,6 +310,17 @@ def _bitsandbytes(quantization: str, dtype: str) -> Any:
     )
 
 
+def _refused(what: str, name: str, error: Exception) -> Exception:
+    """What to raise for an error of a loader: what strange files make it raise has no narrower class than Exception."""
+    import torch
+
+    if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or disk_full(error):
+        return error
+    plain = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    reason = _first_line(error)
+    return UserError(_not_loaded(what, name, reason if plain else f"{type(error).__name__}: {reason}"))
+
+
 def _not_loaded(what: str, name: str, reason: str) -> str:
     if name and Path(name).exists():
         return f"{name} is there but holds no {what} that transformers can load: {reason}"
@@ -277,7 +328,8 @@ def _not_loaded(what: str, name: str, reason: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from prefdistill.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.measuring import Measuring, as_messages
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
+    check_model,
     check_reward_model,
     check_same_tokens,
     check_shape,
@@ -94,6 +95,9 @@ class SeedRun:
                 say("note: without data.test there is nothing to judge: no reward model, no pairs set aside for it")
         if recipe.model.teacher or recipe.model.student:
             _ = self.tokenizer
+        for name in (recipe.model.teacher, recipe.model.teacher_reference, recipe.model.student):
+            if name:
+                check_model(name, trust_remote_code=recipe.model.trust_remote_code)
         _ = self.truncation
         self._check_samples()
         if recipe.model.scratch:

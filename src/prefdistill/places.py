@@ -16,6 +16,24 @@ def check_place(out: Path, option: str = "--out") -> None:
         raise UserError(f"{out} cannot be written: no permission in {above}; give another {option}")
 
 
+def check_file(out: Path, start: str, verb: str) -> None:
+    """Raises a UserError if `out` is a file that `verb` has not written, such as one of its inputs, or a directory.
+
+    Args:
+        out: where the file is to go.
+        start: what all files of this kind start with.
+        verb: of `prefdistill`.
+    """
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; --out names the file to write")
+    check_place(out)
+    if out.exists():
+        with out.open("rb") as file:
+            found = file.read(len(start.encode()))
+        if found not in (b"", start.encode()):
+            raise UserError(f"{out} is there and was not made by `prefdistill {verb}`; remove it or give another --out")
+
+
 def check_own(out: Path, marks: Sequence[str], verb: str) -> None:
     """Raises a UserError if a directory holds something, but none of what `verb` always leaves there."""
     check_place(out)

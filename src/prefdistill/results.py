@@ -147,11 +147,11 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
         torch.set_num_threads(recipe.threads)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
     runs = [SeedRun(recipe, out, seed, pool=pool) for seed in seeds]
-    check_own(out, ("recipe.yaml",), "run")
+    check_own(out, ("environment.json",), "run")  # not recipe.yaml, which may be the user's own
     runs[0].check()
     with locked(out), _clean_if_refused(out):
-        recipe.save(out / "recipe.yaml")
         write_json(out / "environment.json", environment(command))
+        recipe.save(out / "recipe.yaml")
         measured = [run.run() for run in runs]
         shaping = [run.measuring.shaping(found) for run, found in zip(runs, measured, strict=True)]
         results = {

@@ -31,6 +31,7 @@ from prefdistill.encode import (
     Dropped,
     Truncation,
     end_token_ids,
+    rendered,
 )
 from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
@@ -153,7 +154,7 @@ class _Sampler:
         if not self.tokenizer.chat_template:
             raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
         messages = without_nulls(prompt) + ([] if answer is None else [{"role": "assistant", "content": answer}])
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        text = rendered(self.tokenizer, messages, generate=answer is None)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:

@@ -21,7 +21,7 @@ from prefdistill.files import disk_full, read_json, sweep, sync, value_digest, w
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
-REQUEST, DONE, LOCK = "stage-request.json", "stage.json", ".lock"
+REQUEST, DONE, LOCK, CHECKPOINTS = "stage-request.json", "stage.json", ".lock", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def run_stage(
     except UserError:
         if not _work(directory):
             (directory / REQUEST).unlink(missing_ok=True)  # refused before anything was made: leave nothing behind
+            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         raise
     except BaseException:
         if team.is_main_process:
@@ -99,7 +100,7 @@ def run_stage(
     if team.is_main_process:
         sync(directory)  # what libraries wrote: only then is it true that the stage is done
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         size = bytes_on_disk(directory)
         if lent:
             # waits no longer than making links takes
@@ -163,7 +164,11 @@ def _link_file(source: str, target: str) -> None:
 
 def _work(directory: Path) -> list[Path]:
     """What is in a directory besides our own notes."""
-    return [path for path in directory.iterdir() if path.name not in (REQUEST, LOCK)] if directory.exists() else []
+    if not directory.exists():
+        return []
+    there = [path for path in directory.iterdir() if path.name not in (REQUEST, LOCK)]
+    # the Trainer makes its directory of checkpoints before it has looked at the data
+    return [path for path in there if path.name != CHECKPOINTS or not path.is_dir() or any(path.iterdir())]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prefdistill.doctor.findings import Finding
-from prefdistill.encode import end_token_ids, template_ending
+from prefdistill.encode import end_token_ids, rendered, template_ending
 from prefdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +110,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], ge
         return None
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        return rendered(tokenizer, messages, generate=generate)
     except TemplateError:
         return None

@@ -117,8 +117,10 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"model": request.model, "data": request.data, "metrics": {}}
     if request.lm_eval:
         known_names(request.lm_eval, request.lm_eval_include)
-    if request.reward_model:
+    if request.reward_model is not None:
         check_reward_model(request.reward_model, trust_remote_code=request.trust_remote_code)
+    # opened before the responses are sampled, which takes long
+    stores = [Signals.open(path) for path in (request.reference, request.teacher) if path]
     data = None
     if request.data:
         data = load_pairs(request.data) if request.reference else load_prompts(request.data)
@@ -132,7 +134,6 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     model = ready(load_model(str(request.model), dtype=request.dtype, trust_remote_code=request.trust_remote_code))
     if request.reference:
         assert data is not None
-        stores = [Signals.open(path) for path in (request.reference, request.teacher) if path]
         found = evaluate_pairs(model, data, tokenizer, stores)
         results |= found | {"metrics": found["metrics"] | results["metrics"]}
     if request.lm_eval:

@@ -7,10 +7,13 @@ from typing import Any
 from prefdistill import __version__
 from prefdistill.errors import UserError
 from prefdistill.files import disk_full, write_text
+from prefdistill.places import check_file
 from prefdistill.report.markdown import render_markdown
 from prefdistill.report.run import load_runs
 from prefdistill.report.sections import comparison_of, reading_of, title_of, view_of
 from prefdistill.report.text import printable, typeset
+
+PAGE = "<!DOCTYPE html>\n"  # what every page starts with
 
 
 def render_html(runs: list[Path]) -> str:
@@ -30,11 +33,12 @@ def render_html(runs: list[Path]) -> str:
 
 def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Path:
     """Render `runs` and write the page to `out`; nothing is left half written. Returns `out`."""
-    renderers = {"html": render_html, "md": render_markdown}
+    renderers = {"html": (render_html, PAGE), "md": (render_markdown, "# ")}
     if format not in renderers:
         raise UserError(f'unknown report format "{format}": use one of {", ".join(renderers)}')
-    text = renderers[format]([Path(run) for run in runs])
-    return save_page(text, Path(out), "the report")
+    render, start = renderers[format]
+    check_file(Path(out), start, "report")
+    return save_page(render([Path(run) for run in runs]), Path(out), "the report")
 
 
 def save_page(text: str, out: Path, what: str) -> Path:

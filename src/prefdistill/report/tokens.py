@@ -12,8 +12,9 @@ from prefdistill.data import load_pairs
 from prefdistill.encode import Truncation, end_token_ids
 from prefdistill.errors import UserError
 from prefdistill.models import load_tokenizer
+from prefdistill.places import check_file
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
-from prefdistill.report.page import environment, save_page
+from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.text import printable
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
 from prefdistill.signals.store import ROLES, SIDES, Need, Signals, SignalSet
@@ -63,6 +64,7 @@ def write_token_view(
         >>> write_token_view("pairs.jsonl", [Signals.open("signals/teacher")], "tokens.html")     # doctest: +SKIP
     """
     weights = weights or Weights()
+    check_file(Path(out), PAGE, "inspect")
     if not signals:
         raise UserError("no signals to look at: give a store with --signals DIR (`prefdistill signals` makes one)")
     name = data if isinstance(data, str) else signals[0].manifest["data"]["name"]

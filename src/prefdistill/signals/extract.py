@@ -163,7 +163,7 @@ def extract_signals(
             source = model if isinstance(model, str) else model.name_or_path
             tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
         if isinstance(model, str):
-            dtype = dtype or default_dtype(role)
+            dtype = default_dtype(role) if dtype is None else dtype
             model = load_model(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
         model = ready(model)
         if ids_from is not None:

@@ -221,7 +221,7 @@ async def _ask(client: "AsyncOpenAI", endpoint: Endpoint, question: Question) ->
         late = isinstance(error, openai.APITimeoutError)
         told = f"no reply within {endpoint.timeout:g} s" if late else f"no connection ({error.__cause__ or error})"
         found = {"error": told, "retries": endpoint.retries}
-    except (openai.OpenAIError, ValueError) as error:  # too much; not JSON
+    except (openai.OpenAIError, ValueError, RecursionError) as error:  # too much; not JSON; nested without end
         found = {"error": f"no chat completion: {error}"}
     return Reply(**found | {"seconds": round(time.monotonic() - begun, 3)})
 
