@@ -2,6 +2,8 @@
 
     python -m benchmarks.faults --kills 200
     python -m benchmarks.faults --kills 40 --stages run,distill --seed 7
+    python -m benchmarks.faults --kills 40 --ranks 2
+    python -m benchmarks.faults --kills 40 --disk
 
 A moment is one of the changes a run makes to its directory (a file opened to be written, renamed or removed, a
 directory made: the process ends just before the n-th of them, n drawn evenly), or a point in time, which also falls
@@ -9,24 +11,24 @@ into what is written without Python and into what is computed. The signal is SIG
 from that change on the disk is full. After each fault the same command is started again, and may fail again; when it
 ends, its result is compared with that of a run that nothing disturbed, and it begins anew, until all faults are spent.
 
-Every attempt is a fork of a process that has imported everything: no kill waits for PyTorch to be loaded.
+With `--ranks` the job runs on several processes as under torchrun, of which SIGKILL or the full disk hits one, drawn
+evenly. With `--disk` the directory is a file system of its own (which takes the right to mount one), and all faults are
+that it is full at a size drawn between what is in it and the most that an undisturbed run has in it at once.
 """
 
 import argparse
-import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.attempts import PAGE, Attempt, Disk, Fault, Job, attempt
+
 from prefdistill.cli import _call
 
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 WORDS = ["the", "small", "teacher", "reads", "a", "prompt", "and", "answers", "with", "care", "what", "it", "says"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-FEW = ["max_steps=4", "batch_size=4", "micro_batch_size=4", "save_steps=2", "logging_steps=1"]
+FEW = ["max_steps=4", "batch_size=4", "micro_batch_size=2", "save_steps=2", "logging_steps=1"]
 TINY = [
     "data.synthetic={demonstrations: 32, teacher_pairs: 24, pairs: 16, test_prompts: 8}",
     "teacher.sft.max_steps=12",
@@ -58,6 +61,7 @@ IMPORTED_LATE = (
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "rouge_score.rouge_scorer", "scipy.stats", "scipy.ndimage"),
     *("matplotlib.pyplot", "prefdistill.results", "prefdistill.report.figures"),
 )
+PASSING = (".tmp", ".lock")
 CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # what no two runs have alike
 
 
@@ -108,21 +112,26 @@ def command(*arguments: str) -> Callable[[], int]:
 
 
 def _signals() -> int:
-    from prefdistill.signals import extract_signals
+    import prefdistill.signals
 
-    extract_signals("teacher", "pairs.jsonl", kinds=("values", "logps", "topk"), out="out", k=3, shard_rows=2)
-    return 0
+    make = prefdistill.signals.extract_signals
+    prefdistill.signals.extract_signals = partial(make, shard_rows=2)  # several shards, of so few pairs
+    kinds = ("--kind", "values,logps,topk", "--k", "3")
+    return _call(["signals", "--model", "teacher", *PAIRS, *kinds, "--out", "out"])
 
 
 def _sample() -> int:
-    from prefdistill.sample import sample_responses
+    import prefdistill.sample
 
-    sample_responses("model", "pairs.jsonl", out="out/rows.jsonl", max_new_tokens=4, shard_rows=2, batch_size=2)
-    return 0
+    make = prefdistill.sample.sample_responses
+    prefdistill.sample.sample_responses = partial(make, shard_rows=2)
+    few = ("--max-new-tokens", "4", "--batch-size", "2")
+    return _call(["sample", "--model", "model", *PAIRS, *few, "--out", "out/rows.jsonl"])
 
 
 def all_bytes(out: Path) -> Any:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and not path.name.endswith(PASSING)]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def weights(out: Path) -> Any:
@@ -144,140 +153,36 @@ def results(out: Path) -> Any:
     return without_clocks(json.loads((out / "results.json").read_text()))
 
 
-@dataclass(frozen=True)
-class Job:
-    """A stage: what is called in the place, and what of `out` is compared."""
-
-    call: Callable[[], int]
-    result: Callable[[Path], Any]
-
-
 RECIPE = "src/prefdistill/recipes/quickstart.yaml"
 PAIRS = ("--data", "pairs.jsonl")
 STORES = ("--signals", "signals-teacher", "--signals", "signals-start")
 TESTED = ("--reference", "signals-start", "--teacher", "signals-teacher")
 JOBS = {
-    "signals": Job(_signals, all_bytes),
-    "sample": Job(_sample, rows_and_meta),
-    "sft": Job(command("sft", "--model", "model", *PAIRS, "--out", "out", *FEW), weights),
-    "dpo": Job(command("dpo", "--model", "model", *PAIRS, "--out", "out", *FEW), weights),
-    "distill": Job(command("distill", "--student", "model", *PAIRS, *STORES, "--out", "out", *FEW), weights),
+    "signals": Job(_signals, all_bytes, "manifest.json"),
+    "sample": Job(_sample, rows_and_meta, "rows.jsonl"),
+    "sft": Job(command("sft", "--model", "model", *PAIRS, "--out", "out", *FEW), weights, "stage.json"),
+    "dpo": Job(command("dpo", "--model", "model", *PAIRS, "--out", "out", *FEW), weights, "stage.json"),
+    "distill": Job(
+        command("distill", "--student", "model", *PAIRS, *STORES, "--out", "out", *FEW), weights, "stage.json"
+    ),
     "evaluate": Job(
         command(
             *("evaluate", "--model", "teacher", *PAIRS, *TESTED, "--generate", "--max-new-tokens", "4"),
             *("--out", "out/results.json"),
         ),
         results,
+        "results.json",
     ),
     "run": Job(
-        command("run", str(Path(__file__).parents[1] / RECIPE), "--out", "out", "--methods", "tvkd", *TINY), results
+        command("run", str(Path(__file__).parents[1] / RECIPE), "--out", "out", "--methods", "tvkd", *TINY),
+        results,
+        "results.json",
     ),
 }
+ON_SEVERAL = ("signals", "sft", "dpo", "distill")  # processes; the others refuse them
 
 
 # -- the faults --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A signal, sent before the n-th change to the directory or after some seconds; None: the disk is full then."""
-
-    signal: int | None
-    change: int | None = None
-    seconds: float | None = None
-
-    @property
-    def status(self) -> int:
-        """What the process must end with."""
-        return 1 if self.signal is None else 130 if self.signal == signal.SIGINT else -self.signal
-
-    def __str__(self) -> str:
-        name = {None: "full disk", signal.SIGKILL: "kill -9", signal.SIGINT: "Ctrl-C"}[self.signal]
-        return f"{name} {'at a change' if self.change else 'in time'}"
-
-
-@dataclass
-class Attempt:
-    status: int  # of the process; negative: the signal that ended it
-    changes: int
-    seconds: float
-    said: str
-
-
-def attempt(
-    job: Job, place: Path, fault: Fault | None = None, *, largest: int | None = None, timeout: float = 120
-) -> Attempt:
-    """Do a job in a fork of this process, with a fault in it, or with files of some bytes at most."""
-    read, write = os.pipe()
-    log = place / "log.txt"
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:  # never returns
-        status = 1
-        try:
-            os.close(read)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
-            os.chdir(place)
-            if largest is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
-            count = _watch(place / "out", fault)
-            status = job.call()
-            os.write(write, str(count[0]).encode())
-        except KeyboardInterrupt:
-            status = 130
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(write)
-    due = start + fault.seconds if fault and fault.seconds is not None else None
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        now = time.monotonic()
-        if due is not None and now >= due:
-            os.kill(child, fault.signal)  # type: ignore[union-attr,arg-type]
-            due = None
-        if now > start + timeout:
-            os.kill(child, signal.SIGKILL)
-            raise TimeoutError(f"hangs after {fault}: {log.read_text(errors='replace')[-2000:]}")
-        time.sleep(0.002)
-    _, ended = os.waitpid(child, 0)
-    with os.fdopen(read) as pipe:
-        changes = int(pipe.read() or 0)
-    status = os.waitstatus_to_exitcode(ended)
-    return Attempt(status, changes, time.monotonic() - start, log.read_text(errors="replace"))
-
-
-def _watch(out: Path, fault: Fault | None) -> list[int]:
-    """Count the changes to a directory from now on, and send the fault's signal before the one it names."""
-    count, root = [0], f"{out}{os.sep}"
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, mode, flags = arguments
-            changing = not set(mode or "").isdisjoint("wax+") or bool(flags & (os.O_WRONLY | os.O_RDWR))
-        elif event in CHANGES:
-            path, changing = arguments[0], True
-        else:
-            return
-        if not changing or not isinstance(path, str | bytes | os.PathLike):
-            return
-        if not os.path.abspath(os.fsdecode(path)).startswith(root):
-            return
-        count[0] += 1
-        if fault is None or fault.change is None:
-            return
-        if fault.signal is None:
-            if count[0] >= fault.change and event in ("open", "os.mkdir", "os.link"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path))
-        elif count[0] == fault.change:
-            os.kill(os.getpid(), fault.signal)
-
-    sys.addaudithook(hook)
-    return count
 
 
 @dataclass
@@ -291,64 +196,127 @@ class Tally:
     seconds: float = 0.0
 
 
-def disturb(job: Job, place: Path, kills: int, seed: int, *, timeout: float = 120) -> Tally:
-    """Kill a job that many times, and compare every result it comes to with that of an undisturbed run."""
-    draw, tally, out = random.Random(seed), Tally(), place / "out"
+def disturb(
+    job: Job,
+    place: Path,
+    kills: int,
+    seed: int,
+    *,
+    ranks: int = 1,
+    disk: Disk | None = None,
+    alone: bool = False,
+    timeout: float = 120,
+) -> Tally:
+    """Put that many faults into a job, and compare every result it comes to with that of an undisturbed run.
+
+    Args:
+        ranks: processes that the job runs on, of which a fault hits one.
+        disk: where `out` is then; all faults are that it is full, at some size below what the undisturbed run takes.
+        alone: one process must come to the very result that several do.
+    """
+    draw, tally, out = random.Random(seed), Tally(), (disk.at if disk else place) / "out"
+    go = partial(attempt, job, place, disk=disk, timeout=timeout)
     shutil.rmtree(out, ignore_errors=True)
-    whole = attempt(job, place, timeout=timeout)
-    if whole.status:
-        raise RuntimeError(f"the undisturbed run ended with {whole.status}: {whole.said[-3000:]}")
-    expected, tally.changes, tally.seconds = job.result(out), whole.changes, whole.seconds
+    whole = go(ranks=ranks)
+    expected = _result(job, out, whole)
+    tally.changes, tally.seconds = sum(whole.changes), whole.seconds
     shutil.rmtree(out)
+    if alone and ranks > 1:
+        one = _result(job, out, go(ranks=1))
+        shutil.rmtree(out)
+        if one != expected:
+            tally.lost.append(f"{ranks} processes come to another result than one")
     while True:
         spent = tally.injected.total()
-        fault = None if spent == kills else _fault(spent, whole, draw)
+        fault = _fault(spent, whole, draw) if disk is None else _full(disk, draw)
+        if spent == kills or (disk and draw.random() < 0.3):  # else it would be close to its end most of the time
+            fault = None
+        if disk:
+            disk.resize(fault.room if fault else None)
         left = set(out.rglob(".*.tmp"))  # of kills before: a disk that is full at once keeps them from being swept
-        tried = attempt(job, place, fault, timeout=timeout)
-        if fault is not None and tried.status == fault.status:
+        tried = go(fault, ranks=ranks)
+        if disk:
+            disk.resize(None)
+        hit = fault is not None and fault.hit(tried)
+        if fault and hit:
             tally.injected[str(fault)] += 1
             if fault.signal is None:
-                if os.strerror(errno.ENOSPC) not in tried.said:
-                    tally.lost.append(f"{fault}: {tried.said[-1500:]}")
-                if half := set(out.rglob(".*.tmp")) - left:
-                    tally.lost.append(f"half written on a full disk: {half}")
-            continue
-        if tried.status:
-            tally.lost.append(f"{fault}: ended with {tried.status}: {tried.said[-1500:]}")
+                tally.lost += [f"{fault}: {what}" for what in _half_full(tried, out, left)]
+        elif tried.status:
+            tally.lost.append(f"{fault}: ended with {tried.ranks}: {tried.said[-1500:]}")
         else:  # the moment came too late, for the rest was shorter; or there was none
             tally.compared += 1
-            if job.result(out) != expected:
-                tally.lost.append(f"another result after {dict(tally.injected)}")
-            if left := [str(path.relative_to(out)) for path in out.rglob("*") if path.suffix in (".tmp", ".lock")]:
-                tally.lost.append(f"left behind: {left}")
-        shutil.rmtree(out, ignore_errors=True)
-        if fault is None or len(tally.lost) > 5:
+            if leftover := [str(path.relative_to(out)) for path in out.rglob("*") if path.name.endswith(PASSING)]:
+                tally.lost.append(f"left behind: {leftover}")
+        if (not tried.status or (job.mark and (out / job.mark).exists())) and _differs(job, out, expected):
+            tally.lost.append(f"another result after {dict(tally.injected)}, and {fault}")
+        if not hit:
+            shutil.rmtree(out, ignore_errors=True)
+        if spent == kills or len(tally.lost) > 5:
             return tally
 
 
+def _result(job: Job, out: Path, tried: Attempt) -> Any:
+    if tried.status:
+        raise RuntimeError(f"the undisturbed run ended with {tried.status}: {tried.said[-3000:]}")
+    return job.result(out)
+
+
+def _differs(job: Job, out: Path, expected: Any) -> bool:
+    try:
+        return bool(job.result(out) != expected)
+    except (OSError, ValueError):  # it is not there, or torn
+        return True
+
+
+def _half_full(tried: Attempt, out: Path, left: set[Path]) -> list[str]:
+    """What is wrong with how a job ended on a full disk: one line that says so, nothing half written."""
+    wrong = []
+    told = [line for line in tried.said.splitlines() if line.startswith("prefdistill: ")]
+    full = [line for line in told if line.startswith("prefdistill: no room on the disk")]
+    if not full or (len(tried.ranks) == 1 and len(told) > 1) or "Traceback" in tried.said:
+        wrong.append(f"said otherwise: {tried.said[-1500:]}")
+    if len(tried.ranks) == 1 and (half := set(out.rglob(".*.tmp")) - left):  # of several, some are killed for it
+        wrong.append(f"half written: {half}")
+    return wrong
+
+
 def _fault(number: int, whole: Attempt, draw: random.Random) -> Fault:
-    if number % 5 == 2:
-        return Fault(None, change=draw.randint(1, whole.changes))
+    rank = draw.randrange(len(whole.ranks))
+    at = partial(Fault, rank=rank, notice=draw.uniform(0, 0.1))
+    changes = whole.changes[rank]
+    if number % 5 == 2 and changes:
+        return at(None, change=draw.randint(1, changes))
     kind = signal.SIGINT if number % 5 == 4 else signal.SIGKILL
-    if number % 4 == 3:
-        return Fault(kind, seconds=draw.uniform(0, whole.seconds))
-    return Fault(kind, change=draw.randint(1, whole.changes))
+    if number % 4 == 3 or not changes:
+        return at(kind, seconds=draw.uniform(0, whole.seconds))
+    return at(kind, change=draw.randint(1, changes))
+
+
+def _full(disk: Disk, draw: random.Random) -> Fault:
+    used = disk.used()
+    return Fault(None, room=used + PAGE * draw.randint(1, max(1, (disk.peak - used) // PAGE)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--kills", type=int, default=200, help="of each stage")
-    parser.add_argument("--stages", default=",".join(JOBS), help="with commas")
+    parser.add_argument("--stages", help=f"with commas; default: {','.join(JOBS)}")
+    parser.add_argument("--ranks", type=int, default=1, help=f"processes, of {', '.join(ON_SEVERAL)}")
+    parser.add_argument("--disk", action="store_true", help="all faults are a small disk that is really full")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    stages = args.stages.split(",") if args.stages else list(JOBS if args.ranks == 1 else ON_SEVERAL)
     import torch
 
     torch.set_num_threads(1)
     lost = 0
     with tempfile.TemporaryDirectory() as made:
         place = make_place(Path(made).resolve())
-        for name in args.stages.split(","):
-            tally = disturb(JOBS[name], place, args.kills, args.seed)
+        for name in stages:
+            with Disk(place) if args.disk else nullcontext() as disk:
+                alone = name == "signals"  # whose bytes are the same on any number of processes
+                tally = disturb(JOBS[name], place, args.kills, args.seed, ranks=args.ranks, disk=disk, alone=alone)
             lost += len(tally.lost)
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.injected.items()))
             print(

@@ -747,7 +747,7 @@ def _teach(
 def _stage(name: str, out: Path, request: dict[str, Any], make: Any) -> dict[str, Any]:
     from prefdistill.stages import locked, run_stage
 
-    with locked(out):
+    with locked(out, together=True):
         stage = run_stage(name, out, request, make)
     _print(f"{name}: {out}")
     return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}

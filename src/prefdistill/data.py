@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
+from prefdistill.files import disk_full
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -284,6 +285,8 @@ def _explain(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if disk_full(error):  # of the cache
+            raise
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise UserError(f"{what} ({type(error).__name__}: {reason}).") from error
 

@@ -14,6 +14,10 @@ from typing import Any
 
 from prefdistill.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# of safetensors and of PyTorch's writers, which give no number
+FULL_IN_WORDS = (*map(os.strerror, FULL), "PytorchStreamWriter failed writing", "iostream error")
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -54,13 +58,16 @@ def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether an error, of whatever library, says that a file could not grow."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in numbers
-    text = str(error)  # of safetensors and of PyTorch's own writer, which give no number
-    return any(os.strerror(number) in text for number in numbers) or "PytorchStreamWriter failed writing" in text
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, of whatever library, or one that it was raised from, says that a file could not grow."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in FULL:
+                return True
+        elif any(words in str(error) for words in FULL_IN_WORDS):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

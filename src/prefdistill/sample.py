@@ -8,6 +8,7 @@ A prompt is given to the model in the very tokens that `encode_pairs` makes of i
 
 import gzip
 import hashlib
+import io
 import json
 import math
 import sys
@@ -580,7 +581,9 @@ def _write(
 def _write_rows(dataset: "Dataset", path: Path, name: str) -> None:
     with path.open("wb") as file:
         if name.endswith(".parquet"):
-            dataset.to_parquet(file)
+            table = io.BytesIO()  # Arrow aborts the process where it cannot write a column of many words to a full disk
+            dataset.to_parquet(table)
+            file.write(table.getbuffer())
             return
         # a gzip header without name and time: the same rows are the same bytes
         lines = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if name.endswith(".gz") else nullcontext(file)

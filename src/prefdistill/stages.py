@@ -103,7 +103,8 @@ def run_stage(
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         size = bytes_on_disk(directory)
         if lent:
-            with locked(lent.parent, f".{lent.name}.lock", wait=True):  # it takes no longer than making links
+            # waits no longer than making links takes
+            with locked(lent.parent, f".{lent.name}.lock", wait=True, together=True):
                 sweep(lent.parent, lent.name)
                 _link(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
@@ -171,17 +172,21 @@ def _work(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(directory: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
+def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: bool = False) -> Iterator[None]:
     """Keep a second run out of a directory; the lock goes with the process that holds it.
 
     Args:
         directory: made if there is none, and removed again if it stays empty.
         name: of the file that is locked: another one for a single result in a directory that others may use.
         wait: for the process that holds it.
+        together: for work that the processes of a run share; the main one holds the lock.
 
     Raises:
-        UserError: if another process holds it (without `wait`), or there can be no such directory.
+        UserError: if another process holds it (without `wait`), or there can be no such directory; if there are several
+            processes, for work that is not shared.
     """
+    if processes().num_processes > 1 and not together:
+        raise UserError("this is work for one process; launch sft, dpo, signals and distill on several")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file is in the way, or the place is not ours to write to

@@ -154,7 +154,7 @@ def extract_signals(
     check_place(out)
     if out.is_file():
         raise UserError(f"{out} is not a directory; give another --out")
-    with locked(out):  # before anything is loaded; it also gives each process its device
+    with locked(out, together=True):  # before anything is loaded; it also gives each process its device
         if isinstance(dataset, str):
             dataset = load_pairs(dataset, responses=responses)
         else:

@@ -99,7 +99,7 @@ def set_aside(out: Path) -> list[str]:
     Returns:
         Their names, relative to `out`; none of a store that is whole, which stays as it is.
     """
-    with locked(out):
+    with locked(out, together=True):
         request, manifest = (
             _request(out),
             read_sealed(out / "manifest.json") if (out / "manifest.json").exists() else None,
