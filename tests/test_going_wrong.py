@@ -11,8 +11,9 @@ from prefdistill.config import Training
 from prefdistill.errors import UserError
 from prefdistill.files import read_json
 from prefdistill.finite import check_weights
+from prefdistill.fit import fit
 from prefdistill.methods import METHODS
-from prefdistill.training import fit, make_trainer
+from prefdistill.training import make_trainer
 
 FAST = ["batch_size=2", "micro_batch_size=2", "max_steps=2"]
 DATA = ["--data", "pairs.jsonl"]

@@ -18,11 +18,12 @@ from prefdistill.config import Training
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.files import read_json, read_sealed, write_json, write_sealed
+from prefdistill.fit import fit
 from prefdistill.methods import METHODS
 from prefdistill.models import load_model
 from prefdistill.report.study import write_study
 from prefdistill.signals import Signals, extract_signals
-from prefdistill.training import fit, make_trainer
+from prefdistill.training import make_trainer
 
 SOURCES = sorted(Path(prefdistill.__file__).parent.rglob("*.py"))
 FAST = ["max_steps=1", "batch_size=2", "micro_batch_size=2"]

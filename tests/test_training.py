@@ -15,9 +15,9 @@ from prefdistill import METHODS, PrefDistillTrainer
 from prefdistill.checkpoints import WHOLE
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
+from prefdistill.fit import fit
 from prefdistill.signals import extract_signals
 from prefdistill.stages import run_stage
-from prefdistill.training import fit
 
 
 def arguments(out, **more):

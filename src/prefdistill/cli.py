@@ -378,10 +378,11 @@ def distill(
     from prefdistill.data import data_fingerprint, load_pairs
     from prefdistill.encode import Truncation
     from prefdistill.files import file_digest
+    from prefdistill.fit import fit
     from prefdistill.methods import METHODS, make_method
     from prefdistill.models import load_model, load_tokenizer, model_key
     from prefdistill.signals import Signals
-    from prefdistill.training import fit, make_trainer
+    from prefdistill.training import make_trainer
 
     truncation = Truncation(max_length or 1024, max_prompt_length) if max_length or max_prompt_length else None
     given = _overrides(overrides)

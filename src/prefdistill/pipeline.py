@@ -17,6 +17,7 @@ from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
 from prefdistill.files import read_json, value_digest, write_json, write_jsonl
+from prefdistill.fit import fit
 from prefdistill.measuring import Measuring, as_messages
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
@@ -39,7 +40,7 @@ from prefdistill.signals.store import SIDES
 from prefdistill.stages import Stage, run_stage
 from prefdistill.supply import Start, Supply
 from prefdistill.teach import train_dpo, train_sft
-from prefdistill.training import arguments_kind, fit, make_trainer
+from prefdistill.training import arguments_kind, make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,9 +7,10 @@ from prefdistill.config import DPOTraining, Training
 from prefdistill.encode import Truncation, check_template, judged_ids
 from prefdistill.errors import UserError
 from prefdistill.finite import watched
+from prefdistill.fit import fit
 from prefdistill.models import load_model, random_model
 from prefdistill.progress import say
-from prefdistill.training import fit, making_trainer
+from prefdistill.training import making_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

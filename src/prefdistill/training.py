@@ -1,30 +1,22 @@
 """The student's trainer: a transformers.Trainer whose loss is a method's, or TRL's for the methods that TRL has."""
 
-import json
-import shutil
-import signal
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from prefdistill.batches import Layout, PairCollator, layout_for
-from prefdistill.checkpoints import SealCheckpoints, last_checkpoint
-from prefdistill.encode import Truncation, encode_pairs, highest_id
+from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
-from prefdistill.files import write_jsonl
-from prefdistill.finite import check_loss, check_weights, watched
+from prefdistill.finite import check_loss, watched
 from prefdistill.logprobs import (
     emittable_ids,
     reduce_logits,
@@ -34,8 +26,8 @@ from prefdistill.logprobs import (
     vocabulary_rows,
 )
 from prefdistill.methods import Method, Student, TRLMethod
-from prefdistill.models import check_ids, load_model, weights_digest
-from prefdistill.progress import Progress, say
+from prefdistill.models import load_model, weights_digest
+from prefdistill.progress import say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
 from prefdistill.stages import processes
 
@@ -48,7 +40,6 @@ if TYPE_CHECKING:
 
 # Nats per token between the student and its reference before the first step that rounding does not explain.
 REFERENCE_GAP = 0.05
-ARGUMENTS = "training_args.bin"  # a pickle, which the Trainer leaves beside a model; what is in it is in our own files
 
 
 class PrefDistillTrainer(Trainer):
@@ -452,152 +443,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():  # some families keep the rate as a number of their own
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
-
-
-def fit(trainer: Trainer, out: Path, what: str) -> None:
-    """Train to the end, from the last whole checkpoint if there is one, and save model and tokenizer into `out`.
-
-    Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and
-    stops; the same call later goes on from it. An adapter is saved into `out/adapter`, and merged into its base in
-    `out`: what is trained on top of it needs no other directory.
-
-    Raises:
-        KeyboardInterrupt: after the checkpoint of an interrupted run is written.
-        UserError: if the loss or the weights are not finite, or the checkpoint holds more than numbers.
-    """
-    from transformers import PrinterCallback
-
-    check_ids(highest_id(trainer.train_dataset), trainer.model, trainer.processing_class)
-    last = last_checkpoint(Path(str(trainer.args.output_dir)))
-    if last is not None:
-        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            say(f"{what}: trained, only to be saved")
-            if trainer.is_world_process_zero():
-                write_jsonl(out / "metrics.jsonl", state.log_history)  # its last line may be torn
-            _load_weights(trainer.model, last)
-            _save(trainer, out)
-            return
-        say(f"{what}: going on from step {state.global_step}")
-    stop = StopOnInterrupt()
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
-    trainer.add_callback(SealCheckpoints())
-    trainer.add_callback(stop)
-    try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except UserError:
-        _leave_no_trace(out)
-        raise
-    except UnpicklingError as error:  # weights only: nothing in it has been run
-        raise UserError(
-            f"{last} is damaged, or holds more than the state of a training; delete it to train without it"
-        ) from error
-    finally:
-        stop.restore()
-    if stop.asked:
-        raise KeyboardInterrupt
-    _save(trainer, out)
-
-
-def _leave_no_trace(out: Path) -> None:
-    """Of a training that stopped before it had saved or logged anything."""
-    log = out / "metrics.jsonl"
-    if any((out / "checkpoints").glob("checkpoint-*")) or (log.is_file() and log.stat().st_size):
-        return
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    log.unlink(missing_ok=True)
-
-
-def _load_weights(model: Any, checkpoint: Path) -> None:
-    if hasattr(model, "peft_config"):
-        model.load_adapter(str(checkpoint), adapter_name="default")
-    else:
-        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
-
-
-def _save(trainer: Trainer, out: Path) -> None:
-    logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which go
-    if logs.is_dir() and trainer.is_world_process_zero():
-        shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    check_weights(model)
-    if not hasattr(model, "peft_config"):
-        trainer.save_model(str(out))
-        (out / ARGUMENTS).unlink(missing_ok=True)
-        return
-    trainer.save_model(str(out / "adapter"))
-    (out / "adapter" / ARGUMENTS).unlink(missing_ok=True)
-    if trainer.is_world_process_zero():
-        merged = model.merge_and_unload()
-        merged.save_pretrained(out)
-        trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into: finish this step, save, stop. The second one is immediate."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.previous: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        say("interrupted: saving a checkpoint after this step (again to stop at once)")
-        self.restore()
-
-    def restore(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        team = processes()
-        if team.num_processes > 1:  # all stop at the same step, whichever of them heard it
-            self.asked = bool(reduce(torch.tensor(float(self.asked), device=team.device), reduction="sum") > 0)
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-class LogCallback(TrainerCallback):
-    """Shows the steps on stderr and appends every log entry to a file."""
-
-    def __init__(self, what: str, path: Path) -> None:
-        self.what, self.path = what, path
-        self.progress: Progress | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            # what was logged after the checkpoint that training goes on from will be logged again
-            write_jsonl(self.path, state.log_history)
-            self.progress = Progress(self.what, state.max_steps, "step", done=state.global_step).__enter__()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.progress is not None:
-            self.progress.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.progress is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.progress is not None:
-            self.progress.__exit__(None, None, None)
