@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -202,11 +203,10 @@ def test_a_full_disk_is_recognised_by_what_each_writer_says(name, room, disk):
     assert not disk_full(RuntimeError("CUDA error: device-side assert"))
 
 
-def test_a_full_disk_under_the_cache_is_no_mistake_in_the_data(place, disk, monkeypatch):
+def test_a_full_disk_for_temporary_files_is_no_mistake_in_the_data(place, disk, monkeypatch):
     (place / "plenty").mkdir(exist_ok=True)
     jsonl(place / "plenty" / "a.jsonl", [{"prompt": "p", "chosen": f"a{n}" * 200, "rejected": "b"} for n in range(500)])
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk.at / "cache")
-    monkeypatch.setattr(datasets.builder.config, "HF_DATASETS_CACHE", disk.at / "cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.at))
     disk.resize(disk.used() + 4 * PAGE)
     with pytest.raises(Exception, match="generating the dataset") as raised:
         load_pairs(str(place / "plenty"))

@@ -285,7 +285,7 @@ def _explain(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if disk_full(error):  # of the cache
+        if disk_full(error):  # the one for temporary files
             raise
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise UserError(f"{what} ({type(error).__name__}: {reason}).") from error
