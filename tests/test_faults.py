@@ -369,7 +369,8 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended(place):
 @pytest.mark.parametrize("stage", sorted(set(JOBS) - set(ON_SEVERAL)))
 def test_other_stages_refuse_several_processes(place, stage):
     tried = attempt(JOBS[stage], place, ranks=2)
-    assert tried.ranks == (2, 2)
+    assert tried.status == 2
+    assert set(tried.ranks) <= {2, -signal.SIGTERM}  # the slower one may be ended before it has refused
     assert f"`prefdistill {stage}` runs in one process" in tried.said
     assert not (place / "out").exists()
 
