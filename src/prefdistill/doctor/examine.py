@@ -12,7 +12,7 @@ from prefdistill import synthetic
 from prefdistill.doctor import machine, template, vocabulary
 from prefdistill.doctor.data import DATA_CHECKS, leak
 from prefdistill.doctor.findings import SEVERITIES, Finding
-from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs
+from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs, refused
 from prefdistill.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
@@ -181,6 +181,8 @@ def _look_at_data(
         reading = _reading(checkup, data, tokenizer, truncation)
         for check in DATA_CHECKS:
             checkup.findings += check(data)
+        if not any(finding.data == name and finding.severity == "error" for finding in checkup.findings):
+            checkup.findings += refused(data)
         checkup.facts[name] = {
             "source": data.source,
             "rows": data.rows,
