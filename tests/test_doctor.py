@@ -640,6 +640,28 @@ def test_what_the_run_needs_is_held_against_what_is_there(tmp_path, tokenizer, m
     assert found(checkup) == ({check} if severity != "note" else set())
 
 
+def test_a_container_can_have_the_memory_back_that_only_holds_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
+    for name, text in (("max", "1000000\n"), ("current", "900000\n"), ("stat", "anon 100000\ninactive_file 700000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert machine.memory_there() == ("cpu", 800_000, 1_000_000)
+    (tmp_path / "memory.stat").unlink()
+    assert machine.memory_there() == ("cpu", 100_000, 1_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory_there()[2] > 1_000_000
+
+
+def test_a_place_where_nothing_can_be_written_is_an_error(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("x")
+    model = model_of(tokenizer, tmp_path / "model")
+    checkup = examine(
+        write(tmp_path / "pairs.jsonl", clean()), student=model, truncation=LONG, out=tmp_path / "file" / "x"
+    )
+    assert the(checkup, "machine.place").severity == "error"
+    assert found(checkup) == {"machine.place"}
+
+
 def test_a_model_that_no_machine_holds_is_planned_without_being_made(tmp_path, tokenizer):
     huge = model_of(tokenizer, tmp_path / "huge", hidden_size=65536, intermediate_size=262144, num_hidden_layers=200)
     checkup = examine(student=huge)
