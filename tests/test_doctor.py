@@ -121,6 +121,7 @@ def turns(*said):
 
 SWAPPED = {"chosen": clean()[3]["rejected"], "rejected": clean()[3]["chosen"], "prompt": clean()[3]["prompt"]}
 LONGER = {i: {"chosen": "so many more words than the other one has " * 2, "rejected": "few"} for i in range(12)}
+TALK = [{"chosen": "word " * n, "rejected": "word " * (600 - n)} for n in (290, 310)]
 DATA = [  # what is broken, rows, check, severity, the rows it is found in
     ("a broken line", [*clean()[:2], '{"prompt": ', *clean()[3:]], "data.json", "error", [2]),
     ("a line that is no object", [*clean()[:5], "[1, 2]", *clean()[6:]], "data.json", "error", [5]),
@@ -129,6 +130,13 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
     ("a number for a response", edited({4: {"chosen": 7}}), "data.values", "error", [4]),
     ("a message without a role", edited({4: {"prompt": [{"content": "x"}]}}), "data.values", "error", [4]),
     ("some plain rows", [*clean()[:9], *plain(clean()[9:])], "data.mixed", "error", [9, 10, 11]),
+    (
+        "rows of both forms and plain ones",
+        [*clean()[:2], *plain(clean()[2:3]), {**clean()[3], "chosen": "plain"}, *clean()[4:]],
+        "data.mixed",
+        "error",
+        [2, 3],
+    ),
     ("a row of both forms", [{**clean()[0], "chosen": "plain"}, *clean()[1:]], "data.mixed", "error", [0]),
     ("a user in the response", edited({1: {"chosen": turns("user")}}), "data.roles", "error", [1]),
     ("an answered prompt", edited({6: {"prompt": turns("user", "assistant")}}), "data.roles", "error", [6]),
@@ -142,6 +150,20 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
     ("a human", edited({2: {"prompt": turns("human")}}), "data.turns", "warning", [2]),
     ("a late system message", edited({2: {"prompt": turns("user", "system", "user")}}), "data.turns", "warning", [2]),
     ("two questions in a row", edited({2: {"prompt": turns("user", "user")}}), "data.turns", "warning", [2]),
+    (
+        "two answers in a row",
+        edited({2: {"prompt": turns("user", "assistant", "assistant", "user")}}),
+        "data.turns",
+        "warning",
+        [2],
+    ),
+    (
+        "a response of two messages",
+        edited({2: {"chosen": turns("assistant", "assistant")}}),
+        "data.turns",
+        "warning",
+        [2],
+    ),
     (
         "an answer before any question",
         edited({2: {"prompt": turns("assistant", "user")}}),
@@ -162,7 +184,12 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
     ("a pair both ways", [*clean(), SWAPPED], "data.both-labels", "warning", [3, 12]),
     ("a score in words", edited({3: {"score_chosen": "high"}}), "data.scores", "error", [3]),
     ("a score that is NaN", edited({3: {"score_rejected": float("nan")}}), "data.scores", "error", [3]),
+    ("a score of 400 digits", edited({3: {"score_chosen": 10**400}}), "data.scores", "error", [3]),
+    ("an end that is a word", edited({3: {"chosen_ended": "yes"}}), "data.ended", "error", [3]),
+    ("a number that Arrow cannot hold", edited({3: {"id": 10**30}}), "data.refused", "error", []),
     ("scores the other way", edited({3: {"score_chosen": 0.5}}), "data.scores-turned", "warning", [3]),
+    ("half an emoji in a role", edited({3: {"prompt": turns("\ud83d", "user")}}), "data.surrogate", "error", [3]),
+    ("half an emoji elsewhere", edited({3: {"source": "\ud83d"}}), "data.surrogate", "error", [3]),
     ("half an emoji", edited({3: {"chosen": "ha \ud83d ha"}}), "data.surrogate", "error", [3]),
     ("a lost character", edited({3: {"prompt": "caf\ufffd or tea, which one?"}}), "data.replacement", "warning", [3]),
     ("a bell", edited({3: {"rejected": "ding \x07 dong"}}), "data.control", "warning", [3]),
@@ -180,9 +207,24 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
         "warning",
         [3],
     ),
+    (
+        "Korean in two forms",
+        edited({3: {"chosen": "\u1112\u1161\u11ab"}, 4: {"chosen": "\ud55c"}}),
+        "data.normal-form",
+        "warning",
+        [3],
+    ),
+    ("a Bengali vowel in two parts", edited({3: {"chosen": "\u0995\u09c7\u09be"}}), "data.normal-form", "note", [3]),
     ("one normal form", edited({3: {"chosen": "cafe\u0301"}}), "data.normal-form", "note", [3]),
     ("a zero-width space", edited({3: {"chosen": "in\u200bvisible"}}), "data.invisible", "note", [3]),
     ("a whole book", edited({3: {"prompt": "word " * 2000}}), "data.extreme-length", "warning", [3]),
+    (
+        "a long prompt beside a longer response",
+        edited({i: {**TALK[i % 2], **({"prompt": "word " * 200} if i == 3 else {})} for i in range(12)}),
+        "data.extreme-length",
+        "warning",
+        [3],
+    ),
     ("longer is better", edited(LONGER), "data.length-bias", "warning", []),
     (
         "prompts that come again",
@@ -272,6 +314,20 @@ def test_a_shared_start_is_the_prompt(tmp_path):
     checkup = examine(write(tmp_path / "pairs.jsonl", rows))
     assert found(checkup) == set()
     assert checkup.facts["train"]["prompts"] == 12
+
+
+@pytest.mark.parametrize(("pairs", "severity"), [(5, "note"), (12, "warning")])
+def test_pairs_that_all_agree_are_a_bias_only_where_there_are_many(tmp_path, pairs, severity):
+    # by chance five of five are as likely as 2 in 32, twelve of twelve as 2 in 4,096
+    told = the(examine(write(tmp_path / "pairs.jsonl", edited(LONGER)[:pairs])), "data.length-bias")
+    assert (told.severity, told.count, told.of) == (severity, pairs, pairs)
+
+
+def test_lengths_are_in_characters_where_no_pair_can_be_tokenised(tmp_path, tokenizer):
+    rows = [{**row, "prompt": ""} for row in plain(clean())]
+    checkup = examine(write(tmp_path / "pairs.jsonl", rows), student=model_of(tokenizer, tmp_path / "m"))
+    sizes = [np.mean([len(row[name]) for row in rows]) for name in ("chosen", "rejected")]
+    assert "({:,.0f} against {:,.0f} characters on average)".format(*sizes) in the(checkup, "data.length-bias").message
 
 
 def test_the_error_of_the_length_bias_is_over_prompts(tmp_path):
@@ -414,6 +470,14 @@ TOKENS = [  # what is broken, rows, tokenizer, truncation, errors and warnings, 
         templated(HEADER.replace("m['content']", "m['content'].split('</t>')[-1]") + TAIL + GENERATE),
         LONG,
         {"template.changes-text"},
+        3,
+    ),
+    (
+        "responses that differ by a space that the template strips",
+        edited({3: {"chosen": "same words", "rejected": "same words "}}),
+        style("llama3"),
+        LONG,
+        {"tokens.equal-responses"},
         3,
     ),
     ("an EOS that plain text lacks", plain(clean()), style("chatml"), LONG, set(), None),
@@ -576,6 +640,28 @@ def test_what_the_run_needs_is_held_against_what_is_there(tmp_path, tokenizer, m
     assert found(checkup) == ({check} if severity != "note" else set())
 
 
+def test_a_container_can_have_the_memory_back_that_only_holds_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
+    for name, text in (("max", "1000000\n"), ("current", "900000\n"), ("stat", "anon 100000\ninactive_file 700000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert machine.memory_there() == ("cpu", 800_000, 1_000_000)
+    (tmp_path / "memory.stat").unlink()
+    assert machine.memory_there() == ("cpu", 100_000, 1_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory_there()[2] > 1_000_000
+
+
+def test_a_place_where_nothing_can_be_written_is_an_error(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("x")
+    model = model_of(tokenizer, tmp_path / "model")
+    checkup = examine(
+        write(tmp_path / "pairs.jsonl", clean()), student=model, truncation=LONG, out=tmp_path / "file" / "x"
+    )
+    assert the(checkup, "machine.place").severity == "error"
+    assert found(checkup) == {"machine.place"}
+
+
 def test_a_model_that_no_machine_holds_is_planned_without_being_made(tmp_path, tokenizer):
     huge = model_of(tokenizer, tmp_path / "huge", hidden_size=65536, intermediate_size=262144, num_hidden_layers=200)
     checkup = examine(student=huge)
@@ -651,7 +737,11 @@ def anything():
 
 
 ROWS = st.fixed_dictionaries(
-    {}, optional={name: anything() for name in ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")}
+    {},
+    optional={
+        name: anything()
+        for name in ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "chosen_ended", "source")
+    },
 )
 
 
@@ -693,6 +783,8 @@ methods:
 
 def recipe_for(tmp_path, tokenizer, *overrides, rows=None):
     model = model_of(tokenizer, tmp_path / "model")
+    config = LlamaConfig.from_pretrained(model)  # the run that is planned wants weights that could be loaded
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
     train = write(tmp_path / "train.jsonl", rows or clean())
     test = write(tmp_path / "test.jsonl", clean(first=100))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(train=train, test=test, model=model))

@@ -799,6 +799,8 @@ def _call(arguments: list[str]) -> int:
             return _fail(f"{reason}; make some, and the same command goes on", 1, debug)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return _fail(f"{str(error.filename)[:60]}...: the name is too long; give a shorter one", 2, debug)
+        if isinstance(error, PermissionError) and error.filename:
+            return _fail(f"{error.filename}: permission denied; give another, or see to its owner and mode", 2, debug)
         if isinstance(error, typer.Abort) and error.__cause__ is not None:  # typer's name for an EOFError
             error = error.__cause__  # type: ignore[assignment]
         reason = " ".join(str(error).split()) or type(error).__name__

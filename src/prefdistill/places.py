@@ -9,7 +9,10 @@ from prefdistill.errors import UserError
 
 def check_place(out: Path, option: str = "--out") -> None:
     """Raises a UserError if nothing can be written at `out`: a file is in the way, or it is not ours to write to."""
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except PermissionError as error:  # not even seen
+        raise UserError(f"{out} cannot be written: no permission to look there; give another {option}") from error
     if above != out and not above.is_dir():
         raise UserError(f"{out} cannot be written, for {above} is a file; give another {option}")
     if not os.access(above, os.W_OK):

@@ -199,6 +199,8 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     lock = FileLock(directory / name)
     try:
         lock.acquire(timeout=-1 if wait else 0)
+    except PermissionError:
+        raise UserError(f"{directory} cannot be written: no permission; give another --out") from None
     except Timeout:
         raise UserError(
             f"another prefdistill run is working in {directory}; wait for it, or give another --out"

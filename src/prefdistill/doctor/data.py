@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from prefdistill.data import RESPONSES, SCORES
+from prefdistill.data import RESPONSES, SCORES, ended_column
 from prefdistill.doctor import text as characters
-from prefdistill.doctor.findings import Finding, Severity, found
+from prefdistill.doctor.findings import Finding, Severity, found, once_a_row
 from prefdistill.doctor.pairs import COLUMNS, Pair, PairSet
 from prefdistill.evaluation import estimate, pair_wins
 
@@ -106,14 +106,14 @@ def turns(data: PairSet) -> Iterator[Finding]:
         data.where,
         hits,
         "roles are unusual or do not take turns",
-        "Use system (first, if at all), then user and assistant in turn; the prompt ends with the user's.",
+        "Use system (first, if at all), then user and assistant in turn: the prompt ends with the user's, "
+        "and a response is one message.",
     )
 
 
 def _odd_turns(pair: Pair) -> str:
     prompt = [message["role"] for message in pair.columns["prompt"]]
-    roles = prompt + [message["role"] for message in pair.columns["chosen"]]
-    if unknown := [role for role in roles if role not in ROLES]:
+    if unknown := [role for role in prompt if role not in ROLES]:
         return f"a role {unknown[0]!r}"
     if {"system", "developer"} & {*prompt[1:]}:
         return f"a system message in the middle: {', '.join(prompt)}"
@@ -122,6 +122,10 @@ def _odd_turns(pair: Pair) -> str:
         return f"no user comes first: {', '.join(prompt)}"
     if any(a == b == "user" for a, b in pairwise(prompt)):
         return f"two user messages in a row: {', '.join(prompt)}"
+    if any(a == b == "assistant" for a, b in pairwise(prompt)):
+        return f"two assistant messages in a row: {', '.join(prompt)}"
+    if many := [name for name in RESPONSES if len(pair.columns[name]) > 1]:
+        return f"{many[0]} has {len(pair.columns[many[0]])} messages"
     return ""
 
 
@@ -149,7 +153,28 @@ def scores(data: PairSet) -> Iterator[Finding]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def ended(data: PairSet) -> Iterator[Finding]:
+    columns = [ended_column(name) for name in RESPONSES]
+    hits = [
+        (pair.row, f"{column} is {pair.columns[column]!r}")
+        for pair in data.pairs
+        for column in columns
+        if not isinstance(pair.columns.get(column), bool | None)
+    ]
+    yield from found(
+        "data.ended",
+        "error",
+        data.where,
+        once_a_row(hits),
+        f"{' or '.join(columns)} is neither true nor false",
+        "Give true, false or null, or rename the column.",
+    )
 
 
 # check, severity, rule, what it is, what to do
@@ -212,9 +237,9 @@ def extreme_lengths(data: PairSet) -> Iterator[Finding]:
     }
     hits = []
     for pair in data.pairs:
-        size, name = max((len(text), name) for name, text in pair.texts.items())
-        if size > limits[name] > 0:
-            hits.append((pair.row, f"{name} has {size:,} characters: {pair.texts[name]}"))
+        name = next((name for name in COLUMNS if len(pair.texts[name]) > limits[name] > 0), None)
+        if name:
+            hits.append((pair.row, f"{name} has {len(pair.texts[name]):,} characters: {pair.texts[name]}"))
     yield from found(
         "data.extreme-length",
         "warning",
@@ -228,18 +253,20 @@ def extreme_lengths(data: PairSet) -> Iterator[Finding]:
 def length_bias(data: PairSet) -> Iterator[Finding]:
     """How often the longer response is the chosen one: a rule that reads nothing is right as often."""
     pairs = [pair for pair in data.pairs if pair.tokens and not pair.tokens.dropped]
+    unit = "tokens" if pairs else "characters"
     if pairs:
         sizes = [[len(pair.tokens.ids[name]) for name in RESPONSES] for pair in pairs if pair.tokens]
     else:
         pairs, sizes = data.pairs, [[len(pair.texts[name]) for name in RESPONSES] for pair in data.pairs]
     if len(pairs) < 2:
         return
-    unit = "tokens" if pairs[0].tokens else "characters"
     chosen, rejected = np.array(sizes).T
     measured = estimate(pair_wins(chosen, rejected), [pair.key("prompt") for pair in pairs])
     share, error = measured["mean"], measured["se"]
     away, errors = BIAS
-    strong = error is not None and abs(share - 0.5) >= max(away, errors * error)
+    # Where all prompts agree, no draw of them differs: the error that chance has, had the lengths no part in it.
+    least = 0.5 / measured["n"] ** 0.5
+    strong = error is not None and abs(share - 0.5) >= max(away, errors * max(error, least))
     margin = "" if error is None else f" ± {error:.1%}"
     which, right = ("longer", share) if share >= 0.5 else ("shorter", 1 - share)
     yield Finding(
@@ -311,6 +338,7 @@ DATA_CHECKS = (
     repeated_prompts,
     turns,
     scores,
+    ended,
     odd_characters,
     normal_forms,
     extreme_lengths,

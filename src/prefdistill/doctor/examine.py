@@ -12,7 +12,7 @@ from prefdistill import synthetic
 from prefdistill.doctor import machine, template, vocabulary
 from prefdistill.doctor.data import DATA_CHECKS, leak
 from prefdistill.doctor.findings import SEVERITIES, Finding
-from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs
+from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs, refused
 from prefdistill.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
@@ -91,7 +91,9 @@ def examine(
         checkup.findings += models.lend_template()
     _look_at_data(checkup, sets, models.reader, truncation)
     _look_at_models(checkup, sets, models)
-    _look_at_machine(checkup, recipe, models, Path(out))
+    there = [*machine.place(Path(out))]
+    checkup.findings += there
+    _look_at_machine(checkup, recipe, models, None if there else Path(out))
     if recipe is not None and checkup.ok:
         from prefdistill.pipeline import SeedRun
 
@@ -181,6 +183,8 @@ def _look_at_data(
         reading = _reading(checkup, data, tokenizer, truncation)
         for check in DATA_CHECKS:
             checkup.findings += check(data)
+        if not any(finding.data == name and finding.severity == "error" for finding in checkup.findings):
+            checkup.findings += refused(data)
         checkup.facts[name] = {
             "source": data.source,
             "rows": data.rows,
@@ -234,7 +238,8 @@ def _look_at_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models)
         checkup.facts.setdefault("models", {})[role] = {"parameters": model.num_parameters()}
 
 
-def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out: Path) -> None:
+def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out: Path | None) -> None:
+    """Against the machine; without a place to write to there is no disk to look at."""
     if not models.shapes:
         return
     lengths = {
@@ -244,8 +249,9 @@ def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, o
     }
     plan = machine.plan_for(recipe, models.shapes, lengths.get("train"), lengths.get("test"), models.judge)
     device, free, total = machine.memory_there()
-    space = machine.disk_there(out)
     checkup.facts |= {"memory": plan.memory, "disk": plan.disk}
-    checkup.facts["machine"] = {"device": device, "memory_free": free, "memory_total": total, "disk_free": space}
+    checkup.facts["machine"] = {"device": device, "memory_free": free, "memory_total": total}
     checkup.findings += machine.memory(plan, device, free, total)
-    checkup.findings += machine.disk(plan, out, space)
+    if out is not None:
+        space = checkup.facts["machine"]["disk_free"] = machine.disk_there(out)
+        checkup.findings += machine.disk(plan, out, space)

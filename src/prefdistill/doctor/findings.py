@@ -66,6 +66,14 @@ def found(
         yield Finding(check, severity, message, fix, len(hits), of, rows, example, name)
 
 
+def once_a_row(hits: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first of each row's hits."""
+    first: dict[int, str] = {}
+    for row, text in hits:
+        first.setdefault(row, text)
+    return [*first.items()]
+
+
 def excerpt(text: str) -> str:
     """The start of a text in one line that is safe to print: what cannot be seen is written out.
 

@@ -13,9 +13,11 @@ import torch
 
 from prefdistill.config import DPOTraining, Recipe, Training, validate
 from prefdistill.doctor.findings import Finding, Severity
+from prefdistill.errors import UserError
 from prefdistill.logprobs import vocabulary_rows
 from prefdistill.methods import make_method, sampled
 from prefdistill.models import default_device, default_dtype
+from prefdistill.places import check_place
 from prefdistill.signals.sizes import store_bytes
 from prefdistill.signals.store import Need
 from prefdistill.supply import source, split
@@ -186,7 +188,10 @@ def _signals(recipe: Recipe, needs: list[Need], where: str, part: Lengths, vocab
 
 
 def memory_there() -> tuple[str, int, int]:
-    """Device, free and total bytes of the memory that models are held in; a container's limit counts."""
+    """Device, free and total bytes of the memory that models are held in; a container's limit counts.
+
+    What a container holds of files that were read is there for the taking, as it is in a machine's "available".
+    """
     device = default_device().type
     if device not in ("cpu", "mps"):  # these two share the machine's
         free, total = torch.accelerator.get_memory_info()
@@ -196,7 +201,8 @@ def memory_there() -> tuple[str, int, int]:
     there = psutil.virtual_memory()
     free, total = there.available, there.total
     if (limit := _number(CGROUP / "memory.max")) is not None:
-        free, total = min(free, limit - (_number(CGROUP / "memory.current") or 0)), min(total, limit)
+        used = (_number(CGROUP / "memory.current") or 0) - _cached_files()
+        free, total = min(free, limit - used), min(total, limit)
     return device, max(free, 0), total
 
 
@@ -205,6 +211,14 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # not a container, or without a limit ("max")
         return None
+
+
+def _cached_files() -> int:
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def disk_there(place: Path) -> int:
@@ -234,6 +248,14 @@ def memory(plan: Plan, device: str, free: int, total: int) -> Iterator[Finding]:
         yield Finding("machine.memory", "warning", text, f"Free memory first. {fix}")
     else:
         yield Finding("machine.memory", "note", text, "Nothing to do.")
+
+
+def place(out: Path) -> Iterator[Finding]:
+    try:
+        check_place(out)
+    except UserError as error:
+        message, _, fix = str(error).rpartition("; ")
+        yield Finding("machine.place", "error", message, f"{fix[:1].upper()}{fix[1:]}.")
 
 
 def disk(plan: Plan, place: Path, free: int) -> Iterator[Finding]:

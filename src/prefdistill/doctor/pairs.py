@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.data import RESPONSES, check_roles, form_of, prompt_text, read_rows, split_off_start
+from prefdistill.data import RESPONSES, check_roles, form_of, load_pairs, prompt_text, read_rows, split_off_start
 from prefdistill.doctor.findings import Finding, found
 from prefdistill.doctor.text import around, surrogate
 from prefdistill.errors import UserError
@@ -113,7 +114,7 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
             except _NoPair as problem:
                 hits[problem.check].append((number, str(problem)))
     pairs, others = _of_one_form(pairs)
-    hits["data.mixed"] += others
+    hits["data.mixed"] = sorted(hits["data.mixed"] + others)
     findings = [
         finding
         for check, (message, fix) in NO_PAIR.items()
@@ -131,6 +132,14 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
             )
         )
     return PairSet(name, source, pairs, len(rows)), findings
+
+
+def refused(data: PairSet) -> Iterator[Finding]:
+    """What the loader still has against data in which no check sees an error: the other columns are read too."""
+    try:
+        load_pairs(data.source)
+    except UserError as error:
+        yield Finding("data.refused", "error", str(error), "Repair that column or leave it out.", data=data.name)
 
 
 class _NoPair(Exception):
@@ -162,6 +171,9 @@ def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
     for name, text in pair.texts.items():
         if (place := surrogate(text)) is not None:
             raise _NoPair("data.surrogate", f"{name}: {around(text, place)}")
+    whole = json.dumps(row, ensure_ascii=False, default=str)  # roles, names and other columns too
+    if (place := surrogate(whole)) is not None:
+        raise _NoPair("data.surrogate", around(whole, place))
     return pair
 
 

@@ -34,9 +34,9 @@ def invisible(text: str) -> int | None:
 
 def decomposed(text: str) -> int | None:
     """A letter and an accent of its own where one character would do: text that is not in normal form C."""
-    if text.isascii() or len(unicodedata.normalize("NFC", text)) >= len(text):
+    if text.isascii() or len(normal := unicodedata.normalize("NFC", text)) >= len(text):
         return None
-    return next(i for i, c in enumerate(text) if unicodedata.combining(c))
+    return next((i for i, (a, b) in enumerate(zip(text, normal, strict=False)) if a != b), len(normal))
 
 
 def composed(text: str) -> bool:

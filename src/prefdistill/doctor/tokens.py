@@ -11,7 +11,7 @@ import numpy as np
 
 from prefdistill import encode
 from prefdistill.data import RESPONSES, ended_column
-from prefdistill.doctor.findings import Finding, Severity, found
+from prefdistill.doctor.findings import Finding, Severity, found, once_a_row
 from prefdistill.encode import Truncation, encode_whole, end_token_ids
 from prefdistill.errors import UserError
 
@@ -146,7 +146,7 @@ def begin_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
         "the text begins with two BOS tokens",
         "Take the BOS out of the data or the template: only one of data, template and tokenizer writes it.",
     )
-    adds = bos is not None and reading.tokenizer("a")["input_ids"][0] == bos
+    adds = bos is not None and reading.tokenizer("a")["input_ids"][:1] == [bos]
     missing = [(pair.row, pair.texts["prompt"]) for pair, ids in rows if adds and ids[0] != bos]
     yield from found(
         "tokens.bos-missing",
@@ -171,7 +171,7 @@ def end_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
         "tokens.end-missing",
         "warning",
         data.where,
-        _first_of_row(missing),
+        once_a_row(missing),
         "a response has no end token: the student does not learn to stop",
         "Let the chat template write the end token after an assistant message.",
     )
@@ -179,9 +179,9 @@ def end_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
         "tokens.end-twice",
         "warning",
         data.where,
-        _first_of_row(twice),
+        once_a_row(twice),
         "a response has an end token before its end",
-        "Take the end token out of the text: the template writes it, and generation stops at the first one.",
+        "Take the end token out of the text, or make one message of several: generation stops at the first one.",
     )
 
 
@@ -230,7 +230,7 @@ def unknown(data: PairSet, reading: Reading) -> Iterator[Finding]:
 
 def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
     """What truncation changes, as training and signals would have it."""
-    prompts, responses, no_room, equal = [], [], [], []
+    prompts, responses, no_room, equal, equal_whole = [], [], [], [], []
     for pair, tokens in read(data):
         kept = reading.cut(pair)
         if len(kept["prompt"]) < len(tokens.ids["prompt"]):
@@ -241,7 +241,10 @@ def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
         short = [name for name in RESPONSES if len(kept[name]) < len(tokens.ids[name])]
         if short:
             responses.append((pair.row, f"{short[0]} has {len(tokens.ids[short[0]])} tokens: {pair.texts[short[0]]}"))
-        if short and np.array_equal(kept["chosen"], kept["rejected"]):
+        if np.array_equal(tokens.ids["chosen"], tokens.ids["rejected"]):
+            if pair.key("chosen") != pair.key("rejected"):
+                equal_whole.append((pair.row, f"{pair.texts['chosen']!r} and {pair.texts['rejected']!r}"))
+        elif short and np.array_equal(kept["chosen"], kept["rejected"]):
             equal.append((pair.row, pair.texts["chosen"]))
     longest, prompt_limit = reading.truncation.max_length, reading.truncation.max_prompt_length
     yield from found(
@@ -276,13 +279,14 @@ def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
         "the two responses are the same once they are cut: nothing is preferred",
         "Raise max_length, or remove these rows.",
     )
-
-
-def _first_of_row(hits: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    first: dict[int, str] = {}
-    for row, text in hits:
-        first.setdefault(row, text)
-    return [*first.items()]
+    yield from found(
+        "tokens.equal-responses",
+        "warning",
+        data.where,
+        equal_whole,
+        "the two responses become the same tokens, though their texts differ: nothing is preferred",
+        "Remove these rows; the template or the tokenizer takes spaces or rare characters for the same.",
+    )
 
 
 def token_facts(data: PairSet, reading: Reading) -> dict[str, Any]:

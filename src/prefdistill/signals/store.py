@@ -350,9 +350,10 @@ class SignalSet:
                 there = set(store.responses) <= set(data.column_names)
                 fingerprints[store.responses] = data_fingerprint(data, store.responses) if there else ""
             if made_from["fingerprint"] != fingerprints[store.responses]:
+                how = " too, in another order or with other text" if made_from["rows"] == len(data) else ""
                 raise UserError(
                     f"the {store.role} signals were made from other data ({made_from['name']}, {made_from['rows']} "
-                    f"rows, {', '.join(store.responses)}; this has {len(data)}): make them again with "
+                    f"rows, {', '.join(store.responses)}; this has {len(data)}{how}): make them again with "
                     "`prefdistill signals --data` and this data"
                 )
             for part in ("truncation", "tokenizer"):
