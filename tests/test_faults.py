@@ -383,7 +383,9 @@ def test_work_for_one_process_refuses_several_from_python_too(place):
             return 2 if "for one process" in str(error) else 1
         return 0
 
-    assert attempt(Job(sample, lambda out: None), place, ranks=2).ranks == (2, 2)
+    tried = attempt(Job(sample, lambda out: None), place, ranks=2)
+    assert tried.status == 2
+    assert set(tried.ranks) <= {2, -signal.SIGTERM}
     assert not (place / "out").exists()
 
 
