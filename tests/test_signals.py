@@ -442,6 +442,7 @@ def test_ids_that_do_not_fit_are_refused(extract, make_model, pairs, sampled, to
 
     assert "has no teacher.topk of chosen, rejected; make it with --kind topk" in at(extract(make_model(5), "logps"))
     assert "the teacher signals were made from other data" in at(teacher, data=pairs.select(range(20)))
+    assert "this has 24 too, in another order" in at(teacher, data=pairs.select(range(23, -1, -1)))
     half = extract(make_model(5), "topk", responses=("rejected",))
     assert "has no teacher.topk of chosen; make" in at(half)
     assert "truncated otherwise" in at(teacher, truncation=Truncation(max_length=30))
