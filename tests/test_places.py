@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from prefdistill.errors import UserError
+from prefdistill.files import atomic_path
 from prefdistill.models import random_model
+from prefdistill.places import check_own
 
 PLACES = ["shown", "shown/x.jsonl", "hidden/x.jsonl"]  # a directory that can be read, in it, in one that cannot be seen
 COMMANDS = {
@@ -69,3 +72,14 @@ def test_a_place_that_is_not_ours_is_said_before_anything_is_done(tmp_path, toke
         assert "Error" not in told, line
         assert "\n" not in told, line
     assert [*(tmp_path / "shown").iterdir()] == []
+
+
+def test_a_process_that_was_killed_at_its_first_file_keeps_nobody_out(tmp_path):
+    with atomic_path(tmp_path / "environment.json") as temporary:
+        left = temporary.name
+    (tmp_path / "environment.json").unlink()
+    (tmp_path / left).touch()
+    check_own(tmp_path, ("environment.json",), "run")
+    (tmp_path / ".environment.json.tmp").touch()  # somebody's own
+    with pytest.raises(UserError, match="was not made by `prefdistill run`"):
+        check_own(tmp_path, ("environment.json",), "run")

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ def sync(directory: Path, *, below: bool = True) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that `atomic_path` gives."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name, re.DOTALL) is not None
 
 
 def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefdistill.errors import UserError
+from prefdistill.files import is_temporary
 
 
 def check_place(out: Path, option: str = "--out") -> None:
@@ -40,6 +41,7 @@ def check_file(out: Path, start: str, verb: str) -> None:
 def check_own(out: Path, marks: Sequence[str], verb: str) -> None:
     """Raises a UserError if a directory holds something, but none of what `verb` always leaves there."""
     check_place(out)
-    there = {path.name for path in out.iterdir() if path.name != ".lock"} if out.is_dir() else set()
+    found = list(out.iterdir()) if out.is_dir() else []
+    there = {path.name for path in found if path.name != ".lock" and not is_temporary(path)}  # of a killed process
     if there and there.isdisjoint(marks):
         raise UserError(f"{out} is not empty and was not made by `prefdistill {verb}`; give another --out")
