@@ -16,6 +16,7 @@ import typer
 from prefdistill import __version__
 from prefdistill.cli_judge import app as judge_app
 from prefdistill.errors import UserError
+from prefdistill.text import printable, surrogate
 
 # Newer typers carry their own click: the error of a bad command line is found through typer's public subclass of it.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -765,7 +766,7 @@ def _call(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments and not asks_for_help, "--debug" in arguments
     _quieten()
     try:
-        if broken := [given for given in arguments if not _is_text(given)]:
+        if broken := [given for given in arguments if surrogate(given) is not None]:
             raise UserError(f"{broken[0]!a} is not UTF-8 text, which no result could be written with; rename it")
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = app(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
@@ -824,21 +825,9 @@ def _fail(message: str, status: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"prefdistill: {_harmless(message)}", file=sys.stderr)
+    lines = map(printable, message.split("\n"))  # names and text of files are from anybody
+    print("prefdistill:", "\n".join(lines), file=sys.stderr)
     return status
-
-
-def _harmless(message: str) -> str:
-    """Without what would steer a terminal: names and text of files are from anybody."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-
-
-def _is_text(given: str) -> bool:
-    try:
-        given.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @app.callback(invoke_without_command=True)

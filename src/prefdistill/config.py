@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from prefdistill.errors import UserError
+from prefdistill.text import surrogate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -52,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if surrogate(value) is not None:
             raise yaml.constructor.ConstructorError(None, None, f"{value!r} holds half a character", node.start_mark)
         return value
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
 from prefdistill.files import disk_full
+from prefdistill.text import surrogate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -225,9 +226,8 @@ def _read_file(path: Path) -> Dataset:
         try:
             return Dataset.from_dict(table, on_mixed_types="use_json")
         except UnicodeEncodeError:
-            number = next((number for number, row in enumerate(rows) if not _is_text(row)), None)
-            if number is None:
-                raise
+            texts = (json.dumps(row, ensure_ascii=False) for row in rows)
+            number = next(number for number, text in enumerate(texts) if surrogate(text) is not None)
             raise UserError(
                 f"{path}, row {number}: there is half a character in it (\\ud800 to \\udfff). Fix or remove it."
             ) from None
@@ -266,15 +266,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any] | UserError]:
                 yield row
             else:
                 yield UserError(f"{path}, line {number}: a line must be a JSON object, not {reprlib.repr(row)}.")
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a JSON value can be written again; half of a surrogate pair can be read but not written."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from prefdistill.text import printable
+
 # error: it is refused, or what comes out is not what it says. warning: it runs, and rarely as meant. note: to know.
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -82,7 +84,3 @@ def excerpt(text: str) -> str:
         'a\\\\u200bb'
     """
     return printable(text[:EXCERPT]) + ("…" if len(text) > EXCERPT else "")
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

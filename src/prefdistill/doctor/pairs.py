@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.data import RESPONSES, check_roles, form_of, load_pairs, prompt_text, read_rows, split_off_start
 from prefdistill.doctor.findings import Finding, found
-from prefdistill.doctor.text import around, surrogate
+from prefdistill.doctor.text import around
 from prefdistill.errors import UserError
+from prefdistill.text import surrogate
 
 if TYPE_CHECKING:
     from prefdistill.doctor.tokens import Tokens

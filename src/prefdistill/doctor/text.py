@@ -3,7 +3,6 @@
 import re
 import unicodedata
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # Joiners have a meaning in many scripts and in emoji, between plain Latin characters they have none.
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<=[ -~])[\u200c\u200d](?=[ -~])")
@@ -13,10 +12,6 @@ _CONTINUATION = bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore") + "\x
 _GARBLED = re.compile(
     f"[\u00c2\u00c3][{_CONTINUATION}]|[\u00e0-\u00ef][{_CONTINUATION}]{{2}}|[\u00f0-\u00f4][{_CONTINUATION}]{{3}}"
 )
-
-
-def surrogate(text: str) -> int | None:
-    return _first(_SURROGATE, text)
 
 
 def replacement(text: str) -> int | None:
