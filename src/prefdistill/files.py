@@ -2,11 +2,11 @@
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ FULL_IN_WORDS = (*map(os.strerror, FULL), "PytorchStreamWriter failed writing", 
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends, and vanishes if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     temporary.touch(exist_ok=False)  # with the permissions that any new file gets here
     try:
         yield temporary
@@ -49,9 +49,19 @@ def sync(directory: Path, *, below: bool = True) -> None:
             os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where what is to become `path` is made."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _temporaries(name: str) -> str:
+    """The pattern of all temporary paths of a name, which may be one itself."""
+    return f".{name}.{'[0-9a-f]' * 32}.tmp"
+
+
 def is_temporary(path: Path) -> bool:
-    """Whether a name is one that `atomic_path` gives."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name, re.DOTALL) is not None
+    """Whether a name is one that `temporary_path` gives."""
+    return fnmatch.fnmatchcase(path.name, _temporaries("?*"))
 
 
 def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:
@@ -59,7 +69,7 @@ def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:
 
     Only for who keeps others from writing there: what a living process is writing looks the same.
     """
-    pattern = f".{name if name == '*' else glob.escape(name)}.{'[0-9a-f]' * 32}.tmp"
+    pattern = _temporaries(name if name == "*" else glob.escape(name))
     for path in list(directory.rglob(pattern) if below else directory.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

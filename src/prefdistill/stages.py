@@ -4,7 +4,6 @@ was made from has changed."""
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import disk_full, read_json, sweep, sync, value_digest, write_json
+from prefdistill.files import disk_full, read_json, sweep, sync, temporary_path, value_digest, write_json
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
@@ -143,7 +142,7 @@ def _link(source: Path, target: Path) -> None:
 
     Nothing changes the files of a finished stage: they are replaced or removed, which leaves the other name's as it is.
     """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(target)
     try:
         shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
         sync(temporary)

@@ -10,6 +10,7 @@ from prefdistill.finite import watched
 from prefdistill.fit import fit
 from prefdistill.models import load_model, random_model
 from prefdistill.progress import say
+from prefdistill.stages import CHECKPOINTS
 from prefdistill.training import making_trainer
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def train_sft(
 
     check_template(demonstrations, tokenizer)
     args = training.to_arguments(
-        out / "checkpoints", seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
+        out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
     with making_trainer():
         trainer = watched(SFTTrainer)(
@@ -67,7 +68,7 @@ def train_dpo(
 
     check_template(pairs, tokenizer)
     args = training.to_arguments(
-        out / "checkpoints",
+        out / CHECKPOINTS,
         seed=seed,
         data_seed=seed,
         kind=DPOConfig,
@@ -110,7 +111,7 @@ def train_reward(
         {f"{side}_ids": judged_ids(tokenizer, row["prompt"], row[side])[:positions] for side in ("chosen", "rejected")}
         for row in pairs
     ]
-    args = training.to_arguments(out / "checkpoints", seed=seed, data_seed=seed, kind=RewardConfig, max_length=None)
+    args = training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None)
     with making_trainer():
         trainer = watched(RewardTrainer)(
             model=model,

@@ -29,7 +29,7 @@ from prefdistill.methods import Method, Student, TRLMethod
 from prefdistill.models import load_model, weights_digest
 from prefdistill.progress import say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
-from prefdistill.stages import processes
+from prefdistill.stages import CHECKPOINTS, processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -388,7 +388,7 @@ def make_trainer(
             return PrefDistillTrainer(
                 model=load(),
                 method=method,
-                args=training.to_arguments(out / "checkpoints", seed=seed, data_seed=data_seed),
+                args=training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=data_seed),
                 train_dataset=pairs,
                 signals=signals,
                 processing_class=tokenizer,
@@ -404,7 +404,7 @@ def make_trainer(
         say(f"training: {dropped}")
     config, kind = method.classes()
     args = training.to_arguments(
-        out / "checkpoints",
+        out / CHECKPOINTS,
         seed=seed,
         data_seed=data_seed,
         kind=config,
