@@ -174,13 +174,12 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> "PreTrainedMod
 
     base = name
     try:
-        if (adapter := Path(name) / "adapter_config.json").is_file():
-            base = _base_of(adapter)
+        base = _base_of(name)
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _refused("model", str(base), error) from error
+        raise _refused("model", base, error) from error
 
 
 def check_model(name: str, *, trust_remote_code: bool = False) -> None:
@@ -194,15 +193,14 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> None:
 
     base = name
     try:
-        if (adapter := Path(name) / "adapter_config.json").is_file():
-            base = _base_of(adapter)
+        base = _base_of(name)
         if _stored_quantization(base):
             return
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, device_map="meta", trust_remote_code=trust_remote_code, **LOOKED_AT
         )
     except Exception as error:
-        raise _refused("model", str(base), error) from error
+        raise _refused("model", base, error) from error
     _check_weights("model", base, loaded[1])
 
 
@@ -260,9 +258,7 @@ def _stored_quantization(name: str) -> str | None:
     from transformers import PreTrainedConfig
 
     try:
-        if (adapter := Path(name) / "adapter_config.json").is_file():
-            name = _base_of(adapter)
-        config, _ = PreTrainedConfig.get_config_dict(name)
+        config, _ = PreTrainedConfig.get_config_dict(_base_of(name))
     except Exception:
         return None  # whoever loads it says what is wrong
     if not isinstance(config, dict):
@@ -271,8 +267,10 @@ def _stored_quantization(name: str) -> str | None:
     return str(found.get("quant_method", "bitsandbytes")) if found else None
 
 
-def _base_of(adapter: Path) -> str:
-    """The model that an adapter's configuration names."""
+def _base_of(name: str) -> str:
+    """The model that the configuration of an adapter names; of anything else, the name itself."""
+    if not (adapter := Path(name) / "adapter_config.json").is_file():
+        return name
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not isinstance(base, str):
         raise ValueError(f"adapter_config.json names no base model: {base!r}")

@@ -244,13 +244,13 @@ def _transformers(model: Any, tokenizer: Any, settings: _Settings) -> _Engine:
         asked = [prompt for prompt in range(len(prompts)) for _ in range(settings.n)]
         order = sorted(range(len(asked)), key=lambda place: -len(prompts[asked[place]]))
         found: dict[int, list[int]] = {}
+        check_ids(max(map(max, prompts), default=0), model, tokenizer)
         devices = [model.device] if model.device.type == "cuda" else []
         with _no_habits(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for start in range(0, len(order), settings.batch_size):
                 places = order[start : start + settings.batch_size]
                 ids = [prompts[asked[place]] for place in places]
-                check_ids(max(map(max, ids)), model, tokenizer)
                 batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
                 out = model.generate(
                     **batch.to(model.device),

@@ -205,13 +205,14 @@ class StudyRun:
         for cell in self.cells:
             recipe = self.recipe(cell, self.seeds[0])
             run = SeedRun(recipe, self.out, self.seeds[0])
+            made_from = _names(recipe)
             try:
                 run.check()
-                run.check_models()
+                if made_from not in self.given:
+                    run.check_models()
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
             essence = recipe.model_dump(mode="json", exclude=WORDS)
-            made_from = _names(recipe)
             if made_from not in self.given:
                 self.given[made_from] = fingerprints(run)
             given = self.given[made_from]
