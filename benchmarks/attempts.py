@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -147,6 +148,7 @@ def attempt(
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
         os.chdir(disk.at if disk else place)
+        _share_nothing()
         if ranks > 1:
             _forget_processes()
             os.environ.update(meeting, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -251,6 +253,19 @@ def _rendezvous(ranks: int) -> Iterator[dict[str, str]]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
+
+
+def _share_nothing() -> None:
+    """A fork waits for ever for threads that only its parent has, and for a lock whose holder was killed."""
+    import torch
+    import tqdm
+
+    torch.set_num_threads(1)
+    lock, kinds = threading.RLock(), [tqdm.tqdm]  # tqdm's own lock is one for all processes
+    while kinds:
+        kind = kinds.pop()
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
 
 
 def _forget_processes() -> None:

@@ -307,9 +307,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     stages = args.stages.split(",") if args.stages else list(JOBS if args.ranks == 1 else ON_SEVERAL)
-    import torch
-
-    torch.set_num_threads(1)
     lost = 0
     with tempfile.TemporaryDirectory() as made:
         place = make_place(Path(made).resolve())

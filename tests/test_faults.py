@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from judges_for_tests import Judge, answers, jsonl
 from prefdistill.checkpoints import WHOLE
@@ -88,6 +89,36 @@ def test_a_loss_would_be_seen(place):
 
     tally = disturb(Job(careless, lambda out: [path.read_text() for path in sorted(out.iterdir())]), place, 20, seed=0)
     assert any("another result" in reason for reason in tally.lost)
+
+
+@pytest.mark.parametrize("held", ["its threads", "the lock of all progress bars"])
+def test_an_attempt_does_not_hang_on_what_another_process_held(held, place):
+    """Of forks: a pool of threads that was not copied with its process, a lock whose holder was killed."""
+
+    def compute():
+        torch.softmax(torch.randn(4_000, 2_000), -1)
+        return 0
+
+    def die():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def show():
+        list(tqdm(range(3)))
+        return 0
+
+    if held == "its threads":
+        torch.set_num_threads(2)
+        try:
+            compute()
+            assert attempt(Job(compute, lambda out: None), place, timeout=30).status == 0
+        finally:
+            torch.set_num_threads(1)
+    else:
+        show()
+        assert attempt(Job(die, lambda out: None), place).status == -signal.SIGKILL
+        assert attempt(Job(show, lambda out: None), place, timeout=30).status == 0
 
 
 # -- full disks --------------------------------------------------------------------------------------------------------
