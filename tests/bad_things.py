@@ -218,6 +218,7 @@ def write_settings(place: Path) -> None:
         "twice": RECIPE.replace("{dpo: {}}", "{tvkd: {start: dpo}, dpo: {start: tvkd}}"),
         "word": RECIPE.replace("max_steps: 1", "max_steps: many"),
         "endless": RECIPE + "task: &t [*t]\n",
+        "octal": RECIPE.replace("max_steps: 1", "max_steps: 010"),
         "endless-options": RECIPE.replace("max_steps: 1", "max_steps: 1, arguments: &a {b: *a}"),
         "key-twice": RECIPE.replace("{dpo: {}}", "{dpo: {beta: 0.1}, dpo: {beta: 5.0}}"),
         "half": RECIPE + 'task: "a \\ud800"\n',

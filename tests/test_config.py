@@ -334,6 +334,12 @@ def test_a_batch_smaller_than_a_micro_batch_is_one_micro_batch(tmp_path):
         ({"arguments": {"learning_speed": 1}}, "training arguments: .*unexpected keyword argument 'learning_speed'"),
         ({"arguments": {"output_dir": "x"}}, "training arguments: .*output_dir"),
         ({"arguments": {"optim": "adamx"}}, "training arguments: adamx is not a valid"),
+        ({"arguments": {"max_grad_norm": "1"}}, "training arguments: max_grad_norm: input should be a valid number"),
+        ({"arguments": {"save_total_limit": 1.5}}, "training arguments: save_total_limit: input should be a valid int"),
+        ({"arguments": {"adam_beta1": 7}}, "training arguments: Invalid beta parameter at index 0: 7"),
+        ({"arguments": {"optim": "adamw_anyprecision"}}, "training arguments: Please install"),
+        ({"schedule": "cosine_with_min_lr"}, "training arguments: One of min_lr or min_lr_rate should be set"),
+        ({"schedule": "warmup_stable_decay"}, "training arguments: .* missing .*'num_decay_steps'"),
         ({"schedule": "cosne"}, "training arguments: cosne is not a valid"),
     ],
 )  # fmt: skip

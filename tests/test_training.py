@@ -285,8 +285,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pair
     assert a == b
 
 
-def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(
-    tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
+@pytest.mark.parametrize(("limit", "gone"), [(None, (2, 4, 6)), (2, (2, 4))])
+def test_a_checkpoint_is_on_the_disk_before_an_old_one_goes(
+    limit, gone, tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
 ):
     """And the model before the stage is called done: what was not synced, a loss of power may take back."""
     synced, removed = set(), []
@@ -308,10 +309,11 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(
     out = tmp_path / "out"
 
     def make(out):
-        fit(whole_run(out, make_model, pairs, tokenizer, [reference, teacher], save_steps=2), out, "distill")
+        options = {"save_steps": 2, "save_total_limit": limit}
+        fit(whole_run(out, make_model, pairs, tokenizer, [reference, teacher], **options), out, "distill")
 
     run_stage("distill", out, {}, make)
-    assert removed == [(f"checkpoint-{step}", [], True) for step in (2, 4, 6)]
+    assert removed == [(f"checkpoint-{step}", [], True) for step in gone]
     assert {out, out / "model.safetensors", out / "config.json", out / "tokenizer.json"} <= synced
 
 

@@ -28,10 +28,19 @@ def _step(path: Path) -> int:
 
 
 class SealCheckpoints(TrainerCallback):
-    """Marks a checkpoint as whole when all of it is on the disk, and only then lets the one before it go.
+    """Marks a checkpoint as whole when all of it is on the disk, and only then lets an old one go.
 
-    With a `save_total_limit` the Trainer removes old ones itself, before the new one is synced.
+    The newest stays, or as many as `save_total_limit` says, which is taken out of the Trainer's hands: it would remove
+    the old ones before the new one is synced.
     """
+
+    def __init__(self) -> None:
+        self.kept = 1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.kept, args.save_total_limit = args.save_total_limit or self.kept, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         team, directory = processes(), Path(str(args.output_dir))
@@ -42,7 +51,7 @@ class SealCheckpoints(TrainerCallback):
         sync(made)
         write_json(made / WHOLE, {"step": state.global_step})
         sync(directory, below=False)
-        if args.save_total_limit is None:
-            for path in directory.glob("checkpoint-*"):
-                if _step(path) < state.global_step:
-                    shutil.rmtree(path)
+        best = state.best_model_checkpoint and Path(state.best_model_checkpoint)
+        for path in sorted(directory.glob("checkpoint-*"), key=_step)[: -self.kept]:
+            if path != best:
+                shutil.rmtree(path)

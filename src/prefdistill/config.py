@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
     model_validator,
 )
 
@@ -33,6 +34,7 @@ Options = dict[str, JsonValue]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
 UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")  # in pydantic's path to a value, but no key
+OPTIMIZERS_OF_A_MODEL = ("galore", "lomo", "adalomo", "apollo")  # they cannot be made without one
 RESERVED_NAMES = ("teacher", "start")  # evaluated beside the methods
 
 
@@ -56,6 +58,20 @@ class _Loader(yaml.SafeLoader):
         if surrogate(value) is not None:
             raise yaml.constructor.ConstructorError(None, None, f"{value!r} holds half a character", node.start_mark)
         return value
+
+
+def _number(loader: _Loader, node: Any) -> Any:
+    """Of YAML 1.1, where 010 is eight and 1:30 ninety: neither is what its writer meant."""
+    if re.match(r"[-+]?0[\d_]", node.value) or ":" in node.value:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value} is no plain number; quote it if it is none at all", node.start_mark
+        )
+    kind = node.tag.rpartition(":")[2]
+    return getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -166,10 +182,51 @@ class Training(Section):
             **more,
             **self.arguments,
         }
+        kind = kind or TrainingArguments
+        _check_numbers(kind, self.arguments)
         try:
-            return (kind or TrainingArguments)(output_dir=str(out), **options)
-        except (TypeError, ValueError) as error:
+            arguments = kind(output_dir=str(out), **options)
+            _try_optimizer(arguments)
+        except (TypeError, ValueError, ImportError) as error:
             raise UserError(f"training arguments: {error}".splitlines()[0]) from error
+        return arguments
+
+
+def _check_numbers(kind: type[Any], arguments: Options) -> None:
+    """Whether what `kind`, a dataclass, says to be a number is one: it takes all, and so does the Trainer at first.
+
+    Raises:
+        UserError: naming the first that is none.
+    """
+    numbers = {
+        name: hint
+        for name, hint in get_type_hints(kind).items()
+        if name in arguments and hint in (int, float, int | None, float | None)
+    }
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in numbers.items()}
+    checked = create_model("Arguments", __base__=Section, **fields)
+    validate(checked, {name: arguments[name] for name in numbers}, "training arguments")
+
+
+def _try_optimizer(arguments: Any) -> None:
+    """Make the optimiser and the schedule for one weight: what only they refuse is known before the signals are made.
+
+    Raises:
+        TypeError, ValueError, ImportError: whatever they say.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    if str(arguments.optim.value).startswith(OPTIMIZERS_OF_A_MODEL):
+        return
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        kind([torch.nn.Parameter(torch.zeros(1))], **options),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
 
 
 class DPOTraining(Training):
@@ -436,7 +493,8 @@ def parse_value(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML's constructors raise what they like, e.g. KeyError for `!!bool x`
-        raise UserError(f"{where}: {text!r} is not a YAML value") from error
+        reason = getattr(error, "problem", None)
+        raise UserError(f"{where}: {text!r} is not a YAML value{f': {reason}' if reason else ''}") from error
 
 
 def load_recipe(

@@ -16,7 +16,7 @@ from prefdistill.logprobs import emittable_ids, likeliest, reduce_logits, token_
 from prefdistill.losses.value import soft_value
 from prefdistill.models import check_ids
 from prefdistill.progress import Progress
-from prefdistill.signals.gauge import gauge_directions, gauge_shifts
+from prefdistill.signals.gauge import DIRECTIONS, gauge_shifts
 from prefdistill.signals.packing import id_bits
 from prefdistill.signals.store import KINDS, SIDES, Signals
 
@@ -179,9 +179,9 @@ class _Reading:
         self.endpoints = positions == "endpoints"
         self.k = topk.most(emittable_count(emittable, vocabulary))
         self.final = not set(VALUES).isdisjoint(kinds) and not self.endpoints  # whether s_T is always read as well
-        self.directions = gauge_directions(vocabulary) if "values" in kinds and not self.endpoints else None
+        self.gauge = "values" in kinds and not self.endpoints
         self.columns = [kind for kind in kinds if kind != "topk"]
-        if self.directions is not None:
+        if self.gauge:
             self.columns.append("gauge")
         if "topk" in kinds:
             own = ["topk_ids"] if topk.ids_from is None else []
@@ -207,13 +207,12 @@ class _Reading:
     def reduce(self, logits: Tensor, tokens: Tensor, last: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
         for kind in self.kinds:
-            if kind == "values" and self.directions is None:
+            if kind == "values":
                 found.append(soft_value(logits, self.value_temperature))
-            elif kind == "values":
-                assert self.directions is not None
-                shifts = logits.new_zeros(len(logits), self.directions.shape[1])
-                shifts[last] = gauge_shifts(logits[last], self.directions)
-                found += [soft_value(logits, self.value_temperature), shifts]
+                if self.gauge:
+                    shifts = logits.new_zeros(len(logits), DIRECTIONS)
+                    shifts[last] = gauge_shifts(logits[last])
+                    found.append(shifts)
             elif kind == "logprob_values":
                 found.append(soft_value(logits.log_softmax(-1), self.value_temperature))
             elif kind == "logps":
@@ -234,8 +233,7 @@ class _Reading:
         lengths, sizes = batch["lengths"].tolist(), batch["sizes"]
         device = batch["input_ids"].device
         last = torch.zeros(sum(sizes), dtype=torch.bool)
-        if self.directions is not None:
-            self.directions = self.directions.to(device)
+        if self.gauge:
             last[np.cumsum(sizes) - 1 - np.array(ended)] = True
         at = [] if given is None else [given.to(device)]
         out = iter(
@@ -249,7 +247,7 @@ class _Reading:
         for kind in self.kinds:
             if kind in VALUES:
                 found[kind] = per_response(next(out))
-                if kind == "values" and self.directions is not None:
+                if kind == "values" and self.gauge:
                     found["gauge"] = list(next(out).cpu()[last].numpy())
             elif kind in ("logps", "q"):
                 parts = zip(per_response(next(out)), lengths, strict=True)
