@@ -431,6 +431,25 @@ def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_
     assert (place / OUT[1] / "model.safetensors").read_bytes() == made
 
 
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_rows_that_the_chat_template_refuses_are_left_out_and_told(place, capfd, pairs, verb):
+    template = place / "model" / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    system = {"role": "system", "content": "be brief"}
+    mixed = [row | {"prompt": [system, *row["prompt"]]} if i in (3, 7) else row for i, row in enumerate(pairs)]
+    write_pairs(place / "mixed.jsonl", mixed)
+    write_pairs(place / "taken.jsonl", [row for i, row in enumerate(pairs) if i not in (3, 7)])
+    few = (*FAST[1:], "max_steps=1")
+    _, err = call(capfd, verb, *MODEL, "--data", "mixed.jsonl", "--out", "mixed", *few)
+    assert f"{verb}: dropped 2 rows: the chat template refuses its messages (2, first row 3)" in err
+    call(capfd, verb, *MODEL, "--data", "taken.jsonl", "--out", "taken", *few)
+    assert (place / "mixed" / "model.safetensors").read_bytes() == (place / "taken" / "model.safetensors").read_bytes()
+    write_pairs(place / "refused.jsonl", mixed[3:4])
+    assert _call([verb, *MODEL, "--data", "refused.jsonl", "--out", "none", *few]) == 2
+    assert "No row is left: dropped 1 row: the chat template refuses its messages" in capfd.readouterr().err
+
+
 def test_a_model_is_never_made_over_itself(place, capfd):
     call(capfd, "sft", *MODEL, *PAIRS, "--out", "first", *FAST[1:], "max_steps=1")
     made = (place / "first" / "model.safetensors").read_bytes()

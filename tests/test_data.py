@@ -458,7 +458,7 @@ def test_rows_are_refused_where_the_response_cannot_be_told_from_the_prompt():
     with pytest.raises(UserError) as raised:
         encode([conversation("Q", "A", "B"), conversation("Q", "", "B")], make_tokenizer("not_a_prefix"))
     assert str(raised.value) == (
-        "No pair is left: dropped 2 rows: the chat template renders the prompt differently when a response follows "
+        "No row is left: dropped 2 rows: the chat template renders the prompt differently when a response follows "
         "(2, first row 0). Change the data, the chat template or the lengths."
     )
     tokenizer = make_tokenizer("chatml")
@@ -697,7 +697,7 @@ def test_truncation_by_hand():
         for name in ("chosen", "rejected"):
             assert cut[f"{name}_offsets"] == whole[f"{name}_offsets"][: len(cut[f"{name}_ids"])]
         assert not dropped
-    with pytest.raises(UserError, match=r"^No pair is left: dropped 1 row: the prompt leaves no room for a response"):
+    with pytest.raises(UserError, match=r"^No row is left: dropped 1 row: the prompt leaves no room for a response"):
         encode([row], tokenizer, Truncation(5))
 
 

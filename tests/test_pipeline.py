@@ -489,6 +489,29 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     assert longer["methods"]["dpo"]["judge_score"] != results["methods"]["dpo"]["judge_score"]
 
 
+def test_rows_that_the_chat_template_refuses_are_left_out_of_every_stage(judged, tmp_path, capfd):
+    recipe = json.loads(judged.read_text())
+    for name in ("teacher", "student"):
+        template = Path(recipe["model"][name]) / "chat_template.jinja"
+        refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        template.write_text(refusal + template.read_text())
+    pairs = Path(recipe["data"]["train"])  # of which the first are tested on
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for row in (1, 5):
+        rows[row]["prompt"].insert(0, {"role": "system", "content": "> >"})
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    del recipe["model"]["teacher_reference"]
+    few = {"max_steps": 1}
+    recipe |= {"teacher": {"sft": few, "dpo": few}, "student": {"sft": few}}
+    judged.write_text(json.dumps(recipe))
+    capfd.readouterr()
+    results = run_recipe(load_recipe(judged), tmp_path / "run")
+    assert results["judge"]["accuracy"]["n"] == 10
+    told = capfd.readouterr().err
+    for stage in ("signals", "sample", "judge"):
+        assert f"{stage}: dropped 2 rows: the chat template refuses its messages (2, first row 1)" in told
+
+
 def test_a_named_judge_leaves_all_pairs_to_the_students(judged, tmp_path):
     first = run_recipe(load_recipe(judged), tmp_path / "first")
     model = tmp_path / "first" / "seed-0" / "reward-model"

@@ -812,7 +812,7 @@ def test_a_few_rows_are_read_without_the_rest(extract, make_model, monkeypatch):
 
 
 def test_no_pair_that_is_left_leaves_nothing_behind(tmp_path, make_model, pairs, tokenizer):
-    with pytest.raises(UserError, match="No pair is left: dropped 24 rows"):
+    with pytest.raises(UserError, match="No row is left: dropped 24 rows"):
         extract_signals(
             make_model(), pairs, tokenizer, out=tmp_path / "s", truncation=Truncation(max_length=3), shard_rows=5
         )

@@ -143,14 +143,6 @@ def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     return Ending()
 
 
-def check_template(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises a UserError if the rows are conversations and the tokenizer has no chat template for them."""
-    if isinstance(rows[0]["prompt"], list):
-        if not tokenizer.chat_template:
-            raise UserError(NO_TEMPLATE)
-        template_ending(tokenizer)
-
-
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a response: the tokenizer's EOS, and the one its chat template puts after an answer."""
     return {tokenizer.eos_token_id, template_ending(tokenizer).token} - {None}
@@ -221,8 +213,26 @@ def render_pairs(
         yield encode.render(cut, row["prompt"], *(row[name] for name in responses))
 
 
+def without_refused(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = RESPONSES
+) -> tuple[Dataset, Dropped]:
+    """The rows whose messages the chat template takes, and what was dropped. Plain text needs no template.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or no row is left.
+    """
+    if not isinstance(dataset[0]["prompt"], list):
+        return dataset, Dropped.from_reasons([])
+    reasons = ["" if texts else TEMPLATE_FAILED for texts in render_pairs(dataset, tokenizer, responses)]
+    dropped = Dropped.from_reasons(reasons)
+    if len(dropped) == len(dataset):
+        raise UserError(nothing_left(dropped))
+    kept = [index for index, reason in enumerate(reasons) if not reason]
+    return (dataset.select(kept) if dropped else dataset), dropped
+
+
 def nothing_left(dropped: Dropped) -> str:
-    return f"No pair is left: {dropped}. Change the data, the chat template or the lengths."
+    return f"No row is left: {dropped}. Change the data, the chat template or the lengths."
 
 
 # Every stage of a run encodes the same pairs: train and test, for a teacher and a student, and what they sampled.
@@ -404,7 +414,7 @@ def judged_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) -
         response: messages or text; text after messages is what the assistant says.
 
     Raises:
-        UserError: on messages where the tokenizer has no chat template.
+        UserError: on messages where the tokenizer has no chat template, or one that refuses them.
     """
     if isinstance(prompt, str):
         text = prompt + response
@@ -416,5 +426,15 @@ def judged_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) -
             "one that has, or set tokenizer.chat_template"
         )
     answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else without_nulls(response)
-    text = tokenizer.apply_chat_template(without_nulls(prompt) + answer, tokenize=False)
+    from jinja2 import TemplateError
+
+    messages = without_nulls(prompt) + answer
+    try:
+        text = rendered(tokenizer, messages)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template of the reward model {tokenizer.name_or_path} refuses messages of {roles} ({error}); "
+            "choose another, or change the data"
+        ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]

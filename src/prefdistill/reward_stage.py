@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefdistill.data import data_fingerprint, prompt_text
+from prefdistill.encode import without_refused
 from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel
 from prefdistill.files import read_json, write_json
 from prefdistill.models import model_key, tokenizer_identity
+from prefdistill.progress import say
 from prefdistill.teach import train_reward
 
 if TYPE_CHECKING:
@@ -92,7 +94,11 @@ class Judge:
 
     def _look(self, out: Path) -> None:
         assert self.run.test is not None
-        write_json(out / "worth.json", self.load().judge_pairs(self.run.test).__dict__)
+        judge = self.load()
+        pairs, dropped = without_refused(self.run.test, judge.tokenizer)
+        if dropped:
+            say(f"{WORTH}: {dropped}")
+        write_json(out / "worth.json", judge.judge_pairs(pairs).__dict__)
 
     @cached_property
     def worth(self) -> Measured:
