@@ -808,6 +808,13 @@ def test_a_recipe_is_planned_stage_by_stage(tmp_path, tokenizer):
     assert "training dpo, tvkd, dckd, seqkd" in as_text(checkup)  # they take the same
 
 
+def test_checkpoints_that_are_kept_need_their_place(tmp_path, tokenizer):
+    recipe = recipe_for(tmp_path, tokenizer, "training.arguments.save_total_limit=3")
+    facts = examine(recipe=recipe, out=tmp_path / "runs").facts
+    parameters = facts["models"]["student"]["parameters"]
+    assert facts["disk"]["checkpoints while training"] == (3 + 1) * 12 * parameters
+
+
 def test_a_judge_is_planned_too(tmp_path, tokenizer):
     judge = f"{{model: {json.dumps(SMALL)}, training: {{epochs: 1}}}}"
     asked = [f"reward_model={judge}", "evaluate.prompts=4"]

@@ -88,11 +88,12 @@ def training_bytes(model: PreTrainedModel, training: Training, dtype: str) -> in
 
 
 def checkpoint_bytes(model: PreTrainedModel, training: Training, dtype: str) -> int:
-    """Of two checkpoints, the old one goes when the new one is whole; without gradients."""
+    """Of those that are kept and one more: an old one goes when the new one is whole; without gradients."""
     trained = training_bytes(model, training, dtype)
-    if training.lora is None:
-        return 2 * trained * (1 + ADAM) // (2 + ADAM)
-    return 2 * (trained - weight_bytes(model, dtype)) * (1 + ADAM) // (2 + ADAM)
+    if training.lora is not None:
+        trained -= weight_bytes(model, dtype)
+    kept = training.arguments.get("save_total_limit") or 1
+    return (cast(int, kept) + 1) * trained * (1 + ADAM) // (2 + ADAM)
 
 
 def plan_for(
