@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.attempts import PAGE, Disk, Fault, Job, attempt
 from benchmarks.faults import FEW, JOBS, ON_SEVERAL, PAIRS, RECIPE, STORES, TINY, command, disturb, make_place
+from benchmarks.histories import change_option, live
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = ("signals", "--model", "model", *PAIRS, "--out", "out")
@@ -452,3 +453,22 @@ def test_if_one_rank_is_killed_the_others_end_and_the_next_call_goes_on(place):
     assert launched(place, "straight").wait(timeout=240) == 0
     a, b = ((place / name / "model.safetensors").read_bytes() for name in ("out", "straight"))
     assert a == b
+
+
+# -- histories ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("calls", "seed"), [(4, 1), pytest.param(60, 4, marks=pytest.mark.slow)])
+def test_what_a_directory_has_been_through_is_not_seen_in_its_results(calls, seed, tmp_path):
+    tally = live(make_place(tmp_path), calls, seed)
+    assert tally.differing == []
+    assert tally.compared >= calls // 3
+    assert tally.changes.total() >= tally.compared
+
+
+def test_a_change_that_is_not_noticed_would_be_seen(tmp_path, monkeypatch):
+    """Trainings that are taken for the same, whatever their learning rate."""
+    monkeypatch.setattr("prefdistill.config.Training.essence", lambda self: {})
+    monkeypatch.setattr("benchmarks.histories.CHANGES", [change_option])
+    monkeypatch.setattr("benchmarks.histories.OPTIONS", {"training.learning_rate": [0.01, 0.02]})
+    assert live(make_place(tmp_path), 4, seed=1).differing

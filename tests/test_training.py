@@ -178,6 +178,20 @@ def test_adapters_train_and_the_base_stays(tmp_path, train, make_model):
     assert history(trainer)[0] == pytest.approx(history(train(METHODS["tvkd"]()))[0], abs=1e-5)
 
 
+def test_an_adapter_starts_as_the_seed_says_whatever_was_drawn_before(tmp_path, train):
+    from peft import LoraConfig
+
+    def trained(seed):
+        torch.rand(3)  # as an earlier stage of the same process does
+        config = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+        return train(METHODS["tvkd"](), peft_config=config, args=arguments(tmp_path, seed=seed))
+
+    first, second, other = trained(3), trained(3), trained(4)
+    assert history(first) == history(second)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(second).values(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(weights(first).values(), weights(other).values(), strict=True))
+
+
 def test_sft_reads_chosen_responses_only(tmp_path, train, make_model, pairs, tokenizer):
     store = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
     rows = range(len(pairs))

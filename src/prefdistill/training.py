@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from prefdistill.batches import Layout, PairCollator, layout_for
 from prefdistill.encode import Truncation, encode_pairs
@@ -108,6 +108,7 @@ class PrefDistillTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # the Trainer does so only when the adapter has its weights
             student = get_peft_model(student, peft_config)
         args.remove_unused_columns = False  # our columns are not the model's arguments
         super().__init__(
