@@ -51,6 +51,9 @@ def write_data(place: Path, pairs: Any) -> None:
     write_rows(place / "steering.jsonl", [first | {"rejected": said("user\x1b]0;owned\x07", "no")}])
     write_rows(place / "answered.jsonl", [first | {"prompt": said("user", "a") + said("assistant", "b")}])
     write_rows(place / "scores.jsonl", [row | {"score_chosen": "good", "score_rejected": "bad"} for row in few])
+    scored = [row | {"score_chosen": 1.0, "score_rejected": 0.0} for row in few]
+    write_rows(place / "scored.jsonl", scored)
+    write_rows(place / "unscored.jsonl", [*scored[:3], few[3], *scored[4:]])
     write_rows(place / "ended.jsonl", [row | {"chosen_ended": "yes"} for row in few])
     write_rows(place / "scores-mixed.jsonl", [few[0] | {"score_chosen": 1.0}, few[1] | {"score_chosen": "good"}])
     write_rows(place / "ended-mixed.jsonl", [few[0] | {"chosen_ended": True}, few[1] | {"chosen_ended": "yes"}])

@@ -258,6 +258,7 @@ BAD = [
     (distill("arguments.adam_beta1=7"), "training arguments: Invalid beta parameter at index 0: 7"),
     (run("methods.dpo.training.arguments.adam_beta1=7"), "training arguments: Invalid beta parameter at index 0: 7"),
     (distill("arguments.resume_from_checkpoint=x"), "arguments.resume_from_checkpoint has no effect"),
+    (distill("arguments.save_only_model=true"), "arguments.save_only_model: a run could not go on from such a checkpo"),
     (distill("arguments.hub_token=hf_secret"), "arguments.hub_token would be in the results; set HF_TOKEN"),
     (distill("=1"), "'=1' is not an override; write key=value"),
     (distill("epochs=[1"), "epochs: '[1' is not a YAML value"),
@@ -362,6 +363,14 @@ BAD = [
     (run("seed=-1"), "seed: input should be greater than or equal to 0, got -1"),
     (run("baseline=tvkd"), "baseline 'tvkd' is not among the methods: dpo"),
     (run("methods.adpa={}"), "needs the model the teacher's DPO started from: name it as model.teacher_reference"),
+    (
+        run("methods.tvkd.potential=reward", "data.train=scored.jsonl", "data.test=unscored.jsonl"),
+        "methods.tvkd needs a number in 'score_chosen' for every pair; 1 of data.test have none, the first",
+    ),
+    (
+        run("methods.tvkd.potential=reward", "data.train=unscored.jsonl"),
+        "methods.tvkd needs a number in 'score_chosen' for every pair; 1 of data.train have none, the first",
+    ),
     (run("methods.tvkd.potential=reward"), "methods.tvkd needs a column 'score_chosen', a score for every pair"),
     (["quickstart", *OUT, "model.scratch.student.hiden_size=3"], "has no 'hiden_size'; did you mean 'hidden_size'?"),
     (["quickstart", *OUT, "data.synthetic.pairs=-1"], "data.synthetic.pairs: input should be greater than 0, got -1"),

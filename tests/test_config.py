@@ -81,6 +81,15 @@ def test_training_defaults_flow_into_every_training_and_give_way(load):
     assert tvkd.training.learning_rate == 1e-6
 
 
+def test_a_method_that_says_part_of_a_section_keeps_the_rest_of_the_defaults(load):
+    own = "methods.dpo.training={arguments: {label_smoothing_factor: 0.1}, lora: {r: 8}}"
+    training = (
+        load(GOOD, "training.arguments={adam_beta2: 0.95}", "training.lora={alpha: 5}", own).methods["dpo"].training
+    )
+    assert training.arguments == {"adam_beta2": 0.95, "label_smoothing_factor": 0.1}
+    assert (training.lora.r, training.lora.alpha) == (8, 5)
+
+
 def test_a_method_keeps_its_own_options(load):
     methods = load(GOOD, "methods.placebo={method: tvkd, potential: shuffled, control: true, label: a placebo}").methods
     assert (methods["dpo"].method, methods["dpo"].options) == ("dpo", {"beta": 0.2})

@@ -357,6 +357,20 @@ def test_the_key_of_a_directory_changes_with_its_files(saved, tmp_path):
     assert (model_key("org/name"), model_key(None)) == (["org/name", None], None)
 
 
+def test_the_key_of_an_adapter_is_also_that_of_its_base(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for directory in (base, adapter):
+        directory.mkdir()
+    (base / "model.safetensors").write_text("before")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = model_key(str(adapter))
+    assert model_key(str(adapter)) == before
+    (base / "model.safetensors").write_text("trained on")
+    assert model_key(str(adapter)) != before
+    (adapter / "adapter_config.json").write_text("{}")  # is refused when it is loaded
+    assert model_key(str(adapter)) != before
+
+
 def test_a_tokenizer_is_its_rules_not_its_state():
     used, fresh = (train_tokenizer(TEXTS, 300) for _ in range(2))
     used(["a", "the cat"], padding=True, truncation=True, max_length=8)

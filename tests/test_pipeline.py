@@ -83,6 +83,35 @@ def test_everything_is_reused_by_the_same_recipe(copy, finished):
     assert results["differences"] == finished[1]["differences"]
 
 
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_repair_that_was_cut_off_is_gone_on_with(copy, finished, monkeypatch):
+    shard = copy / "seed-0" / "signals-teacher-test" / "store" / "shards" / "00000.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with monkeypatch.context() as cut:
+        cut.setattr("prefdistill.supply.extract_signals", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(load_recipe(QUICKSTART, TINY), copy)
+    assert not shard.exists()
+    results = run_recipe(load_recipe(QUICKSTART, TINY), copy)
+    assert results["methods"] == finished[1]["methods"]
+    assert shard.read_bytes() == whole
+
+
+def test_results_of_another_recipe_do_not_stand_beside_the_new_one(copy, monkeypatch):
+    there = {"results.json", "report.html"}
+    monkeypatch.setattr("prefdistill.pipeline.fit", stop)
+    run_recipe(load_recipe(QUICKSTART, TINY), copy)  # the same recipe: nothing is trained
+    assert there <= {path.name for path in copy.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(QUICKSTART, [*TINY, "methods.tvkd.alpha=-9"]), copy)
+    assert load_recipe(copy / "recipe.yaml").methods["tvkd"].options["alpha"] == -9
+    assert there.isdisjoint(path.name for path in copy.iterdir())
+
+
 def test_a_damaged_store_of_a_finished_stage_is_repaired(copy, finished, capsys):
     shard = copy / "seed-0" / "signals-teacher-test" / "store" / "shards" / "00000.parquet"
     whole = shard.read_bytes()

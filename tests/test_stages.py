@@ -1,5 +1,6 @@
 """Stages are done once, gone on with and made again; locks go with their process; files are whole or not there."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,10 +10,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from filelock import FileLock
 
 from prefdistill import stages
 from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, value_digest, write_json, write_jsonl, write_text
+from prefdistill.memory import bytes_on_disk
 from prefdistill.stages import locked, run_stage
 
 
@@ -124,6 +127,12 @@ def test_a_directory_of_someone_else_is_refused_and_left_alone(tmp_path):
     assert (out / "thesis.tex").read_text() == "all of it"
 
 
+def test_an_empty_directory_that_was_there_stays(tmp_path):
+    with pytest.raises(UserError, match="no"), locked(tmp_path):
+        raise UserError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_directory_will_do(tmp_path):
     (tmp_path / "stage").mkdir()
     assert run_stage("sft", tmp_path / "stage", {}, Work()).reused is False
@@ -177,6 +186,26 @@ def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, holder):
     assert (tmp_path / ".lock").exists()
     with locked(tmp_path):
         pass
+
+
+def test_who_waited_for_a_lock_that_is_gone_holds_nothing(tmp_path, monkeypatch):
+    """The file is removed between the opening and the locking of it: the lock of it would keep nobody out."""
+    first, second = (FileLock(tmp_path / ".lock", is_singleton=False) for _ in range(2))
+    first.acquire()
+    flock, waiting = fcntl.flock, [True]
+
+    def end_of_the_first(descriptor, operation):
+        if waiting and operation & fcntl.LOCK_EX:
+            waiting.clear()
+            (tmp_path / ".lock").unlink()
+            first.release()
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", end_of_the_first)
+    second.acquire(timeout=1)
+    with pytest.raises(UserError, match="another prefdistill run"), locked(tmp_path):
+        pytest.fail("two at once")
+    second.release()
 
 
 def test_we_keep_a_second_process_out(tmp_path):
@@ -278,6 +307,29 @@ def test_a_stage_is_taken_from_the_pool(tmp_path):
     assert not run_stage("sft", tmp_path / "c" / "sft", {"a": 2}, work, pool=pool).reused
     assert not run_stage("dpo", tmp_path / "c" / "dpo", {"a": 1}, work, pool=pool).reused
     assert len(names(pool)) == 3
+
+
+def test_a_stage_that_was_killed_when_it_was_done_is_tidied_and_lent(tmp_path, monkeypatch):
+    """Between its mark and the removal of its checkpoints."""
+    out, pool = tmp_path / "stage", tmp_path / "pool"
+
+    def make(directory):
+        (directory / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+        (directory / "model.safetensors").write_text("weights")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr("prefdistill.stages.shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("sft", out, {}, make, pool=pool)
+    assert (out / "stage.json").exists()
+    assert (out / "checkpoints").exists()
+    stage = run_stage("sft", out, {}, make, pool=pool)
+    assert (stage.reused, stage.bytes) == (True, bytes_on_disk(out))
+    assert not (out / "checkpoints").exists()
+    assert (pool / f"sft-{stage.key}" / "stage.json").exists()
 
 
 def test_what_is_made_again_leaves_the_pool_alone(tmp_path):

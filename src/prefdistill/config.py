@@ -135,6 +135,8 @@ class Training(Section):
                 raise ValueError(f"arguments.{name} would be in the results; set HF_TOKEN in the environment instead")
         if "resume_from_checkpoint" in self.arguments:
             raise ValueError("arguments.resume_from_checkpoint has no effect: a run goes on from its last checkpoint")
+        if self.arguments.get("save_only_model"):
+            raise ValueError("arguments.save_only_model: a run could not go on from such a checkpoint; leave it out")
         return self
 
     def peft_config(self) -> "LoraConfig | None":
@@ -390,12 +392,12 @@ class Recipe(Section):
             section = dict(_mapping(raw.get(part), part))
             for stage in stages:
                 if section.get(stage) is not None:
-                    section[stage] = {**defaults, **_mapping(section[stage], f"{part}.{stage}")}
+                    section[stage] = _laid_over(defaults, _mapping(section[stage], f"{part}.{stage}"))
             raw[part] = section
         if raw.get("reward_model") is not None:
             judge = dict(_mapping(raw["reward_model"], "reward_model"))
             own = _mapping(judge.get("training"), "reward_model.training")
-            judge["training"] = {**defaults, "lora": None, **own}
+            judge["training"] = _laid_over({**defaults, "lora": None}, own)
             raw["reward_model"] = judge
         methods = {}
         for name, section in _mapping(raw.get("methods"), "methods").items():
@@ -403,7 +405,7 @@ class Recipe(Section):
             known = {key: section.pop(key) for key in list(section) if key in MethodRun.model_fields}
             known.setdefault("method", name)
             known["options"] = {**_mapping(known.get("options"), f"methods.{name}.options"), **section}
-            known["training"] = {**defaults, **_mapping(known.get("training"), f"methods.{name}.training")}
+            known["training"] = _laid_over(defaults, _mapping(known.get("training"), f"methods.{name}.training"))
             methods[name] = known
         raw["methods"] = methods
         return raw
@@ -450,10 +452,13 @@ class Recipe(Section):
             raise ValueError("model.teacher and model.student must be named, or model.scratch say how to make them")
         return self
 
+    def as_yaml(self) -> str:
+        return str(yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
     def save(self, path: Path) -> None:
         from prefdistill.files import write_text
 
-        write_text(path, yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        write_text(path, self.as_yaml())
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

@@ -376,13 +376,18 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def model_key(name: str | None) -> Any:
     """What tells two states of a model apart without reading its weights: names, sizes and times of the files of a
-    directory, wherever it lies; name and revision on the Hub."""
+    directory, wherever it lies, and of an adapter's base as well; name and revision on the Hub."""
     if name is None:
         return None
     if not Path(name).is_dir():
         return [name, hub_revision(name)]
     files = sorted(path for path in Path(name).iterdir() if path.is_file() and not path.name.startswith("."))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    found: list[Any] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    try:
+        base = _base_of(name)
+    except (ValueError, KeyError, TypeError):
+        base = name  # whoever loads it says what is wrong
+    return found if base == name else [*found, model_key(base)]
 
 
 def hub_revision(name: str) -> str | None:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from prefdistill import synthetic
 from prefdistill.config import MethodRun, Recipe, Training
-from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs
+from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs, prompt_text
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
@@ -153,10 +155,24 @@ class SeedRun:
                     f"{where} needs the model the teacher's DPO started from: name it as model.teacher_reference, or "
                     "let the recipe do teacher.dpo"
                 )
-            if need.role == "data" and not self.recipe.data.synthetic and need.kind not in self.train.column_names:
-                raise UserError(f"{where} needs a column {need.kind!r}, a score for every pair; the data has none")
+            if need.role == "data" and not self.recipe.data.synthetic:
+                self._check_scores(where, need.kind)
             if self.recipe.sampling.n > 1 and sampled(method) and not set(SIDES).isdisjoint(need.responses):
                 raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
+
+    def _check_scores(self, where: str, column: str) -> None:
+        if column not in self.train.column_names:
+            raise UserError(f"{where} needs a column {column!r}, a score for every pair; the data has none")
+        for part, pairs in (("train", self.train), ("test", self.test)):
+            if pairs is None or column not in pairs.column_names:
+                continue
+            lacking = np.flatnonzero(~np.isfinite(np.array(pairs[column][:], dtype=np.float64)))
+            if len(lacking):
+                prompt = prompt_text(pairs["prompt"][int(lacking[0])])
+                raise UserError(
+                    f"{where} needs a number in {column!r} for every pair; {len(lacking)} of data.{part} have none, "
+                    f"the first of them with the prompt {reprlib.repr(prompt)}; give it, or leave these pairs out"
+                )
 
     def prepare(self) -> None:
         """Data, teacher, the student's start and the signals."""

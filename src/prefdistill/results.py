@@ -152,7 +152,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
     runs[0].check_models()
     with locked(out), _clean_if_refused(out):
         write_json(out / "environment.json", environment(command))
-        recipe.save(out / "recipe.yaml")
+        _begin(recipe, out)
         measured = [run.run() for run in runs]
         shaping = [run.measuring.shaping(found) for run, found in zip(runs, measured, strict=True)]
         results = {
@@ -178,6 +178,15 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
         write_json(out / "results.json", results)
         write_report([out], out / "report.html")
     return results
+
+
+def _begin(recipe: Recipe, out: Path) -> None:
+    """Write recipe.yaml. Results of another recipe go before: they would be taken for those of this one."""
+    path, text = out / "recipe.yaml", recipe.as_yaml()
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != text:
+        for name in ("report.html", "results.json"):
+            (out / name).unlink(missing_ok=True)
+    recipe.save(path)
 
 
 @contextmanager

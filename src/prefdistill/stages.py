@@ -75,6 +75,8 @@ def run_stage(
             _link(lent, directory)
             done, spent = _look(name, directory, key, replace)
         if done:
+            if team.is_main_process:
+                _lend(directory, lent)
             return Stage(name, directory, key, spent, True, done.get("peak_memory"), done.get("bytes"))
         if team.is_main_process:
             write_json(directory / REQUEST, {"key": key, "request": request, "seconds": spent})
@@ -101,11 +103,7 @@ def run_stage(
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         size = bytes_on_disk(directory)
-        if lent:
-            # waits no longer than making links takes
-            with locked(lent.parent, f".{lent.name}.lock", wait=True, together=True):
-                sweep(lent.parent, lent.name)
-                _link(directory, lent)
+        _lend(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
     return Stage(name, directory, key, seconds, False, peak.bytes, size)
 
@@ -116,6 +114,8 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
     if (directory / DONE).is_file():
         done = read_json(directory / DONE)
         if done.get("key") == key:
+            if main:
+                shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # it was killed when it was done
             say(f"{name}: reused") if main else None
             return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
     before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
@@ -135,6 +135,16 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {}, 0.0
+
+
+def _lend(directory: Path, lent: Path | None) -> None:
+    """Leave a finished stage in the pool, if there is one and it is not there yet."""
+    if lent is None or (lent / DONE).is_file():
+        return
+    # waits no longer than making links takes
+    with locked(lent.parent, f".{lent.name}.lock", wait=True, together=True):
+        sweep(lent.parent, lent.name)
+        _link(directory, lent)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -175,7 +185,7 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     """Keep a second run out of a directory; the lock goes with the process that holds it.
 
     Args:
-        directory: made if there is none, and removed again if it stays empty.
+        directory: made if there is none, and then removed again if it stays empty.
         name: of the file that is locked: another one for a single result in a directory that others may use.
         wait: for the process that holds it.
         together: for work that the processes of a run share; the main one holds the lock.
@@ -186,6 +196,7 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     """
     if processes().num_processes > 1 and not together:
         raise UserError("this is work for one process; launch sft, dpo, signals and distill on several")
+    made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file is in the way, or the place is not ours to write to
@@ -211,5 +222,6 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     finally:
         (directory / name).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
         lock.release()
-        with suppress(OSError):  # not empty, as it should be
-            directory.rmdir()
+        if made:
+            with suppress(OSError):  # not empty, as it should be
+                directory.rmdir()

@@ -186,6 +186,8 @@ class Supply:
         run.stage(name, request, make, *after)
         store = run.root / name / "store"
         try:
+            if not (store / "manifest.json").is_file():
+                make(run.root / name)  # again: it was damaged, and that was cut off
             self.stores[name] = Signals.open(store)
         except DamagedSignals as error:
             say(f"{name}: {str(error).split(';')[0]}; it is made again")

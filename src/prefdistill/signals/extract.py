@@ -93,7 +93,7 @@ def extract_signals(
         out: directory of the store.
         role: whose word it is: "teacher", "teacher_reference", "reference" (the student's starting point) or "student".
         responses: columns of the data to read: "chosen", "rejected", or what `sample` wrote ("student_response").
-        truncation: see `prefdistill.data.Truncation`.
+        truncation: see `prefdistill.encode.Truncation`.
         positions: of values: "all" states, or "endpoints", V(s_0) and V of the last state before the end token (of s_T
             where there is none). They are all that TVKD needs with discount 1, and nothing else is projected then.
         value_dtype: what values of all states are stored in; "float16" rounds them to 11 bits.
