@@ -183,7 +183,7 @@ def write_run(
                         }
                     )
                     if "tvkd" in name:
-                        lines[-1]["shaping/margin_std"] = 1.1 + rng.gauss(0, 0.05)
+                        lines[-1]["shaping/margins_abs"] = 1.1 + rng.gauss(0, 0.05)
                 log(path, seed, f"distill-{name}-{order}", lines)
     return path
 
