@@ -242,6 +242,7 @@ def write_settings(place: Path) -> None:
         "study-empty": study,
         "study-trusting": study + "overrides: {model.trust_remote_code: true}\ngrid: {methods.dpo.beta: [0.1]}\n",
         "study-grid": study + "grid: {methods.dpo.beta: 0.1}\n",
+        "study-log": study + "grid: {training.weight_decay: [0, 0.1]}\nx: training.weight_decay\nx_scale: log\n",
     }
     for name, text in studies.items():
         (place / f"{name}.yaml").write_text(text)

@@ -12,6 +12,7 @@ from prefdistill.data import load_pairs
 from prefdistill.errors import UserError
 from prefdistill.methods import METHODS
 from prefdistill.models import model_key
+from prefdistill.report.run import PANELS, load_run
 from prefdistill.results import run_recipe
 from prefdistill.signals import Signals
 
@@ -23,6 +24,7 @@ TINY = [
     "teacher.dpo.max_steps=2",
     "student.sft.max_steps=30",
     "training.max_steps=3",
+    "training.logging_steps=1",
     "model.scratch.teacher={hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     "model.scratch.student={hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     "orders=2",
@@ -74,6 +76,11 @@ def test_a_run_directory_holds_what_the_interface_names(finished):
     assert all(stage["seconds"] >= 0 and not stage["reused"] for stage in results["stages"])
     again = load_recipe(out / "recipe.yaml")
     assert again.methods.keys() == load_recipe(QUICKSTART, TINY).methods.keys()
+
+
+def test_every_panel_of_the_report_is_logged_by_some_training(finished):
+    curves = load_run(finished[0])["curves"]
+    assert {panel for stage in curves.values() for panel in stage} == set(PANELS)
 
 
 def test_everything_is_reused_by_the_same_recipe(copy, finished):

@@ -27,7 +27,7 @@ EVIL = "<script>alert(1)</script></style></pre></title><img src=https://evil.exa
 
 LABELS = {
     "teacher": "the 0.5 M teacher after SFT and DPO",
-    "sft": "the student's start",
+    "start": "the student before any method",
     "sft-chosen": "supervised training on the chosen responses",
     "dpo": "plain DPO on the pairs",
     "tvkd": "DPO with the teacher's value as shaping term",
@@ -36,7 +36,7 @@ LABELS = {
     "dpo-other-order": "DPO once more, other data order",
 }
 REWARD = {
-    "teacher": (3.41, None), "sft": (1.62, None), "sft-chosen": (2.14, -0.889), "dpo": (3.03, None),
+    "teacher": (3.41, None), "start": (1.62, None), "sft-chosen": (2.14, -0.889), "dpo": (3.03, None),
     "tvkd": (3.069, 0.039), "tvkd-shuffled": (2.981, -0.049), "oracle-margin": (3.068, 0.038),
     "dpo-other-order": (3.041, 0.011),
 }  # fmt: skip
@@ -117,10 +117,11 @@ def make_results(seeds: int = 3, orders: int = 3, recipe: str = "quickstart") ->
             {
                 "prompt": f"inc reverse [ {i} 4 7 {i + 1} ]",
                 "responses": {
-                    "teacher": f"< {i + 2} 8 5 {i + 1} >", "sft": f"< {i + 2} 8 um 5", "dpo": f"< {i + 2} 8 5 {i + 1}",
-                    "tvkd": f"< {i + 2} 8 5 {i + 1} >", "tvkd-shuffled": "" if i == 1 else f"< {i + 2} 8 5 >",
+                    "teacher": f"< {i + 2} 8 5 {i + 1} >", "start": f"< {i + 2} 8 um 5",
+                    "dpo": f"< {i + 2} 8 5 {i + 1}", "tvkd": f"< {i + 2} 8 5 {i + 1} >",
+                    "tvkd-shuffled": "" if i == 1 else f"< {i + 2} 8 5 >",
                 },
-                "scores": {"teacher": 4.0, "sft": 1.5, "dpo": 3.5, "tvkd": 4.0, "tvkd-shuffled": 2.75},
+                "scores": {"teacher": 4.0, "start": 1.5, "dpo": 3.5, "tvkd": 4.0, "tvkd-shuffled": 2.75},
             }
             for i in range(6)
         ],
@@ -183,7 +184,7 @@ def write_run(
                         }
                     )
                     if "tvkd" in name:
-                        lines[-1]["shaping/margin_std"] = 1.1 + rng.gauss(0, 0.05)
+                        lines[-1]["shaping/margins_abs"] = 1.1 + rng.gauss(0, 0.05)
                 log(path, seed, f"distill-{name}-{order}", lines)
     return path
 
@@ -261,6 +262,7 @@ def small(
     return {**results, **more}
 
 
+REFERENCES = {"teacher": None, "start": None}  # measured, but with nothing paired
 VERDICTS = {
     "win": (
         small({"tvkd": (0.039, 0.012, 10)}),
@@ -386,6 +388,7 @@ VERDICTS = {
                 "dckd": (0.1, 0.01, 10),
                 **dict.fromkeys(("adpa", "dpkd", "seqkd", "wpo"), (-0.1, 0.01, 10)),
                 "distillm2": (0.2, 0.01, 10),
+                **REFERENCES,
             }
         ),
         "No difference between TVKD and DPO could be told apart from noise on reward: 0.000 ± 0.010 (mean ± s.e. over "
@@ -407,15 +410,24 @@ VERDICTS = {
         "that is more than noise.",
     ),
     "one other method": (
-        small({"dckd": (0.14, 0.02, 10), "sft-chosen": (-1, 0.1, 10)}),
+        small({"dckd": (0.14, 0.02, 10), **REFERENCES}),
         "DCKD beat DPO by 0.140 ± 0.020 on reward (mean ± s.e. over 10 seeds).",
+    ),
+    "SFT is a method": (
+        small({"sft": (-0.5, 0.1, 10), **REFERENCES}),
+        "SFT lost to DPO by 0.500 ± 0.100 on reward (mean ± s.e. over 10 seeds).",
+    ),
+    "a method may be named after the student it is of": (
+        small({"student-a": (0.5, 0.1, 10), "base": (-0.5, 0.1, 10), **REFERENCES}),
+        "Against DPO on reward: student-a ahead (+0.500 ± 0.100), base behind (-0.500 ± 0.100) (mean ± s.e. over 10 "
+        "seeds).",
     ),
     "no baseline": (
         {"methods": {"tvkd": {"r": 1.0}}, "baseline": "dpo"},
         "The baseline, DPO, was not run, so nothing can be said about which method is better.",
     ),
     "controls only": (
-        small({"oracle-margin": (1, 0.1, 10)}),
+        small({"oracle-margin": (1, 0.1, 10), **REFERENCES}),
         "Only baselines and controls were run, so there is nothing to compare.",
     ),
     "nothing measured": ({"methods": {"tvkd": {}}}, "Nothing was measured, so there is nothing to compare."),
@@ -826,6 +838,13 @@ def test_figures_follow_the_theme_of_the_page(page: str) -> None:
         assert "<metadata" not in plot
         assert "DejaVu" not in plot
     assert "prefers-color-scheme: dark" in page
+
+
+def test_of_all_models_the_references_alone_are_grey() -> None:
+    from prefdistill.report import figures
+
+    drawn = figures.styles(["teacher", "start", "dpo", "sft", "dckd"], "dpo")
+    assert [name for name, style in drawn.items() if style.colour == figures.MUTED] == ["teacher", "start"]
 
 
 def test_rendering_is_repeatable_and_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:

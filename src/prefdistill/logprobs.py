@@ -171,6 +171,7 @@ def sum_by_response(per_state: Tensor, sizes: Tensor) -> Tensor:
     """Sum of a quantity over the states of each response: [states], states of each response [M] -> [M].
 
     Example:
+        >>> import torch
         >>> sum_by_response(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1]))
         tensor([3., 0., 3.])
     """

@@ -85,6 +85,10 @@ class Study(Section):
             for cell in cells:
                 if not isinstance(cell.x, int | float) or isinstance(cell.x, bool):
                     raise ValueError(f"x: cell {cell.name!r} gives {self.x} no number; every cell must")
+                if self.x_scale == "log" and cell.x <= 0:
+                    raise ValueError(
+                        f"x_scale: log has no place for {self.x}={cell.x} of cell {cell.name!r}; use x_scale: linear"
+                    )
         return self
 
 

@@ -137,6 +137,7 @@ def careless_response(prompt: str, rng: random.Random) -> str:
     At most 11 words, 12 tokens with the end token. The filler that opens a hurried response tells a model early which
     kind it is in: with habits that cannot be told apart, tiny models need many more steps to learn the task.
 
+    >>> import random
     >>> [careless_response("reverse inc : 3 4 5", random.Random(seed)) for seed in (4, 5, 6)]
     ['um < 3 4 well so', '< 6 5 4 >', '< 6 5 4']
     """

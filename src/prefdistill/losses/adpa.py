@@ -25,6 +25,7 @@ def advantage_score(student_logprobs: Tensor, advantages: Tensor) -> Tensor:
     Source: ADPA (arXiv 2502.17927), the advantage-guided term.
 
     Example:
+        >>> import torch
         >>> advantage_score(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, -2.0]]))
         tensor([-0.5000])
     """
@@ -51,6 +52,7 @@ def adpa_loss(sft: Tensor, score: Tensor, *, gamma: float) -> Tensor:
     Source: ADPA (arXiv 2502.17927), the training objective.
 
     Example:
+        >>> import torch
         >>> adpa_loss(torch.tensor([2.0]), torch.tensor([0.5]), gamma=1.0)
         tensor([1.5000])
     """

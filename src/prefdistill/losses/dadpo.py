@@ -37,6 +37,7 @@ def dadpo_loss(
     Source: daDPO (arXiv 2506.15717).
 
     Example:
+        >>> import torch
         >>> zero, one = torch.zeros(1), torch.ones(1)
         >>> dadpo_loss(one, zero, zero, zero, zero, zero, beta=0.5, teacher_beta=0.5)     # -log sigmoid(1)
         tensor([0.3133])

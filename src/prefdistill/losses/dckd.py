@@ -21,6 +21,7 @@ def vanillakd_loss(sft: Tensor, kl_chosen: Tensor, *, alpha: float) -> Tensor:
     Source: Hinton et al. (arXiv 1503.02531), as a baseline in ADPA (arXiv 2502.17927).
 
     Example:
+        >>> import torch
         >>> vanillakd_loss(torch.tensor([2.0]), torch.tensor([0.5]), alpha=1.0)
         tensor([2.5000])
     """
@@ -45,6 +46,7 @@ def dckd_loss(sft: Tensor, kl_chosen: Tensor, kl_rejected: Tensor, *, alpha: flo
     Source: DCKD in ADPA (arXiv 2502.17927).
 
     Example:
+        >>> import torch
         >>> dckd_loss(torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([0.25]), alpha=1.0)
         tensor([2.7500])
     """

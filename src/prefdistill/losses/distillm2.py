@@ -21,6 +21,7 @@ def distillm2_loss(skew_kl_teacher: Tensor, skew_reverse_kl_student: Tensor) -> 
     Source: DistiLLM-2 (arXiv 2503.07067), the contrastive objective, without its schedule of the skew.
 
     Example:
+        >>> import torch
         >>> distillm2_loss(torch.tensor([1.0]), torch.tensor([0.5]))
         tensor([0.7500])
     """

@@ -24,6 +24,7 @@ def rest_logprob(logprobs: Tensor) -> Tensor:
         Shape [...]; -inf where nothing is left.
 
     Example:
+        >>> import torch
         >>> rest_logprob(torch.tensor([0.25, 0.25]).log())              # log 0.5
         tensor(-0.6931)
     """
@@ -66,6 +67,7 @@ def skew_kl(
     Source: DistiLLM (arXiv 2402.03898), equation 4; the bucket is ours.
 
     Example:
+        >>> import torch
         >>> p, q = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.25]]).log()
         >>> skew_kl(p, q, skew=0.0)                                     # 0.5 log 2 + 0.25 log(1/2)
         tensor([0.1733])
@@ -110,6 +112,7 @@ def topk_kl(
     Source: Hinton et al. (arXiv 1503.02531) per token; ADPA (arXiv 2502.17927) on both responses of a pair.
 
     Example:
+        >>> import torch
         >>> p = torch.tensor([[0.5, 0.25, 0.25]]).log()
         >>> topk_kl(p, p)
         tensor([0.])
@@ -121,6 +124,7 @@ def with_rest(logprobs: Tensor, rest: Tensor | None = None) -> Tensor:
     """The k log-probabilities and that of the rest as one tensor: [N, k], [N] -> [N, k + 1].
 
     Example:
+        >>> import torch
         >>> with_rest(torch.tensor([[0.5]]).log())
         tensor([[-0.6931, -0.6931]])
     """

@@ -26,6 +26,7 @@ def dpkd_loss(
     Source: DPKD (arXiv 2406.19774), the training objective; tokens: the authors' code.
 
     Example:
+        >>> import torch
         >>> zero, one = torch.zeros(1), torch.ones(1)
         >>> dpkd_loss(one, zero, zero, zero, beta=1.0)                       # -log sigmoid(1)
         tensor([0.3133])

@@ -18,6 +18,7 @@ def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
         micro-batches, as a mean over all tokens of each micro-batch would.
 
     Example:
+        >>> import torch
         >>> sft_loss(torch.tensor([-4.0, -2.0]), torch.tensor([2, 1]))
         tensor([2., 2.])
     """
@@ -43,6 +44,7 @@ def dpo_loss(
     Source: Rafailov et al. (arXiv 2305.18290), equation 7.
 
     Example:
+        >>> import torch
         >>> zero = torch.zeros(1)
         >>> dpo_loss(zero, zero, zero, zero, beta=0.1)
         tensor([0.6931])
@@ -84,6 +86,7 @@ def tvkd_loss(
     Source: TVKD (arXiv 2509.16965), the training objective.
 
     Example:
+        >>> import torch
         >>> zero, one = torch.zeros(1), torch.ones(1)
         >>> tvkd_loss(zero, zero, zero, zero, one, zero, beta=0.1, alpha=0.7)     # -log sigmoid(0.7)
         tensor([0.4032])

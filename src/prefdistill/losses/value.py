@@ -25,6 +25,7 @@ def soft_value(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Source: TVKD (arXiv 2509.16965), the soft value function of a DPO-trained teacher.
 
     Example:
+        >>> import torch
         >>> soft_value(torch.zeros(2, 4))            # log 4, twice
         tensor([1.3863, 1.3863])
     """
@@ -68,6 +69,7 @@ def shaping_return(
     Source: TVKD (arXiv 2509.16965), shaping term psi; Ng, Harada & Russell (1999) for the invariance.
 
     Example:
+        >>> import torch
         >>> shaping_return(torch.tensor([[1.0, 2.0, 5.0]]), torch.tensor([2]), terminal="bootstrap")
         tensor([4.])
     """

@@ -110,7 +110,7 @@ def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
         "tvkd-shuffled": Style(SKY, (5, 2)),
         "oracle-margin": Style(GREEN, (6, 2, 1, 2)),
         "teacher": Style(MUTED),
-        "sft": Style(MUTED, (2, 2)),
+        "start": Style(MUTED, (2, 2)),
         "sft-chosen": Style(PURPLE, (2, 2)),
     }
     free = [Style(c, d) for d in ((), (5, 2), (1, 2)) for c in (VERMILLION, ORANGE, PURPLE, GREEN, SKY, YELLOW)]

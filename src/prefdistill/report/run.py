@@ -22,7 +22,7 @@ PANELS = {
     "rewards/accuracies": "reward accuracy",
     "logps/chosen": "log-prob of chosen",
     "logps/rejected": "log-prob of rejected",
-    "shaping/margin_std": "spread of shaping margin",
+    "shaping/margins_abs": "size of shaping margin",
 }
 
 # Optional sections of results.json and what they must be; anything else is left out and said so.

@@ -185,12 +185,14 @@ def repeats(results: Results, estimate: Estimate) -> str:
 
 def role(results: Results, name: str) -> Role:
     """Whether a row is the baseline, a reference point (teacher, start), a control or a method under test."""
+    from prefdistill.config import RESERVED_NAMES
+
     controls = results.get("controls")
     if name == results.get("baseline", "dpo"):
         return "baseline"
     if isinstance(controls, list) and name in controls:
         return "control"
-    if name == "base" or re.match(r"(teacher|student|sft)(-|$)", name):
+    if name in RESERVED_NAMES:
         return "reference"
     if re.search(r"(^|-)(shuffled|placebo|oracle|random|other-order)(-|$)", name):
         return "control"

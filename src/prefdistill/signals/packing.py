@@ -79,6 +79,7 @@ def pack_sorted(ids: ArrayLike, logps: ArrayLike, rest: ArrayLike, counts: Array
             finite, not sorted or do not sum to one with the rest.
 
     Example:
+        >>> import numpy as np
         >>> packed = pack_sorted([7, 2], np.log([0.5, 0.25]), np.log([0.25]), [2], bits=3)
         >>> packed["ids"].hex(), packed["levels"].hex(), packed["odds"].tolist()    # 7 | 2 << 3, first and last
         ('17', '03', [-0.693359375])
@@ -140,6 +141,7 @@ def unpack_sorted(
         ValueError: where the parts do not fit each other: something was cut, swapped or damaged.
 
     Example:
+        >>> import numpy as np
         >>> packed = pack_sorted([7, 2], np.log([0.5, 0.25]), np.log([0.25]), [2], bits=3)
         >>> ids, logps, rest = unpack_sorted([packed["ids"]] * 2, [packed["levels"]] * 2,
         ...     *(np.tile(packed[name], 2) for name in ("gap", "span", "odds")), [2, 2], [1, 1], bits=3)
@@ -180,6 +182,7 @@ def pack_unsorted(logps: ArrayLike, rest: ArrayLike, counts: ArrayLike) -> dict[
     Args and errors: as in `pack_sorted`, but in any order.
 
     Example:
+        >>> import numpy as np
         >>> packed = pack_unsorted(np.log([0.25, 0.5]), np.log([0.25]), [2])
         >>> packed["levels"].hex(), packed["span"].tolist()
         ('ff00', [0.693359375])
@@ -198,6 +201,7 @@ def unpack_unsorted(
     """The log-probabilities [n] and rests [S] of R responses at once; otherwise as `unpack_sorted`.
 
     Example:
+        >>> import numpy as np
         >>> packed = pack_unsorted(np.log([0.25, 0.5]), np.log([0.25]), [2])
         >>> logps, rest = unpack_unsorted([packed["levels"]], packed["span"], packed["odds"], [2], [1])
         >>> np.exp(logps).round(3).tolist(), np.exp(rest).round(3).tolist()
@@ -234,6 +238,7 @@ def kl_error(
         ValueError: on shapes that do not fit.
 
     Example:
+        >>> import numpy as np
         >>> kl_error(np.log([0.5, 0.5]), [-np.inf], np.log([0.25, 0.75]), [-np.inf], [2]).round(4).tolist()
         [0.1438]
     """
