@@ -117,11 +117,10 @@ def mt_bench(
     """
     from prefdistill.cli import _listed, _one_process, _overrides
     from prefdistill.evaluation.judges import Endpoint, judge_mt_bench
-    from prefdistill.evaluation.judges.client import FIELDS
 
     _one_process("judge mt-bench")
     results = judge_mt_bench(
-        Endpoint(url, judge_model, {**FIELDS, **_overrides(fields)}, timeout, retries, concurrency),
+        Endpoint(url, judge_model, _overrides(fields), timeout, retries, concurrency),
         out,
         questions=questions,
         prompts=prompts,
