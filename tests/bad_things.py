@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import pickle
 import shutil
@@ -268,16 +269,30 @@ def write_judging(place: Path) -> None:
     write_rows(place / "turnless.jsonl", [question, question | {"question_id": 2, "turns": "one?"}])
     write_rows(place / "category.jsonl", [question | {"category": 1}])
     write_rows(place / "same-id.jsonl", [question, question])
+    write_rows(place / "list-id.jsonl", [question | {"question_id": [1]}])
+    write_rows(place / "half-turn.jsonl", [question | {"turns": ["half a \ud800 character"]}])
+    for name, degree in {
+        "word": "hot",
+        "null": None,
+        "true": True,
+        "below": -1,
+        "nan": math.nan,
+        "huge": 10**999,
+    }.items():
+        write_rows(place / f"temperature-{name}.jsonl", [question | {"required_temperature": degree}])
     write_rows(place / "answers.jsonl", [answer])
     write_rows(place / "answers-other.jsonl", [answer | {"question_id": 7}])
     write_rows(place / "answers-short.jsonl", [answer | {"choices": []}])
     names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
     places = "{question} {answer} {ref_answer_1} {ref_answer_2} {question_1} {question_2} {answer_1} {answer_2}"
     write_rows(place / "prompts.jsonl", [{"name": name, "prompt_template": places} for name in names])
+    for key, value in {"name": ["x"], "prompt_template": 3, "system_prompt": 3}.items():
+        write_rows(place / f"prompts-{key}.jsonl", [{"name": "x", "prompt_template": "x"} | {key: value}])
     write_rows(place / "outputs.jsonl", [{"instruction": "a", "output": "b"}])
     write_rows(place / "outputs-other.jsonl", [{"instruction": "z", "output": "b"}])
     write_rows(place / "outputs-number.jsonl", [{"instruction": "a", "output": 3}])
     (place / "placeless.txt").write_text("Compare {output_1} and {output_2}.")
+    (place / "latin.txt").write_bytes("{instruction} {output_1} {output_2} café".encode("latin-1"))
     (place / "prompt.txt").write_text("For {instruction}, compare {output_1} and {output_2}.")
 
 

@@ -414,10 +414,24 @@ BAD = [
     (answers("turnless.jsonl"), "turnless.jsonl, row 1: a question has `turns`, a list of texts"),
     (answers("category.jsonl"), "category.jsonl, row 0: a question has a `category`"),
     (answers("same-id.jsonl"), "same-id.jsonl, row 1: a question has a `question_id` of its own"),
+    (
+        answers("list-id.jsonl"),
+        "list-id.jsonl, row 0: a question has a `question_id` of its own, a whole number or text",
+    ),
+    (answers("half-turn.jsonl"), "half-turn.jsonl, row 0: there is half a character in it"),
+    *(
+        (answers(f"temperature-{name}.jsonl"), f"temperature-{name}.jsonl, row 0: `required_temperature` is a finite")
+        for name in ("word", "null", "true", "below", "nan", "huge")
+    ),
+    (mt_bench(questions="list-id"), "list-id.jsonl, row 0: a question has a `question_id` of its own"),
     (mt_bench(answers="nowhere"), "nowhere.jsonl cannot be read"),
     (mt_bench(answers="answers-short"), "answers-short.jsonl, row 0"),
     (mt_bench(answers="answers-other"), "answers-other.jsonl"),
-    (mt_bench(prompts="columns"), "columns.jsonl, row 0: a prompt has 'name'"),
+    (mt_bench(prompts="columns"), "columns.jsonl, row 0: a prompt has `name`, `prompt_template` and"),
+    (mt_bench(prompts="prompts-name"), "prompts-name.jsonl, row 0: a prompt has `name`, `prompt_template` and"),
+    (mt_bench(prompts="prompts-prompt_template"), "prompts-prompt_template.jsonl, row 0: a prompt has `name`"),
+    (mt_bench(prompts="prompts-system_prompt"), "prompts-system_prompt.jsonl, row 0: a prompt has `name`"),
+    (mt_bench(references="answers-short"), "answers-short.jsonl, row 0"),
     (mt_bench("--kind", "sing"), "unknown kind 'sing'; known: single, pair"),
     (mt_bench("--kind", "pair"), "--kind pair compares two files of answers"),
     (mt_bench("model=x"), "model is no field to set"),
@@ -430,6 +444,13 @@ BAD = [
     (alpaca("outputs", "outputs-other"), "outputs-other.jsonl"),
     (alpaca("outputs", "outputs", "placeless.txt"), "placeless.txt: no place for {instruction}"),
     (alpaca("outputs", "outputs", "nowhere.txt"), "nowhere.txt is neither a file nor an evaluator"),
+    (alpaca("outputs", "outputs", "latin.txt"), "latin.txt cannot be read: not UTF-8 text"),
+    (alpaca("outputs", "outputs", "prompt.txt", "--answers", "cut.jsonl.gz"), "cut.jsonl.gz: cannot be read"),
+    (alpaca("outputs", "outputs", "prompt.txt", "--labels", "A"), "--labels takes two or three different words"),
+    (
+        alpaca("outputs", "outputs", "weighted_alpaca_eval_gpt4_turbo", "--labels", "A,B"),
+        "--labels goes with a prompt file, which weighted_alpaca_eval_gpt4_turbo is not",
+    ),
     (["judge", "nothing"], "No such command 'nothing'"),
 ]
 

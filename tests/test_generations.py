@@ -1,6 +1,8 @@
 """Responses: ROUGE-L is rouge-score's, the judge reads what RewardTrainer reads, ranges by hand, files end to end."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from datasets import Dataset
 from rouge_score import rouge_scorer
 
 from prefdistill.cli import _call
-from prefdistill.data import load_prompts
+from prefdistill.data import load_prompts, prompt_text
 from prefdistill.encode import judged_ids
 from prefdistill.errors import UserError
 from prefdistill.evaluation import estimate, pair_wins
@@ -285,6 +287,63 @@ def test_responses_are_sampled_once_and_scored(place, reward_model, capfd):
     assert (place / "e.generations.jsonl").stat().st_mtime_ns == before
     assert _call([*scored, "--seed", "1"]) == 2
     assert "holds responses of another request" in told(capfd)
+
+
+def refuse_system(model):
+    """Have the chat template of a model refuse a system message."""
+    template = Path(model) / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+
+
+@pytest.fixture
+def strict(place, reward_model):
+    """A judge that refuses the prompt of row 3."""
+    shutil.copytree(reward_model, place / "strict")
+    refuse_system(place / "strict")
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    rows[3]["prompt"].insert(0, {"role": "system", "content": "> >"})
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--reward-model", "strict"]
+
+
+def test_a_prompt_that_the_judge_cannot_read_is_known_before_it_is_answered(place, strict, capfd):
+    assert _call([*SAMPLE, *strict]) == 2
+    refusal = (
+        "row 3: the chat template of the reward model strict refuses messages of system, user, assistant (no system)"
+    )
+    assert f"pairs.jsonl, {refusal}; choose another, or change the data" in told(capfd)
+    assert not (place / "e.generations.jsonl").exists()
+    assert _call([*SAMPLE, "--generate"]) == 0
+    (place / "e.json").unlink()
+    assert _call([*EVALUATE, "--generations", "e.generations.jsonl", *strict]) == 2
+    assert f"e.generations.jsonl, {refusal}" in told(capfd)
+
+
+@pytest.mark.parametrize("limit", [[], ["--prompts", "3"]], ids=["nor does the model", "nobody asks"])
+def test_pairs_that_the_judge_cannot_read_count_for_nothing(place, strict, capfd, limit):
+    if not limit:
+        refuse_system("model")
+    assert _call([*SAMPLE, *strict, *limit]) == 0
+    assert "judge: dropped 1 row: the chat template refuses its messages (1, first row 3)" in told(capfd)
+    found = json.loads((place / "e.json").read_text())
+    rows, judge = load_prompts("e.generations.jsonl"), RewardModel("strict")
+    assert (found["judge"]["pairs"], len(rows)) == (24, 3 if limit else 23)
+    chosen = references_of(load_prompts("pairs.jsonl"))
+    prompts, texts = rows["prompt"][:], [chosen[prompt_text(prompt)] for prompt in rows["prompt"]]
+    wins = pair_wins(judge.score(prompts, rows["response"][:]), judge.score(prompts, texts))
+    assert found["metrics"]["judge_win_rate"]["mean"] == pytest.approx(wins.mean())
+
+
+def test_how_responses_were_made_is_said_only_of_the_file_that_was_made(place):
+    assert _call([*SAMPLE, "--generate"]) == 0
+    given = [*EVALUATE, "--generations", "e.generations.jsonl"]
+    for edited in (False, True):
+        if edited:
+            (place / "e.generations.jsonl").write_text((place / "e.generations.jsonl").read_text() + "\n")
+        assert _call(given) == 0
+        found = json.loads((place / "e.json").read_text())["generations"]
+        assert {"ended_share", "tokens_per_second"}.isdisjoint(found) == edited
 
 
 def test_given_responses_need_no_model_and_win_half_against_themselves(place, reward_model, capfd):

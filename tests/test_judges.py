@@ -89,6 +89,14 @@ def test_grades_are_asked_with_the_right_prompts_and_averaged_over_questions(jud
     assert all(body["messages"][0] == {"role": "system", "content": "Judge."} for body in server.seen)
 
 
+def test_fields_of_an_endpoint_win_over_the_usual_ones(judge, bench, tmp_path):
+    server = judge(lambda *_: "[[5]]")
+    for name, fields in (("more", {"temperature": 1, "seed": 3}), ("none", {"temperature": None, "max_tokens": None})):
+        judge_mt_bench(Endpoint(server.url, "j", fields), tmp_path / name, **single(bench))
+    asked = [{key: value for key, value in body.items() if key not in ("model", "messages")} for body in server.seen]
+    assert asked == [{"temperature": 1, "max_tokens": 2048, "seed": 3}] * 6 + [{}] * 6
+
+
 def prefers_longer(text, _):
     told = {letter: "".join(re.findall(rf"<answer_{letter}\w*>(.*?)</", text)) for letter in "ab"}
     return f"[[{'A' if len(told['a']) > len(told['b']) else 'B'}]]"

@@ -1,5 +1,6 @@
 """AlpacaEval: win rates of outputs by a prompt file and by the evaluators of the package."""
 
+import gzip
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from judges_for_tests import completion, jsonl
 from prefdistill.cli import _call
+from prefdistill.data import load_prompts
 from prefdistill.errors import UserError
 from prefdistill.evaluation.judges import Endpoint, judge_alpaca_eval
 from prefdistill.evaluation.judges.alpaca import length_controlled, read_evaluator
@@ -51,7 +53,7 @@ def longer(text, _):
 
 def test_win_rate_of_outputs_by_a_prompt_file(judge, outputs, tmp_path):
     server = judge(longer)
-    found = judge_alpaca_eval(Endpoint(server.url, "j", {}), tmp_path / "out", **outputs)
+    found = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs)
     pair = found["pair"]
     assert (pair["win_rate"]["mean"], pair["wins"], pair["ties"], pair["losses"]) == (0.5, 6, 0, 6)
     assert pair["consistency"]["mean"] == 1
@@ -63,13 +65,28 @@ def test_win_rate_of_outputs_by_a_prompt_file(judge, outputs, tmp_path):
     kept = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [row["preference"] for row in kept] == [1, 2] * 6
     assert (kept[0]["generator_1"], kept[0]["generator_2"], kept[3]["output_1"]) == ("theirs.jsonl", "us", "{output_1}")
-    again = judge_alpaca_eval(Endpoint(server.url, "j", {}), tmp_path / "out", **outputs)
+    again = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs)
     assert (again["asked_now"], again["pair"]) == (0, pair)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_outputs_in_the_other_files_of_sample(suffix, judge, outputs, tmp_path):
+    server = judge(longer)
+    plain = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs)
+    packed = tmp_path / f"theirs{suffix}"
+    rows = load_prompts(str(outputs["against"]))
+    with packed.open("wb") as file:
+        if suffix == ".parquet":
+            rows.to_parquet(file)
+        else:
+            file.write(gzip.compress(outputs["against"].read_bytes()))
+    found = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs | {"against": packed})
+    assert (found["asked_now"], found["pair"]) == (0, plain["pair"])  # the same words
 
 
 def test_outputs_exchanged_turn_the_win_rate_around(judge, outputs, tmp_path):
     server = judge(lambda text, _: longer(text, 0) if "do 1" in text else "M")
-    endpoint = Endpoint(server.url, "j", {})
+    endpoint = Endpoint(server.url, "j")
     there = judge_alpaca_eval(endpoint, tmp_path / "there", **outputs)["pair"]
     swapped = outputs | {"answers": outputs["against"], "against": outputs["answers"]}
     back = judge_alpaca_eval(endpoint, tmp_path / "back", **swapped)["pair"]
@@ -144,7 +161,7 @@ def test_evaluators_of_the_package(package, judge, outputs, tmp_path):
 
     server = judge(logprobs)
     files = {name: outputs[name] for name in ("answers", "against")}
-    found = judge_alpaca_eval(Endpoint(server.url, "j", {}), tmp_path / "weighted", **files, max_questions=4)
+    found = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "weighted", **files, max_questions=4)
     assert found["pair"]["win_rate"]["mean"] == 0.5
     assert found["pair"]["first_preferred"]["mean"] == pytest.approx(0.25)
     assert found["pair"]["ties"] == 4
@@ -154,11 +171,11 @@ def test_evaluators_of_the_package(package, judge, outputs, tmp_path):
     assert '"output": """oooo' in body["messages"][1]["content"]
 
     plain = judge(lambda *_: "M")
-    found = judge_alpaca_eval(Endpoint(plain.url, "j", {}), tmp_path / "none", **files, max_questions=4)
+    found = judge_alpaca_eval(Endpoint(plain.url, "j"), tmp_path / "none", **files, max_questions=4)
     assert found["pair"]["win_rate"] is None
     assert "gave no log-probabilities" in found["warnings"][-1]
     plain.seen.clear()
-    endpoint = Endpoint(plain.url, "j", {})
+    endpoint = Endpoint(plain.url, "j")
     files["prompt"] = "alpaca_eval_clf_gpt4_turbo"
     found = judge_alpaca_eval(endpoint, tmp_path / "greedy", **files, max_questions=4)
     assert (found["pair"]["ties"], found["pair"]["consistency"]["mean"]) == (4, 0)
@@ -167,7 +184,7 @@ def test_evaluators_of_the_package(package, judge, outputs, tmp_path):
 
     ranked = judge(lambda *_: "[{'model': 'model_2', 'rank': 1}, {'model': 'model_1', 'rank': 2}]")
     files["prompt"] = "alpaca_eval_gpt4"
-    found = judge_alpaca_eval(Endpoint(ranked.url, "j", {}), tmp_path / "ranked", **files, max_questions=4)
+    found = judge_alpaca_eval(Endpoint(ranked.url, "j"), tmp_path / "ranked", **files, max_questions=4)
     assert found["pair"]["first_preferred"]["mean"] == 0
 
 

@@ -453,9 +453,10 @@ JUDGE = {
 
 
 @pytest.fixture
-def judged(named):
-    """A recipe on named models with a judge of its own, and the prompts of its data, twice each."""
-    recipe = json.loads((named / "recipe.yaml").read_text())
+def judged(named, tmp_path):
+    """A recipe on copies of the named models with a judge of its own, and the prompts of its data, twice each."""
+    shared, named = named, shutil.copytree(named, tmp_path / "named")
+    recipe = json.loads((named / "recipe.yaml").read_text().replace(str(shared), str(named)))
     rows = list(load_pairs(recipe["data"]["train"]).select_columns(["prompt", "chosen", "rejected"]))
     (named / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows]))
     recipe["data"] |= {"train": str(named / "pairs.jsonl"), "test": str(named / "pairs.jsonl"), "max_test": 12}
@@ -525,17 +526,26 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     assert longer["methods"]["dpo"]["judge_score"] != results["methods"]["dpo"]["judge_score"]
 
 
-def test_rows_that_the_chat_template_refuses_are_left_out_of_every_stage(judged, tmp_path, capfd):
-    recipe = json.loads(judged.read_text())
-    for name in ("teacher", "student"):
-        template = Path(recipe["model"][name]) / "chat_template.jinja"
+def refuse_system(*models):
+    """Have the chat templates of models refuse a system message."""
+    for model in models:
+        template = Path(model) / "chat_template.jinja"
         refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         template.write_text(refusal + template.read_text())
-    pairs = Path(recipe["data"]["train"])  # of which the first are tested on
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    for row in (1, 5):
+
+
+def add_system(path, *numbers):
+    """Give the prompts of some rows a system message."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for row in numbers:
         rows[row]["prompt"].insert(0, {"role": "system", "content": "> >"})
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rows_that_the_chat_template_refuses_are_left_out_of_every_stage(judged, tmp_path, capfd):
+    recipe = json.loads(judged.read_text())
+    refuse_system(recipe["model"]["teacher"], recipe["model"]["student"])
+    add_system(recipe["data"]["train"], 1, 5)  # of which the first are tested on
     del recipe["model"]["teacher_reference"]
     few = {"max_steps": 1}
     recipe |= {"teacher": {"sft": few, "dpo": few}, "student": {"sft": few}}
@@ -557,6 +567,26 @@ def test_a_named_judge_leaves_all_pairs_to_the_students(judged, tmp_path):
     assert results["judge"]["accuracy"]["mean"] == first["judge"]["accuracy"]["mean"]
     assert results["judge"]["accuracy"]["over"] == "seeds"
     assert results["by_length"]["rouge_l"][0]["methods"]["dpo"]["over"] == "seeds"
+
+
+def test_prompts_that_a_named_judge_cannot_read_are_known_before_anything_is_made(judged, tmp_path):
+    from prefdistill.models import load_tokenizer, random_model
+    from prefdistill.pipeline import SeedRun
+
+    models, strict = json.loads(judged.read_text())["model"], tmp_path / "strict"
+    tokenizer = load_tokenizer(models["student"])
+    random_model(tokenizer, JUDGE["model"], seed=0, reward=True).save_pretrained(strict)
+    tokenizer.save_pretrained(strict)
+    refuse_system(strict)
+    add_system(judged.parent / "pairs.jsonl", 5)
+    by_name = f"reward_model.name={strict}"
+    with pytest.raises(UserError, match=r"pairs.jsonl, row 5: the chat template of the reward model .* refuses"):
+        run_recipe(load_recipe(judged, [by_name]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    SeedRun(load_recipe(judged, [by_name, "evaluate.prompts=5"]), tmp_path / "run", 0).check()
+    refuse_system(models["teacher"], models["student"])
+    results = run_recipe(load_recipe(judged, [by_name]), tmp_path / "run")  # what nobody answers, it need not read
+    assert (results["judge"]["pairs"], results["methods"]["dpo"]["judge_score"]["n"]) == (11, 9)
 
 
 def test_without_a_judge_responses_are_still_compared_with_the_references(judged, tmp_path):

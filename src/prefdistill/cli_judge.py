@@ -117,11 +117,10 @@ def mt_bench(
     """
     from prefdistill.cli import _listed, _one_process, _overrides
     from prefdistill.evaluation.judges import Endpoint, judge_mt_bench
-    from prefdistill.evaluation.judges.client import FIELDS
 
     _one_process("judge mt-bench")
     results = judge_mt_bench(
-        Endpoint(url, judge_model, {**FIELDS, **_overrides(fields)}, timeout, retries, concurrency),
+        Endpoint(url, judge_model, _overrides(fields), timeout, retries, concurrency),
         out,
         questions=questions,
         prompts=prompts,
@@ -160,8 +159,11 @@ def alpaca_eval(
         ),
     ] = "weighted_alpaca_eval_gpt4_turbo",
     labels: Annotated[
-        str, typer.Option(help="What a prompt file has the judge name: first output, second and, if it can, a tie.")
-    ] = "m,M",
+        str | None,
+        typer.Option(
+            help="What a prompt file has the judge name: first output, second and, if it can, a tie. Default: m,M"
+        ),
+    ] = None,
     max_questions: MaxQuestions = None,
     concurrency: Concurrency = 4,
     timeout: Timeout = 120,
@@ -186,7 +188,7 @@ def alpaca_eval(
         answers=answers,
         against=against,
         prompt=prompt,
-        labels=_listed(labels),
+        labels=None if labels is None else _listed(labels),
         max_questions=max_questions,
         price_in=price_in,
         price_out=price_out,

@@ -113,6 +113,16 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
         raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
+def takes(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> bool:
+    """Whether a prompt can be answered: text can, and messages that the chat template does not refuse."""
+    from jinja2 import TemplateError
+
+    try:
+        return isinstance(prompt, str) or bool(rendered(tokenizer, without_nulls(prompt), generate=True))
+    except TemplateError:
+        return False
+
+
 def highest_id(encoded: Dataset) -> int:
     """Of all tokens in the columns `*_ids`."""
     import pyarrow.compute as pc

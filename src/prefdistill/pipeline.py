@@ -96,7 +96,8 @@ class SeedRun:
             _ = self.train, self.test
             if recipe.reward_model and self.judge is None:
                 say("note: without data.test there is nothing to judge: no reward model, no pairs set aside for it")
-        if recipe.model.teacher or recipe.model.student:
+        named = bool(recipe.model.teacher or recipe.model.student)
+        if named:
             _ = self.tokenizer
         _ = self.truncation
         self._check_samples()
@@ -110,6 +111,8 @@ class SeedRun:
         trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
         if recipe.reward_model and recipe.reward_model.name:
             check_reward_model(recipe.reward_model.name, trust_remote_code=recipe.model.trust_remote_code)
+            if self.judge:
+                self.judge.check(self.tokenizer if named else None)
         elif recipe.reward_model:
             trainings.append((recipe.reward_model.training, RewardConfig))
         for training, kind in trainings:

@@ -10,7 +10,7 @@ from prefdistill.data import data_fingerprint, prompt_text
 from prefdistill.encode import without_refused
 from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
-from prefdistill.evaluation.reward_model import RewardModel
+from prefdistill.evaluation.reward_model import RewardModel, check_judged
 from prefdistill.files import read_json, write_json
 from prefdistill.models import model_key, tokenizer_identity
 from prefdistill.progress import say
@@ -18,6 +18,7 @@ from prefdistill.teach import train_reward
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
     from prefdistill.config import RewardModelOptions
     from prefdistill.pipeline import SeedRun
@@ -66,6 +67,20 @@ class Judge:
     @property
     def label(self) -> str:
         return self.options.name or f"trained on {len(self.run.judge_pairs)} pairs that no other model has seen"
+
+    def check(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+        """Whether one that is named can read the answers that it is to score, by models with this tokenizer."""
+        run, recipe = self.run, self.run.recipe
+        assert self.options.name is not None
+        assert run.test is not None
+        check_judged(
+            self.options.name,
+            run.test,
+            str(recipe.data.test),
+            tokenizer,
+            limit=recipe.evaluate.prompts,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
 
     def prepare(self) -> None:
         """Train it, unless it is named, and see what it is worth on the held-out pairs."""

@@ -458,6 +458,12 @@ def sidecar(out: Path) -> Path:
     return out.with_name(f"{out.name}.meta.json")
 
 
+def made_of(out: Path) -> dict[str, Any]:
+    """What the sidecar of a file says; nothing where there is none, or the file is not as it was written."""
+    made = read_json(sidecar(out)) if out.is_file() and sidecar(out).is_file() else None
+    return made if isinstance(made, dict) and made.get("sha256") == file_digest(out) else {}
+
+
 def _check_place(out: Path, column: str) -> None:
     if not out.name.endswith(FILE_TYPES):
         raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(FILE_TYPES)}.")
@@ -489,8 +495,8 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 def _finished(out: Path, parts: Path, request: dict[str, Any]) -> bool:
     """Whether `out` is what is asked for; refuses anything else in its place."""
     if out.exists():
-        made = read_json(sidecar(out)) if sidecar(out).is_file() else {}
-        if made.get("sha256") != file_digest(out):
+        made = made_of(out)
+        if not made:
             raise UserError(f"{out} is there and is not as `prefdistill sample` wrote it; give another --out")
         check_same_request("responses", out, made["request"], request)
         return True

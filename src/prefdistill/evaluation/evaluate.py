@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.data import RESPONSES, check_pairs, load_pairs, load_prompts
-from prefdistill.encode import Truncation
+from prefdistill.encode import Truncation, without_refused
 from prefdistill.errors import UserError
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
 from prefdistill.evaluation.generations import (
@@ -20,11 +20,10 @@ from prefdistill.evaluation.generations import (
 )
 from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
 from prefdistill.evaluation.pairs import evaluate_pairs
-from prefdistill.evaluation.reward_model import RewardModel, judge_of
-from prefdistill.files import read_json
+from prefdistill.evaluation.reward_model import RewardModel, check_judged, judge_of
 from prefdistill.models import check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.progress import say
-from prefdistill.sample import sample_responses, sidecar
+from prefdistill.sample import made_of, sample_responses
 from prefdistill.signals import Signals
 
 if TYPE_CHECKING:
@@ -151,13 +150,21 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
 
 def _evaluate_answers(request: Request, data: "Dataset | None", out: Path) -> dict[str, Any]:
     """Responses, sampled or given: their lengths, how near they are to the references, and what the judge says."""
-    file = request.generations
-    if file is None:
-        assert data is not None
-        file = out.with_name(f"{out.stem}.generations.jsonl")
-        rows = _sample(request, unique_prompts(data, request.prompts), file)
-    else:
-        rows = load_prompts(str(file))
+    given, trust = request.generations, request.trust_remote_code
+    rows = load_prompts(str(given)) if given else data
+    assert rows is not None
+    if request.reward_model:
+        check_judged(
+            request.reward_model,
+            rows,
+            str(given or request.data),
+            None if given else load_tokenizer(str(request.model), trust_remote_code=trust),
+            limit=request.prompts,
+            trust_remote_code=trust,
+        )
+    file = given or out.with_name(f"{out.stem}.generations.jsonl")
+    if not given:
+        rows = _sample(request, unique_prompts(rows, request.prompts), file)
     column = request.column if request.generations else RESPONSE
     ours = Generations.read(rows, column, references_of(data) if data is not None else None)
     measured = Measured()
@@ -165,7 +172,7 @@ def _evaluate_answers(request: Request, data: "Dataset | None", out: Path) -> di
     told: dict[str, Any] = {}
     if request.reward_model:
         told = _judge(request, measured, ours, data)
-    made = read_json(sidecar(file)) if sidecar(file).is_file() else {}
+    made = made_of(file)
     shown = {key: made[key] for key in ("ended_share", "tokens_per_second") if key in made}
     edges = request.length_ranges or None
     return {
@@ -200,9 +207,12 @@ def _judge(request: Request, measured: Measured, ours: Generations, data: "Datas
     told: dict[str, Any] = {}
     others = None
     if data is not None and set(RESPONSES) <= set(data.column_names):
-        worth = judge.judge_pairs(data)
+        pairs, dropped = without_refused(data, judge.tokenizer)
+        if dropped:
+            say(f"judge: {dropped}")
+        worth = judge.judge_pairs(pairs)
         told["judge"] = judge_of(str(request.reward_model), [worth])
-        others = by_prompt(data["prompt"][:], worth.items["chosen_score"])
+        others = by_prompt(pairs["prompt"][:], worth.items["chosen_score"])
         told["against"] = f"the chosen responses of {request.data}"
     if request.against:
         theirs = Generations.read(load_prompts(str(request.against)), request.column)

@@ -86,12 +86,17 @@ def text_of(response: Any) -> str:
     return response if isinstance(response, str) else "\n".join(message["content"] for message in response)
 
 
-def unique_prompts(rows: "Dataset", limit: int | None = None) -> "Dataset":
+def first_rows(prompts: list[Any], limit: int | None = None) -> list[int]:
     """The first row of each of the first `limit` prompts."""
     seen: dict[str, int] = {}
-    for row, prompt in enumerate(rows["prompt"][:]):
+    for row, prompt in enumerate(prompts):
         seen.setdefault(prompt_text(prompt), row)
-    return rows.select(list(seen.values())[:limit])
+    return list(seen.values())[:limit]
+
+
+def unique_prompts(rows: "Dataset", limit: int | None = None) -> "Dataset":
+    """The rows of `first_rows`."""
+    return rows.select(first_rows(rows["prompt"][:], limit))
 
 
 def references_of(rows: "Dataset") -> dict[str, str]:

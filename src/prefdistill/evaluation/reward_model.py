@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from prefdistill.encode import judged_ids
+from prefdistill.encode import judged_ids, takes
+from prefdistill.errors import UserError
+from prefdistill.evaluation.generations import first_rows
 from prefdistill.evaluation.measure import Measured, mean_of, numbered
 from prefdistill.evaluation.pairs import pair_wins, prompts_of
-from prefdistill.models import load_reward_model, ready
+from prefdistill.models import load_reward_model, load_tokenizer, ready
 from prefdistill.progress import Progress, say
 from prefdistill.signals.store import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 class RewardModel:
@@ -90,6 +93,35 @@ class RewardModel:
         measured.add("longer_is_better", pair_wins(*lengths), groups)
         measured.add("chosen_score", scores["chosen"], groups)
         return measured
+
+
+def check_judged(
+    name: str,
+    rows: "Dataset",
+    where: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Whether a reward model's chat template takes an answer to each prompt: before any of them is answered.
+
+    Args:
+        name: of the reward model.
+        rows: with the prompts, of which the first `limit` different ones are answered.
+        where: they are from.
+        tokenizer: of who answers; what its template refuses is not answered. None: it refuses none.
+
+    Raises:
+        UserError: if it refuses one, or there is no template for messages.
+    """
+    judge, prompts = load_tokenizer(name, trust_remote_code=trust_remote_code), rows["prompt"][:]
+    for row in first_rows(prompts, limit):
+        try:
+            judged_ids(judge, prompts[row], "an answer")
+        except UserError as error:
+            if tokenizer is None or takes(tokenizer, prompts[row]):
+                raise UserError(f"{where}, row {row}: {error}") from error
 
 
 def judge_of(name: str, worth: list[Measured]) -> dict[str, Any]:

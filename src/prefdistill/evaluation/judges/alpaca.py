@@ -20,7 +20,7 @@ import yaml
 from prefdistill.errors import UserError
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
-from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs
+from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs, read_text
 from prefdistill.evaluation.judges.ledger import Ledger, summary
 from prefdistill.evaluation.stats import estimate
 from prefdistill.files import value_digest, write_json
@@ -29,6 +29,7 @@ from prefdistill.stages import locked
 
 PLACES = ("instruction", "output_1", "output_2")
 DEFAULT = "weighted_alpaca_eval_gpt4_turbo"  # of AlpacaEval 2.0
+LABELS = ("m", "M")  # of a prompt file that says no others
 ORDERS = ("first", "second")
 RIDGE = 0.1  # in nats: keeps the fit finite where one side won everything, and is lost in hundreds of comparisons
 RESAMPLES = 1_000
@@ -55,7 +56,7 @@ def judge_alpaca_eval(
     answers: Path,
     against: Path,
     prompt: str = DEFAULT,
-    labels: Sequence[str] = ("m", "M"),
+    labels: Sequence[str] | None = None,
     max_questions: int | None = None,
     price_in: float | None = None,
     price_out: float | None = None,
@@ -71,7 +72,8 @@ def judge_alpaca_eval(
         answers, against: outputs of AlpacaEval's form, or files of `prefdistill sample`.
         prompt: an evaluator of the `alpaca_eval` package, or a text file with places for {instruction}, {output_1} and
             {output_2}, in ChatML or plain.
-        labels: what a prompt file has the judge say for the first output, the second and, if it can, for a tie.
+        labels: what a prompt file has the judge say for the first output, the second and, if it can, for a tie;
+            default: `LABELS`.
         max_questions: as many instructions, evenly from the whole file.
         price_in, price_out: money per million tokens.
 
@@ -215,17 +217,20 @@ def _rate(x: np.ndarray, y: np.ndarray) -> float:
 # -- how to ask --------------------------------------------------------------------------------------------------------
 
 
-def read_evaluator(prompt: str, labels: Sequence[str] = ("m", "M")) -> Evaluator:
-    """An evaluator of the `alpaca_eval` package by its name, or made of a prompt file.
+def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluator:
+    """An evaluator of the `alpaca_eval` package by its name, or made of a prompt file and its labels.
 
     Raises:
-        UserError: if it is neither, or an evaluator whose verdicts cannot be read here.
+        UserError: if it is neither, or an evaluator whose verdicts cannot be read here, or one with labels.
     """
     if Path(prompt).is_file():
+        labels = LABELS if labels is None else labels
         if len(labels) not in (2, 3) or len(set(labels)) < len(labels) or not all(labels):
             raise UserError(f"--labels takes two or three different words with commas between, got {','.join(labels)}")
-        text = Path(prompt).read_text(encoding="utf-8")
+        text = read_text(Path(prompt))
         return Evaluator(prompt, _messages(text, prompt), dict(FIELDS), partial(_by_label, labels=labels))
+    if labels is not None:
+        raise UserError(f"--labels goes with a prompt file, which {prompt} is not; an evaluator has labels of its own")
     directory = _package() / "evaluators_configs"
     config_path = directory / prompt / "configs.yaml"
     if "/" in prompt or not config_path.is_file():

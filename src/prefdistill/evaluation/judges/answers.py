@@ -13,7 +13,7 @@ from prefdistill.evaluation.judges.inputs import read_questions
 from prefdistill.files import file_digest, read_json, value_digest, write_json, write_jsonl
 from prefdistill.models import load_model, load_tokenizer, model_key, ready
 from prefdistill.progress import say
-from prefdistill.sample import sample_responses, sidecar
+from prefdistill.sample import made_of, sample_responses, sidecar
 from prefdistill.signals.store import check_same_request
 from prefdistill.stages import LOCK, locked
 
@@ -83,8 +83,8 @@ def answer_questions(
     parts = out.with_name(f"{out.name}.parts")
     with locked(parts):
         if out.exists():
-            made = read_json(sidecar(out)) if sidecar(out).is_file() else {}
-            if made.get("sha256") != file_digest(out):
+            made = made_of(out)
+            if not made:
                 raise UserError(
                     f"{out} is there and is not as `prefdistill judge answers` wrote it; give another --out"
                 )

@@ -35,7 +35,8 @@ class Endpoint:
     Args:
         url: base URL, such as http://localhost:8000/v1; credentials in it are refused.
         model: the judge's name there.
-        fields: of every request beside its messages, e.g. temperature and max_tokens.
+        fields: of every request beside its messages. They win over those of an evaluator and, where there is none, over
+            `FIELDS`.
         timeout: seconds that may pass without a byte, after which there is another attempt; one that takes twice as
             long, though bytes trickle in, is given up.
         retries: further attempts after a failure that may pass.
@@ -45,7 +46,7 @@ class Endpoint:
 
     url: str
     model: str
-    fields: dict[str, Any] = field(default_factory=lambda: dict(FIELDS))
+    fields: dict[str, Any] = field(default_factory=dict)
     timeout: float = 120.0
     retries: int = 5
     concurrency: int = 4

@@ -2,13 +2,17 @@
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefdistill import data
 from prefdistill.errors import UserError
-from prefdistill.files import file_digest, read_json
+from prefdistill.files import file_digest
+from prefdistill.sample import made_of
+from prefdistill.text import surrogate
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,37 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({names})\}}", lambda found: fields[found[1]], template)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, or of a JSON file that holds a list of them."""
+def read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path} cannot be read: {reason}") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl, .jsonl.gz or .parquet file, or of a JSON file that holds a list of them."""
+    rows = _packed_rows(path) if path.name.endswith((".jsonl.gz", ".parquet")) and path.is_file() else _json_rows(path)
+    if not rows:
+        raise UserError(f"{path}: there are no rows in it")
+    for place, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {place}: not a JSON object")
+        if surrogate(json.dumps(row, ensure_ascii=False, default=str)) is not None:
+            raise UserError(f"{path}, row {place}: there is half a character in it (\\ud800 to \\udfff); fix it")
+    return rows
+
+
+def _packed_rows(path: Path) -> list[Any]:
+    """Of the other files that `prefdistill sample` writes."""
+    rows = list(data.read_rows(str(path)))
+    if wrong := next((row for row in rows if isinstance(row, UserError)), None):
+        raise wrong
+    return rows
+
+
+def _json_rows(path: Path) -> list[Any]:
+    text = read_text(path)
     # not str.splitlines: it also parts at characters that JSON allows inside of a text
     pieces = [(0, text)] if text.lstrip().startswith("[") else list(enumerate(text.split("\n")))
     rows: list[Any] = []
@@ -57,15 +85,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             found_at, reason = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, str(error))
             raise UserError(f"{path}, line {line + found_at}: not valid JSON ({reason})") from error
         rows += found if isinstance(found, list) else [found]
-    if not rows:
-        raise UserError(f"{path}: there are no rows in it")
-    if bad := [place for place, row in enumerate(rows) if not isinstance(row, dict)]:
-        raise UserError(f"{path}, row {bad[0]}: not a JSON object")
     return rows
 
 
 def read_questions(path: Path, most: int | None = None) -> list[dict[str, Any]]:
-    """Questions with `question_id`, `category` and `turns`; where `most` are asked for, evenly from the whole file."""
+    """Questions with `question_id`, `category`, `turns`, and `required_temperature` if they have one; where `most` are
+    asked for, evenly from the whole file.
+    """
     rows = read_rows(path)
     seen: set[Any] = set()
     for place, row in enumerate(rows):
@@ -74,11 +100,17 @@ def read_questions(path: Path, most: int | None = None) -> list[dict[str, Any]]:
             raise UserError(f"{path}, row {place}: a question has `turns`, a list of texts")
         if len(turns) > 2:
             raise UserError(f"{path}, row {place}: {len(turns)} turns; the judge's prompts are for one and two")
-        if "question_id" not in row or row["question_id"] in seen:
-            raise UserError(f"{path}, row {place}: a question has a `question_id` of its own")
+        name = row.get("question_id")
+        if not isinstance(name, (str, int)) or name in seen:
+            raise UserError(f"{path}, row {place}: a question has a `question_id` of its own, a whole number or text")
         if not isinstance(row.get("category"), str):
             raise UserError(f"{path}, row {place}: a question has a `category`")
-        seen.add(row["question_id"])
+        degree = row.get("required_temperature", 0)
+        if isinstance(degree, bool) or not isinstance(degree, (int, float)) or not 0 <= degree <= sys.float_info.max:
+            raise UserError(
+                f"{path}, row {place}: `required_temperature` is a finite number, 0 or more; or leave it out"
+            )
+        seen.add(name)
     if most is not None and most < len(rows):
         rows = [rows[place * len(rows) // most] for place in range(most)]
     return rows
@@ -88,10 +120,12 @@ def read_prompts(path: Path, names: Sequence[str]) -> dict[str, Prompt]:
     """The named prompts of a file with `name`, `system_prompt` and `prompt_template`."""
     found = {}
     for place, row in enumerate(read_rows(path)):
-        try:
-            found[row["name"]] = Prompt(row["name"], row.get("system_prompt") or "", row["prompt_template"])
-        except KeyError as error:
-            raise UserError(f"{path}, row {place}: a prompt has {error}") from error
+        name, system, template = row.get("name"), row.get("system_prompt") or "", row.get("prompt_template")
+        if not (isinstance(name, str) and isinstance(system, str) and isinstance(template, str)):
+            raise UserError(
+                f"{path}, row {place}: a prompt has `name`, `prompt_template` and, if any, `system_prompt`, all text"
+            )
+        found[name] = Prompt(name, system, template)
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{path}: no prompt {missing[0]!r}; it has {', '.join(found)}")
     return {name: found[name] for name in names}
@@ -151,9 +185,6 @@ def provenance(path: Path) -> dict[str, Any]:
     rows = read_rows(path)
     names = {str(row[key]) for row in rows for key in ("model_id", "generator") if row.get(key)}
     found: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "models": sorted(names)}
-    beside = path.with_name(f"{path.name}.meta.json")
-    if beside.is_file():
-        made = read_json(beside)
-        if made.get("sha256") == found["sha256"]:
-            found["made_from"] = made.get("request")
+    if made := made_of(path):
+        found["made_from"] = made.get("request")
     return found

@@ -7,12 +7,13 @@ else is a tie, so that a judge with a preference for the first answer decides no
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefdistill.errors import UserError
 from prefdistill.evaluation.judges import verdicts
-from prefdistill.evaluation.judges.client import Endpoint, Question, Reply
+from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import Prompt, provenance, read_answers, read_prompts, read_questions
 from prefdistill.evaluation.judges.ledger import Ledger, summary
 from prefdistill.evaluation.stats import estimate
@@ -86,6 +87,7 @@ def judge_mt_bench(
         ... # doctest: +SKIP
     """
     begun = time.monotonic()
+    endpoint = replace(endpoint, fields={**FIELDS, **endpoint.fields})
     kinds = kinds or (KINDS if against else KINDS[:1])
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"unknown kind {unknown[0]!r}; known: {', '.join(KINDS)}")
