@@ -233,7 +233,22 @@ def without_refused(
     """
     if not isinstance(dataset[0]["prompt"], list):
         return dataset, Dropped.from_reasons([])
-    reasons = ["" if texts else TEMPLATE_FAILED for texts in render_pairs(dataset, tokenizer, responses)]
+    if not tokenizer.chat_template:
+        raise UserError(NO_TEMPLATE)
+    template_ending(tokenizer)
+    from jinja2 import TemplateError
+
+    def reason(row: dict[str, Any]) -> str:
+        prompt = without_nulls(row["prompt"])
+        try:
+            rendered(tokenizer, prompt, generate=True)
+            for name in responses:
+                rendered(tokenizer, prompt + without_nulls(row[name]))
+        except TemplateError:
+            return TEMPLATE_FAILED
+        return ""
+
+    reasons = [reason(row) for row in dataset]
     dropped = Dropped.from_reasons(reasons)
     if len(dropped) == len(dataset):
         raise UserError(nothing_left(dropped))
