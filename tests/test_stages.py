@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -92,6 +93,36 @@ def test_an_interrupted_stage_of_another_request_is_emptied(tmp_path):
         run_stage("sft", out, {"a": 1}, Work(fail=RuntimeError()))
     run_stage("sft", out, {"a": 2}, lambda directory: (directory / "new").write_text("x"), replace=True)
     assert names(out) == ["new", "stage-request.json", "stage.json"]
+
+
+@pytest.mark.parametrize("again", ["new", "old"])
+def test_a_stage_that_was_killed_while_it_was_emptied_is_made_from_nothing(tmp_path, monkeypatch, again):
+    def work(directory):
+        assert not any(path.name.startswith("made") for path in directory.iterdir())
+        for name in "abcd":
+            (directory / f"made-{name}").write_text("x")
+
+    def stop_at(removal):
+        count, unlink = [0], Path.unlink
+
+        def removes(path, missing_ok=False):
+            count[0] += path.parent.name == "stage" and path.exists()
+            if count[0] == removal:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        return removes
+
+    for removal in range(1, 6):  # the mark, and four files
+        shutil.rmtree(tmp_path / "stage", ignore_errors=True)
+        run_stage("sft", tmp_path / "stage", {"request": "old"}, work)
+        with monkeypatch.context() as killed:
+            killed.setattr(Path, "unlink", stop_at(removal))
+            with pytest.raises(KeyboardInterrupt):
+                run_stage("sft", tmp_path / "stage", {"request": "new"}, work, replace=True)
+        stage = run_stage("sft", tmp_path / "stage", {"request": again}, work, replace=True)
+        assert stage.reused is (again == "old" and removal == 1)  # then nothing was gone yet
+        assert len(list((tmp_path / "stage").glob("made-*"))) == 4
 
 
 def test_the_seconds_of_all_attempts_count(tmp_path, monkeypatch):

@@ -71,6 +71,7 @@ def run_stage(
         done, spent = _look(name, directory, key, replace)
         lent = pool / f"{name}-{key}" if pool else None
         if not done and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
+            _empty(directory)
             shutil.rmtree(directory, ignore_errors=True)
             _link(lent, directory)
             done, spent = _look(name, directory, key, replace)
@@ -131,10 +132,19 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
         )
     if _work(directory) and main:
         say(f"{name}: made again, because what it is made from has changed")
-        for path in directory.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _empty(directory)
     return {}, 0.0
+
+
+def _empty(directory: Path) -> None:
+    """Remove what a stage has left, so that whoever finds it half done knows it for a stage and takes up none of it."""
+    if not _work(directory):
+        return
+    write_json(directory / REQUEST, {"key": None})
+    (directory / DONE).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if path.name not in (LOCK, REQUEST):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _lend(directory: Path, lent: Path | None) -> None:
