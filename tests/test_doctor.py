@@ -554,9 +554,9 @@ def more_tokens(tokenizer):
     return tokenizer
 
 
-def other_pieces(tokenizer):
+def other_pieces(tokenizer, at="e"):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("e", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(at, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
 
@@ -588,6 +588,16 @@ def test_what_differs_between_teacher_and_student_is_found(tmp_path, tokenizer, 
     assert the(checkup, check).severity == severity
     also = {"vocabulary.special", "vocabulary.template"} if check == "vocabulary.conflict" else set()
     assert found(checkup) - also == ({check} if severity != "note" else set())
+
+
+def test_other_pieces_have_the_rows_of_the_data_where_some_are_refused(tmp_path):
+    rows = [*SYSTEM[:2], *clean()[2:4]]  # trains and rivers
+    student = make_tokenizer("gemma")
+    teacher = other_pieces(loaded(student, tmp_path), at="v")
+    models = [model_of(student, tmp_path / "student"), model_of(teacher, tmp_path / "teacher")]
+    finding = the(examine(write(tmp_path / "pairs.jsonl", rows), None, models[1], models[0]), "vocabulary.reading")
+    assert (finding.rows, finding.count, finding.of) == ((3,), 1, 2)
+    assert finding.example == f"row 3: {text_of(rows[3]['chosen'])}"
 
 
 def test_a_conflict_says_how_much_differs(tmp_path, tokenizer):
