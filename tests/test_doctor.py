@@ -113,6 +113,12 @@ def edited(changes):
     return rows
 
 
+def scored(*values):
+    """The clean rows, a few of them, with these scores of the chosen responses and 0 of the others."""
+    pairs = zip(clean(), values, strict=False)
+    return [{**row, "score_chosen": value, "score_rejected": 0.0} for row, value in pairs]
+
+
 def turns(*said):
     return [{"role": role, "content": f"{role} says {i}"} for i, role in enumerate(said)]
 
@@ -274,6 +280,32 @@ def test_broken_lines_are_counted_with_their_numbers_and_the_other_rows_keep_the
     assert (broken.count, broken.of, broken.rows) == (2, 12, (1, 2))
     assert broken.example.startswith("row 1: line 2: not valid JSON (column ")
     assert the(checkup, "data.empty-response").rows == (3,)
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "taken"),
+    [
+        ("jsonl", (True, True), False),
+        ("jsonl", (1.0, True), True),  # Arrow makes a column of numbers of it
+        ("jsonl", (True, 1.0), False),
+        ("jsonl", (1, True), False),
+        ("parquet", (True, True), False),
+        ("parquet", (1.0, True), True),
+    ],
+)
+def test_of_true_among_scores_the_loader_has_a_say(tmp_path, form, values, taken):
+    rows, source = scored(*values), tmp_path / f"pairs.{form}"
+    if form == "jsonl":
+        write(source, rows)
+    else:
+        Dataset.from_list(rows).to_parquet(source)
+    errors = [(f.check, f.message) for f in examine(str(source)).findings if f.severity == "error"]
+    if taken:
+        assert (errors, load_pairs(str(source))["score_chosen"][:]) == ([], [1.0, 1.0])
+    else:
+        with pytest.raises(UserError) as refused:
+            load_pairs(str(source))
+        assert errors == [("data.refused", str(refused.value))]
 
 
 def test_names_from_a_file_cannot_reach_the_terminal(tmp_path):
