@@ -13,7 +13,12 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from prefdistill.cli import _call
 from prefdistill.config import Training, load_recipe
@@ -24,6 +29,7 @@ from prefdistill.doctor.text import garbled
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.models import empty_model
+from prefdistill.results import run_recipe
 from prefdistill.signals import extract_signals
 from prefdistill.signals.sizes import store_bytes
 from tokenizers_for_tests import make_tokenizer
@@ -867,6 +873,42 @@ def test_a_judge_is_planned_too(tmp_path, tokenizer):
         recipe=recipe_for(tmp_path, tokenizer, asked[1], f"reward_model={{name: {tmp_path}/model, training: {{}}}}")
     )
     assert "it is a language model" in the(named, "model.shape").message
+
+
+FROM_SCRATCH = f"model={{scratch: {{vocab_size: 300, teacher: {json.dumps(SMALL)}, student: {json.dumps(SMALL)}}}}}"
+
+
+def test_a_run_takes_the_disk_that_is_planned(tmp_path, tokenizer):
+    methods = """{
+      dckd: {training: {lora: {r: 2}}}, tvkd: {}, dpo: {start: tvkd},
+      adpa-plus: {method: adpa, start: dckd, rounds: 2}, seqkd: {}}"""
+    recipe = recipe_for(
+        tmp_path,
+        tokenizer,
+        FROM_SCRATCH,
+        "training={max_steps: 1, batch_size: 4}",
+        "signals={topk_coding: float32, k: 64}",
+        "sampling.max_new_tokens=60",
+        f"methods={methods}",
+    )
+    plan = examine(recipe=recipe, out=tmp_path / "run").facts["disk"]
+    run_recipe(recipe, tmp_path / "run")
+    there = {path.name: path for path in (tmp_path / "run" / "seed-0").iterdir()}
+
+    signals = {re.match(r"signals of the (.+) on (\w+) ", name): size for name, size in plan.items()}
+    stores = {name for name in there if name.startswith("signals-")}
+    for told, size in signals.items():
+        if told:
+            start = f"signals-{told[1].replace(' ', '_')}-{told[2]}"
+            mine = {name for name in stores if f"{name}-".startswith(f"{start}-")}
+            shards = [shard.stat().st_size for name in mine for shard in there[name].rglob("*.parquet")]
+            assert 0 < sum(shards) < size + 6_000 * len(shards)  # a file has a footer
+            stores -= mine
+    assert stores == set()
+
+    weights = [path for directory in there.values() for path in directory.rglob("*.safetensors")]
+    held = sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in weights)
+    assert held == sum(size for name, size in plan.items() if name.startswith("weights of "))
 
 
 def test_what_a_run_would_refuse_is_an_error(tmp_path, tokenizer):
