@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     ByT5Tokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -875,7 +877,37 @@ def test_a_judge_is_planned_too(tmp_path, tokenizer):
     assert "it is a language model" in the(named, "model.shape").message
 
 
+def test_a_judge_need_not_be_able_to_write(tmp_path, tokenizer):
+    shape = {"num_labels": 1, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    judge = DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, **shape))
+    judge.config.save_pretrained(tmp_path / "judge")
+    asked = [f"reward_model={{name: {tmp_path}/judge, training: {{}}}}", "evaluate.prompts=4"]
+    checkup = examine(recipe=recipe_for(tmp_path, tokenizer, *asked))
+    assert found(checkup) == set()
+    assert checkup.facts["memory"]["reading the reward model"] == 4 * judge.num_parameters()
+
+
 FROM_SCRATCH = f"model={{scratch: {{vocab_size: 300, teacher: {json.dumps(SMALL)}, student: {json.dumps(SMALL)}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.arguments={save_total_limit: many}"], "save_total_limit: input should be a valid integer"),
+        (["training.lora={target_modules: [nope]}"], "training.lora: Target modules {'nope'} not found"),
+        ([FROM_SCRATCH, "model.scratch.student.hiden_size=8"], "model.scratch.student: .* did you mean 'hidden_size'"),
+        ([FROM_SCRATCH, "model.scratch.teacher.hidden_act=nope"], "model.scratch.teacher: .* there is no 'nope'"),
+        (
+            ["reward_model={model: {hiden_size: 8}, training: {}}", "evaluate.prompts=4"],
+            "reward_model.model: .* did you mean 'hidden_size'",
+        ),
+    ],
+)
+def test_a_value_of_a_recipe_that_cannot_be_is_a_finding_beside_the_others(tmp_path, tokenizer, overrides, message):
+    recipe = recipe_for(tmp_path, tokenizer, *overrides, rows=edited({1: {"chosen": ""}}))
+    checkup = examine(recipe=recipe, out=tmp_path / "runs")
+    assert found(checkup) == {"recipe.check", "data.empty-response"}
+    assert re.search(message, the(checkup, "recipe.check").message)
 
 
 def test_a_run_takes_the_disk_that_is_planned(tmp_path, tokenizer):
