@@ -13,7 +13,14 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from prefdistill.cli import _call
 from prefdistill.config import Training, load_recipe
@@ -24,6 +31,7 @@ from prefdistill.doctor.text import garbled
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
 from prefdistill.models import empty_model
+from prefdistill.results import run_recipe
 from prefdistill.signals import extract_signals
 from prefdistill.signals.sizes import store_bytes
 from tokenizers_for_tests import make_tokenizer
@@ -111,6 +119,12 @@ def edited(changes):
             is_text = isinstance(value, str) and not name.startswith("score")
             rows[row][name] = [{"role": role, "content": value}] if is_text else value
     return rows
+
+
+def scored(*values):
+    """The clean rows, a few of them, with these scores of the chosen responses and 0 of the others."""
+    pairs = zip(clean(), values, strict=False)
+    return [{**row, "score_chosen": value, "score_rejected": 0.0} for row, value in pairs]
 
 
 def turns(*said):
@@ -274,6 +288,32 @@ def test_broken_lines_are_counted_with_their_numbers_and_the_other_rows_keep_the
     assert (broken.count, broken.of, broken.rows) == (2, 12, (1, 2))
     assert broken.example.startswith("row 1: line 2: not valid JSON (column ")
     assert the(checkup, "data.empty-response").rows == (3,)
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "taken"),
+    [
+        ("jsonl", (True, True), False),
+        ("jsonl", (1.0, True), True),  # Arrow makes a column of numbers of it
+        ("jsonl", (True, 1.0), False),
+        ("jsonl", (1, True), False),
+        ("parquet", (True, True), False),
+        ("parquet", (1.0, True), True),
+    ],
+)
+def test_of_true_among_scores_the_loader_has_a_say(tmp_path, form, values, taken):
+    rows, source = scored(*values), tmp_path / f"pairs.{form}"
+    if form == "jsonl":
+        write(source, rows)
+    else:
+        Dataset.from_list(rows).to_parquet(source)
+    errors = [(f.check, f.message) for f in examine(str(source)).findings if f.severity == "error"]
+    if taken:
+        assert (errors, load_pairs(str(source))["score_chosen"][:]) == ([], [1.0, 1.0])
+    else:
+        with pytest.raises(UserError) as refused:
+            load_pairs(str(source))
+        assert errors == [("data.refused", str(refused.value))]
 
 
 def test_names_from_a_file_cannot_reach_the_terminal(tmp_path):
@@ -554,9 +594,9 @@ def more_tokens(tokenizer):
     return tokenizer
 
 
-def other_pieces(tokenizer):
+def other_pieces(tokenizer, at="e"):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("e", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(at, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
 
@@ -588,6 +628,16 @@ def test_what_differs_between_teacher_and_student_is_found(tmp_path, tokenizer, 
     assert the(checkup, check).severity == severity
     also = {"vocabulary.special", "vocabulary.template"} if check == "vocabulary.conflict" else set()
     assert found(checkup) - also == ({check} if severity != "note" else set())
+
+
+def test_other_pieces_have_the_rows_of_the_data_where_some_are_refused(tmp_path):
+    rows = [*SYSTEM[:2], *clean()[2:4]]  # trains and rivers
+    student = make_tokenizer("gemma")
+    teacher = other_pieces(loaded(student, tmp_path), at="v")
+    models = [model_of(student, tmp_path / "student"), model_of(teacher, tmp_path / "teacher")]
+    finding = the(examine(write(tmp_path / "pairs.jsonl", rows), None, models[1], models[0]), "vocabulary.reading")
+    assert (finding.rows, finding.count, finding.of) == ((3,), 1, 2)
+    assert finding.example == f"row 3: {text_of(rows[3]['chosen'])}"
 
 
 def test_a_conflict_says_how_much_differs(tmp_path, tokenizer):
@@ -825,6 +875,72 @@ def test_a_judge_is_planned_too(tmp_path, tokenizer):
         recipe=recipe_for(tmp_path, tokenizer, asked[1], f"reward_model={{name: {tmp_path}/model, training: {{}}}}")
     )
     assert "it is a language model" in the(named, "model.shape").message
+
+
+def test_a_judge_need_not_be_able_to_write(tmp_path, tokenizer):
+    shape = {"num_labels": 1, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    judge = DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, **shape))
+    judge.config.save_pretrained(tmp_path / "judge")
+    asked = [f"reward_model={{name: {tmp_path}/judge, training: {{}}}}", "evaluate.prompts=4"]
+    checkup = examine(recipe=recipe_for(tmp_path, tokenizer, *asked))
+    assert found(checkup) == set()
+    assert checkup.facts["memory"]["reading the reward model"] == 4 * judge.num_parameters()
+
+
+FROM_SCRATCH = f"model={{scratch: {{vocab_size: 300, teacher: {json.dumps(SMALL)}, student: {json.dumps(SMALL)}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.arguments={save_total_limit: many}"], "save_total_limit: input should be a valid integer"),
+        (["training.lora={target_modules: [nope]}"], "training.lora: Target modules {'nope'} not found"),
+        ([FROM_SCRATCH, "model.scratch.student.hiden_size=8"], "model.scratch.student: .* did you mean 'hidden_size'"),
+        ([FROM_SCRATCH, "model.scratch.teacher.hidden_act=nope"], "model.scratch.teacher: .* there is no 'nope'"),
+        (
+            ["reward_model={model: {hiden_size: 8}, training: {}}", "evaluate.prompts=4"],
+            "reward_model.model: .* did you mean 'hidden_size'",
+        ),
+    ],
+)
+def test_a_value_of_a_recipe_that_cannot_be_is_a_finding_beside_the_others(tmp_path, tokenizer, overrides, message):
+    recipe = recipe_for(tmp_path, tokenizer, *overrides, rows=edited({1: {"chosen": ""}}))
+    checkup = examine(recipe=recipe, out=tmp_path / "runs")
+    assert found(checkup) == {"recipe.check", "data.empty-response"}
+    assert re.search(message, the(checkup, "recipe.check").message)
+
+
+def test_a_run_takes_the_disk_that_is_planned(tmp_path, tokenizer):
+    methods = """{
+      dckd: {training: {lora: {r: 2}}}, tvkd: {}, dpo: {start: tvkd},
+      adpa-plus: {method: adpa, start: dckd, rounds: 2}, seqkd: {}}"""
+    recipe = recipe_for(
+        tmp_path,
+        tokenizer,
+        FROM_SCRATCH,
+        "training={max_steps: 1, batch_size: 4}",
+        "signals={topk_coding: float32, k: 64}",
+        "sampling.max_new_tokens=60",
+        f"methods={methods}",
+    )
+    plan = examine(recipe=recipe, out=tmp_path / "run").facts["disk"]
+    run_recipe(recipe, tmp_path / "run")
+    there = {path.name: path for path in (tmp_path / "run" / "seed-0").iterdir()}
+
+    signals = {re.match(r"signals of the (.+) on (\w+) ", name): size for name, size in plan.items()}
+    stores = {name for name in there if name.startswith("signals-")}
+    for told, size in signals.items():
+        if told:
+            start = f"signals-{told[1].replace(' ', '_')}-{told[2]}"
+            mine = {name for name in stores if f"{name}-".startswith(f"{start}-")}
+            shards = [shard.stat().st_size for name in mine for shard in there[name].rglob("*.parquet")]
+            assert 0 < sum(shards) < size + 6_000 * len(shards)  # a file has a footer
+            stores -= mine
+    assert stores == set()
+
+    weights = [path for directory in there.values() for path in directory.rglob("*.safetensors")]
+    held = sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in weights)
+    assert held == sum(size for name, size in plan.items() if name.startswith("weights of "))
 
 
 def test_what_a_run_would_refuse_is_an_error(tmp_path, tokenizer):

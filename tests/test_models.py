@@ -483,6 +483,8 @@ def test_a_random_model_fits_its_tokenizer(tokenizer, tmp_path):
         ({"hiden_size": 8}, "has no 'hiden_size'; did you mean 'hidden_size'"),
         ({"vocab_size": 8}, "has no 'vocab_size'"),  # the tokenizer says
         ({"hidden_size": "large"}, "cannot be made: .*hidden_size.*expected int"),
+        ({"hidden_size": -8}, "cannot be made: .*negative dimension"),
+        ({"hidden_act": "nope"}, "cannot be made: there is no 'nope'"),
         ({"num_attention_heads": 3}, r"cannot be made: .*hidden size \(16\) is not a multiple"),
     ],
 )

@@ -630,3 +630,4 @@ def test_judges_that_cannot_be(judged, tmp_path, override, message):
     overrides = [override, "reward_model.training.micro_batch_size=2"] if "batch_size" in override else [override]
     with pytest.raises(UserError, match=re.escape(message)):
         run_recipe(load_recipe(judged, overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -163,23 +163,27 @@ def load_model(
     return model
 
 
-def empty_model(name: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base.
 
+    Args:
+        reward: a sequence classifier in place of a language model.
+
     Raises:
-        UserError: if there is no such model, or it is no causal language model.
+        UserError: if there is no such model, or it is not of this kind.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     base = name
     try:
         base = _base_of(name)
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return kind.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _refused("model", base, error) from error
+        raise _refused("reward model" if reward else "model", base, error) from error
 
 
 def check_model(name: str, *, trust_remote_code: bool = False) -> None:
@@ -527,8 +531,8 @@ def check_shape(shape: dict[str, Any], ours: dict[str, Any] | None = None) -> No
     Raises:
         UserError: as `random_model` does.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig
+    import torch
+    from transformers import LlamaConfig, LlamaModel
 
     ours = ours or {}
     known = inspect.signature(LlamaConfig).parameters.keys() - {*ours, *TOKEN_ARGUMENTS}
@@ -537,9 +541,12 @@ def check_shape(shape: dict[str, Any], ours: dict[str, Any] | None = None) -> No
         hint = f"did you mean {close[0]!r}?" if close else "it has hidden_size, num_hidden_layers, ..."
         raise UserError(f"the shape of a model from scratch has no {unknown[0]!r}; {hint}")
     try:
-        LlamaConfig(**shape, **ours)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"a model of this shape cannot be made: {' '.join(str(error).split())}") from error
+        with torch.device("meta"):
+            LlamaModel(LlamaConfig(**shape, **ours))
+    except Exception as error:  # what strange values make it raise has no narrower class
+        reason = " ".join(str(error).split())
+        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
+        raise UserError(f"a model of this shape cannot be made: {reason}") from error
 
 
 def texts_of(dataset: Any) -> Iterator[str]:

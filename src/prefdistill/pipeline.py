@@ -104,19 +104,13 @@ class SeedRun:
         if recipe.model.scratch:
             check_shape(recipe.model.scratch.teacher)
             check_shape(recipe.model.scratch.student)
-        trainings: list[tuple[Training, type[Any]]] = [
-            (run.training, arguments_kind(self.methods[name])) for name, run in recipe.methods.items()
-        ]
-        trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
-        trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
         if recipe.reward_model and recipe.reward_model.name:
             check_reward_model(recipe.reward_model.name, trust_remote_code=recipe.model.trust_remote_code)
             if self.judge:
                 self.judge.check(self.tokenizer if named else None)
         elif recipe.reward_model:
-            trainings.append((recipe.reward_model.training, RewardConfig))
-        for training, kind in trainings:
-            training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
+            check_shape(recipe.reward_model.model or {}, {"num_labels": 1})
+        self.check_trainings()
         for name, method in self.methods.items():
             self._check_method(f"methods.{name}", method)
         if len(self.reference_bf16()) > 1:
@@ -124,6 +118,19 @@ class SeedRun:
         for name, run in recipe.methods.items():
             if run.rounds > 1 and "student_response" not in self.methods[name].responses:
                 raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+    def check_trainings(self) -> None:
+        """Of `check`, what needs neither data nor models: whether the arguments of every training are taken."""
+        recipe = self.recipe
+        trainings: list[tuple[Training, type[Any]]] = [
+            (run.training, arguments_kind(self.methods[name])) for name, run in recipe.methods.items()
+        ]
+        trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
+        trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
+        if recipe.reward_model and not recipe.reward_model.name:
+            trainings.append((recipe.reward_model.training, RewardConfig))
+        for training, kind in trainings:
+            training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
 
     def check_models(self) -> None:
         """Whether the models that are named can be loaded; this fetches those of the Hub."""

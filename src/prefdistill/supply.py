@@ -99,13 +99,7 @@ class Supply:
         run = self.run
         if run.test is None:
             return []
-        needs = [n for m in run.methods.values() for n in m.needs if n.role != "data"]
-        kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
-        wanted = {"reference": {"logps"}}  # every student is compared with its start
-        if any(n.role == "teacher" for n in needs):
-            wanted["teacher"] = kinds | {"values", "logps", "q"}
-            if run.teacher_reference != run.teacher:
-                wanted["teacher_reference"] = {"logps"}
+        wanted = held_out(run.methods.values(), run.teacher_reference != run.teacher)
         first = run.starts["start"]
         return [self.stores[self._read(role, kinds, SIDES, "test", first)] for role, kinds in sorted(wanted.items())]
 
@@ -195,6 +189,18 @@ class Supply:
             make(run.root / name)
             self.stores[name] = Signals.open(store)
         return name
+
+
+def held_out(methods: Iterable[Method], teacher_reference: bool) -> dict[str, set[str]]:
+    """The kinds of signals that are read of the held-out pairs, by role, with or without a teacher's reference."""
+    needs = [need for method in methods for need in method.needs]
+    kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
+    wanted = {"reference": {"logps"}}  # every student is compared with its start
+    if any(n.role == "teacher" for n in needs):
+        wanted["teacher"] = kinds | {"values", "logps", "q"}
+        if teacher_reference:
+            wanted["teacher_reference"] = {"logps"}
+    return wanted
 
 
 def split(needs: Iterable[Need]) -> list[Need]:

@@ -154,7 +154,7 @@ def scores(data: PairSet) -> Iterator[Finding]:
 
 def _is_number(value: Any) -> bool:
     try:
-        return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
+        return isinstance(value, Real) and bool(np.isfinite(float(value)))  # of true and false the loader has a say
     except OverflowError:  # an integer of hundreds of digits
         return False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,16 +95,27 @@ def examine(
     _look_at_models(checkup, sets, models)
     there = [*machine.place(Path(out))]
     checkup.findings += there
-    _look_at_machine(checkup, recipe, models, None if there else Path(out))
-    if recipe is not None and checkup.ok:
-        from prefdistill.pipeline import SeedRun
+    with _refusals(checkup):
+        run = None
+        if recipe is not None:
+            from prefdistill.pipeline import SeedRun
 
-        try:
-            SeedRun(recipe, Path(out), recipe.seed).check()
-        except UserError as error:
-            checkup.findings.append(Finding("recipe.check", "error", str(error), "Change the recipe."))
+            run = SeedRun(recipe, Path(out), recipe.seed)
+            run.check_trainings()  # the plan counts with what they say
+        _look_at_machine(checkup, recipe, models, None if there else Path(out))
+        if run is not None and checkup.ok:
+            run.check()
     checkup.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return checkup
+
+
+@contextmanager
+def _refusals(checkup: Checkup, where: str = "") -> Iterator[None]:
+    """What a run would refuse of the recipe is a finding; the checks go on behind it."""
+    try:
+        yield
+    except UserError as error:
+        checkup.findings.append(Finding("recipe.check", "error", f"{where}{error}", "Change the recipe."))
 
 
 @dataclass
@@ -130,8 +143,8 @@ class _Models:
             for role, name in (("student", student), ("teacher", teacher)):
                 if own is not None and name is None:
                     self.tokenizers[role] = own
-                    with torch.device("meta"):
-                        self.shapes[role] = random_model(own, getattr(scratch, role), seed=0)
+                    if model := self._made(f"model.scratch.{role}", own, getattr(scratch, role)):
+                        self.shapes[role] = model
         self.reader = self.tokenizers.get("student") or self.tokenizers.get("teacher")
         if recipe and recipe.reward_model:
             self._judge(recipe.reward_model)
@@ -140,19 +153,25 @@ class _Models:
         if asked.name is not None:
             try:
                 check_reward_model(asked.name, trust_remote_code=self.trust_remote_code)
-                self.judge = empty_model(asked.name, trust_remote_code=self.trust_remote_code)
+                self.judge = empty_model(asked.name, reward=True, trust_remote_code=self.trust_remote_code)
             except UserError as error:
                 self._lacks("shape", "reward model", error)
         elif self.reader is not None:
-            with torch.device("meta"):
-                self.judge = random_model(self.reader, asked.model or {}, seed=0, reward=True)
+            self.judge = self._made("reward_model.model", self.reader, asked.model or {}, reward=True)
+
+    def _made(
+        self, where: str, tokenizer: PreTrainedTokenizerBase, shape: dict[str, Any], reward: bool = False
+    ) -> PreTrainedModel | None:
+        with _refusals(self.checkup, f"{where}: "), torch.device("meta"):
+            return random_model(tokenizer, shape, seed=0, reward=reward)
+        return None
 
     def lend_template(self) -> list[Finding]:
         """As a recipe does; a finding if there is none to lend, or it is a loan."""
         if self.reader is None or self.reader.chat_template:
             return []
         teacher = self.tokenizers.get("teacher")
-        findings = [*template.missing(self.reader, teacher)]
+        findings = [*template.missing(teacher)]
         self.reader.chat_template = teacher.chat_template if teacher else None
         return findings
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,12 +16,11 @@ from prefdistill.config import DPOTraining, Recipe, Training, validate
 from prefdistill.doctor.findings import Finding, Severity
 from prefdistill.errors import UserError
 from prefdistill.logprobs import vocabulary_rows
-from prefdistill.methods import make_method, sampled
+from prefdistill.methods import Method, make_method, sampled
 from prefdistill.models import default_device, default_dtype
 from prefdistill.places import check_place
 from prefdistill.signals.sizes import store_bytes
-from prefdistill.signals.store import Need
-from prefdistill.supply import source, split
+from prefdistill.supply import STUDENT, held_out, source, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,22 +78,34 @@ def training_bytes(model: PreTrainedModel, training: Training, dtype: str) -> in
     .. math:: 4 n b \quad\text{or, with adapters of } m \text{ weights,}\quad n b + 16 m
     """
     weights = weight_bytes(model, dtype)
+    if training.lora is None:
+        return weights * (2 + ADAM)
+    return weights + adapter_bytes(model, training) * (2 + ADAM)
+
+
+def adapter_bytes(model: PreTrainedModel, training: Training) -> int:
+    """Of what LoRA adds to the weights, in float32; 0 without.
+
+    Raises:
+        UserError: if the model has nothing that the adapter asks for.
+    """
     config = training.peft_config()
     if config is None:
-        return weights * (2 + ADAM)
+        return 0
     from peft import get_peft_model
 
-    adapted = get_peft_model(copy.deepcopy(model), config)
-    return weights + adapted.get_nb_trainable_parameters()[0] * 4 * (2 + ADAM)  # adapters are float32
+    try:
+        adapted = get_peft_model(copy.deepcopy(model), config)
+    except ValueError as error:
+        raise UserError(f"training.lora: {error}") from error
+    return adapted.get_nb_trainable_parameters()[0] * 4
 
 
 def checkpoint_bytes(model: PreTrainedModel, training: Training, dtype: str) -> int:
     """Of those that are kept and one more: an old one goes when the new one is whole; without gradients."""
-    trained = training_bytes(model, training, dtype)
-    if training.lora is not None:
-        trained -= weight_bytes(model, dtype)
+    trained = weight_bytes(model, dtype) if training.lora is None else adapter_bytes(model, training)
     kept = training.arguments.get("save_total_limit") or 1
-    return (cast(int, kept) + 1) * trained * (1 + ADAM) // (2 + ADAM)
+    return (cast(int, kept) + 1) * trained * (1 + ADAM)
 
 
 def plan_for(
@@ -113,17 +125,19 @@ def plan_for(
     def trained(what: str, model: PreTrainedModel, training: Training, held_beside: int, times: int) -> None:
         beside = held_beside * weight_bytes(model, dtype)
         plan.memory[f"training {what}"] = training_bytes(model, training, dtype) + beside
-        plan.disk[f"weights of {what}"] = weight_bytes(model, dtype) * times
+        plan.disk[f"weights of {what}"] = (weight_bytes(model, dtype) + adapter_bytes(model, training)) * times
         checkpoints.append(checkpoint_bytes(model, training, dtype))
 
+    for role, model in models.items():
+        if getattr(recipe.model, role) is None:
+            plan.disk[f"weights of the {role} from scratch"] = weight_bytes(model, "float32") * recipe.seeds
     if teacher is not None:
         for stage, training in (("SFT", recipe.teacher.sft), ("DPO", recipe.teacher.dpo)):
             if training is not None:
                 beside = int(isinstance(training, DPOTraining) and training.lora is None)
                 trained(f"the teacher's {stage}", teacher, training, beside, recipe.seeds)
     methods = {name: make_method(run.method, run.options) for name, run in recipe.methods.items()}
-    needs = [need for method in methods.values() for need in split(method.needs)]
-    if teacher is not None and any(need.role == "teacher" for need in needs):
+    if teacher is not None and any(need.role == "teacher" for method in methods.values() for need in method.needs):
         asked = recipe.signals.dtype or default_dtype("teacher")
         plan.memory["reading the teacher"] = weight_bytes(teacher, asked, recipe.signals.quantization)
     if student is not None:
@@ -140,10 +154,12 @@ def plan_for(
     rows = {role: vocabulary_rows(model) for role, model in models.items()}
     for where, part in (("train", train), ("test", test)):
         if part is not None and rows:
-            plan.disk |= _signals(recipe, needs, where, part, max(rows.values()))
-    drawn = {response for method in methods.values() for response in sampled(method)}
+            plan.disk |= _signals(recipe, methods, where, part, max(rows.values()))
+    drawn = {(response, name) for name, method in methods.items() for response in sampled(method)}
     if train is not None and drawn:
-        most = train.pairs * recipe.sampling.n * recipe.sampling.max_new_tokens * len(drawn)
+        times = _starts(recipe, [name for response, name in drawn if response == STUDENT])
+        times += any(response != STUDENT for response, _ in drawn)  # the teacher's are drawn once
+        most = train.pairs * recipe.sampling.n * recipe.sampling.max_new_tokens * times
         plan.disk["sampled responses, at most"] = most * 5 * recipe.seeds  # characters of a token
     plan.disk["checkpoints while training"] = max(checkpoints)
     plan.disk = {what: size for what, size in plan.disk.items() if size}
@@ -155,34 +171,50 @@ def _one(load: Any, adapter: bool) -> dict[str, Any]:
     return {"model": load()}
 
 
-def _signals(recipe: Recipe, needs: list[Need], where: str, part: Lengths, vocabulary: int) -> dict[str, int]:
+def _signals(recipe: Recipe, methods: dict[str, Method], where: str, part: Lengths, vocabulary: int) -> dict[str, int]:
     asked = recipe.signals
+    packed = asked.topk_coding != "float32" if asked.topk_coding else asked.k != "vocab"
+    readers: dict[tuple[str, str], set[str]] = defaultdict(set)  # methods, by model and responses
+    kinds: dict[tuple[str, str], set[str]] = defaultdict(set)
+    if where == "test":
+        reference = recipe.teacher.dpo is not None or recipe.model.teacher_reference is not None
+        kinds |= {(role, where): read for role, read in held_out(methods.values(), reference).items()}
+    else:
+        for name, method in methods.items():
+            for need in split(method.needs):
+                readers[need.role, source(need)].add(name)
+                kinds[need.role, source(need)].add(need.kind)
     found: dict[str, int] = {}
-    for role in dict.fromkeys(need.role for need in needs):
-        mine = [need for need in needs if need.role == role and source(need) == "train"]
-        kinds = {need.kind for need in mine}
-        if where == "test":  # the terms that every student is compared with, and no distributions
-            kinds = {"logps"} if role != "teacher" else (kinds - {"topk"}) | {"values", "logps", "q"}
-        if not kinds:
-            continue
+    for (role, of), read in kinds.items():
+        drawn = of not in ("train", "test")
+        responses = part.pairs * (recipe.sampling.n if drawn else 2)
         size = store_bytes(
-            kinds,
-            part.tokens,
-            2 * part.pairs,
+            read,
+            responses * recipe.sampling.max_new_tokens if drawn else part.tokens,
+            responses,
             vocabulary,
-            positions=asked.positions if kinds == {"values"} and where == "train" else "all",
+            positions=asked.positions if read == {"values"} and where == "train" else "all",
             value_dtype=asked.value_dtype,
             k=asked.k,
-            packed=asked.topk_coding != "float32" if asked.topk_coding else asked.k != "vocab",
+            packed=packed,
             own_ids=role == "teacher",
         )
-        found[f"signals of the {role.replace('_', ' ')} on {where} ({', '.join(sorted(kinds))})"] = size * recipe.seeds
-    for need in [need for need in needs if source(need) != "train" and where == "train"]:
-        responses = part.pairs * recipe.sampling.n
-        tokens = responses * recipe.sampling.max_new_tokens
-        size = store_bytes([need.kind], tokens, responses, vocabulary, k=asked.k, own_ids=need.role == "teacher")
-        found[f"signals of the {need.role} on {source(need)} ({need.kind}), at most"] = size * recipe.seeds
+        own = where == "train" and (role == "reference" or of == STUDENT)
+        size *= recipe.seeds * (_starts(recipe, readers[role, of]) if own else 1)
+        what = f"signals of the {role.replace('_', ' ')} on {of} ({', '.join(sorted(read))})"
+        found[what + (", at most" if drawn else "")] = size
     return found
+
+
+def _starts(recipe: Recipe, names: Iterable[str]) -> int:
+    """How many models the students of these methods start from; each is read, and answers, on its own."""
+    starts: set[object] = set()
+    for name in names:
+        run = recipe.methods[name]
+        for order in range(recipe.orders):
+            starts.add((run.start, order) if run.start else None)
+            starts |= {(name, order, number) for number in range(1, run.rounds)}
+    return len(starts)
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 QUESTION, ANSWER, SYSTEM = "probe question", "probe answer", "probe instruction"
 
 
-def missing(tokenizer: PreTrainedTokenizerBase, lender: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
+def missing(lender: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
     """What follows from a tokenizer without a template; `lender` is the teacher's."""
     if lender is not None and lender.chat_template:
         yield Finding(

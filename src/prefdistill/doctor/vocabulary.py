@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.doctor.findings import Finding, excerpt
+from prefdistill.doctor.findings import FIRST_ROWS, Finding, excerpt
 from prefdistill.encode import encode_whole
 from prefdistill.errors import UserError
 from prefdistill.logprobs import vocabulary_rows
@@ -82,13 +82,14 @@ def same_reading(
     if not rows or token_conflicts(student, teacher):
         return
     try:
-        texts = [texts for texts, _ in encode_whole([pair.columns for pair in rows], student) if texts]
+        whole = encode_whole([pair.columns for pair in rows], student)
+        read = [(pair, texts[1]) for pair, (texts, _) in zip(rows, whole, strict=True) if texts]
     except UserError:
         return  # the student's tokenizer cannot read them; that is another finding
     ours, theirs = (
-        tokenizer([t[1] for t in texts], add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)
+        tokenizer([text for _, text in read], add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)
     )
-    other = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    other = [pair for (pair, _), a, b in zip(read, ours, theirs, strict=True) if a != b]
     if other:
         yield Finding(
             "vocabulary.reading",
@@ -96,9 +97,9 @@ def same_reading(
             "the two tokenizers share their ids, and cut a text into different tokens",
             "Use the same tokenizer files for both; the teacher is read with the student's.",
             len(other),
-            len(texts),
-            tuple(rows[i].row for i in other[:5]),
-            f"row {rows[other[0]].row}: {excerpt(rows[other[0]].texts['chosen'])}",
+            len(read),
+            tuple(pair.row for pair in other[:FIRST_ROWS]),
+            f"row {other[0].row}: {excerpt(other[0].texts['chosen'])}",
             name,
         )
 
