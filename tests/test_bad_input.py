@@ -258,6 +258,7 @@ BAD = [
     (distill("arguments.adam_beta1=7"), "training arguments: Invalid beta parameter at index 0: 7"),
     (run("methods.dpo.training.arguments.adam_beta1=7"), "training arguments: Invalid beta parameter at index 0: 7"),
     (distill("arguments.resume_from_checkpoint=x"), "arguments.resume_from_checkpoint has no effect"),
+    (distill("arguments.save_total_limit=0"), "arguments.save_total_limit=0: one checkpoint is kept at least"),
     (distill("arguments.save_only_model=true"), "arguments.save_only_model: a run could not go on from such a checkpo"),
     (distill("arguments.hub_token=hf_secret"), "arguments.hub_token would be in the results; set HF_TOKEN"),
     (distill("=1"), "'=1' is not an override; write key=value"),

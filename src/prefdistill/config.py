@@ -135,6 +135,9 @@ class Training(Section):
                 raise ValueError(f"arguments.{name} would be in the results; set HF_TOKEN in the environment instead")
         if "resume_from_checkpoint" in self.arguments:
             raise ValueError("arguments.resume_from_checkpoint has no effect: a run goes on from its last checkpoint")
+        limit = self.arguments.get("save_total_limit")
+        if isinstance(limit, int) and limit < 1:
+            raise ValueError(f"arguments.save_total_limit={limit}: one checkpoint is kept at least; give 1 or more")
         if self.arguments.get("save_only_model"):
             raise ValueError("arguments.save_only_model: a run could not go on from such a checkpoint; leave it out")
         return self
