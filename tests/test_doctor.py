@@ -881,6 +881,7 @@ def test_a_judge_need_not_be_able_to_write(tmp_path, tokenizer):
     shape = {"num_labels": 1, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     judge = DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, **shape))
     judge.config.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
     asked = [f"reward_model={{name: {tmp_path}/judge, training: {{}}}}", "evaluate.prompts=4"]
     checkup = examine(recipe=recipe_for(tmp_path, tokenizer, *asked))
     assert found(checkup) == set()

@@ -195,7 +195,7 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     """Keep a second run out of a directory; the lock goes with the process that holds it.
 
     Args:
-        directory: made if there is none, and then removed again if it stays empty.
+        directory: made if there is none, and removed again if it ends up empty; one that was there and empty stays.
         name: of the file that is locked: another one for a single result in a directory that others may use.
         wait: for the process that holds it.
         together: for work that the processes of a run share; the main one holds the lock.
@@ -206,8 +206,8 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     """
     if processes().num_processes > 1 and not together:
         raise UserError("this is work for one process; launch sft, dpo, signals and distill on several")
-    made = not directory.exists()
     try:
+        was_empty = directory.is_dir() and not any(directory.iterdir())
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file is in the way, or the place is not ours to write to
         if disk_full(error):
@@ -232,6 +232,6 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
     finally:
         (directory / name).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
         lock.release()
-        if made:
+        if not was_empty:
             with suppress(OSError):  # not empty, as it should be
                 directory.rmdir()
