@@ -778,6 +778,21 @@ def test_processes_and_batches_do_not_change_the_result():
     assert one["row"][:5] == [0, 1, 2, 3, 5]
 
 
+def test_rows_of_a_saved_data_set_that_was_made_again_are_the_new_ones(tmp_path):
+    """The fingerprint is that of the code that made them, and what was mapped before lies beside the old rows."""
+    answers = tmp_path / "answers.txt"
+    source = Dataset.from_list([{"prompt": "p", "rejected": "no"}])
+
+    def longest():
+        source.map(lambda row: {**row, "chosen": answers.read_text()}).save_to_disk(str(tmp_path / "saved"))
+        return load_pairs(str(tmp_path / "saved")).map(lambda row: {"size": len(row["chosen"])})["size"][0]
+
+    for answer in ("short", "a longer one"):
+        answers.write_text(answer)
+        assert longest() == len(answer)
+    assert not list((tmp_path / "saved").glob("cache-*"))
+
+
 # ---- Real data
 
 

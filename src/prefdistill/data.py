@@ -194,7 +194,8 @@ def _read_directory(path: Path, split: str) -> Dataset:
         ):
             return load_dataset(str(path), split=split, cache_dir=cache, keep_in_memory=True)
     with _explain(f"{path}: the saved data set cannot be read. Save it again"):
-        saved = load_from_disk(str(path))
+        # In memory: a later `map` would take its results from files beside the data, which goes by an old fingerprint.
+        saved = load_from_disk(str(path), keep_in_memory=True)
     if not isinstance(saved, DatasetDict):
         return saved
     if split not in saved:
