@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attempts import Fault, Job, attempt
-from benchmarks.faults import SHAPE, WORDS, command, make_place, without_clocks
+from benchmarks.faults import SHAPE, WORDS, command, make_place, results
 
 MOMENTS = 400  # changes to the directory, of which one is drawn for a fault
 RECIPE = {
@@ -94,9 +94,10 @@ def change_option(recipe: dict[str, Any], place: Path, draw: random.Random) -> s
     section = recipe
     for name in sections:
         section = section.setdefault(name, {})
-    section[last] = value
     if value is None:
-        del section[last]
+        section.pop(last, None)
+    else:
+        section[last] = value
     return key
 
 
@@ -186,7 +187,7 @@ def live(place: Path, calls: int, seed: int) -> Tally:
 
 
 def _results(out: Path) -> Any:
-    found = without_clocks(json.loads((out / "results.json").read_text()))
+    found = results(out)
     del found["stages"]  # which of them were made, and which were there
     return found
 

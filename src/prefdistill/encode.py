@@ -18,6 +18,7 @@ from prefdistill.data import NO_CACHE, RESPONSES, check_pairs, data_fingerprint,
 from prefdistill.errors import UserError
 from prefdistill.files import value_digest
 from prefdistill.models import tokenizer_identity
+from prefdistill.progress import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,14 +114,22 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
         raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def takes(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> bool:
-    """Whether a prompt can be answered: text can, and messages that the chat template does not refuse."""
+def rendered_row(tokenizer: PreTrainedTokenizerBase, prompt: Any, *answers: Any) -> tuple[str, ...] | None:
+    """The texts of a prompt of messages, and of it with each answer; None where the chat template refuses."""
     from jinja2 import TemplateError
 
+    # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
+    start, *ends = (without_nulls(messages) for messages in (prompt, *answers))
     try:
-        return isinstance(prompt, str) or bool(rendered(tokenizer, without_nulls(prompt), generate=True))
+        asked = rendered(tokenizer, start, generate=True)
+        return asked, *(rendered(tokenizer, start + end) for end in ends)
     except TemplateError:
-        return False
+        return None
+
+
+def takes(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> bool:
+    """Whether a prompt can be answered: text can, and messages that the chat template does not refuse."""
+    return isinstance(prompt, str) or rendered_row(tokenizer, prompt) not in (None, ("",))
 
 
 def highest_id(encoded: Dataset) -> int:
@@ -224,36 +233,27 @@ def render_pairs(
 
 
 def without_refused(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = RESPONSES
-) -> tuple[Dataset, Dropped]:
-    """The rows whose messages the chat template takes, and what was dropped. Plain text needs no template.
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, responses: tuple[str, ...] = RESPONSES
+) -> Dataset:
+    """The rows whose messages the chat template takes; `what` they are for says what was dropped. Text needs none.
 
     Raises:
         UserError: the tokenizer has no chat template, or no row is left.
     """
     if not isinstance(dataset[0]["prompt"], list):
-        return dataset, Dropped.from_reasons([])
+        return dataset
     if not tokenizer.chat_template:
         raise UserError(NO_TEMPLATE)
     template_ending(tokenizer)
-    from jinja2 import TemplateError
-
-    def reason(row: dict[str, Any]) -> str:
-        prompt = without_nulls(row["prompt"])
-        try:
-            rendered(tokenizer, prompt, generate=True)
-            for name in responses:
-                rendered(tokenizer, prompt + without_nulls(row[name]))
-        except TemplateError:
-            return TEMPLATE_FAILED
-        return ""
-
-    reasons = [reason(row) for row in dataset]
+    texts = (rendered_row(tokenizer, row["prompt"], *(row[name] for name in responses)) for row in dataset)
+    reasons = ["" if found else TEMPLATE_FAILED for found in texts]
     dropped = Dropped.from_reasons(reasons)
+    if not dropped:
+        return dataset
     if len(dropped) == len(dataset):
         raise UserError(nothing_left(dropped))
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    return (dataset.select(kept) if dropped else dataset), dropped
+    say(f"{what}: {dropped}")
+    return dataset.select([index for index, reason in enumerate(reasons) if not reason])
 
 
 def nothing_left(dropped: Dropped) -> str:
@@ -369,15 +369,10 @@ class _PairEncoder:
                 for text, was_cut in zip(responses, cut, strict=True)
             )
             return prompt, *(prompt + text for text in whole)
-        from jinja2 import TemplateError
-
-        # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
-        prompt, *answers = (without_nulls(messages) for messages in (prompt, *responses))
-        try:
-            prompt_text = rendered(self.tokenizer, prompt, generate=True)
-            full_texts = [rendered(self.tokenizer, prompt + answer) for answer in answers]
-        except TemplateError:
+        found = rendered_row(self.tokenizer, prompt, *responses)
+        if found is None:
             return None
+        prompt_text, *full_texts = found
         texts = [self._cut_after_end(text) for text in full_texts]
         before = self.ending.before
         return prompt_text, *(

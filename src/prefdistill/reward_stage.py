@@ -13,7 +13,6 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel, check_judged
 from prefdistill.files import read_json, write_json
 from prefdistill.models import model_key, tokenizer_identity
-from prefdistill.progress import say
 from prefdistill.teach import train_reward
 
 if TYPE_CHECKING:
@@ -110,9 +109,7 @@ class Judge:
     def _look(self, out: Path) -> None:
         assert self.run.test is not None
         judge = self.load()
-        pairs, dropped = without_refused(self.run.test, judge.tokenizer)
-        if dropped:
-            say(f"{WORTH}: {dropped}")
+        pairs = without_refused(self.run.test, judge.tokenizer, WORTH)
         write_json(out / "worth.json", judge.judge_pairs(pairs).__dict__)
 
     @cached_property

@@ -117,7 +117,7 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
         if done.get("key") == key:
             if main:
                 shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # it was killed when it was done
-            say(f"{name}: reused") if main else None
+                say(f"{name}: reused")
             return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
     before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
     if before is None and _work(directory):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.config import DPOTraining, Training
-from prefdistill.data import RESPONSES
 from prefdistill.encode import Truncation, judged_ids, without_refused
 from prefdistill.errors import UserError
 from prefdistill.finite import watched
@@ -35,7 +34,7 @@ def train_sft(
     """Supervised fine-tuning on `prompt`/`completion` rows, the loss on completions only; the model ends in `out`."""
     from trl import SFTConfig, SFTTrainer
 
-    demonstrations = _taken(demonstrations, tokenizer, ("completion",), what)
+    demonstrations = without_refused(demonstrations, tokenizer, what, ("completion",))
     args = training.to_arguments(
         out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
@@ -67,7 +66,7 @@ def train_dpo(
     """DPO with the model itself as the reference; the model ends in `out`."""
     from trl import DPOConfig, DPOTrainer
 
-    pairs = _taken(pairs, tokenizer, RESPONSES, what)
+    pairs = without_refused(pairs, tokenizer, what)
     args = training.to_arguments(
         out / CHECKPOINTS,
         seed=seed,
@@ -106,7 +105,7 @@ def train_reward(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    pairs = _taken(pairs, tokenizer, RESPONSES, what)
+    pairs = without_refused(pairs, tokenizer, what)
     model = random_model(tokenizer, shape, seed, reward=True)
     positions = model.config.max_position_embeddings
     ids = [
@@ -123,14 +122,6 @@ def train_reward(
             peft_config=training.peft_config(),
         )
     fit(trainer, out, what)
-
-
-def _taken(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", responses: tuple[str, ...], what: str) -> "Dataset":
-    """Without those that the chat template refuses, at which TRL would stop."""
-    rows, dropped = without_refused(rows, tokenizer, responses)
-    if dropped:
-        say(f"{what}: {dropped}")
-    return rows
 
 
 def _count_dropped(trainer: Any, rows: int, truncation: Truncation, what: str) -> None:

@@ -101,9 +101,8 @@ def adapter_bytes(model: PreTrainedModel, training: Training) -> int:
     return adapted.get_nb_trainable_parameters()[0] * 4
 
 
-def checkpoint_bytes(model: PreTrainedModel, training: Training, dtype: str) -> int:
-    """Of those that are kept and one more: an old one goes when the new one is whole; without gradients."""
-    trained = weight_bytes(model, dtype) if training.lora is None else adapter_bytes(model, training)
+def checkpoint_bytes(trained: int, training: Training) -> int:
+    """Of trained weights, those that are kept and one more: an old one goes when the new one is whole; no gradients."""
     kept = training.arguments.get("save_total_limit") or 1
     return (cast(int, kept) + 1) * trained * (1 + ADAM)
 
@@ -123,10 +122,10 @@ def plan_for(
     checkpoints = [0]
 
     def trained(what: str, model: PreTrainedModel, training: Training, held_beside: int, times: int) -> None:
-        beside = held_beside * weight_bytes(model, dtype)
-        plan.memory[f"training {what}"] = training_bytes(model, training, dtype) + beside
-        plan.disk[f"weights of {what}"] = (weight_bytes(model, dtype) + adapter_bytes(model, training)) * times
-        checkpoints.append(checkpoint_bytes(model, training, dtype))
+        weights, adapter = weight_bytes(model, dtype), adapter_bytes(model, training)
+        plan.memory[f"training {what}"] = training_bytes(model, training, dtype) + held_beside * weights
+        plan.disk[f"weights of {what}"] = (weights + adapter) * times
+        checkpoints.append(checkpoint_bytes(adapter or weights, training))
 
     for role, model in models.items():
         if getattr(recipe.model, role) is None:

@@ -207,9 +207,7 @@ def _judge(request: Request, measured: Measured, ours: Generations, data: "Datas
     told: dict[str, Any] = {}
     others = None
     if data is not None and set(RESPONSES) <= set(data.column_names):
-        pairs, dropped = without_refused(data, judge.tokenizer)
-        if dropped:
-            say(f"judge: {dropped}")
+        pairs = without_refused(data, judge.tokenizer, "judge")
         worth = judge.judge_pairs(pairs)
         told["judge"] = judge_of(str(request.reward_model), [worth])
         others = by_prompt(pairs["prompt"][:], worth.items["chosen_score"])
