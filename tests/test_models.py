@@ -255,8 +255,8 @@ def test_4bit_products_are_those_of_the_weights_read_back(saved):
     for name, module in model.named_modules():
         if getattr(module, "quant_state", None) is not None:
             plain.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, module.quant_state)
-    torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits(plain), expected, atol=0.1)
+    # bitsandbytes multiplies in bfloat16 on a CPU that can, whatever the dtype; what 4 bits cost is far more
+    assert (logits(model) - logits(plain)).norm() < 0.03 * (logits(plain) - expected).norm()
 
 
 @quantised
