@@ -1,12 +1,13 @@
-"""Change what a run is made from between its calls, cut it off, move it; compare its results with a new directory's.
+"""Change what a directory is made from between calls, cut them off, move it; compare its results with a new one's.
 
     python -m benchmarks.histories --calls 200
-    python -m benchmarks.histories --calls 50 --seed 7
+    python -m benchmarks.histories --calls 50 --seed 7 --verb study
 
-Before each call one or two things are drawn and changed: an option of the recipe, its methods, seeds or orders, rows or
-order of a data file, the weights of a model under the same name, the place or the times of the directory; and half of
-the calls are cut off before a random change to the directory. After each call that came to its end, the same recipe is
-run in a new directory, and all of both `results.json` but times and sizes must be equal.
+Before each call of `run` or `study` one or two things are drawn and changed: an option of the recipe or the study, its
+methods, seeds, orders or cells, rows or order of a data file, weights or tokens of a model under its name (and with
+its times), the place or times of a model or of the directory; and half of the calls are cut off before a random
+change to the directory. After each call that came to its end, the same is made in a new directory, and all of both
+`results.json` but times and sizes must be equal; so must the curves of a run's report, or the table of a study.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from typing import Any
 from benchmarks.attempts import Fault, Job, attempt
 from benchmarks.faults import SHAPE, WORDS, command, make_place, results
 
+Files = dict[str, dict[str, Any]]  # recipe and study, by the name of the file
+
 MOMENTS = 400  # changes to the directory, of which one is drawn for a fault
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "history",
     "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 48},
     "model": {"teacher": "teacher", "student": "model"},
@@ -37,33 +40,52 @@ RECIPE = {
     "methods": {"dpo": {}, "tvkd": {}},
     "evaluate": {"prompts": 4, "max_new_tokens": 4, "samples": 1},
 }
+STUDY: dict[str, Any] = {
+    "name": "history",
+    "question": "What is left of what was there before?",
+    "recipe": "recipe.yaml",
+    "methods": ["tvkd"],
+    "metric": "reward_accuracy",
+    "cells": {"as it is": {}, "short": {"data.max_train": 7}},
+    "seeds": 1,
+}
 JUDGE = {"share": 0.3, "model": SHAPE | {"max_position_embeddings": 64}, "training": {"max_steps": 1}}
-# What an option of the recipe is drawn from; None takes it out.
-OPTIONS: dict[str, list[Any]] = {
-    "methods.dpo.beta": [0.1, 0.3],
-    "methods.tvkd.alpha": [0.7, -0.7],
-    "methods.dckd": [None, {}],
-    "methods.seqkd": [None, {}],
-    "methods.vanillakd": [None, {"training": {"max_steps": 1}}],
-    "methods.wpo": [None, {}],
-    "methods.distillm2": [None, {"rounds": 2}],
-    "methods.second": [None, {"method": "tvkd", "start": "dpo"}, {"method": "dpo", "start": "tvkd"}],
-    "seeds": [1, 2],
-    "orders": [1, 2],
-    "training.max_steps": [2, 3],
-    "training.learning_rate": [0.01, 0.02],
-    "training.bf16": [False, True],
-    "training.lora": [None, {"r": 2}],
-    "teacher.sft": [None, {"max_steps": 1}],
-    "teacher.dpo": [None, {"max_steps": 1}],
-    "student.sft": [None, {"max_steps": 1}],
-    "signals.k": [5, 50],
-    "signals.positions": ["all", "endpoints"],
-    "sampling.temperature": [1.0, 0.7],
-    "data.max_length": [24, 48],
-    "data.max_train": [None, 9],
-    "evaluate.prompts": [3, 4],
-    "reward_model": [None, JUDGE],
+# What an option of a file is drawn from; None takes it out.
+OPTIONS: dict[str, dict[str, list[Any]]] = {
+    "recipe.yaml": {
+        "methods.dpo.beta": [0.1, 0.3],
+        "methods.tvkd.alpha": [0.7, -0.7],
+        "methods.dckd": [None, {}],
+        "methods.seqkd": [None, {}],
+        "methods.vanillakd": [None, {"training": {"max_steps": 1}}],
+        "methods.wpo": [None, {}],
+        "methods.distillm2": [None, {"rounds": 2}],
+        "methods.second": [None, {"method": "tvkd", "start": "dpo"}, {"method": "dpo", "start": "tvkd"}],
+        "seeds": [1, 2],
+        "orders": [1, 2],
+        "training.max_steps": [2, 3],
+        "training.learning_rate": [0.01, 0.02],
+        "training.bf16": [False, True],
+        "training.lora": [None, {"r": 2}],
+        "teacher.sft": [None, {"max_steps": 1}],
+        "teacher.dpo": [None, {"max_steps": 1}],
+        "student.sft": [None, {"max_steps": 1}],
+        "signals.k": [5, 50],
+        "signals.positions": ["all", "endpoints"],
+        "sampling.temperature": [1.0, 0.7],
+        "data.max_length": [24, 48],
+        "data.max_train": [None, 9],
+        "evaluate.prompts": [3, 4],
+        "reward_model": [None, JUDGE],
+    },
+    "study.yaml": {
+        "seeds": [1, 2],
+        "seed": [1, 2],
+        "metric": ["reward_accuracy", "chosen_logp"],
+        "overrides": [None, {"training.max_steps": 3}, {"methods.dpo.beta": 0.2}],
+        "cells": [STUDY["cells"], {"judged": {"reward_model": JUDGE}, "as it is": {}}, {"as it is": {"orders": 2}}],
+        "grid": [None, {"methods.tvkd.alpha": [0.7, -0.7]}, {"methods.tvkd.alpha": [0.3, 0.7]}],
+    },
 }
 
 
@@ -87,42 +109,70 @@ def write_rows(path: Path, seed: int, count: int) -> None:
     write_jsonl(path, rows)
 
 
-def change_option(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
-    key = draw.choice(list(OPTIONS))
-    value = copy.deepcopy(draw.choice(OPTIONS[key]))
+def change_option(files: Files, place: Path, draw: random.Random) -> str:
+    file = draw.choice(list(files))
+    key = draw.choice(list(OPTIONS[file]))
+    value = copy.deepcopy(draw.choice(OPTIONS[file][key]))
     *sections, last = key.split(".")
-    section = recipe
+    section = files[file]
     for name in sections:
         section = section.setdefault(name, {})
     if value is None:
         section.pop(last, None)
     else:
         section[last] = value
-    return key
+    return f"{file.removesuffix('.yaml')}: {key}"
 
 
-def change_rows(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
+def change_rows(files: Files, place: Path, draw: random.Random) -> str:
     name, count = draw.choice([("train.jsonl", 14), ("test.jsonl", 8)])
     write_rows(place / name, draw.randrange(3), count)
     return name
 
 
-def change_order(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
+def change_order(files: Files, place: Path, draw: random.Random) -> str:
     lines = (place / "train.jsonl").read_text().splitlines(keepends=True)
     draw.shuffle(lines)
     (place / "train.jsonl").write_text("".join(lines))
     return "order of the rows"
 
 
-def change_weights(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
+def change_weights(files: Files, place: Path, draw: random.Random) -> str:
+    """Others of the same size; with the times of those before, as a copy may have them."""
     from prefdistill.models import load_tokenizer, random_model
 
-    name = draw.choice(["model", "teacher"])
-    random_model(load_tokenizer(str(place / name)), SHAPE, draw.randrange(3)).save_pretrained(place / name)
-    return f"weights of the {'student' if name == 'model' else name}"
+    role = draw.choice(["teacher", "student"])
+    at = place / files["recipe.yaml"]["model"][role]
+    before = {path: path.stat() for path in at.iterdir()}
+    random_model(load_tokenizer(str(at)), SHAPE, draw.randrange(3)).save_pretrained(at)
+    if draw.random() < 0.5:
+        for path, state in before.items():
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    return f"weights of the {role}"
 
 
-def move(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
+def change_tokens(files: Files, place: Path, draw: random.Random) -> str:
+    """Two words change their ids, in both models, which must have the same."""
+    one, other = (f'"\u0120{word}"' for word in draw.sample(["small", "teacher", "reads", "prompt"], 2))
+    for name in files["recipe.yaml"]["model"].values():
+        file = place / name / "tokenizer.json"
+        vocabulary = file.read_text(encoding="utf-8")
+        for old, new in ((f"{one}:", "\0"), (f"{other}:", f"{one}:"), ("\0", f"{other}:")):
+            vocabulary = vocabulary.replace(old, new)
+        file.write_text(vocabulary, encoding="utf-8")
+    return "tokens"
+
+
+def move_model(files: Files, place: Path, draw: random.Random) -> str:
+    role = draw.choice(["teacher", "student"])
+    before = files["recipe.yaml"]["model"][role]
+    after = before.removesuffix("-moved") if before.endswith("-moved") else f"{before}-moved"
+    (place / before).rename(place / after)
+    files["recipe.yaml"]["model"][role] = after
+    return f"place of the {role}"
+
+
+def move(files: Files, place: Path, draw: random.Random) -> str:
     """The directory elsewhere and back: by a rename, or as a copy, with the times of its files or without."""
     out, away = place / "out", place / "away"
     if not out.exists():
@@ -137,38 +187,45 @@ def move(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
     return "place of the directory"
 
 
-def touch(recipe: dict[str, Any], place: Path, draw: random.Random) -> str:
-    for path in (place / draw.choice(["model", "teacher"])).iterdir():
+def touch(files: Files, place: Path, draw: random.Random) -> str:
+    for path in (place / draw.choice([*files["recipe.yaml"]["model"].values()])).iterdir():
         os.utime(path)
     return "times of a model's files"
 
 
-CHANGES: list[Callable[[dict[str, Any], Path, random.Random], str]] = [
-    *[change_option] * 6,
+CHANGES: list[Callable[[Files, Path, random.Random], str]] = [
+    *[change_option] * 7,
     change_rows,
     change_order,
     change_weights,
+    change_tokens,
+    move_model,
     move,
     touch,
 ]
 
 
-def live(place: Path, calls: int, seed: int) -> Tally:
-    """So many calls of `prefdistill run`, in a directory that `make_place` has filled."""
-    tally, draw, recipe = Tally(), random.Random(seed), copy.deepcopy(RECIPE)
+def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
+    """So many calls of `run` or `study`, in a directory that `make_place` has filled."""
+    tally, draw = Tally(), random.Random(seed)
+    files = {"recipe.yaml": copy.deepcopy(RECIPE)}
+    if verb == "study":
+        files["study.yaml"] = copy.deepcopy(STUDY)
     write_rows(place / "train.jsonl", 0, 14)
     write_rows(place / "test.jsonl", 1, 8)
-    job = Job(command("run", "recipe.yaml", "--out", "out"), _results)
+    job = JOBS[verb]
     since: list[str] = []
     for _ in range(calls):
-        before = copy.deepcopy(recipe)
-        since += [draw.choice(CHANGES)(recipe, place, draw) for _ in range(draw.randint(1, 2))]
-        (place / "recipe.yaml").write_text(json.dumps(recipe))
+        before = copy.deepcopy(files)
+        since += [draw.choice(CHANGES)(files, place, draw) for _ in range(draw.randint(1, 2))]
+        for name, content in files.items():
+            (place / name).write_text(json.dumps(content))
         fault = Fault(draw.choice([signal.SIGKILL, signal.SIGINT]), change=draw.randint(1, MOMENTS))
         tried = attempt(job, place, fault if draw.random() < 0.5 else None, timeout=600)
         tally.calls[tried.status] += 1
         if tried.status == 2:  # two options that do not go together
-            recipe = before
+            before["recipe.yaml"]["model"] = files["recipe.yaml"]["model"]  # which may have been moved
+            files = before
         elif tried.status == 1:
             tally.differing.append(f"status 1 after {since}: {tried.said[-500:]}")
         elif tried.status == 0:
@@ -186,10 +243,23 @@ def live(place: Path, calls: int, seed: int) -> Tally:
     return tally
 
 
-def _results(out: Path) -> Any:
+def _run(out: Path) -> Any:
+    from prefdistill.report.run import load_run
+
     found = results(out)
     del found["stages"]  # which of them were made, and which were there
-    return found
+    told = load_run(out)
+    return found | {name: told[name] for name in ("curves", "problems")}
+
+
+def _study(out: Path) -> Any:
+    return results(out) | {"table": (out / "table.md").read_text(), "drawn": (out / "plot.svg").exists()}
+
+
+JOBS = {
+    "run": Job(command("run", "recipe.yaml", "--out", "out"), _run),
+    "study": Job(command("study", "study.yaml", "--out", "out"), _study),
+}
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
@@ -207,9 +277,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verb", choices=sorted(JOBS), default="run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        tally = live(make_place(Path(made).resolve()), args.calls, args.seed)
+        tally = live(make_place(Path(made).resolve()), args.calls, args.seed, args.verb)
     ended = ", ".join(f"{count} with status {status}" for status, count in sorted(tally.calls.items()))
     print(f"{args.calls} calls: {ended}; {sum(tally.changes.values())} changes before those that came to their end")
     print("  " + ", ".join(f"{name} {count}" for name, count in sorted(tally.changes.items())))

@@ -458,9 +458,12 @@ def test_if_one_rank_is_killed_the_others_end_and_the_next_call_goes_on(place):
 # -- histories ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("calls", "seed"), [(4, 1), pytest.param(60, 4, marks=pytest.mark.slow)])
-def test_what_a_directory_has_been_through_is_not_seen_in_its_results(calls, seed, tmp_path):
-    tally = live(make_place(tmp_path), calls, seed)
+@pytest.mark.parametrize(
+    ("calls", "seed", "verb"),
+    [(4, 1, "run"), (2, 1, "study"), *(pytest.param(60, 4, verb, marks=pytest.mark.slow) for verb in ("run", "study"))],
+)
+def test_what_a_directory_has_been_through_is_not_seen_in_its_results(calls, seed, verb, tmp_path):
+    tally = live(make_place(tmp_path), calls, seed, verb)
     assert tally.differing == []
     assert tally.compared >= calls // 3
     assert tally.changes.total() >= tally.compared
@@ -470,5 +473,5 @@ def test_a_change_that_is_not_noticed_would_be_seen(tmp_path, monkeypatch):
     """Trainings that are taken for the same, whatever their learning rate."""
     monkeypatch.setattr("prefdistill.config.Training.essence", lambda self: {})
     monkeypatch.setattr("benchmarks.histories.CHANGES", [change_option])
-    monkeypatch.setattr("benchmarks.histories.OPTIONS", {"training.learning_rate": [0.01, 0.02]})
+    monkeypatch.setattr("benchmarks.histories.OPTIONS", {"recipe.yaml": {"training.learning_rate": [0.01, 0.02]}})
     assert live(make_place(tmp_path), 4, seed=1).differing
