@@ -49,6 +49,16 @@ def run(*arguments, **options):
     return subprocess.run([sys.executable, "-m", "prefdistill", *arguments], capture_output=True, text=True, **options)
 
 
+def test_the_small_profile_does_not_take_the_place_of_the_whole_run(place, monkeypatch):
+    outs = []
+    monkeypatch.setattr("prefdistill.results.run_recipe", lambda recipe, out, **_: outs.append(out) or {"methods": {}})
+    monkeypatch.setattr("prefdistill.report.verdict", lambda results: "")
+    monkeypatch.setattr("prefdistill.report.method_table", lambda results: "")
+    for arguments in ([], ["--fast"], ["--fast", "--out", "here"]):
+        assert _call(["run", "recipe.yaml", *arguments]) == 0
+    assert outs == [Path("runs/x"), Path("runs/x-fast"), Path("here")]
+
+
 # -- help --------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import json
+import os
+import shutil
 import types
 
 import pytest
@@ -348,12 +350,28 @@ def test_identity_does_not_depend_on_mode_or_gradients(make_model):
     assert model_identity(model) == model_identity(make_model())
 
 
-def test_the_key_of_a_directory_changes_with_its_files(saved, tmp_path):
+def test_the_key_of_a_directory_is_that_of_what_is_loaded_from_it(saved, tmp_path):
     before = model_key(saved)
-    (tmp_path / "model" / ".lock").write_text("")  # ours, says nothing of the model
-    assert model_key(saved) == before == model_key(saved)
-    (tmp_path / "model" / "config.json").write_text("{}")
-    assert model_key(saved) != before
+    directory = tmp_path / "model"
+    for name in (".lock", "notes.txt", "responses.jsonl", "training_args.bin"):
+        (directory / name).write_text("says nothing of the model")
+    assert model_key(saved) == before
+    copied = shutil.copytree(directory, tmp_path / "elsewhere", copy_function=shutil.copy)  # with other times
+    assert model_key(str(copied)) == before
+    weights = directory / "model.safetensors"
+    times, found = weights.stat(), bytearray(weights.read_bytes())
+    found[-1] ^= 1
+    weights.write_bytes(found)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert weights.stat().st_size == times.st_size
+    assert model_key(saved) != before  # though names, sizes and times are what they were
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        before = model_key(saved)
+        (directory / name).write_text("{ }")
+        assert model_key(saved) != before
+
+
+def test_the_key_of_a_model_on_the_hub_is_its_name_and_revision():
     assert (model_key("org/name"), model_key(None)) == (["org/name", None], None)
 
 

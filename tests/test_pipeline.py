@@ -1,6 +1,7 @@
 """Whole recipes, small: every stage runs, is reused, and is made again when what it is made from changes."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_all_methods_on_the_quickstart(tmp_path):
     assert made["distill-dckd-0"] == keys(out, "distill-dckd-0")
     assert "student-sft" not in made
     sampled = requests(out, "sample-dckd-0")
-    assert sampled["model"] == "distill-dckd-0"
+    assert sampled["after"]["distill-dckd-0"] == keys(out, "distill-dckd-0")
     told = json.loads((out / "seed-0" / "sample-dckd-0" / "responses.jsonl.meta.json").read_text())
     assert told["request"]["model"]["key"] == model_key(dckd)
     # the teacher's reference is read where the teacher was, at its tokens
@@ -359,6 +360,89 @@ def test_a_named_teacher_and_its_reference(named, tmp_path, capsys):
         "distill-adpa-0",
         "evaluate-adpa-0",
     }
+
+
+@pytest.fixture
+def mine(named, tmp_path):
+    """Copies of the named models and a recipe of short work with them."""
+    place = shutil.copytree(named, tmp_path / "mine")
+    text = (named / "recipe.yaml").read_text().replace(str(named), str(place))
+    recipe = {**json.loads(text), "methods": {"dpo": {}, "tvkd": {}}}
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    return place
+
+
+def change_weights(directory):
+    """Others with the same name, size and times."""
+    file = directory / "model.safetensors"
+    times, found = file.stat(), bytearray(file.read_bytes())
+    found[-2:] = b"\x80\x3f"  # 1.0
+    file.write_bytes(found)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_models_are_what_they_hold_and_not_where_they_lie(mine, tmp_path):
+    out = tmp_path / "run"
+    run_recipe(load_recipe(mine / "recipe.yaml"), out)
+    moved = mine.rename(tmp_path / "moved")
+    (moved / "teacher-dpo" / "notes.txt").write_text("the good one")
+    text = (moved / "recipe.yaml").read_text().replace(str(mine), str(moved))
+    (moved / "recipe.yaml").write_text(text)
+    assert set(stages(run_recipe(load_recipe(moved / "recipe.yaml"), out)).values()) == {True}
+    change_weights(moved / "student-sft")
+    again = run_recipe(load_recipe(moved / "recipe.yaml"), out)
+    assert {name for name, reused in stages(again).items() if reused} == {
+        "signals-teacher-test",
+        "signals-teacher-train",
+        "signals-teacher_reference-test",
+    }
+    assert again["methods"] == run_recipe(load_recipe(moved / "recipe.yaml"), tmp_path / "new")["methods"]
+
+
+def test_a_model_that_changes_while_the_run_works_is_no_part_of_its_results(mine, tmp_path, monkeypatch):
+    import prefdistill.pipeline as pipeline
+
+    def fit_meanwhile(*args):
+        real(*args)
+        change_weights(mine / "teacher-dpo")
+
+    real = pipeline.fit
+    with monkeypatch.context() as context:
+        context.setattr(pipeline, "fit", fit_meanwhile)
+        with pytest.raises(UserError, match="teacher-dpo has been changed while it was in use"):
+            run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "seed-0" / "distill-dpo-0").iterdir()] == []
+    results = run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
+    new = run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "new")
+    assert (results["methods"], results["shaping"]) == (new["methods"], new["shaping"])
+
+
+def test_a_named_models_tokenizer_is_that_of_the_models_made_beside_it(mine, tmp_path):
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scratch = f"model.scratch={json.dumps({'teacher': shape, 'student': shape, 'vocab_size': 300})}"
+    recipe = [mine / "recipe.yaml", ["model.student=null", scratch, "model.teacher_reference=null"]]
+    made = stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))
+    assert not made["init"]
+    assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]
+    change_weights(mine / "teacher-dpo")  # of which the student takes nothing
+    assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]
+    file = mine / "teacher-dpo" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"reverse"', '"backwards"'))
+    again = stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))
+    assert not again["init"]
+    assert not again["evaluate-dpo-0"]
+
+
+def test_results_of_other_data_go_before_anything_is_made_of_the_new(mine, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run_recipe(load_recipe(mine / "recipe.yaml"), out)
+    pairs = load_pairs(str(mine / "pairs.parquet"))
+    pairs.select(range(len(pairs) - 1)).to_parquet(str(mine / "pairs.parquet"))
+    monkeypatch.setattr("prefdistill.supply.extract_signals", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(mine / "recipe.yaml"), out)
+    assert not (out / "results.json").exists()
+    assert not (out / "report.html").exists()
 
 
 def test_a_named_reference_with_other_tokens_is_refused(named, tmp_path):

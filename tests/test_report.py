@@ -584,6 +584,18 @@ def test_load_run_of_no_directory(tmp_path: Path) -> None:
         render_html([])
 
 
+def test_what_an_earlier_run_has_left_is_not_drawn(tmp_path: Path) -> None:
+    stages = [{"name": "distill-dpo-0", "seed": 0}]
+    (tmp_path / "results.json").write_text(json.dumps({"methods": {"dpo": {"r": 1}}, "stages": stages}))
+    log(tmp_path, 0, "distill-dpo-0", [{"step": 1, "loss": 1}])
+    log(tmp_path, 1, "distill-dpo-0", [{"step": 1, "loss": 9}])  # of another seed, order, method
+    log(tmp_path, 0, "distill-dpo-1", [{"step": 1, "loss": 9}])
+    log(tmp_path, 0, "distill-tvkd-0", [{"step": 1, "loss": NAN}])
+    loaded = load_run(tmp_path)
+    assert loaded["curves"] == {"distill-dpo-0": {"loss": [[(1, 1)]]}}
+    assert loaded["problems"] == []
+
+
 def test_logs_of_interrupted_and_diverged_runs(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"methods": {"dpo": {"r": 1}}}')
     log(tmp_path, 0, "distill-dpo-0", [{"step": 1, "loss": 9}, {"step": 2, "loss": 5}, {"step": 1, "loss": 7}])

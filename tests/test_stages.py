@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,27 @@ def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
     assert names(out) == ["made-2", "stage-request.json", "stage.json"]
     assert "sft: made again" in capsys.readouterr().err
     assert run_stage("sft", out, {"rate": 2}, work).reused is True
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(tmp_path):
+    """Ours are removed from there, and the link is kept for those to come."""
+    out, disk = tmp_path / "stage", tmp_path / "disk"
+    disk.mkdir()
+    (disk / "thesis").write_text("x")
+    out.mkdir()
+    (out / "checkpoints").symlink_to(disk)
+
+    def work(directory, fail=None):
+        (directory / "checkpoints" / "checkpoint-3").mkdir()
+        if fail:
+            raise fail
+
+    with pytest.raises(RuntimeError):
+        run_stage("sft", out, {"rate": 1}, partial(work, fail=RuntimeError()))
+    assert names(disk) == ["checkpoint-3", "thesis"]
+    run_stage("sft", out, {"rate": 2}, work, replace=True)
+    assert (out / "checkpoints").is_symlink()
+    assert names(disk) == ["thesis"]
 
 
 def test_another_version_makes_it_again(tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ import prefdistill.studies as studies
 from prefdistill.cli import main
 from prefdistill.config import load_recipe
 from prefdistill.errors import UserError
-from prefdistill.files import read_json
+from prefdistill.files import read_json, write_jsonl
 from prefdistill.pipeline import SeedRun
 from prefdistill.report.study import answers, render_markdown, write_study
 from prefdistill.results import run_recipe
@@ -218,8 +220,6 @@ def test_a_cells_file_says_what_it_is_made_from(finished):
 
 
 def test_only_missing_and_stale_cells_are_run(finished, tmp_path, monkeypatch):
-    import shutil
-
     path, before, results = finished
     out = tmp_path / "out"
     shutil.copytree(before, out)
@@ -251,6 +251,21 @@ def test_only_missing_and_stale_cells_are_run(finished, tmp_path, monkeypatch):
     # what every cell is made from
     run_study(path, out, overrides=["teacher.dpo.max_steps=3"])
     assert ran[5:] == [("alpha=-0.5", 1), ("alpha=0.5", 1)]
+
+
+def test_what_is_made_again_is_not_shown_as_it_was(finished, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    path, before, _ = finished
+    out = shutil.copytree(before, tmp_path / "out")
+    assert (out / "plot.svg").exists()
+    monkeypatch.setattr(studies.StudyRun, "_run_cell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(path, out, overrides=["teacher.dpo.max_steps=3"])
+    assert [cell["seeds"] for cell in read_json(out / "results.json")["cells"]] == [[], []]
+    assert "No results yet" in (out / "table.md").read_text()
+    assert not (out / "plot.svg").exists()
 
 
 def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
@@ -349,6 +364,28 @@ def test_real_data_are_part_of_the_key(tmp_path, data_dir):
     assert keys("data.max_train=21") != first
     (tmp_path / "train.jsonl.gz").write_bytes((pairs / "test.jsonl.gz").read_bytes())
     assert keys() != first
+
+
+def test_pairs_that_a_judge_is_trained_on_are_part_of_the_key(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(20)]
+    sft = [{"prompt": f"p{i}", "completion": f"good {i}"} for i in range(20)]
+    judge = {"share": 0.3, "model": {"hidden_size": 8}, "training": {"max_steps": 1}}
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test", "sft")}
+    recipe = {"data": data, "model": {"teacher": "t", "student": "s"}, "reward_model": judge, "methods": {"dpo": {}}}
+    recipe |= {"name": "judged", "evaluate": {"prompts": 5}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def prints(rows, sft):
+        for name, lines in (("train", rows), ("test", rows[:5]), ("sft", sft)):
+            write_jsonl(Path(data[name]), lines)
+        with patch("prefdistill.given.model_key", str):
+            return studies.fingerprints(SeedRun(load_recipe(tmp_path / "recipe.yaml"), tmp_path, 1))
+
+    first = prints(rows, sft)
+    assert prints(rows, sft) == first
+    for i in range(6, 20):  # whichever of them the judge has
+        assert prints([*rows[:i], rows[i] | {"chosen": "edited"}, *rows[i + 1 :]], sft)["train"] != first["train"]
+        assert prints(rows, [*sft[:i], sft[i] | {"completion": "edited"}, *sft[i + 1 :]])["sft"] != first["sft"]
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ def quickstart(
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/NAME of the recipe.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; default: runs/NAME of the recipe, runs/NAME-fast with --fast.")
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="The recipe's small profile: everything runs, nothing is learnt.")
     ] = False,
@@ -104,7 +106,7 @@ def _run(
 
     names = None if only is None else [name.strip() for name in only.split(",")]
     recipe = load_recipe(recipe_path, overrides, fast=fast, only=names)
-    out = out or Path("runs") / recipe.name
+    out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)  # it would take the place of the whole
     from prefdistill.report import method_table, verdict
     from prefdistill.results import run_recipe
 

@@ -60,6 +60,11 @@ def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = 
     return dataset
 
 
+def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
+    """The first rows of a data set, all of them if there are fewer or there is no limit."""
+    return dataset.select(range(min(limit, len(dataset)))) if limit else dataset
+
+
 def load_messages(source: str, *, split: str = "train") -> Dataset:
     """Examples for supervised fine-tuning, with the columns `prompt` and `completion` and no others.
 

@@ -46,11 +46,7 @@ class Measuring:
             JUDGE,
         )
         before = [key for key in made_from if key in self.run.keys]
-        request = {
-            "model": self.run.name_of(model),
-            **self._weights_of(model),
-            **self.run.recipe.evaluate.model_dump(exclude={"length_ranges"}),
-        }
+        request = self._weights_of(model) | self.run.recipe.evaluate.model_dump(exclude={"length_ranges"})
         self.run.stage(f"evaluate-{name}", request, make, *before)
         return Measured(**read_json(self.run.root / f"evaluate-{name}" / "evaluation.json"))
 

@@ -1,16 +1,18 @@
 """Models and tokenizers: load them by Hub name or directory, make small ones from scratch, tell them apart."""
 
 import difflib
+import functools
 import hashlib
 import inspect
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.errors import UserError
-from prefdistill.files import disk_full, value_digest
+from prefdistill.files import disk_full, file_digest, value_digest
 from prefdistill.progress import say
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ QUANTIZATIONS = ("4bit", "8bit")
 # Say which weights are missing or have another shape, in place of warnings and a bare error: `_check_weights` refuses.
 LOOKED_AT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
+# Files of a directory that loading a model and its tokenizer may read, by their names in transformers and PEFT.
+LOADED = (
+    *("*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("*token*", "*vocab*", "*merges*", "*template*", "*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json"),
+)
+UNLOADED = ("training_args.bin",)
 
 # Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
 # between prompt and response, and a training conversation ends where a generated one does.
@@ -379,19 +387,32 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def model_key(name: str | None) -> Any:
-    """What tells two states of a model apart without reading its weights: names, sizes and times of the files of a
-    directory, wherever it lies, and of an adapter's base as well; name and revision on the Hub."""
+    """What tells two states of a model apart without loading it: digests of the files of a directory that loading it
+    may read, wherever it lies and whatever else is there, and of an adapter's base; name and revision on the Hub."""
     if name is None:
         return None
     if not Path(name).is_dir():
         return [name, hub_revision(name)]
-    files = sorted(path for path in Path(name).iterdir() if path.is_file() and not path.name.startswith("."))
-    found: list[Any] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    matching = {path for pattern in LOADED for path in Path(name).glob(pattern) if path.is_file()}
+    files = sorted(path for path in matching if path.name not in UNLOADED and not path.name.startswith("."))
+    with ThreadPoolExecutor() as pool:  # hashing many gigabytes lets go of the interpreter
+        found = dict(zip([path.relative_to(name).as_posix() for path in files], pool.map(_digest, files), strict=True))
     try:
         base = _base_of(name)
     except (ValueError, KeyError, TypeError):
         base = name  # whoever loads it says what is wrong
-    return found if base == name else [*found, model_key(base)]
+    return found if base == name else found | {"base": model_key(base)}
+
+
+def _digest(path: Path) -> str:
+    state = path.stat()
+    return _digest_of(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@functools.cache
+def _digest_of(path: Path, state: tuple[int, ...]) -> str:
+    """Read once in a process, unless the file is another one since; nobody sets the time of its last change."""
+    return file_digest(path)
 
 
 def hub_revision(name: str) -> str | None:

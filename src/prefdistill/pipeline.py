@@ -14,12 +14,20 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 
 from prefdistill import synthetic
 from prefdistill.config import MethodRun, Recipe, Training
-from prefdistill.data import data_fingerprint, demonstrations_fingerprint, load_messages, load_pairs, prompt_text
+from prefdistill.data import (
+    data_fingerprint,
+    demonstrations_fingerprint,
+    first_rows,
+    load_messages,
+    load_pairs,
+    prompt_text,
+)
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
 from prefdistill.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.fit import fit
+from prefdistill.given import Given
 from prefdistill.measuring import Measuring, as_messages
 from prefdistill.methods import TVKD, Method, make_method, sampled
 from prefdistill.models import (
@@ -29,17 +37,17 @@ from prefdistill.models import (
     check_shape,
     load_model,
     load_tokenizer,
-    model_key,
     random_model,
     ready,
     texts_of,
+    tokenizer_identity,
     train_tokenizer,
 )
 from prefdistill.progress import say
 from prefdistill.reward_stage import Judge, split_prompts, without_prompts
 from prefdistill.sample import Response, sample
 from prefdistill.signals.store import SIDES
-from prefdistill.stages import Stage, run_stage
+from prefdistill.stages import Stage, empty_stage, run_stage
 from prefdistill.supply import Start, Supply
 from prefdistill.teach import train_dpo, train_sft
 from prefdistill.training import arguments_kind, make_trainer
@@ -50,6 +58,12 @@ if TYPE_CHECKING:
 
 # Evaluated beside the methods, before any of them: who they learn from, and where they start.
 TEACHER, START = "teacher", "start"
+
+
+def remove_results(out: Path) -> None:
+    """Results of what is being made anew: they would be taken for those of what is there now."""
+    for name in ("report.html", "results.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 @dataclass
@@ -64,6 +78,7 @@ class SeedRun:
     keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, data digests
     starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
     pool: Path | None = None  # finished stages that several runs share, see `run_stage`
+    given: Given = field(default_factory=Given)
 
     @functools.cached_property
     def measuring(self) -> Measuring:
@@ -193,18 +208,21 @@ class SeedRun:
             self.stage("data", {"synthetic": language}, self._make_language)
         else:
             self.keys["train"] = data_fingerprint(self.train)
-        if recipe.model.teacher is None or recipe.model.student is None:
-            after = "data" if recipe.data.synthetic else "train"
-            self.stage("init", {"model": recipe.model.model_dump()}, self._make_models, after)
+        # what of the data a model from scratch depends on
+        source = "data" if recipe.data.synthetic else "train"
+        named = {role: getattr(recipe.model, role) for role in ("teacher", "student")}
+        tokens = self.tokens if any(named.values()) else None  # else they are made with the models
+        scratch = recipe.model.scratch.model_dump() if recipe.model.scratch else {}
+        if not all(named.values()):
+            made = [role for role, name in named.items() if name is None]
+            self.stage("init", {"scratch": scratch, "made": made, "tokens": tokens}, self._make_models, source)
         self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
         self.start = recipe.model.student or str(self.root / "init" / "student")
-        # what the models are before any training; a model from scratch does not depend on the other one's shape
-        source = self.keys.get("data") or self.keys["train"]
-        named = [model_key(name) for name in (recipe.model.teacher, recipe.model.student)]
-        for role, other in (("teacher", "student"), ("student", "teacher")):
-            scratch = recipe.model.scratch if getattr(recipe.model, role) is None else None
-            made_as = scratch and {"shape": scratch.model_dump(exclude={other}), "source": source}
-            self.keys[f"{role}-base"] = value_digest({"scratch": made_as, "named": named})
+        # what the models are before any training; neither depends on the shape of the other
+        for role, name in named.items():
+            shape = {key: value for key, value in scratch.items() if key not in named or key == role}
+            base = {"model": self.given.model(name)} if name else {"shape": shape, "source": self.keys[source]}
+            self.keys[f"{role}-base"] = value_digest({**base, "tokens": tokens})
         self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
         if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
             self.keys["demonstrations"] = demonstrations_fingerprint(self.demonstrations)
@@ -222,8 +240,8 @@ class SeedRun:
         self.teacher_stage = self.teacher_reference_stage = "teacher-sft" if recipe.teacher.sft else "teacher-base"
         self.teacher_reference = self.teacher
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
-            self.teacher_reference = self.teacher_reference_stage = recipe.model.teacher_reference
-            self.keys[self.teacher_reference_stage] = model_key(self.teacher_reference)
+            self.teacher_reference, self.teacher_reference_stage = recipe.model.teacher_reference, "teacher-reference"
+            self.keys[self.teacher_reference_stage] = self.given.model(self.teacher_reference)
         if recipe.data.synthetic:
             teacher = self.teacher_stage
             sampling = recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
@@ -308,15 +326,15 @@ class SeedRun:
         return self._pairs(self.recipe.data.test, "test", self.recipe.data.max_test)
 
     def _pairs(self, source: str | None, split: str, limit: int | None) -> "Dataset":
-        pairs = load_pairs(source or str(self.root / "pairs" / f"{split}.jsonl"))
-        return pairs.select(range(min(limit, len(pairs)))) if limit else pairs
+        pairs = self.given.pairs(source) if source else load_pairs(str(self.root / "pairs" / f"{split}.jsonl"))
+        return first_rows(pairs, limit)
 
     @functools.cached_property
     def demonstrations(self) -> "Dataset":
         if self.recipe.data.synthetic:
             return load_messages(str(self.root / "data" / "demonstrations.jsonl"))
         if self.recipe.data.sft:
-            return without_prompts(load_messages(self.recipe.data.sft), self.judge_pairs)
+            return without_prompts(self.given.messages(self.recipe.data.sft), self.judge_pairs)
         return self.train.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
 
     @functools.cached_property
@@ -335,6 +353,12 @@ class SeedRun:
         if names.teacher_reference:
             check_same_tokens(tokenizer, load(names.teacher_reference))
         return tokenizer
+
+    @functools.cached_property
+    def tokens(self) -> list[str]:
+        """Digests of the tokenizer and its chat template, through which every text of this run goes."""
+        identity = tokenizer_identity(self.tokenizer)
+        return [identity["sha256"], identity["template_sha256"]]
 
     @property
     def truncation(self) -> Truncation:
@@ -394,14 +418,22 @@ class SeedRun:
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def stage(self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str) -> None:
+        """`run_stage` in this run's directory. What it is made from is known by keys and not by where it lies, so that
+        the directory and the models may be moved."""
+
+        def make_new(out: Path) -> None:
+            remove_results(self.out)
+            make(out)
+            try:
+                self.given.check()
+            except UserError:
+                empty_stage(out)
+                raise
+
         request = {**request, "seed": self.seed, "after": {key: self.keys[key] for key in after}}
-        stage = run_stage(name, self.root / name, request, make, replace=True, pool=self.pool)
+        stage = run_stage(name, self.root / name, request, make_new, replace=True, pool=self.pool)
         self.keys[name] = stage.key
         self.stages.append(stage)
-
-    def name_of(self, model: str) -> str:
-        """A model of this run by its stage, so that a run directory may be moved."""
-        return model.removeprefix(f"{self.root}/")
 
     def _request(self, training: Training) -> dict[str, Any]:
         model = self.recipe.model
@@ -430,7 +462,7 @@ class SeedRun:
                 what=name,
             )
 
-        self.stage(name, {"model": self.name_of(model), **self._request(training)}, make, *after)
+        self.stage(name, self._request(training), make, *after)
         return str(self.root / name)
 
     # -- methods and evaluation ---------------------------------------------------------------------------------------

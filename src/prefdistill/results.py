@@ -24,7 +24,8 @@ from prefdistill.evaluation.pairs import pair_wins
 from prefdistill.evaluation.reward_model import judge_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, paired_difference
 from prefdistill.files import write_json
-from prefdistill.pipeline import START, TEACHER, SeedRun
+from prefdistill.given import Given
+from prefdistill.pipeline import START, TEACHER, SeedRun, remove_results
 from prefdistill.places import check_own
 from prefdistill.stages import LOCK, REQUEST, Stage
 
@@ -135,10 +136,12 @@ def judge_worth(runs: list[SeedRun]) -> dict[str, Any]:
     return {"judge": judge_of(judges[0].label, [judge.worth for judge in judges])} if judges else {}
 
 
-def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | None = None) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, out: Path, *, command: str = "", pool: Path | None = None, given: Given | None = None
+) -> dict[str, Any]:
     """Run every seed of a recipe, and write recipe.yaml, environment.json, results.json and report.html into `out`.
 
-    Stages that another run has left in `pool` are not made again.
+    Stages that another run has left in `pool` are not made again; `given` is what a study has read already.
     """
     from prefdistill.report import write_report
     from prefdistill.stages import locked
@@ -146,7 +149,8 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-    runs = [SeedRun(recipe, out, seed, pool=pool) for seed in seeds]
+    given = given or Given()
+    runs = [SeedRun(recipe, out, seed, pool=pool, given=given) for seed in seeds]
     check_own(out, ("environment.json",), "run")  # not recipe.yaml, which may be the user's own
     runs[0].check()
     runs[0].check_models()
@@ -181,11 +185,10 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str = "", pool: Path | Non
 
 
 def _begin(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml. Results of another recipe go before: they would be taken for those of this one."""
+    """Write recipe.yaml; results of another recipe go before."""
     path, text = out / "recipe.yaml", recipe.as_yaml()
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != text:
-        for name in ("report.html", "results.json"):
-            (out / name).unlink(missing_ok=True)
+        remove_results(out)
     recipe.save(path)
 
 

@@ -12,7 +12,6 @@ from prefdistill.errors import UserError
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel, check_judged
 from prefdistill.files import read_json, write_json
-from prefdistill.models import model_key, tokenizer_identity
 from prefdistill.teach import train_reward
 
 if TYPE_CHECKING:
@@ -85,14 +84,12 @@ class Judge:
         """Train it, unless it is named, and see what it is worth on the held-out pairs."""
         run, training = self.run, self.options.training
         if self.options.name:
-            run.keys[STAGE] = model_key(self.options.name)
+            run.keys[STAGE] = run.given.model(self.options.name)
         else:
             run.keys["judge-pairs"] = data_fingerprint(run.judge_pairs)
-            tokenizer = tokenizer_identity(run.tokenizer)
-            tokens = [tokenizer["sha256"], tokenizer["template_sha256"]]
-            request = {"shape": self.options.model, "training": training.essence(), "tokenizer": tokens}
+            request = {"shape": self.options.model, "training": training.essence(), "tokens": run.tokens}
             run.stage(STAGE, request, self._train, "judge-pairs")
-        run.stage(WORTH, {"model": run.name_of(self.name)}, self._look, STAGE, "test")
+        run.stage(WORTH, {}, self._look, STAGE, "test")
 
     def _train(self, out: Path) -> None:
         assert self.options.model is not None

@@ -71,7 +71,7 @@ def run_stage(
         done, spent = _look(name, directory, key, replace)
         lent = pool / f"{name}-{key}" if pool else None
         if not done and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
-            _empty(directory)
+            empty_stage(directory)
             shutil.rmtree(directory, ignore_errors=True)
             _link(lent, directory)
             done, spent = _look(name, directory, key, replace)
@@ -89,7 +89,7 @@ def run_stage(
     except UserError:
         if not _work(directory):
             (directory / REQUEST).unlink(missing_ok=True)  # refused before anything was made: leave nothing behind
-            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+            _remove_checkpoints(directory)
         raise
     except BaseException:
         if team.is_main_process:
@@ -102,7 +102,7 @@ def run_stage(
     if team.is_main_process:
         sync(directory)  # what libraries wrote: only then is it true that the stage is done
         write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        _remove_checkpoints(directory)
         size = bytes_on_disk(directory)
         _lend(directory, lent)
         say(f"{name}: done in {seconds:.1f} s")
@@ -116,7 +116,7 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
         done = read_json(directory / DONE)
         if done.get("key") == key:
             if main:
-                shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # it was killed when it was done
+                _remove_checkpoints(directory)  # it was killed when it was done
                 say(f"{name}: reused")
             return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
     before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
@@ -132,19 +132,28 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
         )
     if _work(directory) and main:
         say(f"{name}: made again, because what it is made from has changed")
-        _empty(directory)
+        empty_stage(directory)
     return {}, 0.0
 
 
-def _empty(directory: Path) -> None:
+def empty_stage(directory: Path) -> None:
     """Remove what a stage has left, so that whoever finds it half done knows it for a stage and takes up none of it."""
     if not _work(directory):
         return
     write_json(directory / REQUEST, {"key": None})
     (directory / DONE).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.name not in (LOCK, REQUEST):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name == CHECKPOINTS and path.is_dir():
+            _remove_checkpoints(directory, ignore_errors=False)
+        elif path.name not in (LOCK, REQUEST):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_checkpoints(directory: Path, *, ignore_errors: bool = True) -> None:
+    """All of them. A link stays: it is the user's, to a disk with more room, where other things may be."""
+    checkpoints = directory / CHECKPOINTS
+    for path in checkpoints.glob("checkpoint-*") if checkpoints.is_symlink() else [checkpoints]:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def _lend(directory: Path, lent: Path | None) -> None:
@@ -186,8 +195,12 @@ def _work(directory: Path) -> list[Path]:
     if not directory.exists():
         return []
     there = [path for path in directory.iterdir() if path.name not in (REQUEST, LOCK)]
-    # the Trainer makes its directory of checkpoints before it has looked at the data
-    return [path for path in there if path.name != CHECKPOINTS or not path.is_dir() or any(path.iterdir())]
+    return [path for path in there if path.name != CHECKPOINTS or _some_checkpoint(path)]
+
+
+def _some_checkpoint(path: Path) -> bool:
+    """The Trainer makes its directory of them before it has looked at the data."""
+    return not path.is_dir() or any(path.glob("checkpoint-*") if path.is_symlink() else path.iterdir())
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from prefdistill.config import (
 )
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, value_digest, write_json
+from prefdistill.given import Given
 from prefdistill.places import check_own, check_place
 from prefdistill.progress import say
 
@@ -193,7 +194,8 @@ class StudyRun:
     def __post_init__(self) -> None:
         self.cells = cells_of(self.study)
         self.seeds = range(self.study.seed, self.study.seed + self.study.seeds)
-        self.given: dict[str, dict[str, Any]] = {}
+        self.given = Given()
+        self.prints: dict[str, dict[str, Any]] = {}  # of the data and models of the recipes, by their names
         self.keys: dict[tuple[str, int], str] = {}
 
     def recipe(self, cell: Cell, seed: int) -> Recipe:
@@ -208,18 +210,18 @@ class StudyRun:
             raise UserError(f"{self.path}: metric {self.study.metric!r} is not measured; known: {', '.join(METRICS)}")
         for cell in self.cells:
             recipe = self.recipe(cell, self.seeds[0])
-            run = SeedRun(recipe, self.out, self.seeds[0])
+            run = SeedRun(recipe, self.out, self.seeds[0], given=self.given)
             made_from = _names(recipe)
             try:
                 run.check()
-                if made_from not in self.given:
+                if made_from not in self.prints:
                     run.check_models()
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
             essence = recipe.model_dump(mode="json", exclude=WORDS)
-            if made_from not in self.given:
-                self.given[made_from] = fingerprints(run)
-            given = self.given[made_from]
+            if made_from not in self.prints:
+                self.prints[made_from] = fingerprints(run)
+            given = self.prints[made_from]
             for seed in self.seeds:
                 parts = {"recipe": essence, "given": given, "seed": seed, "version": __version__}
                 self.keys[cell.name, seed] = value_digest(parts)
@@ -232,7 +234,7 @@ class StudyRun:
         return file.is_file() and read_json(file).get("key") == self.keys[cell.name, seed]
 
     def run(self, command: str) -> list[dict[str, Any]]:
-        """Run what is missing, a whole seed before the next, and show what there is after each; returns what failed."""
+        """Run what is missing, a whole seed before the next, showing what there is before each; returns what failed."""
         from prefdistill.report.study import write_study
 
         failed: list[dict[str, Any]] = []
@@ -244,14 +246,13 @@ class StudyRun:
             left = (time.monotonic() - start) / done * (len(missing) - done) if done else None
             rest = "" if left is None else f", about {left / 60:.0f} min left"
             say(f"study {self.study.name}: cell {done + 1} of {len(missing)} ({cell.name}, seed {seed}){rest}")
+            write_study(summary(self, failed), self.out)  # the last cell is followed by the whole
             try:
                 self._run_cell(cell, seed, command)
             except Exception as error:  # the other cells are worth having; the next call tries this one again
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"study {self.study.name}: cell {cell.name}, seed {seed} failed: {reason}")
                 failed.append({"cell": cell.name, "seed": seed, "error": f"{type(error).__name__}: {reason}"})
-            if done + 1 < len(missing):  # the last is followed by the whole
-                write_study(summary(self, failed), self.out)
         return failed
 
     def _run_cell(self, cell: Cell, seed: int, command: str) -> None:
@@ -260,7 +261,7 @@ class StudyRun:
         recipe = self.recipe(cell, seed)
         work = self.out / "work" / cell.file(seed)
         start = time.monotonic()
-        results = run_recipe(recipe, work, command=command, pool=self.pool)
+        results = run_recipe(recipe, work, command=command, pool=self.pool, given=self.given)
         kept = (
             "baseline",
             "methods",
@@ -293,7 +294,7 @@ class StudyRun:
                 "warnings": results["warnings"],
                 "seconds": round(time.monotonic() - start, 3),
                 "stages": results["stages"],
-                "data": data_of(recipe, work, seed, self.given),
+                "data": data_of(recipe, work, seed, self.prints),
                 "environment": environment(command),
                 "recipe": recipe.model_dump(mode="json"),
             },
@@ -302,22 +303,21 @@ class StudyRun:
 
 def fingerprints(run: Any) -> dict[str, Any]:
     """Digests of the data and the models that a recipe is given; what it makes itself follows from the recipe."""
-    from prefdistill.data import data_fingerprint, demonstrations_fingerprint
-    from prefdistill.models import model_key
+    from prefdistill.data import data_fingerprint, demonstrations_fingerprint, first_rows
 
     found: dict[str, Any] = {}
-    data, names = run.recipe.data, run.recipe.model
-    if not data.synthetic:
-        found["train"] = data_fingerprint(run.train)
-        if run.test is not None:
-            found["test"] = data_fingerprint(run.test)
-        if data.sft:
-            found["sft"] = demonstrations_fingerprint(run.demonstrations)
+    given, data, names = run.given, run.recipe.data, run.recipe.model
+    # all rows, whichever of them a seed sets aside for its judge
+    for part, source, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
+        if source:
+            found[part] = data_fingerprint(first_rows(given.pairs(source), limit))
+    if data.sft:
+        found["sft"] = demonstrations_fingerprint(given.messages(data.sft))
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(names, role):
-            found[role] = model_key(name)
+            found[role] = given.model(name)
     if run.recipe.reward_model and (name := run.recipe.reward_model.name):
-        found["reward_model"] = model_key(name)
+        found["reward_model"] = given.model(name)
     return found
 
 
@@ -327,9 +327,9 @@ def _names(recipe: Recipe) -> str:
     return value_digest([part.model_dump() if part else None for part in parts])
 
 
-def data_of(recipe: Recipe, work: Path, seed: int, given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def data_of(recipe: Recipe, work: Path, seed: int, prints: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Digests of the data a cell has used: those it was given, or of the files it has made."""
-    found = given[_names(recipe)]
+    found = prints[_names(recipe)]
     if not recipe.data.synthetic:
         return found
     made = ("pairs/train.jsonl", "pairs/test.jsonl", "data/demonstrations.jsonl")

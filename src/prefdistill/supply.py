@@ -64,7 +64,6 @@ class Supply:
         dtype = recipe.model.dtype if own else recipe.signals.dtype or default_dtype("teacher")
         quantization = None if own else recipe.signals.quantization
         request = {
-            "model": run.name_of(model),
             "truncation": str(run.truncation),
             "sampling": options,
             "seed": seed,
@@ -155,7 +154,6 @@ class Supply:
         else:
             options |= {"dtype": asked.dtype or default_dtype(role), "bf16": False}
         request = {
-            "model": run.name_of(model),
             "kinds": sorted(kinds),
             "responses": list(responses),
             "truncation": str(run.truncation),

@@ -68,7 +68,7 @@ def load_run(path: str | Path) -> Run:
         "results": results,
         "recipe": recipe,
         "environment": environment,
-        "curves": _curves(path, problems),
+        "curves": _curves(path, results.get("stages"), problems),
         "problems": problems,
     }
 
@@ -141,9 +141,13 @@ def _environment(file: Path, problems: list[str]) -> dict[str, Any] | None:
     return environment
 
 
-def _curves(path: Path, problems: list[str]) -> dict[str, dict[str, list[Points]]]:
-    """What every stage logged: {stage: {metric: [one line per seed]}}."""
+def _curves(path: Path, stages: list[Any] | None, problems: list[str]) -> dict[str, dict[str, list[Points]]]:
+    """What every stage logged: {stage: {metric: [one line per seed]}}; of `stages` alone, if the results name theirs:
+    an earlier run with more seeds, orders or methods may have left others."""
     files = sorted(path.glob("seed-*/*/metrics.jsonl"), key=lambda f: natural(str(f.relative_to(path))))
+    if stages is not None:
+        ours = {(f"seed-{stage.get('seed')}", stage.get("name")) for stage in stages if isinstance(stage, dict)}
+        files = [file for file in files if (file.parent.parent.name, file.parent.name) in ours]
     files += sorted(f for f in path.glob("*/metrics.jsonl") if not f.parent.name.startswith("seed-"))
     curves: dict[str, dict[str, list[Points]]] = {}
     for file in files:

@@ -34,6 +34,8 @@ def write_study(results: Results, out: Path) -> None:
     picture = plot(results)
     if picture:
         write_text(out / "plot.svg", alone(picture))
+    else:
+        (out / "plot.svg").unlink(missing_ok=True)
     write_text(out / "study.html", printable(render_page(results, picture)))
 
 
