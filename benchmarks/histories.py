@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -34,9 +35,9 @@ MOMENTS = 400  # changes to the directory, of which one is drawn for a fault
 RECIPE: dict[str, Any] = {
     "name": "history",
     "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 48},
-    "model": {"teacher": "teacher", "student": "model"},
+    "model": {"teacher": "teacher", "student": "model", "teacher_reference": "reference"},
     "sampling": {"max_new_tokens": 4},
-    "training": {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.01},
+    "training": {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
     "methods": {"dpo": {}, "tvkd": {}},
     "evaluate": {"prompts": 4, "max_new_tokens": 4, "samples": 1},
 }
@@ -141,7 +142,7 @@ def change_weights(files: Files, place: Path, draw: random.Random) -> str:
     """Others of the same size; with the times of those before, as a copy may have them."""
     from prefdistill.models import load_tokenizer, random_model
 
-    role = draw.choice(["teacher", "student"])
+    role = draw.choice(list(files["recipe.yaml"]["model"]))
     at = place / files["recipe.yaml"]["model"][role]
     before = {path: path.stat() for path in at.iterdir()}
     random_model(load_tokenizer(str(at)), SHAPE, draw.randrange(3)).save_pretrained(at)
@@ -163,8 +164,18 @@ def change_tokens(files: Files, place: Path, draw: random.Random) -> str:
     return "tokens"
 
 
+def change_template(files: Files, place: Path, draw: random.Random) -> str:
+    """Another word before every conversation."""
+    start, word = "{{ bos_token }}", draw.choice(WORDS)
+    for name in files["recipe.yaml"]["model"].values():
+        file = place / name / "chat_template.jinja"
+        rest = re.sub(rf"^{re.escape(start)}(\w+ )?", "", file.read_text(encoding="utf-8"))
+        file.write_text(f"{start}{word} {rest}", encoding="utf-8")
+    return "chat template"
+
+
 def move_model(files: Files, place: Path, draw: random.Random) -> str:
-    role = draw.choice(["teacher", "student"])
+    role = draw.choice(list(files["recipe.yaml"]["model"]))
     before = files["recipe.yaml"]["model"][role]
     after = before.removesuffix("-moved") if before.endswith("-moved") else f"{before}-moved"
     (place / before).rename(place / after)
@@ -199,6 +210,7 @@ CHANGES: list[Callable[[Files, Path, random.Random], str]] = [
     change_order,
     change_weights,
     change_tokens,
+    change_template,
     move_model,
     move,
     touch,
@@ -213,11 +225,12 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
         files["study.yaml"] = copy.deepcopy(STUDY)
     write_rows(place / "train.jsonl", 0, 14)
     write_rows(place / "test.jsonl", 1, 8)
+    shutil.copytree(place / "model", place / "reference")
     job = JOBS[verb]
     since: list[str] = []
     for _ in range(calls):
         before = copy.deepcopy(files)
-        since += [draw.choice(CHANGES)(files, place, draw) for _ in range(draw.randint(1, 2))]
+        now = [draw.choice(CHANGES)(files, place, draw) for _ in range(draw.randint(1, 2))]
         for name, content in files.items():
             (place / name).write_text(json.dumps(content))
         fault = Fault(draw.choice([signal.SIGKILL, signal.SIGINT]), change=draw.randint(1, MOMENTS))
@@ -225,8 +238,9 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
         tally.calls[tried.status] += 1
         if tried.status == 2:  # two options that do not go together
             before["recipe.yaml"]["model"] = files["recipe.yaml"]["model"]  # which may have been moved
-            files = before
-        elif tried.status == 1:
+            files, now = before, [change for change in now if ": " not in change]
+        since += now
+        if tried.status == 1:
             tally.differing.append(f"status 1 after {since}: {tried.said[-500:]}")
         elif tried.status == 0:
             (place / "out").rename(place / "old")

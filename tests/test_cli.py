@@ -51,7 +51,7 @@ def run(*arguments, **options):
 
 def test_the_small_profile_does_not_take_the_place_of_the_whole_run(place, monkeypatch):
     outs = []
-    monkeypatch.setattr("prefdistill.results.run_recipe", lambda recipe, out, **_: outs.append(out) or {"methods": {}})
+    monkeypatch.setattr("prefdistill.results.run_recipe", lambda recipe, out, **_: outs.append(out) or {"warnings": []})
     monkeypatch.setattr("prefdistill.report.verdict", lambda results: "")
     monkeypatch.setattr("prefdistill.report.method_table", lambda results: "")
     for arguments in ([], ["--fast"], ["--fast", "--out", "here"]):
@@ -439,6 +439,14 @@ def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_
     make_model(7).save_pretrained(place / "model")
     assert _call(stage) == 2
     assert (place / OUT[1] / "model.safetensors").read_bytes() == made
+
+
+def test_nothing_is_left_of_a_model_that_has_changed_meanwhile(place, capfd, monkeypatch):
+    states = iter(["as it was", "as it was", "another"])
+    monkeypatch.setattr("prefdistill.given.model_key", lambda name: next(states))
+    assert _call(["sft", *MODEL, *PAIRS, *OUT, *FAST[1:], "max_steps=1"]) == 2
+    assert "model has been changed while it was in use" in capfd.readouterr().err
+    assert not (place / OUT[1]).exists()
 
 
 @pytest.mark.parametrize("verb", ["sft", "dpo"])

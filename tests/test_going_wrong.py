@@ -44,9 +44,13 @@ def test_a_constant_value_is_reported_before_training(place, capsys):
     capsys.readouterr()
     assert _call(["distill", "--student", "model", *DATA, "--method", "tvkd", *stores, "--out", "out", *FAST]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("prefdistill: the shaping margin (value) is the same number, 0, for all 8 pairs")
+    assert told.startswith("prefdistill: the teacher's value is the same number, 5.77, in all 171 states")
     assert "raw logits are needed" in told
     assert not (place / "out").exists()
+    # a discount would make lengths of it
+    refused = ["distill", "--student", "model", *DATA, "--method", "tvkd", *stores, "--out", "out", *FAST]
+    assert _call([*refused, "discount=0.9"]) == 2
+    assert "is the same number" in capsys.readouterr().err
 
 
 def test_shaping_that_drowns_the_margin_is_warned_of_with_numbers(place, capsys):
@@ -65,6 +69,18 @@ def test_shaping_that_drowns_the_margin_is_warned_of_with_numbers(place, capsys)
         "a higher beta gives the pairs more say"
     )
     assert warning in (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"warning: {warning}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("alpha", "drowns"), [(1000, True), (1e-9, False)])
+def test_shaping_that_drowned_the_margin_of_one_training(place, capsys, alpha, drowns):
+    for name, role, kind in (("values", "teacher", "values"), ("start", "reference", "logps")):
+        assert _call(["signals", "--model", "model", *DATA, "--role", role, "--kind", kind, "--out", name]) == 0
+    stores = ["--signals", "values", "--signals", "start", "--out", "out", "logging_steps=1", "learning_rate=0.01"]
+    assert _call(["distill", "--student", "model", *DATA, "--method", "tvkd", *stores, *FAST, f"alpha={alpha}"]) == 0
+    last = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()][1]
+    told = f"tvkd: the shaping margin (mean size {last['shaping/margins_abs']:.2f}) drowns the DPO margin"
+    assert (told in capsys.readouterr().err) == drowns
 
 
 class Spoiled(torch.optim.SGD):

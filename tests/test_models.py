@@ -15,6 +15,7 @@ from prefdistill.encode import end_token_ids
 from prefdistill.errors import UserError
 from prefdistill.models import (
     check_same_tokens,
+    config_digest,
     default_dtype,
     load_model,
     load_tokenizer,
@@ -25,6 +26,7 @@ from prefdistill.models import (
     texts_of,
     tokenizer_identity,
     train_tokenizer,
+    weights_digest,
 )
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -116,6 +118,7 @@ def test_an_adapter_is_merged_into_its_base(saved, tmp_path, tokenizer):
                 parameter.normal_(std=0.5)
     adapted.save_pretrained(tmp_path / "adapter")
     found = load_model(str(tmp_path / "adapter"), dtype="float32").eval()
+    assert all(weight.requires_grad for weight in found.parameters())  # a training may start from it
     assert type(found).__name__ == "LlamaForCausalLM"
     assert not any("lora" in name for name in found.state_dict())
     torch.testing.assert_close(logits(found), logits(adapted.eval()), atol=1e-3, rtol=1e-3)
@@ -305,8 +308,7 @@ def test_identity_goes_by_the_weights_not_the_place(saved, make_model):
     assert (found["revision"], found["dtype"], found["architecture"]) == (None, "float32", "LlamaForCausalLM")
 
 
-def test_what_is_said_of_a_plain_model_does_not_change(make_model):
-    """Stores that were made before would be another request's."""
+def test_what_is_said_of_a_plain_model(make_model):
     model, digest = make_model(), hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} torch.float32 {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
@@ -316,7 +318,19 @@ def test_what_is_said_of_a_plain_model_does_not_change(make_model):
         "architecture": "LlamaForCausalLM",
         "dtype": "float32",
         "weights_sha256": digest.hexdigest(),
+        "config_sha256": config_digest(model),
     }
+
+
+def test_a_configuration_is_what_it_says_of_how_a_model_computes(make_model, tmp_path):
+    model = make_model()
+    before = config_digest(model)
+    model.config.use_cache, model.config.pad_token_id = False, 3
+    model.save_pretrained(tmp_path / "stored")
+    for dtype in ("float32", "bfloat16"):
+        assert config_digest(load_model(str(tmp_path / "stored"), dtype=dtype)) == before
+    for key, value in (("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("num_attention_heads", 2)):
+        assert config_digest(make_model(**{key: value})) != before
 
 
 def test_weights_that_are_no_tensors_count():
@@ -332,7 +346,7 @@ def test_weights_that_are_no_tensors_count():
     def digest(codes, scale, group):
         state = {"weight": Packed(codes, scale), "group": group}
         model = types.SimpleNamespace(state_dict=lambda: state, name_or_path="", dtype=torch.float32)
-        return model_identity(model)["weights_sha256"]
+        return weights_digest(model)
 
     same = digest([1, 2], 0.5, 64)
     assert same == digest([1, 2], 0.5, 64)
@@ -372,7 +386,50 @@ def test_the_key_of_a_directory_is_that_of_what_is_loaded_from_it(saved, tmp_pat
 
 
 def test_the_key_of_a_model_on_the_hub_is_its_name_and_revision():
-    assert (model_key("org/name"), model_key(None)) == (["org/name", None], None)
+    assert (model_key("org/name"), model_key(None)) == ({"name": "org/name", "revision": None}, None)
+
+
+def test_an_adapter_of_the_hub_is_that_of_its_revision_with_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = []
+    for revision in ("a" * 40, "b" * 40):
+        place = tmp_path / "models--org--adapter" / "snapshots" / revision
+        place.mkdir(parents=True)
+        (place / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+        (place.parent.parent / "refs").mkdir(exist_ok=True)
+        (place.parent.parent / "refs" / "main").write_text(revision)
+        found.append(model_key("org/adapter"))
+    assert [key["revision"] for key in found] == ["a" * 40, "b" * 40]
+    assert found[0]["base"] == {"name": "org/base", "revision": None}
+
+
+def test_shards_elsewhere_and_code_are_part_of_the_key_and_pages_are_not(saved, tmp_path):
+    directory = tmp_path / "model"
+    files = ["shards/one.safetensors", "custom_generate/generate.py", "vocab.txt", "dict.txt"]
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": files[0]}}))
+    for name in files:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("")
+    for name in files:
+        before = model_key(saved)
+        (directory / name).write_text("other")
+        assert model_key(saved) != before
+    before = model_key(saved)
+    for name in ("tokens.html", "token-counts.csv", "optimizer.bin", "shards/two.safetensors"):
+        (directory / name).write_text("")
+    assert model_key(saved) == before
+    (directory / "model.safetensors.index.json").write_text("[]")  # for the loader to refuse
+    model_key(saved)
+
+
+def test_adapters_that_name_each_other_as_base_are_refused(tmp_path):
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir()
+        text = json.dumps({"base_model_name_or_path": str(tmp_path / other)})
+        (tmp_path / one / "adapter_config.json").write_text(text)
+    assert model_key(str(tmp_path / "a"))["base"]["adapter_config.json"]
+    with pytest.raises(UserError):
+        load_model(str(tmp_path / "a"))
 
 
 def test_the_key_of_an_adapter_is_also_that_of_its_base(tmp_path):
@@ -398,6 +455,9 @@ def test_a_tokenizer_is_its_rules_not_its_state():
 
 def test_tokenizers_that_differ_are_told_apart():
     identity = tokenizer_identity(train_tokenizer(TEXTS, 300))
+    split = train_tokenizer(TEXTS, 300)
+    split.split_special_tokens = True
+    assert tokenizer_identity(split)["sha256"] != identity["sha256"]
     other_template, other_end = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300)
     other_template.chat_template += " "
     other_end.eos_token = "<|pad|>"
@@ -512,11 +572,15 @@ def test_shapes_that_are_none(tokenizer, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_texts_of_every_kind_of_data():
+def test_texts_of_plain_and_conversational_pairs():
     message = {"role": "user", "content": "q"}
     rows = [
         {"prompt": "p", "chosen": "c", "rejected": "r"},
-        {"prompt": [message], "completion": [{"role": "assistant", "content": "a"}], "chosen": None},
-        {"messages": [message, {"role": "assistant", "content": "b"}]},
+        {
+            "prompt": [message],
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "completion": "of no part",
+            "rejected": None,
+        },
     ]
-    assert list(texts_of(rows)) == ["p", "c", "r", "q", "a", "q", "b"]
+    assert list(texts_of(rows)) == ["p", "c", "r", "q", "a"]

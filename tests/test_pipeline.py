@@ -11,6 +11,7 @@ import pytest
 from prefdistill.config import load_recipe
 from prefdistill.data import load_pairs
 from prefdistill.errors import UserError
+from prefdistill.files import write_jsonl
 from prefdistill.methods import METHODS
 from prefdistill.models import model_key
 from prefdistill.report.run import PANELS, load_run
@@ -399,22 +400,92 @@ def test_models_are_what_they_hold_and_not_where_they_lie(mine, tmp_path):
     assert again["methods"] == run_recipe(load_recipe(moved / "recipe.yaml"), tmp_path / "new")["methods"]
 
 
-def test_a_model_that_changes_while_the_run_works_is_no_part_of_its_results(mine, tmp_path, monkeypatch):
+@pytest.mark.parametrize("during", ["distill-dpo-0", "distill-tvkd-0"])
+def test_a_model_that_changes_while_the_run_works_is_no_part_of_its_results(mine, tmp_path, monkeypatch, during):
     import prefdistill.pipeline as pipeline
 
-    def fit_meanwhile(*args):
-        real(*args)
-        change_weights(mine / "teacher-dpo")
+    def fit_meanwhile(trainer, out, what):
+        real(trainer, out, what)
+        if what == during:
+            change_weights(mine / "teacher-dpo")
 
     real = pipeline.fit
     with monkeypatch.context() as context:
         context.setattr(pipeline, "fit", fit_meanwhile)
         with pytest.raises(UserError, match="teacher-dpo has been changed while it was in use"):
             run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "seed-0" / "distill-dpo-0").iterdir()] == []
+    made = {path.parent.name for path in tmp_path.glob("run/seed-0/distill-*/model.safetensors")}
+    assert made == {"distill-dpo-0"}  # of which the teacher is no part
     results = run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
+    assert stages(results)["distill-dpo-0"]
     new = run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "new")
     assert (results["methods"], results["shaping"]) == (new["methods"], new["shaping"])
+
+
+def test_a_template_and_code_that_is_let_in_are_part_of_what_named_models_are(mine, tmp_path):
+    out, recipe = tmp_path / "run", mine / "recipe.yaml"
+    run_recipe(load_recipe(recipe), out)
+    for name in ("teacher-dpo", "teacher-sft", "student-sft"):
+        template = mine / name / "chat_template.jinja"
+        template.write_text("reverse: " + template.read_text())
+    again = stages(run_recipe(load_recipe(recipe), out))
+    assert not any(again.values())
+    assert not any(stages(run_recipe(load_recipe(recipe, ["model.trust_remote_code=true"]), out)).values())
+
+
+def test_what_a_trained_teacher_is_no_part_of_stays(mine, tmp_path):
+    run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
+    change_weights(mine / "teacher-dpo")
+    again = stages(run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run"))
+    made = {name for name, reused in again.items() if not reused}
+    assert made == {"signals-teacher-test", "signals-teacher-train", "distill-tvkd-0", "evaluate-tvkd-0"}
+
+
+def test_pairs_of_a_named_teacher_are_made_from_its_reference_and_the_prompts(mine, tmp_path):
+    """In the synthetic task, whose pairs are sampled."""
+    models = [f"model.teacher={mine / 'teacher-dpo'}", f"model.student={mine / 'student-sft'}", "student.sft=null"]
+    nothing = ["teacher.sft=null", "teacher.dpo=null", "training.max_steps=1"]
+    sizes = "data.synthetic={demonstrations: 32, teacher_pairs: %d, pairs: 16, test_prompts: 8}"
+    small, more = [*models, *nothing, sizes % 24], [*models, *nothing, sizes % 30]
+    reference = [*more, f"model.teacher_reference={mine / 'teacher-sft'}"]
+    for changed in (small, more, reference):
+        results = run_recipe(load_recipe(QUICKSTART, changed, only=["dpo"]), tmp_path / "run")
+    new = run_recipe(load_recipe(QUICKSTART, reference, only=["dpo"]), tmp_path / "new")
+    assert results["methods"] == new["methods"]
+    for file in ("train.jsonl", "test.jsonl"):
+        pairs = [(tmp_path / run / "seed-0" / "pairs" / file).read_bytes() for run in ("run", "new")]
+        assert pairs[0] == pairs[1]
+
+
+def test_other_columns_of_the_pairs_are_no_part_of_a_tokenizer(finished, tmp_path):
+    pairs = load_pairs(str(finished[0] / "seed-0" / "pairs" / "train.jsonl"))
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    recipe = {
+        "name": "scratch",
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "max_length": 48},
+        "model": {"scratch": {"teacher": shape, "student": shape, "vocab_size": 300}},
+        "training": {"max_steps": 1},
+        "methods": {"dpo": {}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    found = []
+    for text in ("of no part", "xyzzy " * 9):
+        write_jsonl(tmp_path / "pairs.jsonl", [{**row, "completion": text} for row in pairs])
+        run_recipe(load_recipe(tmp_path / "recipe.yaml"), tmp_path / text[:2])
+        found.append((tmp_path / text[:2] / "seed-0" / "init" / "tokenizer" / "tokenizer.json").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_results_go_before_stages_are_taken_from_a_pool(mine, tmp_path, monkeypatch):
+    out, recipe = tmp_path / "run", mine / "recipe.yaml"
+    for changed in ([], ["training.learning_rate=0.02"]):
+        run_recipe(load_recipe(recipe, changed), out, pool=tmp_path / "pool")
+    monkeypatch.setattr("prefdistill.pipeline.SeedRun._distill_round", stop)
+    (out / "recipe.yaml").write_text(load_recipe(recipe).as_yaml())  # as if another run had seen to that
+    (out / "seed-0" / "signals-teacher-test" / "stage.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(recipe), out, pool=tmp_path / "pool")
+    assert not (out / "results.json").exists()
 
 
 def test_a_named_models_tokenizer_is_that_of_the_models_made_beside_it(mine, tmp_path):
@@ -425,6 +496,9 @@ def test_a_named_models_tokenizer_is_that_of_the_models_made_beside_it(mine, tmp
     assert not made["init"]
     assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]
     change_weights(mine / "teacher-dpo")  # of which the student takes nothing
+    assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]
+    pairs = load_pairs(str(mine / "pairs.parquet"))
+    pairs.select(range(len(pairs) - 1)).to_parquet(str(mine / "pairs.parquet"))  # nor of these
     assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]
     file = mine / "teacher-dpo" / "tokenizer.json"
     file.write_text(file.read_text().replace('"reverse"', '"backwards"'))

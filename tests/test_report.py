@@ -585,7 +585,7 @@ def test_load_run_of_no_directory(tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_run_has_left_is_not_drawn(tmp_path: Path) -> None:
-    stages = [{"name": "distill-dpo-0", "seed": 0}]
+    stages = [{"name": "distill-dpo-0", "seed": 0}, {"name": ["of a stranger"], "seed": {}}, 7]
     (tmp_path / "results.json").write_text(json.dumps({"methods": {"dpo": {"r": 1}}, "stages": stages}))
     log(tmp_path, 0, "distill-dpo-0", [{"step": 1, "loss": 1}])
     log(tmp_path, 1, "distill-dpo-0", [{"step": 1, "loss": 9}])  # of another seed, order, method

@@ -81,9 +81,15 @@ def test_checkpoints_may_be_a_link_to_another_disk(tmp_path):
     with pytest.raises(RuntimeError):
         run_stage("sft", out, {"rate": 1}, partial(work, fail=RuntimeError()))
     assert names(disk) == ["checkpoint-3", "thesis"]
-    run_stage("sft", out, {"rate": 2}, work, replace=True)
+    (disk / "checkpoint-notes").write_text("x")
+    run_stage("sft", out, {"rate": 2}, work, replace=True, pool=tmp_path / "pool")
     assert (out / "checkpoints").is_symlink()
-    assert names(disk) == ["thesis"]
+    assert names(disk) == ["checkpoint-notes", "thesis"]
+    assert not list(tmp_path.glob("pool/*/checkpoints"))
+    disk.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        run_stage("sft", out, {"rate": 3}, work, replace=True)
+    assert (out / "checkpoints").is_symlink()
 
 
 def test_another_version_makes_it_again(tmp_path, monkeypatch):

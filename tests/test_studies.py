@@ -268,6 +268,21 @@ def test_what_is_made_again_is_not_shown_as_it_was(finished, tmp_path, monkeypat
     assert not (out / "plot.svg").exists()
 
 
+def test_a_study_ends_when_a_model_it_is_given_has_changed(finished, tmp_path, monkeypatch):
+    """The other cells are made from it as well."""
+    from prefdistill.given import ModelChanged
+
+    def changed(self, cell, seed, command):
+        tried.append(cell.name)
+        raise ModelChanged("teacher has been changed")
+
+    tried = []
+    monkeypatch.setattr(studies.StudyRun, "_run_cell", changed)
+    with pytest.raises(ModelChanged):
+        run_study(finished[0], tmp_path / "out")
+    assert len(tried) == 1
+
+
 def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
     import prefdistill.pipeline as pipeline
 
@@ -364,6 +379,27 @@ def test_real_data_are_part_of_the_key(tmp_path, data_dir):
     assert keys("data.max_train=21") != first
     (tmp_path / "train.jsonl.gz").write_bytes((pairs / "test.jsonl.gz").read_bytes())
     assert keys() != first
+
+
+def test_the_place_of_data_and_models_is_no_part_of_the_key(tmp_path, make_model, tokenizer, pairs):
+    write_jsonl(tmp_path / "pairs.jsonl", pairs.to_list())
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write(tmp_path / "s.yaml", recipe=str(ROOT / "recipes" / "local-pairs" / "tvkd.yaml"), overrides={},
+                 metric="reward_accuracy")  # fmt: skip
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "copy.jsonl")
+    trainings = ["teacher.sft=null", "teacher.dpo=null", "student.sft=null", "reward_model=null"]
+
+    def keys(model, data):
+        given = [f"data.train={tmp_path / data}", f"data.test={tmp_path / data}"]
+        models = [f"model.{role}={tmp_path / model}" for role in ("teacher", "student")]
+        overrides = [studies.Override.parse(text) for text in (*trainings, *given, *models)]
+        run = studies.StudyRun(load_study(path), path, tmp_path / "out", tmp_path / "pool", overrides)
+        run.check()
+        return run.keys
+
+    assert keys("model", "pairs.jsonl") == keys("copy", "copy.jsonl")
 
 
 def test_pairs_that_a_judge_is_trained_on_are_part_of_the_key(tmp_path):

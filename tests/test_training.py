@@ -450,6 +450,23 @@ def test_a_reference_in_another_dtype_is_the_student_if_its_weights_are(
     wide = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "wide", role="reference")
     with pytest.raises(UserError, match=rf"in float32\) than the student .*in {str(dtype)[6:]}"):
         train(METHODS["dpo"](), model=make_model().to(dtype), signals=[wide])
+    with pytest.raises(UserError, match=rf"in {str(dtype)[6:]}\) than the student .*in float32.* --dtype float32"):
+        train(METHODS["dpo"](), model=make_model(), signals=[narrow])
+
+
+def test_a_reference_of_another_configuration_is_not_the_student(tmp_path, train, make_model, pairs, tokenizer):
+    same_weights = make_model(rms_norm_eps=1e-2)
+    store = extract_signals(same_weights, pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
+    with pytest.raises(UserError, match="their configurations differ"):
+        train(METHODS["dpo"](), signals=[store])
+
+
+def test_a_reference_in_another_precision_is_pointed_out(tmp_path, train, make_model, pairs, tokenizer, capsys):
+    store = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "s", role="reference", bf16=True)
+    train(METHODS["dpo"](), signals=[store])
+    assert "note: the student is trained with bf16=False and its reference signals were read with bf16=True" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_adapter_that_is_not_its_reference_is_pointed_out(train, make_model, capsys):

@@ -106,11 +106,15 @@ def _run(
 
     names = None if only is None else [name.strip() for name in only.split(",")]
     recipe = load_recipe(recipe_path, overrides, fast=fast, only=names)
-    out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)  # it would take the place of the whole
+    # results of the small profile would replace the whole run's
+    out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
+    from prefdistill.progress import say
     from prefdistill.report import method_table, verdict
     from prefdistill.results import run_recipe
 
     results = run_recipe(recipe, out, command=" ".join(["prefdistill", *sys.argv[1:]]))
+    for warning in results["warnings"]:
+        say(f"warning: {warning}")
     _print(f"{method_table(results)}\n\n{verdict(results)}\n")
     _print(f"results  {out / 'results.json'}\nreport   {out / 'report.html'}")
     return results
@@ -380,10 +384,12 @@ def distill(
     from prefdistill.config import Training
     from prefdistill.data import data_fingerprint, load_pairs
     from prefdistill.encode import Truncation
+    from prefdistill.evaluation.shaping import drowning
     from prefdistill.files import file_digest
     from prefdistill.fit import fit
     from prefdistill.methods import METHODS, make_method
-    from prefdistill.models import load_model, load_tokenizer, model_key
+    from prefdistill.models import load_model, load_tokenizer
+    from prefdistill.progress import say
     from prefdistill.signals import Signals
     from prefdistill.training import make_trainer
 
@@ -409,9 +415,11 @@ def distill(
             seed=seed,
         )
         fit(trainer, directory, method)
+        if text := drowning(method, trainer.state.log_history):
+            say(f"warning: {text}")
 
     request = {
-        "student": model_key(student),
+        "trust_remote_code": trust_remote_code,
         "data": data_fingerprint(pairs, chosen.responses),
         "method": method,
         "options": repr(chosen),
@@ -421,7 +429,7 @@ def distill(
         "seed": seed,
         "dtype": dtype,
     }
-    return _stage(f"distill {method}", out, request, make)
+    return _stage(f"distill {method}", out, student, request, make)
 
 
 @app.command()
@@ -729,13 +737,12 @@ def _teach(
     max_length: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """One of TRL's trainings, as a stage of its own."""
+    """One of TRL's trainings."""
     from prefdistill.encode import Truncation
-    from prefdistill.models import load_tokenizer, model_key
+    from prefdistill.models import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
     request = {
-        "model": model_key(model),
         "data": fingerprint,
         "training": training.essence(),
         **options,
@@ -745,14 +752,17 @@ def _teach(
     def make(directory: Path) -> None:
         train(model, rows, tokenizer, training, directory, truncation=Truncation(max_length), **options)
 
-    return _stage(name, out, request, make)
+    return _stage(name, out, model, request, make)
 
 
-def _stage(name: str, out: Path, request: dict[str, Any], make: Any) -> dict[str, Any]:
+def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any) -> dict[str, Any]:
+    """A training of `model`, as a stage of its own."""
+    from prefdistill.given import Given
     from prefdistill.stages import locked, run_stage
 
+    given = Given()
     with locked(out, together=True):
-        stage = run_stage(name, out, request, make)
+        stage = run_stage(name, out, {"model": given.model(model), **request}, given.kept([model], make))
     _print(f"{name}: {out}")
     return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}
 

@@ -1,18 +1,25 @@
 """What recipes are given: the user's data and models, which are the same for all that is made from them."""
 
 import functools
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from prefdistill.data import load_messages, load_pairs
 from prefdistill.errors import UserError
 from prefdistill.models import model_key
+from prefdistill.stages import empty_stage
+
+
+class ModelChanged(UserError):
+    """A model is not what it was when the run began."""
 
 
 class Given:
     """Data and models by name, for the seeds of a run and the cells of a study.
 
     Data is read once. Models are loaded again by every stage that needs them: `check` says whether one has changed
-    since it was first asked for, so that no result speaks of two.
+    since it was first asked for, so that no result mixes two versions.
     """
 
     def __init__(self) -> None:
@@ -26,8 +33,22 @@ class Given:
             self._models[name] = model_key(name)
         return self._models[name]
 
-    def check(self) -> None:
-        """Raises a UserError if a model is not what it was."""
-        for name, key in self._models.items():
-            if model_key(name) != key:
-                raise UserError(f"{name} has been changed while it was in use; start the same command again")
+    def kept(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
+        """The making of a stage from these models as they were: if one has changed meanwhile, nothing of it is left."""
+
+        def checked(out: Path) -> None:
+            self.check(names)
+            make(out)
+            try:
+                self.check(names)
+            except ModelChanged:
+                empty_stage(out)
+                raise
+
+        return checked
+
+    def check(self, names: Collection[str]) -> None:
+        """Raises ModelChanged if one of these models is not what it was."""
+        for name in names:
+            if model_key(name) != self._models[name]:
+                raise ModelChanged(f"{name} has been changed while it was in use; start the same command again")

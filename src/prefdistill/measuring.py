@@ -37,15 +37,9 @@ class Measuring:
             measured = self._measure(model, out)
             write_json(out / "evaluation.json", measured.__dict__)
 
-        made_from = (
-            f"distill-{name}",
-            self.run.teacher_stage,
-            self.run.start_stage,
-            "signals-reference-test",
-            "test",
-            JUDGE,
-        )
-        before = [key for key in made_from if key in self.run.keys]
+        made_by = {self.run.teacher: self.run.teacher_stage, self.run.start: self.run.start_stage}
+        read = (made_by.get(model, f"distill-{name}"), "data", "signals-reference-test", "test", JUDGE)
+        before = [key for key in read if key in self.run.keys]
         request = self._weights_of(model) | self.run.recipe.evaluate.model_dump(exclude={"length_ranges"})
         self.run.stage(f"evaluate-{name}", request, make, *before)
         return Measured(**read_json(self.run.root / f"evaluate-{name}" / "evaluation.json"))

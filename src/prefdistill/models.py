@@ -6,8 +6,10 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +23,22 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+# Of a configuration: where it comes from, how it is stored, and what is set when it is used.
+NOT_COMPUTING = {
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+}
 # Say which weights are missing or have another shape, in place of warnings and a bare error: `_check_weights` refuses.
 LOOKED_AT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
 # Files of a directory that loading a model and its tokenizer may read, by their names in transformers and PEFT.
 LOADED = (
-    *("*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "*.jinja", "additional_chat_templates/*.jinja"),
-    *("*token*", "*vocab*", "*merges*", "*template*", "*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json"),
-)
-UNLOADED = ("training_args.bin",)
+    "*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "custom_generate/*.py",
+    "*token*.json", "*vocab*.json", "*vocab*.txt", "*merges*.txt", "*template*.json", "*.jinja",
+    "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.codes", "*.tiktoken", "*.tokenizer", "tekken.json",
+    "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json",
+)  # fmt: skip
+UNLOADED = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
 
 # Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
 # between prompt and response, and a training conversation ends where a generated one does.
@@ -153,7 +162,8 @@ def load_model(
             from peft import AutoPeftModelForCausalLM
 
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
-            return adapted if method else adapted.merge_and_unload()
+            # PEFT has frozen the base
+            return adapted if method else adapted.merge_and_unload().requires_grad_(True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **LOOKED_AT)
     except Exception as error:
         # of a quantised one these speak of a package or hardware that it needs
@@ -280,8 +290,10 @@ def _stored_quantization(name: str) -> str | None:
 
 
 def _base_of(name: str) -> str:
-    """The model that the configuration of an adapter names; of anything else, the name itself."""
-    if not (adapter := Path(name) / "adapter_config.json").is_file():
+    """The model that the configuration of an adapter names, here or in the cache of the Hub; of anything else, the name
+    itself."""
+    adapter = Path(name) / "adapter_config.json" if Path(name).is_dir() else _cached(name, "adapter_config.json")
+    if adapter is None or not adapter.is_file():
         return name
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not isinstance(base, str):
@@ -351,6 +363,7 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_sha256": weights_digest(model),
+        "config_sha256": config_digest(model),
     }
     if getattr(model, "is_quantized", False):
         settings = model.config.quantization_config
@@ -358,6 +371,19 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
         told = {key: value for key, value in settings.items() if not key.startswith("_")}
         identity["quantization"] = json.loads(json.dumps(told, default=str))
     return identity
+
+
+def config_digest(model: "PreTrainedModel") -> str:
+    """sha256 of what a configuration says of how a model computes."""
+    return value_digest(_computing(model.config.to_diff_dict()))
+
+
+def _computing(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _computing(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in NOT_COMPUTING and not str(key).startswith("_")
+    }
 
 
 def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
@@ -377,6 +403,15 @@ def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def fits_in(model: "PreTrainedModel", dtype: str) -> bool:
+    """Whether no weight loses bits in another dtype."""
+    import torch
+
+    narrow = getattr(torch, dtype)
+    of_its_own = (tensor for tensor in model.state_dict().values() if tensor.dtype == model.dtype)
+    return all(torch.equal(tensor.to(narrow).to(tensor.dtype), tensor) for tensor in of_its_own)
+
+
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """A weight, or the tensors that a quantised one is made of."""
     if not hasattr(value, "__tensor_flatten__"):
@@ -386,59 +421,85 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _parts(f"{key}.{name}", getattr(value, name))
 
 
-def model_key(name: str | None) -> Any:
+def model_key(name: str | None, *, above: tuple[str, ...] = ()) -> Any:
     """What tells two states of a model apart without loading it: digests of the files of a directory that loading it
-    may read, wherever it lies and whatever else is there, and of an adapter's base; name and revision on the Hub."""
+    may read, wherever it lies and whatever else is there, or name and revision on the Hub; and the key of an adapter's
+    base.
+
+    Args:
+        above: adapters whose base it is; one of them as its base in turn is for the loader to refuse.
+    """
     if name is None:
         return None
-    if not Path(name).is_dir():
-        return [name, hub_revision(name)]
-    matching = {path for pattern in LOADED for path in Path(name).glob(pattern) if path.is_file()}
-    files = sorted(path for path in matching if path.name not in UNLOADED and not path.name.startswith("."))
-    with ThreadPoolExecutor() as pool:  # hashing many gigabytes lets go of the interpreter
-        found = dict(zip([path.relative_to(name).as_posix() for path in files], pool.map(_digest, files), strict=True))
+    if Path(name).is_dir():
+        files = _loaded_files(Path(name))
+        with ThreadPoolExecutor() as pool:  # hashing many gigabytes lets go of the interpreter
+            found: dict[str, Any] = dict(zip(files, pool.map(_digest, files.values()), strict=True))
+    else:
+        found = {"name": name, "revision": hub_revision(name)}
     try:
         base = _base_of(name)
     except (ValueError, KeyError, TypeError):
         base = name  # whoever loads it says what is wrong
-    return found if base == name else found | {"base": model_key(base)}
+    return found if base in (name, *above) else found | {"base": model_key(base, above=(*above, name))}
+
+
+def _loaded_files(directory: Path) -> dict[str, Path]:
+    """By their names relative to the directory."""
+    found = {path for pattern in LOADED for path in directory.glob(pattern)}
+    for index in directory.glob("*.index.json"):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # whoever loads it says what is wrong
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            found.update(directory / shard for shard in shards)
+    return {
+        os.path.relpath(path, directory): path
+        for path in sorted(found)
+        if path.is_file() and path.name not in UNLOADED and not path.name.startswith(".")
+    }
 
 
 def _digest(path: Path) -> str:
     state = path.stat()
-    return _digest_of(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return _digest_of(path, (state.st_size, state.st_mtime_ns, state.st_ctime_ns))
 
 
 @functools.cache
 def _digest_of(path: Path, state: tuple[int, ...]) -> str:
-    """Read once in a process, unless the file is another one since; nobody sets the time of its last change."""
+    """Computed once in a process for each state of the file, whose ctime cannot be set by hand."""
     return file_digest(path)
 
 
 def hub_revision(name: str) -> str | None:
-    """Commit of the cached Hub snapshot that `name` was loaded from; None for a directory."""
+    """Commit of the cached Hub snapshot that a model or an adapter was loaded from; None for a directory."""
+    if not name or Path(name).exists():
+        return None
+    path = _cached(name, "config.json") or _cached(name, "adapter_config.json")
+    return path.parent.name if path else None
+
+
+def _cached(name: str, file: str) -> Path | None:
+    """A file of the cached Hub snapshot."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if not name or Path(name).exists():
-        return None
     try:
-        path = try_to_load_from_cache(name, "config.json")
+        path = try_to_load_from_cache(name, file)
     except HFValidationError:
         return None
-    return Path(path).parent.name if isinstance(path, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Digests of the token map and rules, and of the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    split = getattr(tokenizer, "split_special_tokens", False)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     for state in ("truncation", "padding"):  # set by use, not part of what the tokenizer is
         rules.pop(state, None)
     return {
         "name": tokenizer.name_or_path,
         "size": len(tokenizer),
-        "sha256": value_digest([rules, tokenizer.special_tokens_map]),
+        "sha256": value_digest([rules, tokenizer.special_tokens_map, split]),
         "template_sha256": value_digest(tokenizer.chat_template),
     }
 
@@ -571,9 +632,9 @@ def check_shape(shape: dict[str, Any], ours: dict[str, Any] | None = None) -> No
 
 
 def texts_of(dataset: Any) -> Iterator[str]:
-    """Every text of a preference or message data set, to train a tokenizer on."""
+    """Every text of preference pairs, to train a tokenizer on."""
     for row in dataset:
-        for column in ("prompt", "chosen", "rejected", "messages", "completion"):
+        for column in ("prompt", "chosen", "rejected"):
             value = row.get(column)
             if isinstance(value, str):
                 yield value

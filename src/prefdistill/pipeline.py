@@ -47,7 +47,7 @@ from prefdistill.progress import say
 from prefdistill.reward_stage import Judge, split_prompts, without_prompts
 from prefdistill.sample import Response, sample
 from prefdistill.signals.store import SIDES
-from prefdistill.stages import Stage, empty_stage, run_stage
+from prefdistill.stages import Stage, finished, run_stage, stage_key
 from prefdistill.supply import Start, Supply
 from prefdistill.teach import train_dpo, train_sft
 from prefdistill.training import arguments_kind, make_trainer
@@ -75,7 +75,10 @@ class SeedRun:
     seed: int
     stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, data digests
+    keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, digests
+    uses: dict[str, set[str]] = field(default_factory=dict)  # the models that are named, by what is made of them
+    teacher: str = ""  # these are set by `prepare`
+    start: str = ""
     starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
     pool: Path | None = None  # finished stages that several runs share, see `run_stage`
     given: Given = field(default_factory=Given)
@@ -208,21 +211,7 @@ class SeedRun:
             self.stage("data", {"synthetic": language}, self._make_language)
         else:
             self.keys["train"] = data_fingerprint(self.train)
-        # what of the data a model from scratch depends on
-        source = "data" if recipe.data.synthetic else "train"
-        named = {role: getattr(recipe.model, role) for role in ("teacher", "student")}
-        tokens = self.tokens if any(named.values()) else None  # else they are made with the models
-        scratch = recipe.model.scratch.model_dump() if recipe.model.scratch else {}
-        if not all(named.values()):
-            made = [role for role, name in named.items() if name is None]
-            self.stage("init", {"scratch": scratch, "made": made, "tokens": tokens}, self._make_models, source)
-        self.teacher = recipe.model.teacher or str(self.root / "init" / "teacher")
-        self.start = recipe.model.student or str(self.root / "init" / "student")
-        # what the models are before any training; neither depends on the shape of the other
-        for role, name in named.items():
-            shape = {key: value for key, value in scratch.items() if key not in named or key == role}
-            base = {"model": self.given.model(name)} if name else {"shape": shape, "source": self.keys[source]}
-            self.keys[f"{role}-base"] = value_digest({**base, "tokens": tokens})
+        self._prepare_models()
         self.keys["demonstrations"] = self.keys.get("data") or self.keys["train"]
         if recipe.data.sft and (recipe.teacher.sft or recipe.student.sft):
             self.keys["demonstrations"] = demonstrations_fingerprint(self.demonstrations)
@@ -241,14 +230,14 @@ class SeedRun:
         self.teacher_reference = self.teacher
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
             self.teacher_reference, self.teacher_reference_stage = recipe.model.teacher_reference, "teacher-reference"
-            self.keys[self.teacher_reference_stage] = self.given.model(self.teacher_reference)
+            self.name_model(self.teacher_reference_stage, self.teacher_reference)
         if recipe.data.synthetic:
-            teacher = self.teacher_stage
-            sampling = recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
-            self.stage("pairs", sampling, self._make_pairs, teacher)
-            size = recipe.data.synthetic
+            size, sampling = recipe.data.synthetic, recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
+            request = {**sampling, "dtype": recipe.model.dtype}
+            self.stage("pairs", request, self._make_pairs, "data", self.teacher_reference_stage)
             self.keys["train"] = value_digest([self.keys["pairs"], size.pairs])
             self.keys["teacher_pairs"] = value_digest([self.keys["pairs"], size.teacher_label_noise])
+            self.uses["train"] = self.uses["teacher_pairs"] = self.uses["pairs"]
         else:
             self.keys["teacher_pairs"] = self.keys["train"]
         if recipe.teacher.dpo:
@@ -281,6 +270,27 @@ class SeedRun:
         self.test_stores = self.supply.test()
         if self.judge:
             self.judge.prepare()
+
+    def _prepare_models(self) -> None:
+        """What teacher and student are before any training; neither depends on the shape of the other."""
+        model = self.recipe.model
+        named = {role: getattr(model, role) for role in ("teacher", "student")}
+        for role, name in named.items():
+            if name:
+                self.name_model(f"{role}-base", name)
+        if not all(named.values()):
+            scratch = model.scratch.model_dump() if model.scratch else {}
+            # with the tokens of the one that is named, or of the data
+            tokens = self.tokens if any(named.values()) else None
+            source = () if tokens else ("data" if self.recipe.data.synthetic else "train",)
+            made = [role for role, name in named.items() if name is None]
+            self.stage("init", {"scratch": scratch, "made": made, "tokens": tokens}, self._make_models, *source)
+            for role in made:
+                shape = {key: value for key, value in scratch.items() if key not in named or key == role}
+                parts = {"shape": shape, "tokens": tokens, "source": [self.keys[key] for key in source]}
+                self.keys[f"{role}-base"] = value_digest(parts)
+        self.teacher = model.teacher or str(self.root / "init" / "teacher")
+        self.start = model.student or str(self.root / "init" / "student")
 
     # -- data and models ----------------------------------------------------------------------------------------------
 
@@ -360,6 +370,11 @@ class SeedRun:
         identity = tokenizer_identity(self.tokenizer)
         return [identity["sha256"], identity["template_sha256"]]
 
+    def name_model(self, key: str, name: str) -> None:
+        """Have stages made from a model that is named, as it is read here."""
+        parts = {"model": self.given.model(name), "code": self.recipe.model.trust_remote_code, "tokens": self.tokens}
+        self.keys[key], self.uses[key] = value_digest(parts), {name}
+
     @property
     def truncation(self) -> Truncation:
         return Truncation(self.recipe.data.max_length, self.recipe.data.max_prompt_length)
@@ -380,11 +395,10 @@ class SeedRun:
     def _make_models(self, out: Path) -> None:
         names, scratch = self.recipe.model, self.recipe.model.scratch
         assert scratch is not None
-        named = names.student or names.teacher
-        if self.recipe.data.synthetic:
+        if names.student or names.teacher:
+            tokenizer = self.tokenizer
+        elif self.recipe.data.synthetic:
             tokenizer = load_tokenizer(str(self.root / "data" / "tokenizer"))
-        elif named:
-            tokenizer = load_tokenizer(named, trust_remote_code=names.trust_remote_code)
         else:
             tokenizer = train_tokenizer(texts_of(self.train), scratch.vocab_size)
         tokenizer.save_pretrained(out / "tokenizer")
@@ -420,18 +434,12 @@ class SeedRun:
     def stage(self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str) -> None:
         """`run_stage` in this run's directory. What it is made from is known by keys and not by where it lies, so that
         the directory and the models may be moved."""
-
-        def make_new(out: Path) -> None:
-            remove_results(self.out)
-            make(out)
-            try:
-                self.given.check()
-            except UserError:
-                empty_stage(out)
-                raise
-
+        self.uses[name] = set().union(*(self.uses.get(key, set()) for key in after))
         request = {**request, "seed": self.seed, "after": {key: self.keys[key] for key in after}}
-        stage = run_stage(name, self.root / name, request, make_new, replace=True, pool=self.pool)
+        if not finished(self.root / name, stage_key(request)):
+            remove_results(self.out)
+        make = self.given.kept(self.uses[name], make)
+        stage = run_stage(name, self.root / name, request, make, replace=True, pool=self.pool)
         self.keys[name] = stage.key
         self.stages.append(stage)
 

@@ -84,7 +84,7 @@ class Judge:
         """Train it, unless it is named, and see what it is worth on the held-out pairs."""
         run, training = self.run, self.options.training
         if self.options.name:
-            run.keys[STAGE] = run.given.model(self.options.name)
+            run.name_model(STAGE, self.options.name)
         else:
             run.keys["judge-pairs"] = data_fingerprint(run.judge_pairs)
             request = {"shape": self.options.model, "training": training.essence(), "tokens": run.tokens}

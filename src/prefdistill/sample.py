@@ -407,6 +407,7 @@ def sample_responses(
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
         "dtype": dtype,
         "quantization": quantization,
+        "trust_remote_code": trust_remote_code,
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": _fingerprint(dataset, out)},
         **asdict(settings),

@@ -2,6 +2,7 @@
 was made from has changed."""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,16 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def stage_key(request: dict[str, Any]) -> str:
+    return value_digest({**request, "version": __version__})
+
+
+def finished(directory: Path, key: str) -> dict[str, Any]:
+    """What is known of a finished stage with this key; nothing if there is none."""
+    done = read_json(directory / DONE) if (directory / DONE).is_file() else {}
+    return done if done.get("key") == key else {}
+
+
 def run_stage(
     name: str,
     directory: Path,
@@ -62,7 +73,7 @@ def run_stage(
     Raises:
         UserError: if the directory holds files that no stage has put there, or (without `replace`) other work.
     """
-    key = value_digest({**request, "version": __version__})
+    key = stage_key(request)
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
         if team.is_main_process:
@@ -112,13 +123,11 @@ def run_stage(
 def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str, Any], float]:
     """What is known of a finished stage, and the seconds it has taken so far; removes what another request has left."""
     main = processes().is_main_process
-    if (directory / DONE).is_file():
-        done = read_json(directory / DONE)
-        if done.get("key") == key:
-            if main:
-                _remove_checkpoints(directory)  # it was killed when it was done
-                say(f"{name}: reused")
-            return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
+    if done := finished(directory, key):
+        if main:
+            _remove_checkpoints(directory)  # it was killed when it was done
+            say(f"{name}: reused")
+        return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
     before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
     if before is None and _work(directory):
         raise UserError(f"{directory} is not empty and was not made by prefdistill; give another --out")
@@ -143,17 +152,22 @@ def empty_stage(directory: Path) -> None:
     write_json(directory / REQUEST, {"key": None})
     (directory / DONE).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.name == CHECKPOINTS and path.is_dir():
+        if path.name == CHECKPOINTS and (path.is_dir() or path.is_symlink()):
             _remove_checkpoints(directory, ignore_errors=False)
         elif path.name not in (LOCK, REQUEST):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _remove_checkpoints(directory: Path, *, ignore_errors: bool = True) -> None:
-    """All of them. A link stays: it is the user's, to a disk with more room, where other things may be."""
+    """A link to another disk, and what else is there, stay."""
     checkpoints = directory / CHECKPOINTS
-    for path in checkpoints.glob("checkpoint-*") if checkpoints.is_symlink() else [checkpoints]:
+    for path in _linked(checkpoints) if checkpoints.is_symlink() else [checkpoints]:
         shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+def _linked(checkpoints: Path) -> list[Path]:
+    """The checkpoints in a directory that may hold other things."""
+    return [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def _lend(directory: Path, lent: Path | None) -> None:
@@ -173,7 +187,7 @@ def _link(source: Path, target: Path) -> None:
     """
     temporary = temporary_path(target)
     try:
-        shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
+        shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK, CHECKPOINTS))
         sync(temporary)
         temporary.rename(target)
     except OSError:
@@ -199,8 +213,10 @@ def _work(directory: Path) -> list[Path]:
 
 
 def _some_checkpoint(path: Path) -> bool:
-    """The Trainer makes its directory of them before it has looked at the data."""
-    return not path.is_dir() or any(path.glob("checkpoint-*") if path.is_symlink() else path.iterdir())
+    """Whether anything of ours is there; the Trainer makes the directory before it has looked at the data."""
+    if path.is_symlink():
+        return bool(_linked(path))
+    return not path.is_dir() or any(path.iterdir())
 
 
 @contextmanager

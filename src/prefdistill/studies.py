@@ -31,15 +31,20 @@ from prefdistill.config import (
 )
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, value_digest, write_json
-from prefdistill.given import Given
+from prefdistill.given import Given, ModelChanged
 from prefdistill.places import check_own, check_place
 from prefdistill.progress import say
 
 BUILT_IN = {"quickstart": Path(__file__).parent / "recipes" / "quickstart.yaml"}
 # Set by the study for each of its runs.
 OURS = ("seed", "seeds", "name")
-# What a recipe says about itself, without a part in what comes out.
-WORDS = {*OURS, "task", "fast"}
+# Of a recipe: what it says about itself, without a part in what comes out, and names of what `fingerprints` looks into.
+NO_PART: dict[str, Any] = {
+    **dict.fromkeys([*OURS, "task", "fast"], True),
+    "data": {"train", "test", "sft"},
+    "model": {"teacher", "teacher_reference", "student"},
+    "reward_model": {"name"},
+}
 
 Scalar = bool | int | float | str | None
 
@@ -218,7 +223,7 @@ class StudyRun:
                     run.check_models()
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
-            essence = recipe.model_dump(mode="json", exclude=WORDS)
+            essence = recipe.model_dump(mode="json", exclude=NO_PART)
             if made_from not in self.prints:
                 self.prints[made_from] = fingerprints(run)
             given = self.prints[made_from]
@@ -249,6 +254,8 @@ class StudyRun:
             write_study(summary(self, failed), self.out)  # the last cell is followed by the whole
             try:
                 self._run_cell(cell, seed, command)
+            except ModelChanged:  # of which the other cells are made as well
+                raise
             except Exception as error:  # the other cells are worth having; the next call tries this one again
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"study {self.study.name}: cell {cell.name}, seed {seed} failed: {reason}")

@@ -26,7 +26,7 @@ from prefdistill.logprobs import (
     vocabulary_rows,
 )
 from prefdistill.methods import Method, Student, TRLMethod
-from prefdistill.models import load_model, weights_digest
+from prefdistill.models import config_digest, fits_in, load_model, weights_digest
 from prefdistill.progress import say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
 from prefdistill.stages import CHECKPOINTS, processes
@@ -104,7 +104,7 @@ class PrefDistillTrainer(Trainer):
         collate_eval: _Collator | None = None
         if eval_dataset:
             eval_rows, collate_eval, _ = _prepare(eval_dataset, method, eval_signals, processing_class, truncation)
-        _check_starting_point(student, [*signals, *eval_signals])
+        _check_starting_point(student, [*signals, *eval_signals], bf16=bool(args.bf16))
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -320,21 +320,33 @@ def _prepare(
     return encoded, _Collator(collate, available, topk), truncation
 
 
-def _check_starting_point(student: Any, signals: Sequence[Signals]) -> None:
+def _check_starting_point(student: Any, signals: Sequence[Signals], *, bf16: bool) -> None:
     """The reference of a student is what it starts from. A wrapped adapter hides its base: its numbers alone tell."""
     references = [store.manifest["model"] for store in signals if store.role == "reference"]
     if not references or not processes().is_main_process or hasattr(student, "peft_config"):
         return
-    weights = {dtype: weights_digest(student, dtype) for dtype in {made["dtype"] for made in references}}
+    if any(made["bf16"] != bf16 for made in references):
+        say(
+            f"note: the student is trained with bf16={bf16} and its reference signals were read with bf16={not bf16}: "
+            "rounding alone sets their log-probabilities apart; `prefdistill signals --bf16` reads as bf16=true trains"
+        )
+    dtypes = {made["dtype"] for made in references}
+    weights = {dtype: weights_digest(student, dtype) for dtype in dtypes}
+    lossy = {dtype for dtype in dtypes if not fits_in(student, dtype)}
     for made in references:
-        if weights[made["dtype"]] != made["weights_sha256"]:
-            dtype = str(student.dtype).removeprefix("torch.")
-            name = student.name_or_path or "the student"
-            raise UserError(
-                f"the reference signals were made from another model ({made['name'] or 'one in memory'}, in "
-                f"{made['dtype']}) than the student starts from ({name}, in {dtype}): their weights differ; make them "
-                "again with `prefdistill signals --role reference` and the student"
-            )
+        if made["config_sha256"] != config_digest(student):
+            what = "configurations"
+        elif weights[made["dtype"]] != made["weights_sha256"] or made["dtype"] in lossy:
+            what = "weights"
+        else:
+            continue
+        dtype = str(student.dtype).removeprefix("torch.")
+        name = student.name_or_path or "the student"
+        raise UserError(
+            f"the reference signals were made from another model ({made['name'] or 'one in memory'}, in "
+            f"{made['dtype']}) than the student starts from ({name}, in {dtype}): their {what} differ; make them "
+            f"again with `prefdistill signals --role reference --dtype {dtype}` and the student"
+        )
 
 
 def _how_to_make(need: Need) -> str:

@@ -10,6 +10,7 @@ from prefdistill.signals import SignalSet
 
 # Spread of the shaping margin in units of the DPO margin's, above which the pairs hardly count.
 DROWNING = 3.0
+SHAPING, MARGIN = "shaping/margins_abs", "rewards/margins_abs"  # as TVKD logs them
 
 
 def shaping_of(
@@ -41,8 +42,20 @@ def shaping_of(
             "points": [[float(m), float(o)] for m, o in zip(margin[:500], offset[:500], strict=True)],
         }
         if offset.std() > DROWNING * margin.std():
-            warnings.append(
-                f"{name}: the shaping margin (spread {offset.std():.2f}) drowns the DPO margin "
-                f"(spread {margin.std():.2f}); a lower alpha or a higher beta gives the pairs more say"
-            )
+            warnings.append(_drowns(name, "spread", offset.std(), margin.std()))
     return found, warnings
+
+
+def drowning(name: str, log: list[dict[str, float]]) -> str | None:
+    """A warning if the shaping margin drowned the DPO margin when a training last logged them, by their mean sizes."""
+    last = next((line for line in reversed(log) if SHAPING in line), None)
+    if last is None or last[SHAPING] <= DROWNING * last[MARGIN]:
+        return None
+    return _drowns(name, "mean size", last[SHAPING], last[MARGIN])
+
+
+def _drowns(name: str, measure: str, offset: float, margin: float) -> str:
+    return (
+        f"{name}: the shaping margin ({measure} {offset:.2f}) drowns the DPO margin ({measure} {margin:.2f}); a lower "
+        "alpha or a higher beta gives the pairs more say"
+    )

@@ -94,17 +94,18 @@ class TVKD(DPO):
         return super().needs + source
 
     def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+        if self.uses_values and self.alpha != 0:
+            self._check_values(signals)
         shaping = {side: self._return(signals, side) for side in SIDES}
         if self.potential == "shuffled":
             other = _other_rows(len(signals.rows))
             shaping = {side: psi[other] for side, psi in shaping.items()}
         margin = shaping["chosen"] - shaping["rejected"]
         constant = self.uses_values and self.terminal == "zero" and self.discount == 1
-        if len(margin) > 1 and self.alpha != 0 and not constant and np.ptp(margin) < 1e-6:
+        if len(margin) > 1 and self.alpha != 0 and not constant and _same(margin, *shaping.values()):
             raise UserError(
                 f"the shaping margin ({self.source}) is the same number, {margin[0]:.3g}, for all {len(margin)} "
-                "pairs: it tells nothing. Values of normalised log-probabilities at temperature 1 are 0; raw logits "
-                "are needed"
+                "pairs: it tells nothing"
             )
         if self.noise:
             spread = float(np.concatenate(list(shaping.values())).std())
@@ -117,6 +118,15 @@ class TVKD(DPO):
         if self.clip is not None:
             shaping = {side: psi.clip(-self.clip, self.clip) for side, psi in shaping.items()}
         return {**super().features(signals), **{f"shaping_{side}": psi for side, psi in shaping.items()}}
+
+    def _check_values(self, signals: SignalSet) -> None:
+        """A value that is the same everywhere leaves a term that depends on the lengths alone, or on nothing."""
+        values = np.concatenate([_values(signals, side, VALUES[self.values_from]) for side in SIDES])
+        if len(signals.rows) > 1 and _same(values, values):
+            raise UserError(
+                f"the teacher's value is the same number, {values[0]:.3g}, in all {len(values)} states: it tells "
+                "nothing. Values of normalised log-probabilities at temperature 1 are 0; raw logits are needed"
+            )
 
     def _return(self, signals: SignalSet, side: str) -> np.ndarray:
         if self.shaping == "log_prob":
@@ -141,8 +151,10 @@ class TVKD(DPO):
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         shaping = (signals["shaping_chosen"], signals["shaping_rejected"])
         margin = self.alpha * (shaping[0] - shaping[1])
+        learnt = self.beta * (logps[0].detach() - logps[1].detach() - logps[2] + logps[3])
         return tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha).mean(), {
             **reward_metrics(*logps, beta=self.beta),
+            "rewards/margins_abs": learnt.abs().mean(),
             "shaping/margins": margin.mean(),
             "shaping/margins_abs": margin.abs().mean(),
             "shaping/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
@@ -168,6 +180,19 @@ def shaping_returns(
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(v).float() for v in values[part]], batch_first=True)
         out[part] = shaping_return(padded, lengths[part], discount, terminal, ended[part]).numpy()
     return out
+
+
+def _same(numbers: np.ndarray, *scale: np.ndarray) -> bool:
+    """Whether numbers differ by no more than what float32 leaves of others, of which they are differences."""
+    return bool(np.ptp(numbers) <= 1e-6 * max(1.0, *(np.abs(other).max() for other in scale)))
+
+
+def _values(signals: SignalSet, side: str, kind: str) -> np.ndarray:
+    """Of all states that the store has."""
+    store = signals.store("teacher", kind, side)
+    if store.manifest["positions"] == "endpoints":
+        return np.concatenate([store.scalar(name, signals.rows) for name in ("start_value", f"{side}_end_value")])
+    return np.concatenate([*signals.ragged("teacher", kind, side)])
 
 
 def _return_of_endpoints(signals: SignalSet, side: str, discount: float, terminal: str) -> np.ndarray:

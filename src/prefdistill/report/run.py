@@ -146,7 +146,7 @@ def _curves(path: Path, stages: list[Any] | None, problems: list[str]) -> dict[s
     an earlier run with more seeds, orders or methods may have left others."""
     files = sorted(path.glob("seed-*/*/metrics.jsonl"), key=lambda f: natural(str(f.relative_to(path))))
     if stages is not None:
-        ours = {(f"seed-{stage.get('seed')}", stage.get("name")) for stage in stages if isinstance(stage, dict)}
+        ours = {(f"seed-{stage.get('seed')}", str(stage.get("name"))) for stage in stages if isinstance(stage, dict)}
         files = [file for file in files if (file.parent.parent.name, file.parent.name) in ours]
     files += sorted(f for f in path.glob("*/metrics.jsonl") if not f.parent.name.startswith("seed-"))
     curves: dict[str, dict[str, list[Points]]] = {}

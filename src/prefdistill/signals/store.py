@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 4
+SCHEMA = 5
 # Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, that of the student's own
 # starting point, the reference of the DPO margin, or that of a trained student, which is to be looked at.
 ROLES = ("teacher", "teacher_reference", "reference", "student")
