@@ -299,6 +299,50 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pair
     assert a == b
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "trainer_state.json": cut,
+    "model.safetensors": cut,
+    "optimizer.pt": Path.unlink,
+    "scheduler.pt": Path.unlink,
+    "rng_state.pth": cut,
+    WHOLE: cut,
+}
+
+
+@pytest.mark.parametrize(("name", "earlier"), [*((name, True) for name in DAMAGE), ("optimizer.pt", False)])
+def test_a_checkpoint_that_has_lost_a_part_is_passed_over(
+    name, earlier, tmp_path, make_model, pairs, tokenizer, reference, teacher, capsys
+):
+    """Training goes on from an earlier one or begins again, and the damaged one cannot be taken for a whole one later:
+    it would outlive the one at step 2, which is older."""
+    signals = [reference, teacher]
+    every = {"save_steps": 2, "save_total_limit": 2 if earlier else 1}
+    fit(whole_run(tmp_path / "straight", make_model, pairs, tokenizer, signals), tmp_path / "straight", "straight")
+    first = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every)
+    first.callback_handler.callbacks.insert(0, StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, tmp_path / "cut", "first")
+    damaged = tmp_path / "cut" / "checkpoints" / "checkpoint-4"
+    DAMAGE[name](damaged / name)
+    capsys.readouterr()
+    again = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every)
+    again.callback_handler.callbacks.insert(0, StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, tmp_path / "cut", "again")
+    told = capsys.readouterr().err
+    assert f"{damaged} is passed over and removed: its {name} is missing or not as it was written" in told
+    assert ("again: going on from step 2" in told) is earlier
+    assert not damaged.exists()
+    fit(whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every), tmp_path / "cut", "last")
+    assert "last: going on from step 3" in capsys.readouterr().err
+    a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "cut"))
+    assert a == b
+
+
 @pytest.mark.parametrize(("limit", "gone"), [(None, (2, 4, 6)), (2, (2, 4))])
 def test_a_checkpoint_is_on_the_disk_before_an_old_one_goes(
     limit, gone, tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
