@@ -13,11 +13,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
 from prefdistill.checkpoints import WHOLE
+from prefdistill.config import Training
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.fit import fit
 from prefdistill.signals import extract_signals
 from prefdistill.stages import run_stage
+from prefdistill.training import make_trainer
 
 
 def arguments(out, **more):
@@ -255,6 +257,30 @@ def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupte
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 8
+
+
+def test_the_log_of_a_run_that_was_interrupted_is_that_of_one_that_was_not(tmp_path, make_model, pairs, tokenizer):
+    """TRL counts tokens, and the Trainer averages the loss, from where a process began."""
+    training = Training(max_steps=4, batch_size=4, micro_batch_size=4, logging_steps=1)
+    rows = pairs.select_columns(["prompt", "chosen", "rejected"])
+
+    def trainer(out):
+        return make_trainer(METHODS["wpo"](), make_model, rows, tokenizer, training, out)
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    fit(trainer(straight), straight, "straight")
+    first = trainer(broken)
+    first.callback_handler.callbacks.insert(0, StopAt(2))
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, broken, "broken")
+    fit(trainer(broken), broken, "broken")
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    logs = [
+        [{key: value for key, value in json.loads(line).items() if key not in times} for line in path.open()]
+        for path in (straight / "metrics.jsonl", broken / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[0]] == [1, 2, 3, 4, 4]
 
 
 def whole_run(out, make_model, pairs, tokenizer, signals, **more):
