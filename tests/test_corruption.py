@@ -26,7 +26,7 @@ def made(tmp_path_factory, make_model, pairs, tokenizer):
     make_model().save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
     write_jsonl(place / "pairs.jsonl", list(pairs)[:6])
-    asked = {"kinds": KINDS, "k": 3, "shard_rows": 2}
+    asked = {"kinds": KINDS, "k": 3, "shard_rows": 2, "dtype": "float32"}
     extract_signals(str(place / "model"), str(place / "pairs.jsonl"), out=place / "store", **asked)
     return place
 
@@ -173,7 +173,7 @@ def test_an_interrupted_extraction_does_not_go_on_with_a_shard_that_has_been_dam
     whole = contents(store)
     (store / "manifest.json").unlink()
     flip(store / "shards" / "00000.parquet")
-    asked = {"kinds": KINDS, "k": 3, "shard_rows": 2}
+    asked = {"kinds": KINDS, "k": 3, "shard_rows": 2, "dtype": "float32"}
     extract_signals(str(made / "model"), str(made / "pairs.jsonl"), out=store, **asked)
     assert contents(store) == whole
 

@@ -1,16 +1,18 @@
 """Training that goes wrong says so: before it begins where it can, else at the step, and with what to try."""
 
 import json
+import re
 
 import datasets
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from prefdistill.cli import _call
 from prefdistill.config import Training
 from prefdistill.errors import UserError
 from prefdistill.files import read_json
-from prefdistill.finite import check_weights
+from prefdistill.finite import _texts, check_weights
 from prefdistill.fit import fit
 from prefdistill.methods import METHODS
 from prefdistill.training import make_trainer
@@ -81,6 +83,52 @@ def test_shaping_that_drowned_the_margin_of_one_training(place, capsys, alpha, d
     last = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()][1]
     told = f"tvkd: the shaping margin (mean size {last['shaping/margins_abs']:.2f}) drowns the DPO margin"
     assert (told in capsys.readouterr().err) == drowns
+
+
+def spoil(place, value):
+    """The model's output weights are no numbers, as they are loaded."""
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(value)
+    model.save_pretrained(place / "model")
+
+
+VERBS = {
+    "sft": ["sft", "--model", "model"],
+    "dpo": ["dpo", "--model", "model"],
+    "simpo": ["distill", "--student", "model", "--method", "simpo"],
+    "distill": ["distill", "--student", "model", "--method", "sft"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_first_loss_that_is_no_number_is_not_laid_to_the_learning_rate(place, capsys, verb):
+    spoil(place, float("nan"))
+    assert _call([*VERBS[verb], *DATA, "--out", "out", "batch_size=8", "micro_batch_size=8", "max_steps=2"]) == 2
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("prefdistill: "))
+    assert "the loss is nan at step 1, " in told
+    assert "no step was taken yet, so that the model's weights may be damaged" in told
+    assert "learning rate" not in told
+    if verb == "distill":
+        assert "rows [" in told
+        return
+    texts = re.findall(r"'(<\|bos\|><\|user\|>[^']*)'", told)
+    assert len(texts) == len(set(texts)) == 3
+    assert all("<|assistant|>" in text and "pad" not in text and len(text) <= 125 for text in texts)
+    assert f"' and {8 * (1 + (verb == 'dpo')) - 3} more texts: " in told
+
+
+def test_of_long_texts_the_start_and_the_end_are_shown(tokenizer):
+    ids = [tokenizer(f"{'the teacher ' * 99}{end}", add_special_tokens=False)["input_ids"] for end in ("reads", "says")]
+    width = max(map(len, ids))
+    batch = {
+        "input_ids": torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+    }
+    one, other = _texts(batch, tokenizer).split(", ")
+    assert one.startswith("'the teacher the")
+    assert (one[-10:], other[-9:]) == ("her reads'", "her says'")
+    assert max(len(one), len(other)) == 2 * 60 + len("'' ... ")
 
 
 class Spoiled(torch.optim.SGD):

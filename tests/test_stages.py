@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from prefdistill import stages
+from prefdistill import __version__, stages
 from prefdistill.errors import UserError
 from prefdistill.files import atomic_path, file_digest, read_json, value_digest, write_json, write_jsonl, write_text
 from prefdistill.memory import bytes_on_disk
@@ -53,7 +54,8 @@ def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
     work, out = Work(), tmp_path / "stage"
     first = run_stage("sft", out, {"rate": 1}, work)
     (out / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="made from other inputs or options"):  # someone may want it
+    told = r"made from other inputs or options \(rate is 1, not 2\); delete it"
+    with pytest.raises(UserError, match=told):  # someone may want it
         run_stage("sft", out, {"rate": 2}, work)
     assert work.calls == 1
     second = run_stage("sft", out, {"rate": 2}, work, replace=True)
@@ -63,6 +65,95 @@ def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
     assert names(out) == ["made-2", "stage-request.json", "stage.json"]
     assert "sft: made again" in capsys.readouterr().err
     assert run_stage("sft", out, {"rate": 2}, work).reused is True
+
+
+def test_what_differs_is_named_in_a_line_or_two(tmp_path, monkeypatch):
+    many, out = dict.fromkeys("bcdefgh", 0), tmp_path / "stage"
+    run_stage("sft", out, {"a": "x" * 99, "training": {"rate": 1}, **many}, Work())
+    other = {"a": "y" * 99, "training": {"rate": 2}, **dict.fromkeys("bcdefgh", 1)}
+    told = "(another a; b is 0, not 1; c is 0, not 1; d is 0, not 1; e is 0, not 1; 4 more); delete it"
+    with pytest.raises(UserError, match=re.escape(told)):
+        run_stage("sft", out, other, Work())
+    monkeypatch.setattr(stages, "__version__", "9.9")
+    told = f"(version is {__version__!r}, not '9.9'); delete it"
+    with pytest.raises(UserError, match=re.escape(told)):
+        run_stage("sft", out, {"a": "x" * 99, "training": {"rate": 1}, **many}, Work())
+
+
+# -- weights that are lost ---------------------------------------------------------------------------------------------
+
+
+def train(directory):
+    """A stage's work that leaves weights, and must begin anew."""
+    assert not list(directory.rglob("*.safetensors"))
+    assert not (directory / "checkpoints").exists()
+    (directory / "student").mkdir(exist_ok=True)
+    for name in ("model.safetensors", "student/model.safetensors"):
+        (directory / name).write_text("weights")
+
+
+WEIGHTS = ["model.safetensors", "student/model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("half")])
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_finished_stage_that_has_lost_weights_is_made_again(tmp_path, capsys, damage, name, replace):
+    out = tmp_path / "stage"
+    run_stage("sft", out, {}, train, replace=replace)
+    (out / "notes.md").write_text("mine")
+    (out / "mine.safetensors").write_text("mine")
+    assert run_stage("sft", out, {}, train, replace=replace).reused
+    (out / "mine.safetensors").unlink()
+    (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # it was killed when it was done, too
+    damage(out / name)
+    again = run_stage("sft", out, {}, train, replace=replace)
+    assert not again.reused
+    told = f"sft: made again from the start, because {name} is missing or not as it was written"
+    assert told in capsys.readouterr().err
+    assert [(out / name).read_text() for name in WEIGHTS] == ["weights", "weights"]
+    assert (out / "notes.md").read_text() == "mine"
+    assert run_stage("sft", out, {}, train, replace=replace).reused
+
+
+@pytest.mark.parametrize("removal", [1, 2])
+def test_a_stage_that_was_killed_when_its_lost_weights_were_noticed_is_made_again(tmp_path, monkeypatch, removal):
+    out, count, unlink = tmp_path / "stage", [0], Path.unlink
+    run_stage("sft", out, {}, train)
+    (out / "model.safetensors").unlink()
+
+    def removes(path, missing_ok=False):
+        count[0] += path.is_relative_to(out) and path.exists()
+        if count[0] == removal:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", removes)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("sft", out, {}, train)
+    assert not run_stage("sft", out, {}, train).reused
+    assert [(out / name).read_text() for name in WEIGHTS] == ["weights", "weights"]
+
+
+def test_lost_weights_come_from_the_pool_where_that_has_them(tmp_path):
+    out, pool = tmp_path / "a" / "sft", tmp_path / "pool"
+    run_stage("sft", out, {}, train, replace=True, pool=pool)
+    (out / "model.safetensors").unlink()
+    assert run_stage("sft", out, {}, train, replace=True, pool=pool).reused
+    assert (out / "model.safetensors").read_text() == "weights"
+
+
+def test_a_pool_that_has_lost_weights_gets_them_again(tmp_path):
+    """What was written over in place is the same file in all directories that share it."""
+    pool = tmp_path / "pool"
+    runs = [tmp_path / name / "sft" for name in "abc"]
+    for out in runs[:2]:
+        run_stage("sft", out, {}, train, replace=True, pool=pool)
+    (runs[0] / "model.safetensors").write_text("half")
+    made = [run_stage("sft", out, {}, train, replace=True, pool=pool).reused for out in (runs[0], runs[1], runs[2])]
+    assert made == [False, True, True]
+    assert {(out / "model.safetensors").read_text() for out in (*runs, *pool.iterdir())} == {"weights"}
 
 
 def test_checkpoints_may_be_a_link_to_another_disk(tmp_path):
@@ -320,6 +411,25 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
         assert temporary.parent == path.parent  # a rename within one file system is atomic
     assert path.read_text() == "new"
     assert names(tmp_path) == ["results.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    """After a loss of power: never an empty file under the name, never the old one once it is called written."""
+    order, fsync, replace = [], os.fsync, Path.replace
+
+    def record_fsync(descriptor):
+        order.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def record_replace(path, target):
+        order.append(("replace", path, target))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    with atomic_path(tmp_path / "a.json") as temporary:
+        temporary.write_text("new")
+    assert order == [("fsync", temporary), ("replace", temporary, tmp_path / "a.json"), ("fsync", tmp_path)]
 
 
 def test_values_that_are_no_json_leave_the_old_file(tmp_path):

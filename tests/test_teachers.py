@@ -214,7 +214,8 @@ def test_an_adapter_on_a_quantised_base(tokenizer, tmp_path):
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     model = load_model(str(tmp_path / "adapter"), quantization="4bit")
     assert isinstance(model, PeftModel)
-    found = check(model, tokenizer, tmp_path / "adapted").row(0)["chosen"]["values"]
+    rounding = 5e-3  # where 4-bit products are made in bfloat16, they depend on the shape of the batch
+    found = check(model, tokenizer, tmp_path / "adapted", atol=rounding).row(0)["chosen"]["values"]
     with model.disable_adapter():
-        without = check(model, tokenizer, tmp_path / "base").row(0)["chosen"]["values"]
+        without = check(model, tokenizer, tmp_path / "base", atol=rounding).row(0)["chosen"]["values"]
     assert abs(found - without).max() > 0.1

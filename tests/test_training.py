@@ -13,11 +13,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
 from prefdistill.checkpoints import WHOLE
+from prefdistill.config import Training
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.fit import fit
 from prefdistill.signals import extract_signals
 from prefdistill.stages import run_stage
+from prefdistill.training import make_trainer
 
 
 def arguments(out, **more):
@@ -257,6 +259,30 @@ def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupte
     assert len(logs[0]) == 8
 
 
+def test_the_log_of_a_run_that_was_interrupted_is_that_of_one_that_was_not(tmp_path, make_model, pairs, tokenizer):
+    """TRL counts tokens, and the Trainer averages the loss, from where a process began."""
+    training = Training(max_steps=4, batch_size=4, micro_batch_size=4, logging_steps=1)
+    rows = pairs.select_columns(["prompt", "chosen", "rejected"])
+
+    def trainer(out):
+        return make_trainer(METHODS["wpo"](), make_model, rows, tokenizer, training, out)
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    fit(trainer(straight), straight, "straight")
+    first = trainer(broken)
+    first.callback_handler.callbacks.insert(0, StopAt(2))
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, broken, "broken")
+    fit(trainer(broken), broken, "broken")
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    logs = [
+        [{key: value for key, value in json.loads(line).items() if key not in times} for line in path.open()]
+        for path in (straight / "metrics.jsonl", broken / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[0]] == [1, 2, 3, 4, 4]
+
+
 def whole_run(out, make_model, pairs, tokenizer, signals, **more):
     more = {"max_steps": 7, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 7} | more
     return PrefDistillTrainer(make_model(), METHODS["tvkd"](), arguments(out, **more), pairs, signals, tokenizer)
@@ -295,6 +321,50 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pair
     again = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals)
     fit(again, tmp_path / "cut", "again")
     assert again.state.global_step == 7
+    a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "cut"))
+    assert a == b
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "trainer_state.json": cut,
+    "model.safetensors": cut,
+    "optimizer.pt": Path.unlink,
+    "scheduler.pt": Path.unlink,
+    "rng_state.pth": cut,
+    WHOLE: cut,
+}
+
+
+@pytest.mark.parametrize(("name", "earlier"), [*((name, True) for name in DAMAGE), ("optimizer.pt", False)])
+def test_a_checkpoint_that_has_lost_a_part_is_passed_over(
+    name, earlier, tmp_path, make_model, pairs, tokenizer, reference, teacher, capsys
+):
+    """Training goes on from an earlier one or begins again, and the damaged one cannot be taken for a whole one later:
+    it would outlive the one at step 2, which is older."""
+    signals = [reference, teacher]
+    every = {"save_steps": 2, "save_total_limit": 2 if earlier else 1}
+    fit(whole_run(tmp_path / "straight", make_model, pairs, tokenizer, signals), tmp_path / "straight", "straight")
+    first = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every)
+    first.callback_handler.callbacks.insert(0, StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, tmp_path / "cut", "first")
+    damaged = tmp_path / "cut" / "checkpoints" / "checkpoint-4"
+    DAMAGE[name](damaged / name)
+    capsys.readouterr()
+    again = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every)
+    again.callback_handler.callbacks.insert(0, StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, tmp_path / "cut", "again")
+    told = capsys.readouterr().err
+    assert f"{damaged} is passed over and removed: its {name} is missing or not as it was written" in told
+    assert ("again: going on from step 2" in told) is earlier
+    assert not damaged.exists()
+    fit(whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every), tmp_path / "cut", "last")
+    assert "last: going on from step 3" in capsys.readouterr().err
     a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "cut"))
     assert a == b
 

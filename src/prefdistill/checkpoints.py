@@ -6,21 +6,42 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.files import sync, write_json
+from prefdistill.files import read_sealed, sync, write_sealed
+from prefdistill.progress import say
 from prefdistill.stages import processes
 
-WHOLE = "whole.json"  # written last: every process's part of a checkpoint is on the disk
+WHOLE = "whole.json"  # written last, with the size of each file: every process's part of a checkpoint is on the disk
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; the main process removes those that were cut off."""
-    whole = []
-    for path in directory.glob("checkpoint-*"):
-        if (path / WHOLE).is_file():
-            whole.append(path)
-        elif processes().is_main_process:
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole, key=_step, default=None)
+    """The newest checkpoint that is whole; those that were cut off, or have lost a part since, are removed."""
+    team = processes()
+    with team.main_process_first():  # it removes them, the others find them gone
+        whole = []
+        for path in directory.glob("checkpoint-*"):
+            wrong = _wrong(path)
+            if wrong is None:
+                whole.append(path)
+            elif team.is_main_process:
+                if (path / WHOLE).exists():  # else it never was whole
+                    say(f"{path} is passed over and removed: its {wrong} is missing or not as it was written")
+                shutil.rmtree(path, ignore_errors=True)
+        return max(whole, key=_step, default=None)
+
+
+def _wrong(checkpoint: Path) -> str | None:
+    """The first file that is missing or not of the size that the mark of the checkpoint says."""
+    mark = read_sealed(checkpoint / WHOLE) if (checkpoint / WHOLE).is_file() else None
+    if mark is None:
+        return WHOLE
+    there = _sizes(checkpoint)
+    return next((name for name, size in mark["files"].items() if there.get(name) != size), None)
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each file. Digests would tell more, and cost a pass over what may be hundreds of gigabytes."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
 def _step(path: Path) -> int:
@@ -49,7 +70,7 @@ class SealCheckpoints(TrainerCallback):
         if not team.is_main_process:
             return
         sync(made)
-        write_json(made / WHOLE, {"step": state.global_step})
+        write_sealed(made / WHOLE, {"files": _sizes(made)})
         sync(directory, below=False)
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint)
         for path in sorted(directory.glob("checkpoint-*"), key=_step)[: -self.kept]:

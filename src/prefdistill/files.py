@@ -15,6 +15,7 @@ from typing import Any
 
 from prefdistill.errors import UserError
 
+SHOWN = 60  # characters of a value that a message shows; a digest tells nobody anything
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # of safetensors and of PyTorch's writers, which give no number
 FULL_IN_WORDS = (*map(os.strerror, FULL), "PytorchStreamWriter failed writing", "iostream error")
@@ -136,3 +137,22 @@ def file_digest(path: Path) -> str:
 def value_digest(value: Any) -> str:
     """sha256 of a JSON value, the same for equal values whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def differences(before: dict[str, Any], asked: dict[str, Any], at: str = "") -> list[str]:
+    """Where two requests or manifests, or parts of them, differ; names do not count, for directories may be moved.
+
+    Example:
+        >>> differences({"name": "a", "model": {"dtype": "float32"}}, {"name": "b", "model": {"dtype": "bfloat16"}})
+        ["model.dtype is 'float32', not 'bfloat16'"]
+    """
+    found = []
+    for key in sorted({*before, *asked} - {"name"}):
+        a, b = before.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{at}{key}.")
+        elif a != b and max(len(repr(a)), len(repr(b))) <= SHOWN:
+            found.append(f"{at}{key} is {a!r}, not {b!r}")
+        elif a != b:
+            found.append(f"another {at}{key}")
+    return found

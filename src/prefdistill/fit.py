@@ -43,8 +43,8 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             say(f"{what}: trained, only to be saved")
-            if trainer.is_world_process_zero():
-                write_jsonl(out / "metrics.jsonl", state.log_history)  # its last line may be torn
+            if trainer.is_world_process_zero():  # its last line may be torn
+                write_jsonl(out / "metrics.jsonl", [_kept(logs) for logs in state.log_history])
             _load_weights(trainer.model, last)
             _save(trainer, out)
             return
@@ -104,6 +104,11 @@ def _save(trainer: Trainer, out: Path) -> None:
         trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
 
 
+def _kept(logs: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without what the Trainer and TRL count from where a process began: it tells of interruptions."""
+    return {name: value for name, value in logs.items() if name not in ("num_tokens", "train_loss")}
+
+
 class StopOnInterrupt(TrainerCallback):
     """Turns the first Ctrl-C into: finish this step, save, stop. The second one is immediate."""
 
@@ -147,7 +152,7 @@ class LogCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             # what was logged after the checkpoint that training goes on from will be logged again
-            write_jsonl(self.path, state.log_history)
+            write_jsonl(self.path, [_kept(logs) for logs in state.log_history])
             self.progress = Progress(self.what, state.max_steps, "step", done=state.global_step).__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -164,7 +169,7 @@ class LogCallback(TrainerCallback):
     ) -> None:
         if self.progress is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
+                file.write(json.dumps({**_kept(logs or {}), "step": state.global_step}) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import disk_full, read_json, sweep, sync, temporary_path, value_digest, write_json
+from prefdistill.files import differences, disk_full, read_json, sweep, sync, temporary_path, value_digest, write_json
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
 REQUEST, DONE, LOCK, CHECKPOINTS = "stage-request.json", "stage.json", ".lock", "checkpoints"
+NAMED = 5  # differences that a message names
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def stage_key(request: dict[str, Any]) -> str:
 
 
 def finished(directory: Path, key: str) -> dict[str, Any]:
-    """What is known of a finished stage with this key; nothing if there is none."""
-    done = read_json(directory / DONE) if (directory / DONE).is_file() else {}
-    return done if done.get("key") == key else {}
+    """What is known of a finished stage with this key; nothing if there is none, or if it has lost weights."""
+    done = _done(directory)
+    return done if done.get("key") == key and not _lost(directory, done) else {}
 
 
 def run_stage(
@@ -73,19 +74,20 @@ def run_stage(
     Raises:
         UserError: if the directory holds files that no stage has put there, or (without `replace`) other work.
     """
+    request = {**request, "version": __version__}
     key = stage_key(request)
     team = processes()
     with team.main_process_first():  # it clears the way, the others find it cleared
         if team.is_main_process:
             sweep(directory.parent, directory.name)  # a copy from the pool
             sweep(directory, below=True)
-        done, spent = _look(name, directory, key, replace)
+        done, spent = _look(name, directory, request, replace)
         lent = pool / f"{name}-{key}" if pool else None
-        if not done and lent and (lent / DONE).is_file():  # only the first process finds it so: then it is here
+        if not done and lent and _is_whole(lent):  # only the first process finds it so: then it is here
             empty_stage(directory)
             shutil.rmtree(directory, ignore_errors=True)
             _link(lent, directory)
-            done, spent = _look(name, directory, key, replace)
+            done, spent = _look(name, directory, request, replace)
         if done:
             if team.is_main_process:
                 _lend(directory, lent)
@@ -112,7 +114,8 @@ def run_stage(
     size = None
     if team.is_main_process:
         sync(directory)  # what libraries wrote: only then is it true that the stage is done
-        write_json(directory / DONE, {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes})
+        told = {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes}
+        write_json(directory / DONE, {**told, "weights": _weights(directory)})
         _remove_checkpoints(directory)
         size = bytes_on_disk(directory)
         _lend(directory, lent)
@@ -120,14 +123,21 @@ def run_stage(
     return Stage(name, directory, key, seconds, False, peak.bytes, size)
 
 
-def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str, Any], float]:
+def _look(name: str, directory: Path, request: dict[str, Any], replace: bool) -> tuple[dict[str, Any], float]:
     """What is known of a finished stage, and the seconds it has taken so far; removes what another request has left."""
-    main = processes().is_main_process
+    main, key = processes().is_main_process, stage_key(request)
     if done := finished(directory, key):
         if main:
             _remove_checkpoints(directory)  # it was killed when it was done
             say(f"{name}: reused")
         return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
+    if (done := _done(directory)).get("key") == key:
+        if main:
+            lost = _lost(directory, done)
+            say(f"{name}: made again from the start, because {lost} is missing or not as it was written")
+            _remove_checkpoints(directory)
+            _forget(directory, done)
+        return {}, 0.0
     before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
     if before is None and _work(directory):
         raise UserError(f"{directory} is not empty and was not made by prefdistill; give another --out")
@@ -136,13 +146,51 @@ def _look(name: str, directory: Path, key: str, replace: bool) -> tuple[dict[str
             say(f"{name}: going on with an interrupted run")
         return {}, before.get("seconds", 0.0)
     if _work(directory) and not replace:
+        told = _told((before or {}).get("request") or request, request)
         raise UserError(
-            f"{directory} holds what was made from other inputs or options; delete it or give another --out"
+            f"{directory} holds what was made from other inputs or options{told}; delete it or give another --out"
         )
     if _work(directory) and main:
         say(f"{name}: made again, because what it is made from has changed")
         empty_stage(directory)
     return {}, 0.0
+
+
+def _told(before: dict[str, Any], request: dict[str, Any]) -> str:
+    """Where two requests differ, in brackets."""
+    found = differences(before, request)
+    if len(found) > NAMED:
+        found[NAMED:] = [f"{len(found) - NAMED} more"]
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _weights(directory: Path) -> dict[str, int]:
+    """The files of weights in a stage, and their bytes; what else is in it is looked at by who reads it."""
+    files = {path.relative_to(directory): path for path in sorted(directory.rglob("*.safetensors"))}
+    return {name.as_posix(): path.stat().st_size for name, path in files.items() if name.parts[0] != CHECKPOINTS}
+
+
+def _done(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(directory / DONE) if (directory / DONE).is_file() else {}
+    return found
+
+
+def _lost(directory: Path, done: dict[str, Any]) -> str | None:
+    """The first file of weights that is not as a finished stage has left it, by its size."""
+    there, made = _weights(directory), done.get("weights", {})
+    return next((name for name, size in made.items() if there.get(name) != size), None)
+
+
+def _is_whole(directory: Path) -> bool:
+    done = _done(directory)
+    return bool(done) and _lost(directory, done) is None
+
+
+def _forget(directory: Path, done: dict[str, Any]) -> None:
+    """Have a finished stage count as one with nothing made yet; what others have put beside its weights stays."""
+    for name in done["weights"]:
+        (directory / name).unlink(missing_ok=True)
+    (directory / DONE).unlink()  # last: until then it is known for one that has lost weights
 
 
 def empty_stage(directory: Path) -> None:
@@ -172,12 +220,14 @@ def _linked(checkpoints: Path) -> list[Path]:
 
 def _lend(directory: Path, lent: Path | None) -> None:
     """Leave a finished stage in the pool, if there is one and it is not there yet."""
-    if lent is None or (lent / DONE).is_file():
+    if lent is None or _is_whole(lent):
         return
     # waits no longer than making links takes
     with locked(lent.parent, f".{lent.name}.lock", wait=True, together=True):
         sweep(lent.parent, lent.name)
-        _link(directory, lent)
+        if not _is_whole(lent):
+            shutil.rmtree(lent, ignore_errors=True)
+            _link(directory, lent)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from prefdistill.data import RESPONSES as SIDES
 from prefdistill.data import data_fingerprint
 from prefdistill.errors import UserError
-from prefdistill.files import file_digest, read_sealed, value_digest
+from prefdistill.files import differences, file_digest, read_sealed, value_digest
 from prefdistill.models import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
@@ -49,7 +49,6 @@ KINDS = ("values", "logprob_values", "logps", "q", "topk")
 EXACT = ("counts", "ids", "logps", "rest")
 PACKED = ("counts", "ids", "levels", "gap", "span", "odds")
 PACKED_AT_IDS = ("counts", "levels", "span", "odds")
-SHOWN = 60  # characters of a value that a message shows; a digest tells nobody anything
 PLAIN = ("tokens", "ended", "offsets", "values", "gauge", "end_value", "logprob_values", "logps", "q")
 
 
@@ -77,25 +76,6 @@ class TopK:
     ids: np.ndarray
     logps: np.ndarray
     rest: np.ndarray
-
-
-def differences(before: dict[str, Any], asked: dict[str, Any], at: str = "") -> list[str]:
-    """Where two manifests, or parts of them, differ; what things are called is no difference: directories may be moved.
-
-    Example:
-        >>> differences({"name": "a", "model": {"dtype": "float32"}}, {"name": "b", "model": {"dtype": "bfloat16"}})
-        ["model.dtype is 'float32', not 'bfloat16'"]
-    """
-    found = []
-    for key in sorted({*before, *asked} - {"name"}):
-        a, b = before.get(key), asked.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{at}{key}.")
-        elif a != b and max(len(repr(a)), len(repr(b))) <= SHOWN:
-            found.append(f"{at}{key} is {a!r}, not {b!r}")
-        elif a != b:
-            found.append(f"another {at}{key}")
-    return found
 
 
 class DamagedSignals(UserError):
