@@ -1,5 +1,8 @@
 """Whatever is wrong with what a verb is given: a line or two, status 2, no traceback, and nothing written."""
 
+import subprocess
+import sys
+
 import datasets
 import pytest
 
@@ -495,3 +498,22 @@ def test_bad_input(place, capsys, arguments, message):
     assert "Traceback" not in err
     assert "secret" not in err
     assert files(place) == before
+
+
+@pytest.mark.parametrize("student", ["bad-template", "few-rows", "infinite"])
+def test_what_a_stage_refuses_is_refused_by_a_study_as_by_a_run(place, capsys, student):
+    before = files(place)
+    assert _call(run(f"model.student={student}")) == 2
+    reason = capsys.readouterr().err.strip().splitlines()[-1].removeprefix("prefdistill: ")
+    assert _call(study(f"model.student={student}")) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"prefdistill: study.yaml: cell 'beta=0.1': {' '.join(reason.split())}"
+    assert files(place) == before
+
+
+def test_a_shell_shows_no_table_of_transformers(place):
+    """It is written to the stderr that was there when transformers was imported."""
+    command = [sys.executable, "-m", "prefdistill", *sample("pairs.jsonl", "headless")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
