@@ -300,7 +300,7 @@ def _base_of(name: str) -> str:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of the weights that are missing or do not fit, which `_check_weights` says in a line."""
+    """Without transformers' table of weights that are missing or do not fit: `_check_weights` says it in a line."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
