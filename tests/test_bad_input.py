@@ -1,5 +1,8 @@
 """Whatever is wrong with what a verb is given: a line or two, status 2, no traceback, and nothing written."""
 
+import subprocess
+import sys
+
 import datasets
 import pytest
 
@@ -291,6 +294,9 @@ BAD = [
     (evaluate("--reference", "teacher"), "evaluation needs the reference's logps"),
     (evaluate("--reference", "reference", data="others.jsonl"), "the reference signals were made from other data"),
     (evaluate("--reference", "reference-tokens"), "the reference signals were made with another tokenizer"),
+    (evaluate("--reference", "reference-others", "--generate"), "the reference signals were made from other data"),
+    (evaluate("--reference", "teacher", "--generate"), "evaluation needs the reference's logps"),
+    (evaluate("--reference", "reference-tokens", "--generate"), "signals were made with another tokenizer"),
     (evaluate("--reference", "damaged"), "damaged/shards/00000.parquet"),
     (evaluate("--reference", "nowhere", "--generate"), "no signals in nowhere: make them with"),
     (inspect("--signals", "nowhere"), "no signals in nowhere: make them with"),
@@ -314,11 +320,21 @@ BAD = [
     (evaluate("--generations", "responses.jsonl", "--out", "responses.jsonl"), "responses.jsonl is there and was not"),
     (inspect("--signals", "teacher", out="pairs.jsonl"), "pairs.jsonl is there and was not made by `prefdistill inspe"),
     (inspect("--signals", "teacher", out="teacher/manifest.json"), "teacher/manifest.json is there and was not made"),
-    (inspect("--signals", "teacher", out=""), ". is a directory; --out names the file to write"),
-    (["report", "run-good", "--out", "run-good/results.json"], "run-good/results.json is there and was not made by"),
-    (["report", "run-good", "--out", "pairs.jsonl"], "pairs.jsonl is there and was not made by `prefdistill report`"),
+    (inspect("--signals", "teacher", out=""), "--out is empty; name the place for what is made"),
+    (inspect("--signals", "teacher", "--tokenizer", "other", "--max-pairs", "1"), "make them again with that of other"),
+    (["report", "run-good", "--out", "pairs.jsonl", "--format", "html"], "pairs.jsonl is there and was not made by"),
+    (
+        ["report", "run-good", "--out", "run-good/results.json", "--format", "md"],
+        "run-good/results.json is there and was not made by",
+    ),
+    (["report", "run-good", "--out", "pairs.jsonl"], "pairs.jsonl: unknown file type"),
     (["report", "run-good", "--out", "pairs.jsonl", "--format", "md"], "pairs.jsonl is there and was not made by"),
-    (["report", "run-good", "--out", ""], ". is a directory; --out names the file to write"),
+    (["report", "run-good", "--out", ""], "--out is empty; name the place for what is made"),
+    (["report", "run-good", "--out="], "--out is empty"),
+    (["report", "run-good", "--out", "r.pdf"], "r.pdf: unknown file type. Give --out a name that ends in .html or .md"),
+    (["report", "full", "--out", "r.html"], "full holds no results.json of a run: give a directory that `prefdistill"),
+    (run("--out", ""), "--out is empty; name the place for what is made"),
+    ([*SIGNALS, "--out", ""], "--out is empty; name the place for what is made"),
     (run("--out", "."), ". is not empty and was not made by `prefdistill run`; give another --out"),
     (["report", "run-good", "--out", "full"], "full"),
     (run("--out", "full"), "full is not empty and was not made by `prefdistill run`; give another --out"),
@@ -329,8 +345,8 @@ BAD = [
     (["judge", "answers", *MODEL, "--questions", "questions.jsonl", "--out", "pairs.jsonl"], "is not as `prefdistill"),
     (["judge", "answers", *MODEL, "--questions", "questions.jsonl", "--out", "a.txt"], "that ends in .jsonl"),
     # recipes
-    (run(recipe="itself.yaml"), "itself.yaml: extends must name another recipe file, got 'itself.yaml'"),
-    (run(recipe="round.yaml"), "round.yaml: extends must name another recipe file, got 'trip.yaml'"),
+    (run(recipe="itself.yaml"), "itself.yaml: extends goes in a circle (itself.yaml -> itself.yaml)"),
+    (run(recipe="round.yaml"), "trip.yaml: extends goes in a circle (round.yaml -> trip.yaml -> round.yaml); take"),
     (run(recipe="above.yaml"), "no recipe at nowhere.yaml"),
     (run(recipe="number.yaml"), "number.yaml: extends must name another recipe file, got 3"),
     (run(recipe="tab.yaml"), "tab.yaml is not valid YAML: while scanning for the next token"),
@@ -350,6 +366,12 @@ BAD = [
     (run(recipe="endless-options.yaml"), "cyclic reference detected"),
     (run(recipe="slash.yaml"), "'../x' names a directory: use letters, digits and . _ + - only"),
     (run(recipe="trusting.yaml"), "trusting.yaml asks to run code from the models' repositories"),
+    (run("--fast"), "recipe.yaml has no section `fast`, the overrides of --fast; add one"),
+    (run("methods.tvkd.bogus=1", "--methods", "dpo"), "tvkd is not among the methods that run (dpo); see --methods"),
+    (
+        ["quickstart", *OUT, "methods.dckd.k=-1"],
+        "methods.dckd.k=-1: dckd is not among the methods that run (sft-chosen, dpo",
+    ),
     (run("methods.dpo.start=dpo"), "methods.dpo.start: 'dpo' must be a method that stands above it"),
     (run("methods.dpo.bata=1"), "methods.dpo: dpo has no option 'bata'; its options: beta"),
     (run("methods.x.method=dop"), "methods.x: unknown method 'dop'; known: sft, dpo"),
@@ -399,7 +421,7 @@ BAD = [
     (["report", "pairs.jsonl", "--out", "r.html"], "pairs.jsonl is not a directory"),
     # the doctor, whose findings are no mistakes of its own
     (["doctor"], "there is nothing to look at: give --data, --teacher, --student or --recipe"),
-    (["doctor", "--recipe", "round.yaml"], "round.yaml: extends must name another recipe file, got 'trip.yaml'"),
+    (["doctor", "--recipe", "round.yaml"], "goes in a circle (round.yaml -> trip.yaml -> round.yaml)"),
     (["doctor", "--recipe", "trusting.yaml"], "trusting.yaml asks to run code from the models' repositories"),
     (["doctor", *PAIRS, "a=1"], "'a=1' is an override of a recipe; give --recipe with it"),
     # judges
@@ -495,3 +517,22 @@ def test_bad_input(place, capsys, arguments, message):
     assert "Traceback" not in err
     assert "secret" not in err
     assert files(place) == before
+
+
+@pytest.mark.parametrize("student", ["bad-template", "few-rows", "infinite"])
+def test_what_a_stage_refuses_is_refused_by_a_study_as_by_a_run(place, capsys, student):
+    before = files(place)
+    assert _call(run(f"model.student={student}")) == 2
+    reason = capsys.readouterr().err.strip().splitlines()[-1].removeprefix("prefdistill: ")
+    assert _call(study(f"model.student={student}")) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"prefdistill: study.yaml: cell 'beta=0.1': {' '.join(reason.split())}"
+    assert files(place) == before
+
+
+def test_a_shell_shows_no_table_of_transformers(place):
+    """It is written to the stderr that was there when transformers was imported."""
+    command = [sys.executable, "-m", "prefdistill", *sample("pairs.jsonl", "headless")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) <= 2, done.stderr

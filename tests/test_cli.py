@@ -51,6 +51,8 @@ def run(*arguments, **options):
 
 def test_the_small_profile_does_not_take_the_place_of_the_whole_run(place, monkeypatch):
     outs = []
+    with (place / "recipe.yaml").open("a") as recipe:
+        recipe.write("fast: {training.max_steps: 1}\n")
     monkeypatch.setattr("prefdistill.results.run_recipe", lambda recipe, out, **_: outs.append(out) or {"warnings": []})
     monkeypatch.setattr("prefdistill.report.verdict", lambda results: "")
     monkeypatch.setattr("prefdistill.report.method_table", lambda results: "")

@@ -196,14 +196,29 @@ def test_a_store_read_at_the_ids_of_another_is_repaired_with_it(store, made, mak
     some = pairs.select(range(6))
     ids = Signals.open(store)
     extract_signals(make_model(3), some, tokenizer, ("topk",), tmp_path / "own", role="reference", ids_from=ids)
+    extract_signals(make_model(3), some, tokenizer, ("topk",), tmp_path / "other", k=2)
     whole = contents(tmp_path / "own")
     flip(tmp_path / "own" / "shards" / "00000.parquet")
     with pytest.raises(UserError, match="give that one as --ids-from"):
         repair_signals(tmp_path / "own", make_model(3), some, tokenizer)
+    with pytest.raises(UserError, match="another store than that of --ids-from; give the teacher's"):
+        repair_signals(tmp_path / "own", make_model(3), some, tokenizer, ids_from=Signals.open(tmp_path / "other"))
     with pytest.raises(UserError, match="was made from a data set in memory: give it as --data"):
         repair_signals(tmp_path / "own", make_model(3), ids_from=ids)
     repair_signals(tmp_path / "own", make_model(3), some, tokenizer, ids_from=ids)
     assert contents(tmp_path / "own") == whole
+
+
+def test_data_that_have_moved(store, made, tmp_path):
+    repair_signals(store)  # nothing is damaged, and nobody asks for them
+    flip(store / "shards" / "00000.parquet")
+    moved = (made / "pairs.jsonl").rename(tmp_path / "moved.jsonl")
+    try:
+        with pytest.raises(UserError, match=r"was made from .*pairs\.jsonl, which is not there; say where with --data"):
+            repair_signals(store)
+        repair_signals(store, dataset=str(moved))
+    finally:
+        moved.rename(made / "pairs.jsonl")
 
 
 def test_on_the_command_line(made, monkeypatch, capsys, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -93,12 +94,13 @@ def write(path, rows):
 
 
 def model_of(tokenizer, path, **shape):
-    """A model without weights: whoever loads them fails."""
     tokenizer.save_pretrained(path)
-    LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer), **shape}, architectures=["LlamaForCausalLM"]).save_pretrained(
-        path
-    )
+    AutoModelForCausalLM.from_config(config_of(tokenizer, **shape)).save_pretrained(path)
     return str(path)
+
+
+def config_of(tokenizer, **shape):
+    return LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer), **shape}, architectures=["LlamaForCausalLM"])
 
 
 def found(checkup, *severities):
@@ -669,6 +671,33 @@ def test_a_model_that_is_not_there_is_a_finding(tmp_path, tokenizer):
     assert found(examine(source, student=str(tmp_path / "headless"))) == {"model.shape"}
 
 
+def behead(file):
+    save_file({name: value for name, value in load_file(file).items() if name != "lm_head.weight"}, file)
+
+
+WEIGHTS = {
+    "none": (lambda file: file.unlink(), "no file named model.safetensors"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "incomplete metadata, file not fully covered"),
+    "no head": (behead, "1 weights are missing, the first is lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_that_are_not_whole_are_a_finding(tmp_path, tokenizer, damage, message):
+    whole, damaged = (model_of(tokenizer, tmp_path / name) for name in ("whole", "damaged"))
+    damage(tmp_path / "damaged" / "model.safetensors")
+    for role in ("student", "teacher"):
+        assert found(examine(**{role: whole})) == set()
+        finding = the(examine(**{role: damaged}), "model.weights")
+        assert finding.severity == "error"
+        assert finding.message.startswith(f"{role}: {damaged} is there but holds no model")
+        assert message in finding.message
+    recipe = recipe_for(tmp_path, tokenizer, f"model.student={damaged}")
+    assert found(examine(recipe=recipe)) == {"model.weights"}
+    recipe = recipe_for(tmp_path, tokenizer, "teacher.dpo=null", f"model.teacher_reference={damaged}")
+    assert the(examine(recipe=recipe), "model.weights").message.startswith("teacher reference: ")
+
+
 # -- memory and disk ---------------------------------------------------------------------------------------------------
 
 
@@ -713,8 +742,11 @@ def test_a_place_where_nothing_can_be_written_is_an_error(tmp_path, tokenizer):
 
 
 def test_a_model_that_no_machine_holds_is_planned_without_being_made(tmp_path, tokenizer):
-    huge = model_of(tokenizer, tmp_path / "huge", hidden_size=65536, intermediate_size=262144, num_hidden_layers=200)
-    checkup = examine(student=huge)
+    tokenizer.save_pretrained(tmp_path / "huge")
+    huge = config_of(tokenizer, hidden_size=65536, intermediate_size=262144, num_hidden_layers=200)
+    huge.save_pretrained(tmp_path / "huge")
+    checkup = examine(student=str(tmp_path / "huge"))
+    assert "model.weights" in found(checkup)  # it is a directory, in which they should be
     assert the(checkup, "machine.memory").severity == "error"
     assert checkup.facts["models"]["student"]["parameters"] > 10**13
 
@@ -833,8 +865,6 @@ methods:
 
 def recipe_for(tmp_path, tokenizer, *overrides, rows=None):
     model = model_of(tokenizer, tmp_path / "model")
-    config = LlamaConfig.from_pretrained(model)  # the run that is planned wants weights that could be loaded
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
     train = write(tmp_path / "train.jsonl", rows or clean())
     test = write(tmp_path / "test.jsonl", clean(first=100))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(train=train, test=test, model=model))

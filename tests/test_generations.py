@@ -375,6 +375,7 @@ def test_given_responses_need_no_model_and_win_half_against_themselves(place, re
         (["--generations", "pairs.jsonl", "--generate"], "leave one of the two out"),
         (["--generations", "pairs.jsonl"], "no column 'response'"),
         (["--generations", "pairs.jsonl", "--length-ranges", "5,x"], "takes numbers of words with commas"),
+        (["--generations", "pairs.jsonl", "--length-ranges", "10,5"], "takes numbers that rise, e.g. 5,10,50"),
         (["--generations", "pairs.jsonl", "--column", "chosen", "--reward-model", "model"], "it is a language model"),
     ],
 )

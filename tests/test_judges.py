@@ -307,6 +307,17 @@ def test_a_rerun_asks_only_what_is_missing_or_failed(judge, bench, tmp_path):
     assert len(server.seen) == 14 + 5
 
 
+def test_verdicts_of_another_address_are_kept_and_said_to_be(judge, bench, tmp_path, capsys):
+    first, second = judge(lambda *_: "[[5]]"), judge(lambda *_: "[[6]]")
+    for url in (first.url, first.url):
+        judge_mt_bench(Endpoint(url, "j"), tmp_path / "out", **single(bench))
+    assert "are kept" not in capsys.readouterr().err
+    judge_mt_bench(Endpoint(second.url, "j"), tmp_path / "out", **single(bench))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"6 verdicts are kept that {first.url} gave, not {second.url}; for new ones give another --out" in line
+    assert second.seen == []
+
+
 def test_a_torn_last_line_is_cut_off_and_a_torn_line_inside_refused(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     path.write_text('{"key": "a", "reply": "x"}\n{"key": "b"')

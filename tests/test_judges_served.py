@@ -147,6 +147,9 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
     assert _call(command) == 130
     assert not out.exists()
     stop = None
+    assert _call([*command, "--seed=1"]) == 2
+    told = f"{out}.parts holds unfinished answers of another request (seed is 0, not 1); give another --out or delete"
+    assert told in capsys.readouterr().err
     asked.clear()
     assert _call([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == 7
@@ -166,6 +169,30 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.meta.json", "q.jsonl"]
     assert _call([*command, "--seed=1"]) == 2
     assert "seed is" in capsys.readouterr().err
+    assert _call([*command, "--batch-size=1"]) == 2  # other draws
+    assert "batch_size is 16, not 1" in capsys.readouterr().err
     out.write_text("mine")
     assert _call(command) == 2
     assert "is not as `prefdistill judge answers` wrote it" in capsys.readouterr().err
+
+
+def test_answers_are_there_when_what_they_were_made_from_is(model, tmp_path, monkeypatch):
+    """Killed between the two files, the same command goes on."""
+    from prefdistill.evaluation.judges import answers as module
+
+    path, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["the small teacher"]}) + "\n")
+    command = ["judge", "answers", f"--model={model}", f"--questions={path}", f"--out={out}", "--max-new-tokens=4"]
+    real = module.write_json
+
+    def killed(file, value):
+        if file == module.sidecar(out):
+            raise KeyboardInterrupt
+        real(file, value)
+
+    monkeypatch.setattr(module, "write_json", killed)
+    assert _call(command) == 130
+    assert not out.exists()
+    monkeypatch.setattr(module, "write_json", real)
+    assert _call(command) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.meta.json", "q.jsonl"]

@@ -574,6 +574,14 @@ def test_load_run_says_what_is_wrong(tmp_path: Path, content: str | None, messag
     assert str(tmp_path) in str(error.value)
 
 
+def test_an_unfinished_run_is_told_from_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no results\.json of a run: give a directory"):
+        load_run(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="the run has not finished"):
+        load_run(tmp_path)
+
+
 def test_load_run_of_no_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_run(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,6 +107,9 @@ def _run(
 
     names = None if only is None else [name.strip() for name in only.split(",")]
     recipe = load_recipe(recipe_path, overrides, fast=fast, only=names)
+    if fast and not recipe.fast:
+        raise UserError(f"{recipe_path} has no section `fast`, the overrides of --fast; add one, or leave --fast out")
+    _refuse_idle(overrides, list(recipe.methods))
     # results of the small profile would replace the whole run's
     out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
     from prefdistill.progress import say
@@ -118,6 +122,17 @@ def _run(
     _print(f"{method_table(results)}\n\n{verdict(results)}\n")
     _print(f"results  {out / 'results.json'}\nreport   {out / 'report.html'}")
     return results
+
+
+def _refuse_idle(overrides: list[str], methods: list[str]) -> None:
+    """An option of a method that does not run would have no effect, and nobody would look at its value."""
+    from prefdistill.config import Override
+
+    for text in overrides:
+        section, _, rest = Override.parse(text).key.partition(".")
+        name = rest.partition(".")[0]
+        if section == "methods" and name and name not in methods:
+            raise UserError(f"{text}: {name} is not among the methods that run ({', '.join(methods)}); see --methods")
 
 
 @app.command()
@@ -495,6 +510,9 @@ def evaluate(
     check_file(out, '{\n  "model":', "evaluate")
     if not all(edge.isdecimal() for edge in _listed(length_ranges)):
         raise UserError(f"--length-ranges takes numbers of words with commas, e.g. 5,10,50; got {length_ranges!r}")
+    edges = tuple(int(edge) for edge in _listed(length_ranges))
+    if any(low >= high for low, high in pairwise(edges)):
+        raise UserError(f"--length-ranges takes numbers that rise, e.g. 5,10,50; got {length_ranges!r}")
     request = evaluation.Request(
         model=model,
         data=data,
@@ -505,7 +523,7 @@ def evaluate(
         against=against,
         column=column,
         reward_model=reward_model,
-        length_ranges=tuple(int(edge) for edge in _listed(length_ranges)),
+        length_ranges=edges,
         prompts=prompts,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
@@ -585,7 +603,10 @@ def report(
     _one_process("report")
     from prefdistill.report import write_report
 
-    write_report(runs, out, format=format or ("md" if out.suffix == ".md" else "html"))
+    endings = {"": "html", ".html": "html", ".htm": "html", ".md": "md"}
+    if format is None and out.suffix not in endings:
+        raise UserError(f"{out}: unknown file type. Give --out a name that ends in .html or .md, or say --format.")
+    write_report(runs, out, format=format or endings[out.suffix])
     _print(str(out))
     return {"out": str(out), "runs": [str(path) for path in runs]}
 
@@ -780,6 +801,8 @@ def _call(arguments: list[str]) -> int:
     try:
         if broken := [given for given in arguments if surrogate(given) is not None]:
             raise UserError(f"{broken[0]!a} is not UTF-8 text, which no result could be written with; rename it")
+        if "--out=" in arguments or ("--out", "") in pairwise(arguments):  # to Path, that is the working directory
+            raise UserError("--out is empty; name the place for what is made")
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = app(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
         if result == INTERRUPTED:  # a verb returns a dict; a number is the status typer would have exited with

@@ -577,9 +577,13 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = raw.pop("extends", None)
     if base is None:
         return raw
-    if not isinstance(base, str) or path.resolve() in above:
+    if not isinstance(base, str):
         raise UserError(f"{path}: extends must name another recipe file, got {base!r}")
-    return _laid_over(_read(path.parent / base, (*above, path.resolve())), raw)
+    files, below = (*above, path), path.parent / base
+    if below.resolve() in {file.resolve() for file in files}:
+        circle = " -> ".join(map(str, (*files, below)))
+        raise UserError(f"{path}: extends goes in a circle ({circle}); take it out of one of these")
+    return _laid_over(_read(below, files), raw)
 
 
 def read_yaml(path: Path, what: str, where: str, keys: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +164,8 @@ def load_model(
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
             # PEFT has frozen the base
             return adapted if method else adapted.merge_and_unload().requires_grad_(True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **LOOKED_AT)
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **LOOKED_AT)
     except Exception as error:
         # of a quantised one these speak of a package or hardware that it needs
         if not method or not isinstance(error, (ImportError, NameError, RuntimeError)):
@@ -204,9 +205,14 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
         raise _refused("reward model" if reward else "model", base, error) from error
 
 
-def check_model(name: str, *, trust_remote_code: bool = False) -> None:
+def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = True) -> None:
     """Whether a causal language model can be loaded, by the names and shapes of its weights, of which none is read:
     before anything long begins. Of a PEFT adapter, its base; what is stored quantised is found out when it is loaded.
+
+    Args:
+        name: Hub name or directory.
+        trust_remote_code: let the model's repository run its own code.
+        fetch: look at a model of the Hub too, whose weights are fetched for it.
 
     Raises:
         UserError: if there is no such model, it is no causal language model, or weights are missing or do not fit.
@@ -216,11 +222,12 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> None:
     base = name
     try:
         base = _base_of(name)
-        if _stored_quantization(base):
+        if _stored_quantization(base) or not (fetch or Path(base).exists()):
             return
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, device_map="meta", trust_remote_code=trust_remote_code, **LOOKED_AT
-        )
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base, device_map="meta", trust_remote_code=trust_remote_code, **LOOKED_AT
+            )
     except Exception as error:
         raise _refused("model", base, error) from error
     _check_weights("model", base, loaded[1])
@@ -259,12 +266,13 @@ def load_reward_model(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_reward_model(name, trust_remote_code=trust_remote_code)
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            **LOOKED_AT,
-        )
+        with _without_report():
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                **LOOKED_AT,
+            )
     except Exception as error:
         raise _refused("reward model", name, error) from error
     _check_weights("reward model", name, found)
@@ -299,6 +307,18 @@ def _base_of(name: str) -> str:
     if not isinstance(base, str):
         raise ValueError(f"adapter_config.json names no base model: {base!r}")
     return base
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of weights that are missing or do not fit: `_check_weights` says it in a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_weights(what: str, name: str, found: dict[str, Any]) -> None:

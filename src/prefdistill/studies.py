@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -259,7 +260,9 @@ class StudyRun:
             except Exception as error:  # the other cells are worth having; the next call tries this one again
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"study {self.study.name}: cell {cell.name}, seed {seed} failed: {reason}")
-                failed.append({"cell": cell.name, "seed": seed, "error": f"{type(error).__name__}: {reason}"})
+                refused = isinstance(error, UserError)
+                told = reason if refused else f"{type(error).__name__}: {reason}"
+                failed.append({"cell": cell.name, "seed": seed, "error": told, "refused": refused})
         return failed
 
     def _run_cell(self, cell: Cell, seed: int, command: str) -> None:
@@ -371,7 +374,8 @@ def run_study(
         What is written to results.json.
 
     Raises:
-        UserError: if the study or one of its cells cannot be, before anything runs.
+        UserError: if the study or one of its cells cannot be, before anything runs; or if every cell was refused
+            while it ran.
         CellsFailed: after all cells were tried, if any failed while running; the rest is written.
 
     Example:
@@ -388,8 +392,12 @@ def run_study(
     check_place(run.pool / "x", "--stages")
     run.check()
     with locked(out):
+        before = {path.name for path in out.iterdir()}
         failed = run.run(command)
         results = summary(run, failed)
+        if _refused(results):
+            _clean(out, before)
+            raise UserError(f"{path}: cell {failed[0]['cell']!r}: {failed[0]['error']}")
         write_study(results, out)
     if failed:
         first = failed[0]
@@ -398,6 +406,22 @@ def run_study(
             f"the others are in {out}, and the same command tries again"
         )
     return results
+
+
+def _refused(results: dict[str, Any]) -> bool:
+    """Whether nothing came of a study but refusals: then it is the input that is wrong, and not a cell."""
+    failed = results["failed"]
+    nothing = not any(cell["seeds"] for cell in results["cells"])
+    return bool(failed) and nothing and all(one["refused"] for one in failed)
+
+
+def _clean(out: Path, before: set[str]) -> None:
+    """Remove what such a study has written into `out`; stages that were made before they were refused stay."""
+    for name in {"results.json", "table.md", "plot.svg", "study.html"} - before:
+        (out / name).unlink(missing_ok=True)
+    if "work" not in before:
+        with suppress(OSError):  # not empty
+            (out / "work").rmdir()
 
 
 class CellsFailed(RuntimeError):

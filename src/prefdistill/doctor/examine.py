@@ -18,7 +18,15 @@ from prefdistill.doctor.pairs import COLUMNS, PairSet, read_pairs, refused
 from prefdistill.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
-from prefdistill.models import check_reward_model, empty_model, load_tokenizer, random_model, texts_of, train_tokenizer
+from prefdistill.models import (
+    check_model,
+    check_reward_model,
+    empty_model,
+    load_tokenizer,
+    random_model,
+    texts_of,
+    train_tokenizer,
+)
 from prefdistill.progress import Progress
 
 if TYPE_CHECKING:
@@ -146,6 +154,8 @@ class _Models:
                     if model := self._made(f"model.scratch.{role}", own, getattr(scratch, role)):
                         self.shapes[role] = model
         self.reader = self.tokenizers.get("student") or self.tokenizers.get("teacher")
+        if recipe and recipe.model.teacher_reference:
+            self._weights("teacher reference", recipe.model.teacher_reference)
         if recipe and recipe.reward_model:
             self._judge(recipe.reward_model)
 
@@ -179,6 +189,7 @@ class _Models:
         trust = self.trust_remote_code
         try:
             self.shapes[role] = empty_model(name, trust_remote_code=trust)
+            self._weights(role, name)
         except UserError as error:
             self._lacks("shape", role, error)
             if not Path(name).exists():  # nor has the Hub a tokenizer of this name
@@ -188,8 +199,16 @@ class _Models:
         except UserError as error:
             self._lacks("tokenizer", role, error)
 
+    def _weights(self, role: str, name: str) -> None:
+        try:
+            check_model(name, trust_remote_code=self.trust_remote_code, fetch=False)
+        except UserError as error:
+            self._lacks("weights", role, error)
+
     def _lacks(self, what: str, role: str, error: UserError) -> None:
         fix = f"Name the {role} by its directory or its name on the Hub."
+        if what == "weights":
+            fix = f"Fetch or save the {role} again, whole, or name another."
         self.checkup.findings.append(Finding(f"model.{what}", "error", f"{role}: {error}", fix))
 
 

@@ -19,7 +19,7 @@ from prefdistill.evaluation.generations import (
     unique_prompts,
 )
 from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
-from prefdistill.evaluation.pairs import evaluate_pairs
+from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
 from prefdistill.evaluation.reward_model import RewardModel, check_judged, judge_of
 from prefdistill.models import check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.progress import say
@@ -118,18 +118,23 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
         known_names(request.lm_eval, request.lm_eval_include)
     if request.reward_model is not None:
         check_reward_model(request.reward_model, trust_remote_code=request.trust_remote_code)
-    # opened before the responses are sampled, which takes long
+    # opened and looked at before the responses are sampled, which takes long
     stores = [Signals.open(path) for path in (request.reference, request.teacher) if path]
     data = None
     if request.data:
         data = load_pairs(request.data) if request.reference else load_prompts(request.data)
         if set(RESPONSES) <= set(data.column_names):
             check_pairs(data, request.data)
+    tokenizer = None
+    if request.reference or request.lm_eval:
+        tokenizer = load_tokenizer(str(request.model), trust_remote_code=request.trust_remote_code)
+        if request.reference:
+            assert data is not None
+            signals_for(data, tokenizer, stores)
     if request.answers:
         results |= _evaluate_answers(request, data, out)
-    if not (request.reference or request.lm_eval):
+    if tokenizer is None:
         return results
-    tokenizer = load_tokenizer(str(request.model), trust_remote_code=request.trust_remote_code)
     model = ready(load_model(str(request.model), dtype=request.dtype, trust_remote_code=request.trust_remote_code))
     if request.reference:
         assert data is not None

@@ -80,6 +80,20 @@ def prompts_of(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
     return [prompt_text(prompts[row]) for row in rows]
 
 
+def signals_for(pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]) -> SignalSet:
+    """The stores together.
+
+    Raises:
+        UserError: if the signals were made from other data or tokens, or lack the reference's logps.
+    """
+    signals = SignalSet.of(stores, pairs)
+    if signals.missing([Need("reference", "logps")]):
+        raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+    return signals
+
+
 def evaluate_pairs(
     student: "PreTrainedModel", pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]
 ) -> dict[str, Any]:
@@ -95,13 +109,9 @@ def evaluate_pairs(
         `{"metrics": {name: estimate}, "margin_accuracy": {term: estimate}, "pairs": k}`, the errors over the prompts.
 
     Raises:
-        UserError: if the signals were made from other data or tokens, or lack the reference's logps.
+        UserError: see `signals_for`.
     """
-    signals = SignalSet.of(stores, pairs)
-    if signals.missing([Need("reference", "logps")]):
-        raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
-    for store in stores:
-        store.check_tokenizer(tokenizer)
+    signals = signals_for(pairs, tokenizer, stores)
     reference = signals.store("reference", "logps", "chosen")
     reward = implicit_rewards(student, pairs, tokenizer, reference)
     groups = prompts_of(pairs, reward["row"])

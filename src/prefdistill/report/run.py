@@ -88,6 +88,10 @@ def _results(file: Path) -> Results:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not (file.parent / "recipe.yaml").is_file():
+            raise UserError(
+                f"{file.parent} holds no results.json of a run: give a directory that `prefdistill run` wrote"
+            ) from None
         raise UserError(
             f"{file.parent} holds no results.json: the run has not finished; "
             "start the same `prefdistill run` again, it goes on where it stopped"

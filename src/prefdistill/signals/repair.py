@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefdistill.data import FILE_TYPES
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.files import read_sealed, write_sealed
@@ -52,8 +53,10 @@ def repair_signals(
         raise UserError(f"no signals in {out} to repair")
     request = _request(out)
     made_at = request["topk"].get("ids_from")
-    if made_at and (ids_from is None or ids_from.digest != made_at):
+    if made_at and ids_from is None:
         raise UserError(f"{out} was read at the token ids of a teacher's store: give that one as --ids-from")
+    if made_at and ids_from and ids_from.digest != made_at:
+        raise UserError(f"{out} was read at the token ids of another store than that of --ids-from; give the teacher's")
     if dataset is None and request["data"]["name"] == IN_MEMORY:
         raise UserError(f"{out} was made from {IN_MEMORY}: give it as --data")
     if model is None and not request["model"]["name"]:
@@ -65,6 +68,8 @@ def repair_signals(
         say(f"repair: {', '.join(damaged)}" if damaged else f"repair: nothing in {out} is damaged")
     if (out / "manifest.json").is_file():
         return Signals.open(out), damaged
+    if dataset is None and _moved(request["data"]["name"]):
+        raise UserError(f"{out} was made from {request['data']['name']}, which is not there; say where with --data")
     topk: dict[str, Any] = request["topk"]
     asked = {name: topk[name] for name in ("k", "p") if name in topk} | (
         {"topk_coding": topk["coding"]} if topk else {}
@@ -123,6 +128,12 @@ def set_aside(out: Path) -> list[str]:
         if broken or not manifest:
             (out / "manifest.json").unlink(missing_ok=True)
         return damaged
+
+
+def _moved(name: str) -> bool:
+    """Whether the name of data is that of a file or directory which is not there: a name of the Hub is no such name."""
+    path = Path(name.partition("#")[0]).expanduser()
+    return (path.is_absolute() or name.endswith(FILE_TYPES)) and not path.exists()
 
 
 def _request(out: Path) -> dict[str, Any]:

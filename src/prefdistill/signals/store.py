@@ -199,7 +199,7 @@ class Signals:
         if changed := differences(made, ours):
             raise UserError(
                 f"the {self.role} signals were made with another tokenizer ({made['name']}: {'; '.join(changed)}); "
-                "make them again with the student's"
+                f"make them again with that of {ours['name'] or 'the student'}"
             )
 
     def places(self, rows: np.ndarray) -> np.ndarray:

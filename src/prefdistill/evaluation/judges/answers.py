@@ -1,5 +1,6 @@
 """A model's answers to MT-Bench's questions, through `prefdistill.sample`: the second turn sees the first's answer."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from datasets import Dataset
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.judges.inputs import read_questions
-from prefdistill.files import file_digest, read_json, value_digest, write_json, write_jsonl
+from prefdistill.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
 from prefdistill.models import load_model, load_tokenizer, model_key, ready
 from prefdistill.progress import say
-from prefdistill.sample import made_of, sample_responses, sidecar
+from prefdistill.sample import REQUEST, made_of, sample_responses, sidecar
 from prefdistill.signals.store import check_same_request
 from prefdistill.stages import LOCK, locked
 
@@ -76,12 +77,15 @@ def answer_questions(
         "questions": value_digest(asked),
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
+        "batch_size": batch_size,
         "seed": seed,
         "dtype": dtype,
         "temperatures": {str(row["question_id"]): temperature(row) for row in asked},
     }
     parts = out.with_name(f"{out.name}.parts")
     with locked(parts):
+        for file in (out, sidecar(out)):
+            sweep(out.parent, file.name)
         if out.exists():
             made = made_of(out)
             if not made:
@@ -91,6 +95,8 @@ def answer_questions(
             check_same_request("answers", out, made["request"], request)
             say(f"answers: {out} reused")
         else:
+            if (parts / REQUEST).is_file():
+                check_same_request("unfinished answers", parts, read_json(parts / REQUEST), request)
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             loaded = ready(load_model(model, dtype=dtype, trust_remote_code=trust_remote_code))
             options = {
@@ -99,7 +105,14 @@ def answer_questions(
                 "batch_size": batch_size,
                 "seed": seed,
             }
-            made = _write(out, request, *_ask(loaded, tokenizer, asked, parts, options))
+            write_json(parts / REQUEST, request)
+            try:
+                said, counts = _ask(loaded, tokenizer, asked, parts, options)
+            except UserError:
+                if {path.name for path in parts.iterdir()} <= {LOCK, REQUEST}:  # nothing to go on with
+                    (parts / REQUEST).unlink()
+                raise
+            made = _write(out, request, said, counts)
         for path in parts.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -157,7 +170,8 @@ def _write(out: Path, request: dict[str, Any], said: dict[Any, list[str]], count
         }
         for name, turns in said.items()
     ]
-    write_jsonl(out, rows)
-    made = {"request": request, **counts, "sha256": file_digest(out)}
-    write_json(sidecar(out), made)
+    with atomic_path(out) as temporary:  # the answers are there only when what they were made from is
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        made = {"request": request, **counts, "sha256": file_digest(temporary)}
+        write_json(sidecar(out), made)
     return made

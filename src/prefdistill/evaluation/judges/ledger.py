@@ -66,6 +66,12 @@ class Ledger:
         keys = [question.key(endpoint) for question in questions]
         missing = {k: q for k, q in zip(keys, questions, strict=True) if self.rows.get(k, {}).get("reply") is None}
         done = len(set(keys)) - len(missing)
+        kept = [self.rows[key] for key in dict.fromkeys(keys) if key not in missing]
+        if elsewhere := [row["url"] for row in kept if row.get("url") != endpoint.url]:
+            say(
+                f"{what}: {len(elsewhere):,} verdicts are kept that {elsewhere[0]} gave, not {endpoint.url}; for new "
+                "ones give another --out"
+            )
         if missing:
             variable, _ = judge_key()
             known = f", {done:,} are known" if done else ""
