@@ -385,15 +385,19 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended(place):
 
     def waits(stubborn):
         if os.environ["RANK"] == "0":
+            while not (place / "deaf").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if stubborn:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (place / "deaf").touch()
         time.sleep(30)
         return 0
 
     tried = attempt(Job(lambda: waits(False), lambda out: None), place, ranks=2)
     assert tried.ranks == (-signal.SIGKILL, -signal.SIGTERM)
     assert tried.status == -signal.SIGKILL
+    (place / "deaf").unlink()
     with pytest.raises(TimeoutError):
         attempt(Job(lambda: waits(True), lambda out: None), place, ranks=2, timeout=1)
 

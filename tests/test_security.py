@@ -155,6 +155,8 @@ def test_a_checkpoint_cannot_run_code(checkpoint, tmp_path, make_model, tokenize
     file = out / "checkpoints" / "checkpoint-2" / name
     assert file.is_file()
     torch.save(Evil(tmp_path / "ran"), file)
+    mark = read_sealed(file.parent / "whole.json")
+    write_sealed(file.parent / "whole.json", {"files": mark["files"] | {name: file.stat().st_size}})
     trainer = trainer_of(out, make_model, tokenizer, pairs)
     if name == "training_args.bin":  # nobody reads it
         fit(trainer, out, "x")

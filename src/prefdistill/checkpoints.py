@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from prefdistill.files import read_sealed, sync, write_sealed
 from prefdistill.progress import say
-from prefdistill.stages import processes
+from prefdistill.stages import checkpoints_in, processes
 
 WHOLE = "whole.json"  # written last, with the size of each file: every process's part of a checkpoint is on the disk
 
@@ -18,7 +18,7 @@ def last_checkpoint(directory: Path) -> Path | None:
     team = processes()
     with team.main_process_first():  # it removes them, the others find them gone
         whole = []
-        for path in directory.glob("checkpoint-*"):
+        for path in checkpoints_in(directory):
             wrong = _wrong(path)
             if wrong is None:
                 whole.append(path)
@@ -32,10 +32,11 @@ def last_checkpoint(directory: Path) -> Path | None:
 def _wrong(checkpoint: Path) -> str | None:
     """The first file that is missing or not of the size that the mark of the checkpoint says."""
     mark = read_sealed(checkpoint / WHOLE) if (checkpoint / WHOLE).is_file() else None
-    if mark is None:
+    made = mark.get("files") if mark else None
+    if not isinstance(made, dict):
         return WHOLE
     there = _sizes(checkpoint)
-    return next((name for name, size in mark["files"].items() if there.get(name) != size), None)
+    return next((name for name, size in made.items() if there.get(name) != size), None)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
@@ -73,6 +74,6 @@ class SealCheckpoints(TrainerCallback):
         write_sealed(made / WHOLE, {"files": _sizes(made)})
         sync(directory, below=False)
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint)
-        for path in sorted(directory.glob("checkpoint-*"), key=_step)[: -self.kept]:
+        for path in sorted(checkpoints_in(directory), key=_step)[: -self.kept]:
             if path != best:
                 shutil.rmtree(path)

@@ -19,7 +19,7 @@ from prefdistill.files import write_jsonl
 from prefdistill.finite import check_weights
 from prefdistill.models import check_ids
 from prefdistill.progress import Progress, say
-from prefdistill.stages import CHECKPOINTS, processes
+from prefdistill.stages import CHECKPOINTS, checkpoints_in, processes
 
 ARGUMENTS = "training_args.bin"  # a pickle, which the Trainer leaves beside a model; what is in it is in our own files
 
@@ -73,7 +73,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
 def _leave_no_trace(out: Path) -> None:
     """Of a training that stopped before it had saved or logged anything."""
     log = out / "metrics.jsonl"
-    if any((out / CHECKPOINTS).glob("checkpoint-*")) or (log.is_file() and log.stat().st_size):
+    if checkpoints_in(out / CHECKPOINTS) or (log.is_file() and log.stat().st_size):
         return
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     log.unlink(missing_ok=True)

@@ -209,12 +209,12 @@ def empty_stage(directory: Path) -> None:
 def _remove_checkpoints(directory: Path, *, ignore_errors: bool = True) -> None:
     """A link to another disk, and what else is there, stay."""
     checkpoints = directory / CHECKPOINTS
-    for path in _linked(checkpoints) if checkpoints.is_symlink() else [checkpoints]:
+    for path in checkpoints_in(checkpoints) if checkpoints.is_symlink() else [checkpoints]:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
-def _linked(checkpoints: Path) -> list[Path]:
-    """The checkpoints in a directory that may hold other things."""
+def checkpoints_in(checkpoints: Path) -> list[Path]:
+    """The Trainer's, in a directory that may hold other things."""
     return [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
@@ -265,7 +265,7 @@ def _work(directory: Path) -> list[Path]:
 def _some_checkpoint(path: Path) -> bool:
     """Whether anything of ours is there; the Trainer makes the directory before it has looked at the data."""
     if path.is_symlink():
-        return bool(_linked(path))
+        return bool(checkpoints_in(path))
     return not path.is_dir() or any(path.iterdir())
 
 
