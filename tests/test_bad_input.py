@@ -532,7 +532,11 @@ def test_what_a_stage_refuses_is_refused_by_a_study_as_by_a_run(place, capsys, s
 
 def test_a_shell_shows_no_table_of_transformers(place):
     """It is written to the stderr that was there when transformers was imported."""
-    command = [sys.executable, "-m", "prefdistill", *sample("pairs.jsonl", "headless")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    told = []
+    for model, status in (("headless", 2), ("model", 0)):
+        command = [sys.executable, "-m", "prefdistill", *sample("pairs.jsonl", model)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        told.append(done.stderr)
+    assert len(told[0].strip().splitlines()) <= 2, told[0]
+    assert "[transformers]" not in told[1]

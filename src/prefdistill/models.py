@@ -313,12 +313,15 @@ def _base_of(name: str) -> str:
 def _without_report() -> Iterator[None]:
     """Without transformers' table of weights that are missing or do not fit: `_check_weights` says it in a line."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def others(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(others)  # a level of ERROR would have it speak of tensor parallelism
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(others)
 
 
 def _check_weights(what: str, name: str, found: dict[str, Any]) -> None:

@@ -77,8 +77,8 @@ class SeedRun:
     warnings: list[str] = field(default_factory=list)
     keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, digests
     uses: dict[str, set[str]] = field(default_factory=dict)  # the models that are named, by what is made of them
-    teacher: str = ""  # these are set by `prepare`
-    start: str = ""
+    teacher: str = field(default="", init=False)  # this and the start are set by `prepare`
+    start: str = field(default="", init=False)
     starts: dict[str, Start] = field(default_factory=dict)  # the models that students start from, by method and order
     pool: Path | None = None  # finished stages that several runs share, see `run_stage`
     given: Given = field(default_factory=Given)

@@ -95,10 +95,12 @@ def reward_metrics(
     """What DPO trainers log: the implicit rewards, in units of the loss."""
     reward_chosen = beta * (chosen.detach() - ref_chosen)
     reward_rejected = beta * (rejected.detach() - ref_rejected)
+    margin = reward_chosen - reward_rejected
     return {
         "rewards/chosen": reward_chosen.mean(),
         "rewards/rejected": reward_rejected.mean(),
-        "rewards/margins": (reward_chosen - reward_rejected).mean(),
+        "rewards/margins": margin.mean(),
+        "rewards/margins_abs": margin.abs().mean(),
         "rewards/accuracies": (reward_chosen > reward_rejected).float().mean(),
         "logps/chosen": chosen.detach().mean(),
         "logps/rejected": rejected.detach().mean(),
