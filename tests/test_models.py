@@ -15,7 +15,7 @@ from prefdistill.encode import end_token_ids
 from prefdistill.errors import UserError
 from prefdistill.models import (
     check_same_tokens,
-    config_digest,
+    computing_config,
     default_dtype,
     load_model,
     load_tokenizer,
@@ -318,19 +318,20 @@ def test_what_is_said_of_a_plain_model(make_model):
         "architecture": "LlamaForCausalLM",
         "dtype": "float32",
         "weights_sha256": digest.hexdigest(),
-        "config_sha256": config_digest(model),
+        "config": computing_config(model),
     }
 
 
 def test_a_configuration_is_what_it_says_of_how_a_model_computes(make_model, tmp_path):
     model = make_model()
-    before = config_digest(model)
-    model.config.use_cache, model.config.pad_token_id = False, 3
+    before = computing_config(model)
+    model.config.use_cache, model.config.pad_token_id, model.config.attention_dropout = False, 3, 0.1
+    model.config.output_hidden_states, model.config.num_labels = True, 1
     model.save_pretrained(tmp_path / "stored")
     for dtype in ("float32", "bfloat16"):
-        assert config_digest(load_model(str(tmp_path / "stored"), dtype=dtype)) == before
+        assert computing_config(load_model(str(tmp_path / "stored"), dtype=dtype)) == before
     for key, value in (("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("num_attention_heads", 2)):
-        assert config_digest(make_model(**{key: value})) != before
+        assert computing_config(make_model(**{key: value}))[key] == value != before[key]
 
 
 def test_weights_that_are_no_tensors_count():
@@ -386,7 +387,7 @@ def test_the_key_of_a_directory_is_that_of_what_is_loaded_from_it(saved, tmp_pat
 
 
 def test_the_key_of_a_model_on_the_hub_is_its_name_and_revision():
-    assert (model_key("org/name"), model_key(None)) == ({"name": "org/name", "revision": None}, None)
+    assert (model_key("org/name"), model_key(None)) == ({"hub": "org/name", "revision": None}, None)
 
 
 def test_an_adapter_of_the_hub_is_that_of_its_revision_with_its_base(tmp_path, monkeypatch):
@@ -400,7 +401,7 @@ def test_an_adapter_of_the_hub_is_that_of_its_revision_with_its_base(tmp_path, m
         (place.parent.parent / "refs" / "main").write_text(revision)
         found.append(model_key("org/adapter"))
     assert [key["revision"] for key in found] == ["a" * 40, "b" * 40]
-    assert found[0]["base"] == {"name": "org/base", "revision": None}
+    assert found[0]["base"] == {"hub": "org/base", "revision": None}
 
 
 def test_shards_elsewhere_and_code_are_part_of_the_key_and_pages_are_not(saved, tmp_path):
@@ -418,7 +419,11 @@ def test_shards_elsewhere_and_code_are_part_of_the_key_and_pages_are_not(saved, 
     for name in ("tokens.html", "token-counts.csv", "optimizer.bin", "shards/two.safetensors"):
         (directory / name).write_text("")
     assert model_key(saved) == before
-    (directory / "model.safetensors.index.json").write_text("[]")  # for the loader to refuse
+    for text in ("[]", "[" * 100_000, json.dumps({"weight_map": {"w": "x" * 300, "v": "\0", "u": 3}})):
+        (directory / "model.safetensors.index.json").write_text(text)  # for the loader to refuse
+        model_key(saved)
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model.safetensors.index.json").mkdir()
     model_key(saved)
 
 

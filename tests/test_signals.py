@@ -182,7 +182,7 @@ def test_another_request_does_not_overwrite_a_store(store, tmp_path, make_model,
     with pytest.raises(UserError, match=r"another request \(another model\.weights_sha256\)"):
         extract_signals(make_model(seed=1), pairs, tokenizer, out=tmp_path / "store", shard_rows=10)
     same_weights = make_model(rms_norm_eps=1e-2)
-    with pytest.raises(UserError, match=r"another request \(another model\.config_sha256\)"):
+    with pytest.raises(UserError, match=r"another request \(model\.config\.rms_norm_eps is"):
         extract_signals(same_weights, pairs, tokenizer, out=tmp_path / "store", shard_rows=10)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

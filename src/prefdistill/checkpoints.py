@@ -70,6 +70,7 @@ class SealCheckpoints(TrainerCallback):
         team.wait_for_everyone()  # each process writes its own random state
         if not team.is_main_process:
             return
+        (made / WHOLE).unlink(missing_ok=True)  # the last step may be saved twice, at its end and at that of the epoch
         sync(made)
         write_sealed(made / WHOLE, {"files": _sizes(made)})
         sync(directory, below=False)

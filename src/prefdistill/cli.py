@@ -603,10 +603,10 @@ def report(
     _one_process("report")
     from prefdistill.report import write_report
 
-    endings = {"": "html", ".html": "html", ".htm": "html", ".md": "md"}
-    if format is None and out.suffix not in endings:
+    ending, endings = out.suffix.lower(), {"": "html", ".html": "html", ".htm": "html", ".md": "md"}
+    if format is None and ending not in endings:
         raise UserError(f"{out}: unknown file type. Give --out a name that ends in .html or .md, or say --format.")
-    write_report(runs, out, format=format or endings[out.suffix])
+    write_report(runs, out, format=format or endings[ending])
     _print(str(out))
     return {"out": str(out), "runs": [str(path) for path in runs]}
 

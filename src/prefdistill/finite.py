@@ -7,6 +7,11 @@ from torch import Tensor, nn
 
 from prefdistill.errors import UserError
 
+
+class NotFinite(UserError):
+    """A loss or weights became inf or nan while training."""
+
+
 TRY = "try a lower learning rate, max_grad_norm=1, or bf16=false"
 LOADED = (
     "no step was taken yet, so that the model's weights may be damaged, or their dtype too narrow: try dtype float32 "
@@ -16,16 +21,16 @@ TEXTS, TEXT_CHARACTERS = 3, 60  # that a message shows, and how much of each at 
 
 
 def check_loss(loss: Tensor, step: int, where: str) -> None:
-    """Raises a UserError if the loss of a step is not finite; `where` names the rows it is of."""
+    """Raises NotFinite if the loss of a step is not finite; `where` names the rows it is of."""
     if not torch.isfinite(loss):
-        raise UserError(f"the loss is {loss.item()} at step {step}, {where}: {LOADED if step == 1 else TRY}")
+        raise NotFinite(f"the loss is {loss.item()} at step {step}, {where}: {LOADED if step == 1 else TRY}")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises a UserError if a weight is not finite: the last step of a training has no loss after it."""
+    """Raises NotFinite if a weight is not finite: the last step of a training has no loss after it."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            raise UserError(f"the trained weights are not finite, the first of them {name}: {TRY}")
+            raise NotFinite(f"the trained weights are not finite, the first of them {name}: {TRY}")
 
 
 def watched(kind: type[Any]) -> type[Any]:

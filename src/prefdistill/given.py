@@ -8,7 +8,7 @@ from typing import Any
 from prefdistill.data import load_messages, load_pairs
 from prefdistill.errors import UserError
 from prefdistill.models import model_key
-from prefdistill.stages import empty_stage
+from prefdistill.stages import empty_stage, processes
 
 
 class ModelChanged(UserError):
@@ -39,10 +39,12 @@ class Given:
         def checked(out: Path) -> None:
             self.check(names)
             make(out)
+            processes().wait_for_everyone()
             try:
                 self.check(names)
             except ModelChanged:
-                empty_stage(out)
+                if processes().is_main_process:
+                    empty_stage(out)
                 raise
 
         return checked

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
-# Of a configuration: where it comes from, how it is stored, and what is set when it is used.
-NOT_COMPUTING = {
-    *("architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
-    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
-}
+# Of a configuration: where it comes from, how it is stored, what is for training or other tasks or set in use.
+NOT_COMPUTING = re.compile(
+    r"_.*|architectures|transformers_version|(torch_)?dtype|quantization_config|.*dropout.*|.*pdrop|output_.*|use_cache|"
+    r"return_dict|.*_token_id|num_labels|id2label|label2id|problem_type|max_length"
+)
 # Say which weights are missing or have another shape, in place of warnings and a bare error: `_check_weights` refuses.
 LOOKED_AT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
@@ -158,7 +159,7 @@ def load_model(
             options["device_map"] = {"": default_device()}
         if quantization:
             options["quantization_config"] = _bitsandbytes(quantization, dtype)
-        if (Path(name) / "adapter_config.json").is_file():
+        if _base_of(name) != name:
             from peft import AutoPeftModelForCausalLM
 
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
@@ -298,9 +299,8 @@ def _stored_quantization(name: str) -> str | None:
 
 
 def _base_of(name: str) -> str:
-    """The model that the configuration of an adapter names, here or in the cache of the Hub; of anything else, the name
-    itself."""
-    adapter = Path(name) / "adapter_config.json" if Path(name).is_dir() else _cached(name, "adapter_config.json")
+    """The model that the configuration of an adapter names, here or on the Hub; of anything else, the name itself."""
+    adapter = Path(name) / "adapter_config.json" if Path(name).is_dir() else _fetched(name, "adapter_config.json")
     if adapter is None or not adapter.is_file():
         return name
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -386,7 +386,7 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_sha256": weights_digest(model),
-        "config_sha256": config_digest(model),
+        "config": computing_config(model),
     }
     if getattr(model, "is_quantized", False):
         settings = model.config.quantization_config
@@ -396,17 +396,19 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
     return identity
 
 
-def config_digest(model: "PreTrainedModel") -> str:
-    """sha256 of what a configuration says of how a model computes."""
-    return value_digest(_computing(model.config.to_diff_dict()))
+def computing_config(model: "PreTrainedModel") -> dict[str, Any]:
+    """What a configuration says of how a model computes, in JSON's terms; what is not set, or off, is left out."""
 
+    def kept(config: dict[Any, Any]) -> dict[str, Any]:
+        said = {str(key): value for key, value in config.items() if value is not None and value is not False}
+        return {
+            key: kept(value) if isinstance(value, dict) else value
+            for key, value in said.items()
+            if not NOT_COMPUTING.fullmatch(key)
+        }
 
-def _computing(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _computing(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in NOT_COMPUTING and not str(key).startswith("_")
-    }
+    found: dict[str, Any] = json.loads(json.dumps(kept(model.config.to_diff_dict()), default=str))
+    return found
 
 
 def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
@@ -432,7 +434,7 @@ def fits_in(model: "PreTrainedModel", dtype: str) -> bool:
 
     narrow = getattr(torch, dtype)
     of_its_own = (tensor for tensor in model.state_dict().values() if tensor.dtype == model.dtype)
-    return all(torch.equal(tensor.to(narrow).to(tensor.dtype), tensor) for tensor in of_its_own)
+    return all(bool(((tensor.to(narrow).to(tensor.dtype) == tensor) | tensor.isnan()).all()) for tensor in of_its_own)
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -459,7 +461,8 @@ def model_key(name: str | None, *, above: tuple[str, ...] = ()) -> Any:
         with ThreadPoolExecutor() as pool:  # hashing many gigabytes lets go of the interpreter
             found: dict[str, Any] = dict(zip(files, pool.map(_digest, files.values()), strict=True))
     else:
-        found = {"name": name, "revision": hub_revision(name)}
+        config = _fetched(name, "config.json") or _fetched(name, "adapter_config.json")
+        found = {"hub": name, "revision": config.parent.name if config else None}
     try:
         base = _base_of(name)
     except (ValueError, KeyError, TypeError):
@@ -471,9 +474,10 @@ def _loaded_files(directory: Path) -> dict[str, Path]:
     """By their names relative to the directory."""
     found = {path for pattern in LOADED for path in directory.glob(pattern)}
     for index in directory.glob("*.index.json"):
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # whoever loads it says what is wrong
+        # whoever loads it says what is wrong
+        with suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            found.update(directory / shard for shard in shards)
+            found.update(path for shard in shards if (path := directory / shard).is_file())
     return {
         os.path.relpath(path, directory): path
         for path in sorted(found)
@@ -494,22 +498,26 @@ def _digest_of(path: Path, state: tuple[int, ...]) -> str:
 
 def hub_revision(name: str) -> str | None:
     """Commit of the cached Hub snapshot that a model or an adapter was loaded from; None for a directory."""
-    if not name or Path(name).exists():
-        return None
-    path = _cached(name, "config.json") or _cached(name, "adapter_config.json")
-    return path.parent.name if path else None
-
-
-def _cached(name: str, file: str) -> Path | None:
-    """A file of the cached Hub snapshot."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    if not name or Path(name).exists():
+        return None
     try:
-        path = try_to_load_from_cache(name, file)
+        found = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
     except HFValidationError:
         return None
-    return Path(path) if isinstance(path, str) else None
+    return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
+
+
+def _fetched(name: str, file: str) -> Path | None:
+    """A small file of a Hub repository, fetched into the cache if it is not there yet; None where there is none."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (OSError, ValueError):  # no such file or repository, or it cannot be reached: whoever loads it says so
+        return None
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

@@ -215,7 +215,8 @@ def _remove_checkpoints(directory: Path, *, ignore_errors: bool = True) -> None:
 
 def checkpoints_in(checkpoints: Path) -> list[Path]:
     """The Trainer's, in a directory that may hold other things."""
-    return [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return [path for path in found if path.is_dir()]
 
 
 def _lend(directory: Path, lent: Path | None) -> None:

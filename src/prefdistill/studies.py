@@ -32,6 +32,7 @@ from prefdistill.config import (
 )
 from prefdistill.errors import UserError
 from prefdistill.files import file_digest, read_json, value_digest, write_json
+from prefdistill.finite import NotFinite
 from prefdistill.given import Given, ModelChanged
 from prefdistill.places import check_own, check_place
 from prefdistill.progress import say
@@ -260,8 +261,8 @@ class StudyRun:
             except Exception as error:  # the other cells are worth having; the next call tries this one again
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"study {self.study.name}: cell {cell.name}, seed {seed} failed: {reason}")
-                refused = isinstance(error, UserError)
-                told = reason if refused else f"{type(error).__name__}: {reason}"
+                refused = isinstance(error, UserError) and not isinstance(error, NotFinite)
+                told = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
                 failed.append({"cell": cell.name, "seed": seed, "error": told, "refused": refused})
         return failed
 

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from prefdistill.batches import Layout, PairCollator, layout_for
 from prefdistill.encode import Truncation, encode_pairs
 from prefdistill.errors import UserError
+from prefdistill.files import differences
 from prefdistill.finite import check_loss, watched
 from prefdistill.logprobs import (
     emittable_ids,
@@ -26,7 +27,7 @@ from prefdistill.logprobs import (
     vocabulary_rows,
 )
 from prefdistill.methods import Method, Student, TRLMethod
-from prefdistill.models import config_digest, fits_in, load_model, weights_digest
+from prefdistill.models import computing_config, fits_in, load_model, weights_digest
 from prefdistill.progress import say
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
 from prefdistill.stages import CHECKPOINTS, processes
@@ -334,17 +335,15 @@ def _check_starting_point(student: Any, signals: Sequence[Signals], *, bf16: boo
     weights = {dtype: weights_digest(student, dtype) for dtype in dtypes}
     lossy = {dtype for dtype in dtypes if not fits_in(student, dtype)}
     for made in references:
-        if made["config_sha256"] != config_digest(student):
-            what = "configurations"
-        elif weights[made["dtype"]] != made["weights_sha256"] or made["dtype"] in lossy:
-            what = "weights"
-        else:
+        if changed := differences(made["config"], computing_config(student)):
+            say(f"warning: the reference signals were made from another configuration ({'; '.join(changed)})")
+        if weights[made["dtype"]] == made["weights_sha256"] and made["dtype"] not in lossy:
             continue
         dtype = str(student.dtype).removeprefix("torch.")
         name = student.name_or_path or "the student"
         raise UserError(
             f"the reference signals were made from another model ({made['name'] or 'one in memory'}, in "
-            f"{made['dtype']}) than the student starts from ({name}, in {dtype}): their {what} differ; make them "
+            f"{made['dtype']}) than the student starts from ({name}, in {dtype}): their weights differ; make them "
             f"again with `prefdistill signals --role reference --dtype {dtype}` and the student"
         )
 

@@ -49,7 +49,7 @@ def shaping_of(
 def drowning(name: str, log: list[dict[str, float]]) -> str | None:
     """A warning if the shaping margin drowned the DPO margin when a training last logged them, by their mean sizes."""
     last = next((line for line in reversed(log) if SHAPING in line), None)
-    if last is None or last[SHAPING] <= DROWNING * last[MARGIN]:
+    if last is None or last[MARGIN] == 0 or last[SHAPING] <= DROWNING * last[MARGIN]:  # 0: nothing is learnt yet
         return None
     return _drowns(name, "mean size", last[SHAPING], last[MARGIN])
 
