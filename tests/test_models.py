@@ -17,6 +17,7 @@ from prefdistill.models import (
     check_same_tokens,
     computing_config,
     default_dtype,
+    fits_in,
     load_model,
     load_tokenizer,
     model_identity,
@@ -425,6 +426,16 @@ def test_shards_elsewhere_and_code_are_part_of_the_key_and_pages_are_not(saved, 
     (directory / "model.safetensors.index.json").unlink()
     (directory / "model.safetensors.index.json").mkdir()
     model_key(saved)
+
+
+def test_weights_that_fit_in_fewer_bits(make_model):
+    model = make_model()
+    assert not fits_in(model, "bfloat16")
+    narrow = make_model().to(torch.bfloat16).float()
+    with torch.no_grad():
+        narrow.get_output_embeddings().weight[0, 0] = float("nan")  # is refused for what it is, elsewhere
+    assert fits_in(narrow, "bfloat16")
+    assert fits_in(model, "float32")
 
 
 def test_adapters_that_name_each_other_as_base_are_refused(tmp_path):

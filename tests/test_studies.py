@@ -15,6 +15,7 @@ from prefdistill.cli import main
 from prefdistill.config import load_recipe
 from prefdistill.errors import UserError
 from prefdistill.files import read_json, write_jsonl
+from prefdistill.finite import NotFinite
 from prefdistill.pipeline import SeedRun
 from prefdistill.report.study import answers, render_markdown, write_study
 from prefdistill.results import run_recipe
@@ -281,6 +282,20 @@ def test_a_study_ends_when_a_model_it_is_given_has_changed(finished, tmp_path, m
     with pytest.raises(ModelChanged):
         run_study(finished[0], tmp_path / "out")
     assert len(tried) == 1
+
+
+def test_a_training_that_diverged_is_a_cell_that_failed(finished, tmp_path, monkeypatch):
+    """Unlike wrong input: what each cell says of it is worth keeping."""
+
+    def diverged(self, cell, seed, command):
+        raise NotFinite(f"the loss is nan at step 3 of {cell.name}")
+
+    monkeypatch.setattr(studies.StudyRun, "_run_cell", diverged)
+    with pytest.raises(studies.CellsFailed, match=r"\d cells failed, the first .* with the loss is nan at step 3"):
+        run_study(finished[0], tmp_path / "out")
+    failed = read_json(tmp_path / "out" / "results.json")["failed"]
+    assert failed
+    assert not any(one["refused"] for one in failed)
 
 
 def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
