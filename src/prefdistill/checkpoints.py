@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.files import read_sealed, sync, write_sealed
+from prefdistill.files import first_lost, read_sealed, sizes, sync, write_sealed
 from prefdistill.progress import say
 from prefdistill.stages import checkpoints_in, processes
 
@@ -35,14 +35,7 @@ def _wrong(checkpoint: Path) -> str | None:
     made = mark.get("files") if mark else None
     if not isinstance(made, dict):
         return WHOLE
-    there = _sizes(checkpoint)
-    return next((name for name, size in made.items() if there.get(name) != size), None)
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each file. Digests would tell more, and cost a pass over what may be hundreds of gigabytes."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    return first_lost(made, sizes(checkpoint))
 
 
 def _step(path: Path) -> int:
@@ -72,7 +65,7 @@ class SealCheckpoints(TrainerCallback):
             return
         (made / WHOLE).unlink(missing_ok=True)  # the last step may be saved twice, at its end and at that of the epoch
         sync(made)
-        write_sealed(made / WHOLE, {"files": _sizes(made)})
+        write_sealed(made / WHOLE, {"files": sizes(made)})
         sync(directory, below=False)
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint)
         for path in sorted(checkpoints_in(directory), key=_step)[: -self.kept]:

@@ -101,7 +101,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, jsonl(rows))
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_json(path: Path) -> Any:
@@ -127,6 +131,17 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict) or _json_text(value) != text:
         return None
     return value if value.pop("sha256", None) == value_digest(value) else None
+
+
+def sizes(directory: Path, pattern: str = "*") -> dict[str, int]:
+    """Bytes of each file below a directory, by its name there. Digests would tell more, and cost a pass over them."""
+    files = sorted(path for path in directory.rglob(pattern) if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def first_lost(made: dict[str, int], there: dict[str, int]) -> str | None:
+    """The first file, of those that were made, that is not there or has another size."""
+    return next((name for name, size in made.items() if there.get(name) != size), None)
 
 
 def file_digest(path: Path) -> str:

@@ -8,6 +8,8 @@ from typing import Self
 import psutil
 import torch
 
+from prefdistill.files import sizes
+
 LOOK_EVERY_SECONDS = 0.05
 
 
@@ -60,4 +62,4 @@ class PeakMemory:
 
 def bytes_on_disk(directory: Path) -> int:
     """Sizes of all the files below a directory, added up."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return sum(sizes(directory).values())

@@ -433,6 +433,8 @@ def fits_in(model: "PreTrainedModel", dtype: str) -> bool:
     import torch
 
     narrow = getattr(torch, dtype)
+    if torch.promote_types(model.dtype, narrow) == narrow:  # the usual case costs no pass over the weights
+        return True
     of_its_own = (tensor for tensor in model.state_dict().values() if tensor.dtype == model.dtype)
     return all(bool(((tensor.to(narrow).to(tensor.dtype) == tensor) | tensor.isnan()).all()) for tensor in of_its_own)
 

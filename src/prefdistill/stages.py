@@ -17,7 +17,18 @@ from filelock import FileLock, Timeout
 
 from prefdistill import __version__
 from prefdistill.errors import UserError
-from prefdistill.files import differences, disk_full, read_json, sweep, sync, temporary_path, value_digest, write_json
+from prefdistill.files import (
+    differences,
+    disk_full,
+    first_lost,
+    read_json,
+    sizes,
+    sweep,
+    sync,
+    temporary_path,
+    value_digest,
+    write_json,
+)
 from prefdistill.memory import PeakMemory, bytes_on_disk
 from prefdistill.progress import say
 
@@ -166,8 +177,8 @@ def _told(before: dict[str, Any], request: dict[str, Any]) -> str:
 
 def _weights(directory: Path) -> dict[str, int]:
     """The files of weights in a stage, and their bytes; what else is in it is looked at by who reads it."""
-    files = {path.relative_to(directory): path for path in sorted(directory.rglob("*.safetensors"))}
-    return {name.as_posix(): path.stat().st_size for name, path in files.items() if name.parts[0] != CHECKPOINTS}
+    found = sizes(directory, "*.safetensors")
+    return {name: size for name, size in found.items() if not name.startswith(f"{CHECKPOINTS}/")}
 
 
 def _done(directory: Path) -> dict[str, Any]:
@@ -177,8 +188,7 @@ def _done(directory: Path) -> dict[str, Any]:
 
 def _lost(directory: Path, done: dict[str, Any]) -> str | None:
     """The first file of weights that is not as a finished stage has left it, by its size."""
-    there, made = _weights(directory), done.get("weights", {})
-    return next((name for name, size in made.items() if there.get(name) != size), None)
+    return first_lost(done.get("weights", {}), _weights(directory))
 
 
 def _is_whole(directory: Path) -> bool:

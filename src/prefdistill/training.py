@@ -334,8 +334,9 @@ def _check_starting_point(student: Any, signals: Sequence[Signals], *, bf16: boo
     dtypes = {made["dtype"] for made in references}
     weights = {dtype: weights_digest(student, dtype) for dtype in dtypes}
     lossy = {dtype for dtype in dtypes if not fits_in(student, dtype)}
+    config = computing_config(student)
     for made in references:
-        if changed := differences(made["config"], computing_config(student)):
+        if changed := differences(made["config"], config):
             say(f"warning: the reference signals were made from another configuration ({'; '.join(changed)})")
         if weights[made["dtype"]] == made["weights_sha256"] and made["dtype"] not in lossy:
             continue

@@ -1,6 +1,5 @@
 """A model's answers to MT-Bench's questions, through `prefdistill.sample`: the second turn sees the first's answer."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from datasets import Dataset
 from prefdistill.encode import Truncation
 from prefdistill.errors import UserError
 from prefdistill.evaluation.judges.inputs import read_questions
-from prefdistill.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
+from prefdistill.files import atomic_path, file_digest, jsonl, read_json, sweep, value_digest, write_json
 from prefdistill.models import load_model, load_tokenizer, model_key, ready
 from prefdistill.progress import say
 from prefdistill.sample import REQUEST, made_of, sample_responses, sidecar
@@ -171,7 +170,7 @@ def _write(out: Path, request: dict[str, Any], said: dict[Any, list[str]], count
         for name, turns in said.items()
     ]
     with atomic_path(out) as temporary:  # the answers are there only when what they were made from is
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text(jsonl(rows), encoding="utf-8")
         made = {"request": request, **counts, "sha256": file_digest(temporary)}
         write_json(sidecar(out), made)
     return made
