@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 from prefdistill.signals import Signals
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
-from prefdistill.encode import Truncation, encode_pairs
+from prefdistill.data.encode import Truncation, encode_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -41,7 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.attempts import PAGE, Attempt, Disk, Fault, Job, attempt
 
-from prefdistill.cli import _call
+from prefdistill import cli
 
 WORDS = ["the", "small", "teacher", "reads", "a", "prompt", "and", "answers", "with", "care", "what", "it", "says"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -59,7 +59,7 @@ TINY = [
 ]
 IMPORTED_LATE = (
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "rouge_score.rouge_scorer", "scipy.stats", "scipy.ndimage"),
-    *("matplotlib.pyplot", "prefdistill.results", "prefdistill.report.figures"),
+    *("matplotlib.pyplot", "prefdistill.experiment.results", "prefdistill.report.figures"),
 )
 PASSING = (".tmp", ".lock")
 CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # what no two runs have alike
@@ -70,8 +70,8 @@ CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # w
 
 def make_place(place: Path) -> Path:
     """A directory with a tiny model, a teacher, pairs and signals of both."""
-    from prefdistill.files import write_jsonl
-    from prefdistill.models import random_model, train_tokenizer
+    from prefdistill.core.files import write_jsonl
+    from prefdistill.models.scratch import random_model, train_tokenizer
     from prefdistill.signals import extract_signals
 
     def sentence(n: int, start: int) -> str:
@@ -108,7 +108,7 @@ def make_store(place: Path) -> Path:
 
 
 def command(*arguments: str) -> Callable[[], int]:
-    return lambda: _call(list(arguments))
+    return lambda: cli.main(list(arguments))
 
 
 def _signals() -> int:
@@ -117,16 +117,16 @@ def _signals() -> int:
     make = prefdistill.signals.extract_signals
     prefdistill.signals.extract_signals = partial(make, shard_rows=2)  # several shards, of so few pairs
     kinds = ("--kind", "values,logps,topk", "--k", "3")
-    return _call(["signals", "--model", "teacher", *PAIRS, *kinds, "--out", "out"])
+    return cli.main(["signals", "--model", "teacher", *PAIRS, *kinds, "--out", "out"])
 
 
 def _sample() -> int:
     import prefdistill.sample
 
-    make = prefdistill.sample.sample_responses
-    prefdistill.sample.sample_responses = partial(make, shard_rows=2)
+    make = prefdistill.sampling.files.sample_responses
+    prefdistill.sampling.files.sample_responses = partial(make, shard_rows=2)
     few = ("--max-new-tokens", "4", "--batch-size", "2")
-    return _call(["sample", "--model", "model", *PAIRS, *few, "--out", "out/rows.jsonl"])
+    return cli.main(["sample", "--model", "model", *PAIRS, *few, "--out", "out/rows.jsonl"])
 
 
 def all_bytes(out: Path) -> Any:

@@ -99,7 +99,7 @@ class Tally:
 
 
 def write_rows(path: Path, seed: int, count: int) -> None:
-    from prefdistill.files import write_jsonl
+    from prefdistill.core.files import write_jsonl
 
     draw = random.Random(seed)
     lengths = {"prompt": 5, "chosen": 8, "rejected": 4}
@@ -140,7 +140,8 @@ def change_order(files: Files, place: Path, draw: random.Random) -> str:
 
 def change_weights(files: Files, place: Path, draw: random.Random) -> str:
     """Others of the same size; with the times of those before, as a copy may have them."""
-    from prefdistill.models import load_tokenizer, random_model
+    from prefdistill.models.load import load_tokenizer
+    from prefdistill.models.scratch import random_model
 
     role = draw.choice(list(files["recipe.yaml"]["model"]))
     at = place / files["recipe.yaml"]["model"][role]

@@ -26,7 +26,7 @@ def make_tokenizer(vocab_size: int) -> "PreTrainedTokenizerBase":
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from prefdistill.models import CHAT_TEMPLATE
+    from prefdistill.models.scratch import CHAT_TEMPLATE
 
     words = (*SPECIAL, *(f"w{i}" for i in range(vocab_size - len(SPECIAL))))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
@@ -99,8 +99,8 @@ def make(
     from benchmarks.shapes import make_model
 
     from prefdistill import extract_signals
-    from prefdistill.encode import Truncation
-    from prefdistill.files import write_jsonl
+    from prefdistill.core.files import write_jsonl
+    from prefdistill.data.encode import Truncation
 
     where = Path(directory)
     write_jsonl(where / "pairs.jsonl", make_pairs(pairs, shape["vocab_size"], source=source))
@@ -136,6 +136,6 @@ def make(
 
 
 def load(directory: str) -> "Dataset":
-    from prefdistill.data import load_pairs
+    from prefdistill.data.load import load_pairs
 
     return load_pairs(str(Path(directory) / "pairs.jsonl"), responses=("chosen", "rejected", "student_response"))

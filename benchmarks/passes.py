@@ -34,7 +34,7 @@ class Pass:
     ) -> None:
         from datasets import Dataset
 
-        from prefdistill.encode import Truncation, encode_pairs
+        from prefdistill.data.encode import Truncation, encode_pairs
 
         self.shape, self.batch, self.budget = shape, batch, budget
         self.tokenizer = make_tokenizer(shape["vocab_size"])
@@ -57,7 +57,7 @@ class Pass:
 
     def padded(self) -> Iterator[dict[str, Any]]:
         """Batches as most scripts make them: pairs in the order of the data, padded to the longest of the batch."""
-        from prefdistill.batches import PairCollator
+        from prefdistill.data.batches import PairCollator
 
         collate = PairCollator(self.tokenizer.pad_token_id)
         for start in range(0, len(self.rows), self.batch // 2):
@@ -67,7 +67,7 @@ class Pass:
 
     def grouped(self, *, layout: Any) -> Iterator[dict[str, Any]]:
         """Batches as ours: documents of like length, so many tokens together."""
-        from prefdistill.batches import make_batch
+        from prefdistill.data.batches import make_batch
         from prefdistill.signals.reading import _batches
 
         for documents, _ in _batches(self.rows, RESPONSES, layout, self.budget):
@@ -79,7 +79,7 @@ class Pass:
 
 def ours(kinds: list[str], positions: str = "all", **given: Any) -> Prepared:
     """Signals in memory: everything but tokenising and writing."""
-    from prefdistill.batches import layout_for
+    from prefdistill.data.batches import layout_for
     from prefdistill.signals.reading import score_pairs
 
     made = Pass(**given)
@@ -113,7 +113,7 @@ def stored(kinds: list[str], positions: str = "all", shard_rows: int = 1_024, **
 
 @torch.no_grad()
 def _forward(made: Pass, batches: Any) -> Numbers:
-    from prefdistill.batches import model_inputs
+    from prefdistill.models.backbone import model_inputs
 
     for batch in batches():
         made.model(**model_inputs(batch, made.model), use_cache=False)
@@ -122,7 +122,7 @@ def _forward(made: Pass, batches: Any) -> Numbers:
 
 def bare(grouped: bool, **given: Any) -> Prepared:
     """The model's forward with all its logits, and nothing made of them."""
-    from prefdistill.batches import PADDED
+    from prefdistill.data.batches import PADDED
 
     made = Pass(**given)
     batches = partial(made.grouped, layout=PADDED) if grouped else made.padded
@@ -131,7 +131,8 @@ def bare(grouped: bool, **given: Any) -> Prepared:
 
 def backbone(head: bool, **given: Any) -> Prepared:
     """The limit: the model without its head, over our batches; or with the head's product at the states asked for."""
-    from prefdistill.batches import backbone_of, layout_for, model_inputs
+    from prefdistill.data.batches import layout_for
+    from prefdistill.models.backbone import backbone_of, model_inputs
 
     made = Pass(**given)
     layout = layout_for(made.model, made.truncation.max_length)

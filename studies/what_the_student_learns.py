@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prefdistill.files import read_json
-from prefdistill.models import load_model, load_tokenizer, ready
-from prefdistill.sample import sample
-from prefdistill.synthetic import reward_parts
+from prefdistill.core.files import read_json
+from prefdistill.data.synthetic import reward_parts
+from prefdistill.models.load import load_model, load_tokenizer, ready
+from prefdistill.sampling.sampler import sample
 
 PARTS = ("matches", "opened", "closed", "extras", "unended")
 

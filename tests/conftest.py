@@ -43,7 +43,7 @@ def sentence(n: int, start: int) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from prefdistill.models import train_tokenizer
+    from prefdistill.models.scratch import train_tokenizer
 
     return train_tokenizer([sentence(20, k) for k in range(50)], vocab_size=320)
 
@@ -70,7 +70,7 @@ def pairs():
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
     """A random Llama over the tokenizer's vocabulary, with weights large enough that log-probs differ."""
-    from prefdistill.models import random_model
+    from prefdistill.models.scratch import random_model
 
     def make(seed: int = 0, scale: float = 8.0, **shape):
         model = random_model(tokenizer, SHAPE | shape, seed)
@@ -106,7 +106,7 @@ def judge(monkeypatch):
         "OPENAI_API_KEY",
     ):
         monkeypatch.delenv(name, raising=False)
-    from judges_for_tests import Judge
+    from support.judges import Judge
 
     started = []
 

@@ -6,27 +6,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from prefdistill.data import load_pairs as load_pairs
-    from prefdistill.encode import Truncation as Truncation
-    from prefdistill.errors import UserError as UserError
-    from prefdistill.evaluation import margin_accuracy as margin_accuracy
+    from prefdistill.core.errors import UserError as UserError
+    from prefdistill.data.encode import Truncation as Truncation
+    from prefdistill.data.encode import encode_pairs as encode_pairs
+    from prefdistill.data.load import data_fingerprint as data_fingerprint
+    from prefdistill.data.load import load_pairs as load_pairs
+    from prefdistill.evaluation.pairs import margin_accuracy as margin_accuracy
     from prefdistill.methods import METHODS as METHODS
-    from prefdistill.sample import sample_responses as sample_responses
-    from prefdistill.signals import Signals as Signals
-    from prefdistill.signals import extract_signals as extract_signals
-    from prefdistill.training import PrefDistillTrainer as PrefDistillTrainer
+    from prefdistill.models.load import load_model as load_model
+    from prefdistill.sampling.files import sample_responses as sample_responses
+    from prefdistill.signals.extract import extract_signals as extract_signals
+    from prefdistill.signals.store import Signals as Signals
+    from prefdistill.training.student import PrefDistillTrainer as PrefDistillTrainer
 
 # Looked up on first use, so that `import prefdistill` and `prefdistill --help` do not wait for torch.
 _HOME = {
     "METHODS": "methods",
-    "PrefDistillTrainer": "training",
-    "Signals": "signals",
-    "Truncation": "encode",
-    "UserError": "errors",
-    "extract_signals": "signals",
-    "load_pairs": "data",
-    "margin_accuracy": "evaluation",
-    "sample_responses": "sample",
+    "PrefDistillTrainer": "training.student",
+    "Signals": "signals.store",
+    "Truncation": "data.encode",
+    "UserError": "core.errors",
+    "data_fingerprint": "data.load",
+    "encode_pairs": "data.encode",
+    "extract_signals": "signals.extract",
+    "load_model": "models.load",
+    "load_pairs": "data.load",
+    "margin_accuracy": "evaluation.pairs",
+    "sample_responses": "sampling.files",
 }
 __all__ = [*_HOME, "__version__"]
 

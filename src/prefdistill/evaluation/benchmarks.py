@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.data import RESPONSES, check_pairs, load_pairs, load_prompts
-from prefdistill.encode import Truncation, without_refused
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say
+from prefdistill.data.encode import Truncation, without_refused
+from prefdistill.data.load import RESPONSES, check_pairs, load_pairs, load_prompts
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
 from prefdistill.evaluation.generations import (
     RESPONSE,
@@ -21,9 +22,8 @@ from prefdistill.evaluation.generations import (
 from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
 from prefdistill.evaluation.reward_model import RewardModel, check_judged, judge_of
-from prefdistill.models import check_reward_model, load_model, load_tokenizer, ready
-from prefdistill.progress import say
-from prefdistill.sample import made_of, sample_responses
+from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
+from prefdistill.sampling.files import made_of, sample_responses
 from prefdistill.signals import Signals
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.data import prompt_text, tokens_column
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.data.load import prompt_text, tokens_column
 from prefdistill.evaluation.measure import Measured, numbered
 from prefdistill.evaluation.pairs import pair_wins
-from prefdistill.sample import Response
+from prefdistill.sampling.sampler import Response
 
 if TYPE_CHECKING:
     from datasets import Dataset

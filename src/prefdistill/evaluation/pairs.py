@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.data import prompt_text
-from prefdistill.encode import Truncation, encode_pairs
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.load import prompt_text
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.methods import shaping_returns
-from prefdistill.progress import Progress
 from prefdistill.signals.reading import score_pairs
 from prefdistill.signals.store import SIDES, Need, Signals, SignalSet
 

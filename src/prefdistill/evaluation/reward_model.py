@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from prefdistill.encode import judged_ids, takes
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress, say
+from prefdistill.data.encode import judged_ids, takes
 from prefdistill.evaluation.generations import first_rows
 from prefdistill.evaluation.measure import Measured, mean_of, numbered
 from prefdistill.evaluation.pairs import pair_wins, prompts_of
-from prefdistill.models import load_reward_model, load_tokenizer, ready
-from prefdistill.progress import Progress, say
+from prefdistill.models.load import load_reward_model, load_tokenizer, ready
 from prefdistill.signals.store import SIDES
 
 if TYPE_CHECKING:

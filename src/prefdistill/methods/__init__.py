@@ -6,7 +6,7 @@ dataclass here, and its line in `METHODS`.
 from dataclasses import fields
 from typing import Any
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 from prefdistill.methods.base import Features, Method, Metrics, Student, sampled
 from prefdistill.methods.distribution import ADPA, DCKD, DistiLLM2, VanillaKD
 from prefdistill.methods.dpkd import DPKD

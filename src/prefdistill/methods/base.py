@@ -7,9 +7,9 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from prefdistill.errors import UserError
-from prefdistill.logprobs import sum_by_response
+from prefdistill.core.errors import UserError
 from prefdistill.losses import topk_kl
+from prefdistill.models.logprobs import sum_by_response
 from prefdistill.signals.store import SIDES, Need, SignalSet
 
 Features = dict[str, Tensor]

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 from prefdistill.losses import (
     adpa_loss,
     advantage_score,

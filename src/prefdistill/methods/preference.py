@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 from prefdistill.losses import dadpo_loss, dpo_loss, sft_loss
 from prefdistill.methods.base import Features, Method, Metrics, Student
 from prefdistill.signals.store import SIDES, Need, SignalSet

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat
 
-from prefdistill.data import NO_CACHE
+from prefdistill.data.load import NO_CACHE
 from prefdistill.methods.base import Method
 from prefdistill.signals.store import SIDES
 

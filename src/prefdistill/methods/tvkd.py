@@ -8,7 +8,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 from prefdistill.losses import shaping_return, tvkd_loss
 from prefdistill.methods.base import Features, Metrics, Student
 from prefdistill.methods.preference import DPO, reward_metrics

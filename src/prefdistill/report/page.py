@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill import __version__
-from prefdistill.errors import UserError
-from prefdistill.files import disk_full, write_text
-from prefdistill.places import check_file
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import disk_full, write_text
+from prefdistill.core.paths import check_file
 from prefdistill.report.markdown import render_markdown
 from prefdistill.report.run import load_runs
 from prefdistill.report.sections import comparison_of, reading_of, title_of, view_of

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 from prefdistill.report.table import NOT_FINITE, Results, clean, number
 from prefdistill.report.text import natural, plural
 

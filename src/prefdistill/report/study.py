@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefdistill import __version__
-from prefdistill.files import write_json, write_text
+from prefdistill.core.files import write_json, write_text
 from prefdistill.report.figures import INK, ForestRow, Style, SweepPoint, forest, styles, sweep
 from prefdistill.report.table import Estimate, Metric, markdown_cell, markdown_table, metrics_of
 from prefdistill.report.text import duration, flat, printable, typeset

@@ -185,7 +185,7 @@ def repeats(results: Results, estimate: Estimate) -> str:
 
 def role(results: Results, name: str) -> Role:
     """Whether a row is the baseline, a reference point (teacher, start), a control or a method under test."""
-    from prefdistill.config import RESERVED_NAMES
+    from prefdistill.experiment.recipe import RESERVED_NAMES
 
     controls = results.get("controls")
     if name == results.get("baseline", "dpo"):

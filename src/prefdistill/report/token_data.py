@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.data import SCORES
-from prefdistill.encode import Truncation, encode_pairs, render_pairs
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data.encode import Truncation, encode_pairs, render_pairs
+from prefdistill.data.load import SCORES
 from prefdistill.methods import shaping_returns
 from prefdistill.methods.tvkd import VALUES
-from prefdistill.progress import Progress
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
 from prefdistill.signals.store import ROLES, SIDES, Need, SignalSet
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill import __version__
-from prefdistill.data import load_pairs
-from prefdistill.encode import Truncation, end_token_ids
-from prefdistill.errors import UserError
-from prefdistill.models import load_tokenizer
-from prefdistill.places import check_file
+from prefdistill.core.errors import UserError
+from prefdistill.core.paths import check_file
+from prefdistill.data.encode import Truncation, end_token_ids
+from prefdistill.data.load import load_pairs
+from prefdistill.models.load import load_tokenizer
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.text import printable

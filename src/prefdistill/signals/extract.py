@@ -13,15 +13,18 @@ import pyarrow as pa
 import torch
 
 from prefdistill import __version__
-from prefdistill.batches import layout_for
-from prefdistill.data import check_pairs, data_fingerprint, load_pairs
-from prefdistill.encode import Dropped, Truncation, encode_pairs, nothing_left
-from prefdistill.errors import UserError
-from prefdistill.files import read_sealed, sweep, write_sealed
-from prefdistill.logprobs import emittable_ids, vocabulary_rows
-from prefdistill.models import default_dtype, load_model, load_tokenizer, model_identity, ready, tokenizer_identity
-from prefdistill.places import check_place
-from prefdistill.progress import Progress, say
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import read_sealed, sweep, write_sealed
+from prefdistill.core.lock import LOCK, locked
+from prefdistill.core.paths import check_place
+from prefdistill.core.processes import processes
+from prefdistill.core.progress import Progress, say
+from prefdistill.data.batches import layout_for
+from prefdistill.data.encode import Dropped, Truncation, encode_pairs, nothing_left
+from prefdistill.data.load import check_pairs, data_fingerprint, load_pairs
+from prefdistill.models.identity import model_identity, tokenizer_identity
+from prefdistill.models.load import default_dtype, load_model, load_tokenizer, ready
+from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs
 from prefdistill.signals.shards import Shard, is_whole, read_checksum, write_shard
@@ -38,7 +41,6 @@ from prefdistill.signals.store import (
     SignalSet,
     check_same_request,
 )
-from prefdistill.stages import LOCK, locked, processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +95,7 @@ def extract_signals(
         out: directory of the store.
         role: whose word it is: "teacher", "teacher_reference", "reference" (the student's starting point) or "student".
         responses: columns of the data to read: "chosen", "rejected", or what `sample` wrote ("student_response").
-        truncation: see `prefdistill.encode.Truncation`.
+        truncation: see `prefdistill.data.encode.Truncation`.
         positions: of values: "all" states, or "endpoints", V(s_0) and V of the last state before the end token (of s_T
             where there is none). They are all that TVKD needs with discount 1, and nothing else is projected then.
         value_dtype: what values of all states are stored in; "float16" rounds them to 11 bits.
@@ -102,7 +104,7 @@ def extract_signals(
         dtype: of the weights, when the model is loaded here. Default: "float32" for a reference, which must be read as
             the student is trained; for a teacher "bfloat16" where the hardware multiplies it fast, else as stored. A
             checkpoint that is stored quantised is read as it is.
-        quantization: read the weights in "4bit" or "8bit", see `prefdistill.models.load_model`; not of a reference.
+        quantization: read the weights in "4bit" or "8bit", see `load_model`; not of a reference.
         bf16: run the float32 model under bfloat16 autocast, as a bf16 training run does.
         batch_tokens: padded tokens per forward pass.
         shard_rows: pairs per file, the unit of resuming.

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
 
 
 class _Part(BaseModel):

@@ -9,13 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefdistill.batches import Document, Layout, layout_for, make_batch
-from prefdistill.encode import highest_id
-from prefdistill.errors import UserError
-from prefdistill.logprobs import emittable_ids, likeliest, reduce_logits, token_logps, topk_logps, vocabulary_rows
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data.batches import Document, Layout, layout_for, make_batch
+from prefdistill.data.encode import highest_id
 from prefdistill.losses.value import soft_value
-from prefdistill.models import check_ids
-from prefdistill.progress import Progress
+from prefdistill.models.logprobs import (
+    emittable_ids,
+    likeliest,
+    reduce_logits,
+    token_logps,
+    topk_logps,
+    vocabulary_rows,
+)
+from prefdistill.models.vocabulary import check_ids
 from prefdistill.signals.gauge import DIRECTIONS, gauge_shifts
 from prefdistill.signals.packing import id_bits
 from prefdistill.signals.store import KINDS, SIDES, Signals

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.data import FILE_TYPES
-from prefdistill.encode import Truncation
-from prefdistill.errors import UserError
-from prefdistill.files import read_sealed, write_sealed
-from prefdistill.progress import say
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import read_sealed, write_sealed
+from prefdistill.core.lock import locked
+from prefdistill.core.processes import processes
+from prefdistill.core.progress import say
+from prefdistill.data.encode import Truncation
+from prefdistill.data.load import FILE_TYPES
 from prefdistill.signals.extract import IN_MEMORY, extract_signals
 from prefdistill.signals.shards import is_whole, read_checksum, write_checksum
 from prefdistill.signals.store import SCHEMA, Signals
-from prefdistill.stages import locked, processes
 
 if TYPE_CHECKING:
     from datasets import Dataset

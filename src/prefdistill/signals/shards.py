@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefdistill.files import atomic_path, file_digest, write_text
+from prefdistill.core.files import atomic_path, file_digest, write_text
 
 # Bytes of a row group, the least that is read at once: small enough to pick single pairs out of a file of many.
 GROUP_BYTES = 2**18

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.data import RESPONSES as SIDES
-from prefdistill.data import data_fingerprint
-from prefdistill.errors import UserError
-from prefdistill.files import differences, file_digest, read_sealed, value_digest
-from prefdistill.models import tokenizer_identity
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import differences, file_digest, read_sealed, value_digest
+from prefdistill.data.load import RESPONSES as SIDES
+from prefdistill.data.load import data_fingerprint
+from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
 from prefdistill.signals.shards import Shard

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import value_digest, write_json
+from prefdistill.core.lock import locked
+from prefdistill.core.progress import say
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs, read_text
 from prefdistill.evaluation.judges.ledger import Ledger, summary
 from prefdistill.evaluation.stats import estimate
-from prefdistill.files import value_digest, write_json
-from prefdistill.progress import say
-from prefdistill.stages import locked
 
 PLACES = ("instruction", "output_1", "output_2")
 DEFAULT = "weighted_alpaca_eval_gpt4_turbo"  # of AlpacaEval 2.0

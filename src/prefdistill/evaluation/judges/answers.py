@@ -1,4 +1,4 @@
-"""A model's answers to MT-Bench's questions, through `prefdistill.sample`: the second turn sees the first's answer."""
+"""Sample a model's answers to MT-Bench's questions; the second turn sees the answer to the first."""
 
 import shutil
 from collections.abc import Sequence
@@ -7,15 +7,16 @@ from typing import Any
 
 from datasets import Dataset
 
-from prefdistill.encode import Truncation
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import atomic_path, file_digest, jsonl, read_json, sweep, value_digest, write_json
+from prefdistill.core.lock import LOCK, locked
+from prefdistill.core.progress import say
+from prefdistill.data.encode import Truncation
 from prefdistill.evaluation.judges.inputs import read_questions
-from prefdistill.files import atomic_path, file_digest, jsonl, read_json, sweep, value_digest, write_json
-from prefdistill.models import load_model, load_tokenizer, model_key, ready
-from prefdistill.progress import say
-from prefdistill.sample import REQUEST, made_of, sample_responses, sidecar
+from prefdistill.models.identity import model_key
+from prefdistill.models.load import load_model, load_tokenizer, ready
+from prefdistill.sampling.files import REQUEST, made_of, sample_responses, sidecar
 from prefdistill.signals.store import check_same_request
-from prefdistill.stages import LOCK, locked
 
 # FastChat's, by category; others are asked at the last
 TEMPERATURES = {

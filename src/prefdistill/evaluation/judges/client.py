@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from prefdistill.errors import UserError
-from prefdistill.files import value_digest
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import value_digest
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

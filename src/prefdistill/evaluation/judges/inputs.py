@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefdistill import data
-from prefdistill.errors import UserError
-from prefdistill.files import file_digest
-from prefdistill.sample import made_of
-from prefdistill.text import surrogate
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import file_digest
+from prefdistill.core.text import surrogate
+from prefdistill.data import load as data
+from prefdistill.sampling.files import made_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress, say
 from prefdistill.evaluation.judges.client import Endpoint, Question, Reply, ask_all, judge_key
-from prefdistill.progress import Progress, say
 
 FAILED_SHARE = 0.02  # of the requests or verdicts from which on a result is to be read with that in mind
 

@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefdistill.errors import UserError
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import file_digest, write_json
+from prefdistill.core.lock import locked
+from prefdistill.core.progress import say
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import Prompt, provenance, read_answers, read_prompts, read_questions
 from prefdistill.evaluation.judges.ledger import Ledger, summary
 from prefdistill.evaluation.stats import estimate
-from prefdistill.files import file_digest, write_json
-from prefdistill.progress import say
-from prefdistill.stages import locked
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose answers are right or wrong
 ORDERS = ("first", "second")  # the place at which our answer is shown

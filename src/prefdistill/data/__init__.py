@@ -1,0 +1,1 @@
+"""Preference pairs: loading, templates, tokens, batches."""

@@ -1,0 +1,290 @@
+"""Encoded pairs as batches: what stands in which row, where the states of each response are, and what sees what.
+
+A response of T tokens behind a prompt of P has states s_0 .. s_T, of which s_0 is the prompt's last token; token
+a_t = y_{t+1} is chosen in s_t. A prompt with one or more responses behind it is a document. A batch is laid out in one
+of three ways, and says in each where the states are:
+
+    padded   one document of one response in each row, filled up on the right
+    masked   documents share rows, and responses share their prompt; the attention mask hides each from the others
+    packed   documents of one response end to end in a single row, told apart by their positions: for attention kernels
+             of variable length
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prefdistill.data.encode import RESPONSES
+from prefdistill.models.backbone import attention_of, backbone_of, causal_lm, model_inputs
+
+PADDING = -1
+DOCUMENT = 1024  # segments are numbered document * 1024 + response; 0 is the prompt
+# What attention under a mask costs more than its floating-point operations say, in units of those of the rest of a
+# model. 1.5 was measured on a CPU; on a GPU, whose kernels do not see what a mask hides, the figure is a careful guess.
+MASKED_ATTENTION = {"cpu": 1.5, "other": 4.0}
+# Relative difference between two layouts of one model that rounding explains.
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+ROUNDING_16_BIT = 0.05
+
+
+@dataclass(frozen=True)
+class Document:
+    """A prompt and responses to it, each with its place among the responses of the batch."""
+
+    prompt: Sequence[int]
+    responses: Sequence[tuple[int, Sequence[int]]]
+
+    @property
+    def width(self) -> int:
+        return len(self.prompt) + sum(len(ids) for _, ids in self.responses)
+
+    def apart(self) -> "list[Document]":
+        """Each response behind its own copy of the prompt."""
+        return [Document(self.prompt, [answer]) for answer in self.responses]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model's batches are laid out, and when a prompt is worth sharing.
+
+    Args:
+        kind: see the head of this module.
+        attention_cost: of a pair of tokens in a row, in units of what a token costs in the rest of the model.
+    """
+
+    kind: Literal["padded", "masked", "packed"] = "padded"
+    attention_cost: float = 0.0
+
+    def cost(self, widths: Iterable[int]) -> float:
+        """Of rows of these widths, in tokens."""
+        return sum(width + self.attention_cost * width**2 for width in widths)
+
+    def documents(self, document: Document) -> list[Document]:
+        """The responses to a prompt behind one copy of it, or each behind its own, whichever costs less in a row.
+
+        Example:
+            >>> both = Document([1] * 100, [(0, [2] * 50), (1, [3] * 50)])
+            >>> len(Layout("masked", 1e-3).documents(both)), len(Layout().documents(both))
+            (1, 2)
+        """
+        apart = document.apart()
+        worth = self.cost([document.width]) < self.cost(part.width for part in apart)
+        return [document] if self.kind == "masked" and worth else apart
+
+    def rows(self, documents: Sequence[Document]) -> list[list[Document]]:
+        """Documents in as few rows as a simple rule finds, none longer than the longest document."""
+        if self.kind == "padded":
+            return [[document] for document in documents]
+        if self.kind == "packed":
+            return [list(documents)]
+        longest = max(document.width for document in documents)
+        rows: list[list[Document]] = []
+        room: list[int] = []
+        for document in sorted(documents, key=lambda document: -document.width):
+            fits = next((n for n, left in enumerate(room) if left >= document.width), None)
+            if fits is None:
+                rows.append([])
+                room.append(longest)
+                fits = len(rows) - 1
+            rows[fits].append(document)
+            room[fits] -= document.width
+        return rows
+
+    def plan(self, documents: Sequence[Document]) -> list[list[Document]]:
+        """Rows for the documents of one batch: prompts are shared by all or none of them, whichever costs less.
+
+        A row is as long as the longest document, so a few that are shared would lengthen the rows of the rest.
+        """
+        plans = [self.rows([part for document in documents for part in document.apart()])]
+        if self.kind == "masked":
+            plans.append(self.rows(documents))
+        widths = [[max(width_of(row) for row in rows)] * len(rows) for rows in plans]
+        return min(zip(plans, widths, strict=True), key=lambda plan: self.cost(plan[1]))[0]
+
+
+def width_of(row: Iterable[Document]) -> int:
+    return sum(document.width for document in row)
+
+
+PADDED = Layout()
+
+
+def every_token(place: int, tokens: int) -> np.ndarray:
+    """The states in which a token of the response is chosen: s_0 .. s_{T-1}."""
+    return np.arange(tokens)
+
+
+def make_batch(
+    rows: Sequence[Sequence[Document]],
+    pad_token_id: int,
+    *,
+    states: Callable[[int, int], np.ndarray] = every_token,
+    packed: bool = False,
+) -> dict[str, Any]:
+    """Tensors of N rows, padded on the right to the longest, L.
+
+    Args:
+        rows: the documents of each; together they hold responses 0 .. M-1.
+        pad_token_id: fills up.
+        states: `states(place, T)` says which of s_0 .. s_T are looked at for the response at this place.
+        packed: the rows are for kernels that tell documents apart by their positions.
+
+    Returns:
+        - `input_ids` [N, L], and what a model needs besides: `attention_mask` [N, L]; or `position_ids` and `segments`
+          [N, L] where a row holds more than one response; or `position_ids` alone if packed;
+        - `states` [S]: the places of the states in the flattened batch, of response 0 in order, then of response 1, ..;
+        - `tokens` [S]: the token chosen in each (of s_T, the padding token);
+        - `lengths` [M]: tokens of each response; `sizes`, a list of M: its states in `states`.
+    """
+    shape = (len(rows), max(width_of(row) for row in rows))
+    ids = np.full(shape, pad_token_id, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    segments = np.full(shape, PADDING, dtype=np.int64)
+    count = sum(len(document.responses) for row in rows for document in row)
+    where, tokens = [np.empty(0, np.int64)] * count, [np.empty(0, np.int64)] * count
+    lengths = np.zeros(count, dtype=np.int64)
+    for n, row in enumerate(rows):
+        at = 0
+        for number, document in enumerate(row):
+            before, segment = len(document.prompt), number * DOCUMENT
+            last = at + before - 1  # of the prompt: s_0
+            ids[n, at : last + 1], positions[n, at : last + 1] = document.prompt, np.arange(before)
+            segments[n, at : last + 1] = segment
+            at = last + 1
+            for place, response in document.responses:
+                end, segment = at + len(response), segment + 1
+                ids[n, at:end], positions[n, at:end] = response, before + np.arange(len(response))
+                segments[n, at:end] = segment
+                asked = states(place, len(response))
+                where[place] = n * shape[1] + np.where(asked == 0, last, at + asked - 1)
+                tokens[place] = np.array([*response, pad_token_id])[asked]
+                lengths[place] = len(response)
+                at = end
+    batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
+    if packed:
+        batch["position_ids"] = torch.from_numpy(positions)
+    elif count > len(rows):
+        batch |= {"position_ids": torch.from_numpy(positions), "segments": torch.from_numpy(segments)}
+    else:
+        batch["attention_mask"] = torch.from_numpy((segments != PADDING).astype(np.int64))
+    return batch | {
+        "states": torch.from_numpy(np.concatenate(where)),
+        "tokens": torch.from_numpy(np.concatenate(tokens)),
+        "lengths": torch.from_numpy(lengths),
+        "sizes": [len(asked) for asked in where],
+    }
+
+
+def _visible(segments: Tensor, model: nn.Module) -> Tensor:
+    """The mask [N, 1, L, L] under which a token sees what stands before it of its own segment and of its prompt.
+
+    Padding sees itself, so that no row of the softmax is empty.
+    """
+    prompts = segments.div(DOCUMENT, rounding_mode="floor") * DOCUMENT
+    own, prompt = segments[:, :, None] == segments[:, None, :], prompts[:, :, None] == segments[:, None, :]
+    width = segments.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    visible = ((own | prompt) & before)[:, None]
+    if attention_of(model) != "eager":
+        return visible
+    # transformers' own attention adds the mask to the scores
+    dtype = causal_lm(model).dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def layout_for(model: Any, longest: int | None = None) -> Layout:
+    """The layout that costs this model least, of those that give what the padded one gives.
+
+    A model may look past a mask (state-space models), count positions its own way, or see a window of the text only:
+    whether another layout tells the truth is tried on a short example, and otherwise the padded one is taken.
+
+    Args:
+        model: a causal language model, possibly wrapped, where it will be used.
+        longest: the most tokens of a prompt and a response together; None if nobody knows.
+    """
+    lm = causal_lm(model)
+    config, kernel = lm.config.get_text_config(), attention_of(lm)
+    backbone = backbone_of(lm)
+    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+        return PADDED
+    others = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+        "chunked_attention",
+    }
+    kind: Literal["masked", "packed"] = "packed" if "flash" in kernel else "masked"
+    # a mask of one's own takes the place of the window's
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    cut = any(window is not None and (longest is None or longest > window) for window in windows)
+    if others or (kind == "masked" and (cut or kernel not in ("sdpa", "eager"))) or not _agrees(lm, kind):
+        return PADDED
+    if kind == "packed":
+        return Layout("packed")
+    heads = config.num_attention_heads
+    inner = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    body = sum(p.numel() for name, p in lm.named_parameters() if p.dim() > 1) - _embeddings(lm)
+    ratio = MASKED_ATTENTION.get(lm.device.type, MASKED_ATTENTION["other"])
+    return Layout("masked", ratio * 2 * config.num_hidden_layers * inner / max(1, body))
+
+
+def _embeddings(lm: Any) -> int:
+    tables = {id(table.weight): table.weight for table in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    return sum(weight.numel() for weight in tables.values())
+
+
+def _agrees(lm: Any, kind: Literal["masked", "packed"]) -> bool:
+    """Whether the model says of responses in this layout what it says of them one by one."""
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    ids = [(7 * i + 3) % vocabulary for i in range(80)]
+    pair, other = Document(ids[:9], [(0, ids[9:40]), (1, ids[40:60])]), Document(ids[60:65], [(2, ids[65:80])])
+    apart = [[document] for document in (*pair.apart(), other)]
+    together = [[pair, other]] if kind == "masked" else [[*pair.apart(), other]]
+
+    def hidden(rows: list[list[Document]], packed: bool) -> Tensor:
+        batch = make_batch(rows, pad_token_id=0, packed=packed)
+        batch = {name: x.to(lm.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        found = backbone_of(lm)(**model_inputs(batch, lm), use_cache=False).last_hidden_state
+        return found.flatten(0, 1)[batch["states"]].float()
+
+    training = lm.training
+    lm.eval()
+    try:
+        expected, found = hidden(apart, False), hidden(together, kind == "packed")
+    except Exception:  # it does not take such inputs: families raise what they like
+        return False
+    finally:
+        lm.train(training)
+    error = (found - expected).norm() / expected.norm()
+    return bool(error < ROUNDING.get(lm.dtype, ROUNDING_16_BIT))
+
+
+# ---- Collating ----------------------------------------
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Make a batch of rows of `encode_pairs`.
+
+    With B rows of data and R responses it has M = R*B responses, all of the first, then all of the second; see
+    `make_batch`. `features` are the named numbers of the rows, name -> list of B. Not tensors: what casts a batch to 16
+    bits, as DeepSpeed does, must not round log-probabilities.
+    """
+
+    pad_token_id: int
+    responses: tuple[str, ...] = RESPONSES
+    features: tuple[str, ...] = ()
+    layout: Layout = PADDED
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        documents = [
+            Document(row["prompt_ids"], [(n * len(rows) + i, row[f"{r}_ids"]) for n, r in enumerate(self.responses)])
+            for i, row in enumerate(rows)
+        ]
+        batch = make_batch(self.layout.plan(documents), self.pad_token_id, packed=self.layout.kind == "packed")
+        return {**batch, "features": {name: [row[name] for row in rows] for name in self.features}}

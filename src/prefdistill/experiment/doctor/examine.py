@@ -1,0 +1,289 @@
+"""One checkup: read what is there, run the checks on it, go on where something is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data import synthetic
+from prefdistill.data.encode import Truncation
+from prefdistill.experiment.doctor import machine, template, vocabulary
+from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
+from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
+from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, read_pairs, refused
+from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
+from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
+from prefdistill.models.scratch import random_model, texts_of, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prefdistill.evaluation.options import RewardModelOptions
+    from prefdistill.experiment.recipe import Recipe
+
+
+@dataclass
+class Checkup:
+    """What was found, worst first, and the numbers behind it."""
+
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is an error."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"findings": [finding.to_json() for finding in self.findings], "ok": self.ok, "facts": self.facts}
+
+
+def examine(
+    data: str | None = None,
+    test: str | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    truncation: Truncation | None = None,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path = ".",
+    trust_remote_code: bool = False,
+) -> Checkup:
+    """Look at data, tokenizers, the shapes of models, and the machine. No weights are loaded, nothing is written.
+
+    Args:
+        data, test: preference pairs to train and to test on, as for `load_pairs`.
+        teacher, student: Hub names or directories; the pairs are read with the student's tokenizer, or the teacher's.
+        truncation: as for `encode_pairs`.
+        recipe: in place of all these; it says what will be trained and read besides.
+        out: where the run will write; its disk is looked at.
+        trust_remote_code: let a model's repository run its own code.
+
+    Raises:
+        UserError: there is nothing to look at.
+
+    Example:
+        >>> examine("pairs.jsonl", student="my/student").ok                         # doctest: +SKIP
+        True
+    """
+    limits: dict[str, int | None] = {"train": None, "test": None}
+    if recipe is not None:
+        data, test = recipe.data.train, recipe.data.test
+        teacher, student = recipe.model.teacher, recipe.model.student
+        truncation = Truncation(recipe.data.max_length, recipe.data.max_prompt_length)
+        limits = {"train": recipe.data.max_train, "test": recipe.data.max_test}
+        trust_remote_code = recipe.model.trust_remote_code
+    if not (data or test or teacher or student or recipe):
+        raise UserError("there is nothing to look at: give --data, --teacher, --student or --recipe")
+    truncation = truncation or Truncation()
+    checkup = Checkup()
+    sets = {}
+    for name, source in (("train", data), ("test", test)):
+        if source is not None:
+            sets[name], findings = read_pairs(source, name, limits[name])
+            checkup.findings += findings
+    models = _Models(checkup, trust_remote_code)
+    models.read(recipe, teacher, student, sets.get("train"))
+    if not sets or any(data.conversational for data in sets.values()):
+        checkup.findings += models.lend_template()
+    _look_at_data(checkup, sets, models.reader, truncation)
+    _look_at_models(checkup, sets, models)
+    there = [*machine.place(Path(out))]
+    checkup.findings += there
+    with _refusals(checkup):
+        run = None
+        if recipe is not None:
+            from prefdistill.experiment.pipeline import SeedRun
+
+            run = SeedRun(recipe, Path(out), recipe.seed)
+            run.check_trainings()  # the plan counts with what they say
+        _look_at_machine(checkup, recipe, models, None if there else Path(out))
+        if run is not None and checkup.ok:
+            run.check()
+    checkup.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return checkup
+
+
+@contextmanager
+def _refusals(checkup: Checkup, where: str = "") -> Iterator[None]:
+    """What a run would refuse of the recipe is a finding; the checks go on behind it."""
+    try:
+        yield
+    except UserError as error:
+        checkup.findings.append(Finding("recipe.check", "error", f"{where}{error}", "Change the recipe."))
+
+
+@dataclass
+class _Models:
+    """Tokenizers and empty models by role, as far as they can be had."""
+
+    checkup: Checkup
+    trust_remote_code: bool
+    tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    shapes: dict[str, PreTrainedModel] = field(default_factory=dict)
+    judge: PreTrainedModel | None = None
+    reader: PreTrainedTokenizerBase | None = None  # what the pairs are read with: the student's, or the teacher's
+
+    def read(self, recipe: Recipe | None, teacher: str | None, student: str | None, train: PairSet | None) -> None:
+        for role, name in (("student", student), ("teacher", teacher)):
+            if name is not None:
+                self._named(role, name)
+        scratch = recipe.model.scratch if recipe else None
+        if recipe and scratch and len(self.tokenizers) < 2:
+            own = next(iter(self.tokenizers.values()), None)
+            if own is None and recipe.data.synthetic:
+                own = synthetic.build_tokenizer()
+            elif own is None and train and train.pairs:
+                own = train_tokenizer(texts_of(pair.columns for pair in train.pairs), scratch.vocab_size)
+            for role, name in (("student", student), ("teacher", teacher)):
+                if own is not None and name is None:
+                    self.tokenizers[role] = own
+                    if model := self._made(f"model.scratch.{role}", own, getattr(scratch, role)):
+                        self.shapes[role] = model
+        self.reader = self.tokenizers.get("student") or self.tokenizers.get("teacher")
+        if recipe and recipe.model.teacher_reference:
+            self._weights("teacher reference", recipe.model.teacher_reference)
+        if recipe and recipe.reward_model:
+            self._judge(recipe.reward_model)
+
+    def _judge(self, asked: RewardModelOptions) -> None:
+        if asked.name is not None:
+            try:
+                check_reward_model(asked.name, trust_remote_code=self.trust_remote_code)
+                self.judge = empty_model(asked.name, reward=True, trust_remote_code=self.trust_remote_code)
+            except UserError as error:
+                self._lacks("shape", "reward model", error)
+        elif self.reader is not None:
+            self.judge = self._made("reward_model.model", self.reader, asked.model or {}, reward=True)
+
+    def _made(
+        self, where: str, tokenizer: PreTrainedTokenizerBase, shape: dict[str, Any], reward: bool = False
+    ) -> PreTrainedModel | None:
+        with _refusals(self.checkup, f"{where}: "), torch.device("meta"):
+            return random_model(tokenizer, shape, seed=0, reward=reward)
+        return None
+
+    def lend_template(self) -> list[Finding]:
+        """As a recipe does; a finding if there is none to lend, or it is a loan."""
+        if self.reader is None or self.reader.chat_template:
+            return []
+        teacher = self.tokenizers.get("teacher")
+        findings = [*template.missing(teacher)]
+        self.reader.chat_template = teacher.chat_template if teacher else None
+        return findings
+
+    def _named(self, role: str, name: str) -> None:
+        trust = self.trust_remote_code
+        try:
+            self.shapes[role] = empty_model(name, trust_remote_code=trust)
+            self._weights(role, name)
+        except UserError as error:
+            self._lacks("shape", role, error)
+            if not Path(name).exists():  # nor has the Hub a tokenizer of this name
+                return
+        try:
+            self.tokenizers[role] = load_tokenizer(name, trust_remote_code=trust)
+        except UserError as error:
+            self._lacks("tokenizer", role, error)
+
+    def _weights(self, role: str, name: str) -> None:
+        try:
+            check_model(name, trust_remote_code=self.trust_remote_code, fetch=False)
+        except UserError as error:
+            self._lacks("weights", role, error)
+
+    def _lacks(self, what: str, role: str, error: UserError) -> None:
+        fix = f"Name the {role} by its directory or its name on the Hub."
+        if what == "weights":
+            fix = f"Fetch or save the {role} again, whole, or name another."
+        self.checkup.findings.append(Finding(f"model.{what}", "error", f"{role}: {error}", fix))
+
+
+def _look_at_data(
+    checkup: Checkup, sets: dict[str, PairSet], tokenizer: PreTrainedTokenizerBase | None, truncation: Truncation
+) -> None:
+    for name, data in sets.items():
+        if not data.pairs:
+            continue
+        reading = _reading(checkup, data, tokenizer, truncation)
+        for check in DATA_CHECKS:
+            checkup.findings += check(data)
+        if not any(finding.data == name and finding.severity == "error" for finding in checkup.findings):
+            checkup.findings += refused(data)
+        checkup.facts[name] = {
+            "source": data.source,
+            "rows": data.rows,
+            "pairs": len(data.pairs),
+            "prompts": len({pair.key("prompt") for pair in data.pairs}),
+            "characters": {column: quantiles([len(pair.texts[column]) for pair in data.pairs]) for column in COLUMNS},
+        }
+        if reading is not None:
+            for look in TOKEN_CHECKS:
+                checkup.findings += look(data, reading)
+            checkup.facts[name] |= token_facts(data, reading)
+    if len(sets) == 2:
+        checkup.findings += leak(sets["train"], sets["test"])
+
+
+def _reading(
+    checkup: Checkup, data: PairSet, tokenizer: PreTrainedTokenizerBase | None, truncation: Truncation
+) -> Reading | None:
+    """Tokens for every pair, where there is a tokenizer that can."""
+    if tokenizer is None or (data.conversational and (not tokenizer.chat_template or template.refuses(tokenizer))):
+        return None  # said among the templates
+    with Progress(f"tokenising {data.name}", len(data.pairs), "pair") as progress:
+        unusable = list(tokenise(data, tokenizer, progress))
+    checkup.findings += unusable
+    return None if unusable else Reading.of(tokenizer, truncation)
+
+
+def _look_at_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -> None:
+    tokenizers = models.tokenizers
+    reader, pairs = models.reader, [pair for data in sets.values() for pair in data.pairs]
+    if reader is not None and (not pairs or isinstance(pairs[0].columns["prompt"], list)):
+        system = any(message["role"] == "system" for pair in pairs for message in pair.messages)
+        checkup.findings += template.generation_prompt(reader)
+        checkup.findings += template.end_token(reader)
+        checkup.findings += template.system_message(reader, system)
+    if len(tokenizers) == 2 and tokenizers["student"] is not tokenizers["teacher"]:
+        checkup.findings += vocabulary.same_ids(tokenizers["student"], tokenizers["teacher"])
+        checkup.findings += vocabulary.special_tokens(tokenizers["student"], tokenizers["teacher"])
+        for data in sets.values():
+            checkup.findings += vocabulary.same_reading(
+                tokenizers["student"], tokenizers["teacher"], data.pairs, data.name
+            )
+    if reader is not None:
+        checkup.findings += template.padding(reader)
+    kept = [checkup.facts.get(name, {}).get("kept", {}) for name in sets]
+    longest = max((part.get("longest", 0) for part in kept), default=0)
+    for role, model in models.shapes.items():
+        if role in tokenizers:
+            checkup.findings += vocabulary.embedding_rows(role, model, tokenizers[role])
+        checkup.findings += vocabulary.positions(role, model, longest)
+        checkup.facts.setdefault("models", {})[role] = {"parameters": model.num_parameters()}
+
+
+def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out: Path | None) -> None:
+    """Against the machine; without a place to write to there is no disk to look at."""
+    if not models.shapes:
+        return
+    lengths = {
+        name: machine.Lengths(kept["pairs"], kept["response_tokens"])
+        for name in ("train", "test")
+        if (kept := checkup.facts.get(name, {}).get("kept"))
+    }
+    plan = machine.plan_for(recipe, models.shapes, lengths.get("train"), lengths.get("test"), models.judge)
+    device, free, total = machine.memory_there()
+    checkup.facts |= {"memory": plan.memory, "disk": plan.disk}
+    checkup.facts["machine"] = {"device": device, "memory_free": free, "memory_total": total}
+    checkup.findings += machine.memory(plan, device, free, total)
+    if out is not None:
+        space = checkup.facts["machine"]["disk_free"] = machine.disk_there(out)
+        checkup.findings += machine.disk(plan, out, space)

@@ -1,0 +1,1 @@
+"""Loading models, telling them apart, and scoring tokens with them."""

@@ -1,0 +1,1 @@
+"""Responses from a model, in memory or as a data file."""

@@ -1,0 +1,153 @@
+"""TODO docstring."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data.encode import (
+    PROMPT_EMPTY,
+    PROMPT_TOO_LONG,
+    TEMPLATE_FAILED,
+    Dropped,
+    Truncation,
+    end_token_ids,
+    rendered,
+)
+from prefdistill.data.load import without_nulls
+
+if TYPE_CHECKING:
+    pass
+
+from prefdistill.sampling.engines import _Engine, _NotFinite, _Settings, _transformers
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered: the text without special tokens, the tokens with the end token, whether it wrote one."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+# ---- In memory ----------------------------------------
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Any],
+    *,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    truncation: Truncation | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    what: str = "sampling",
+) -> list[Response]:
+    """Responses in the order of the prompts, the `n` of a prompt one after another.
+
+    Args:
+        model: a causal language model, on its device, in eval mode.
+        tokenizer: its tokenizer.
+        prompts: messages (through the chat template) or plain text, each.
+        n: responses per prompt, drawn independently.
+        temperature: of the whole vocabulary's distribution; 0 is greedy.
+        top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
+        max_new_tokens: a response that has not ended by then is returned as it is, with `ended=False`.
+        truncation: prompts are cut as `encode_pairs` does, and responses end where it would cut them.
+        batch_size: responses to prompts of like length generated together.
+        seed: of the draws; the same seed, prompts and batch size give the same responses on the same machine.
+        what: name on the progress bar.
+
+    Raises:
+        UserError: on a setting out of its range, or a prompt that cannot be answered.
+
+    Example:
+        >>> sample(model, tokenizer, ["Once upon a time"], n=2, top_p=0.9)             # doctest: +SKIP
+    """
+    settings = _Settings(n, temperature, top_p, max_new_tokens, batch_size)
+    sampler = _Sampler(tokenizer, settings, truncation)
+    encoded, dropped = sampler.encode_all(prompts)
+    for reason, first in dropped.first_rows.items():
+        raise UserError(f"prompt {first}: {reason}. Leave such prompts out, or change the template or the lengths.")
+    with Progress(what, n * len(prompts), "response") as progress:
+        rows = range(len(prompts))
+        found = sampler.respond(_transformers(model, tokenizer, settings), encoded, rows, seed, progress)
+    return [response for response, _ in found]
+
+
+class _Sampler:
+    """From prompts to tokens, exactly as `encode_pairs` makes them, and from new tokens to responses."""
+
+    def __init__(self, tokenizer: Any, settings: _Settings, truncation: Truncation | None) -> None:
+        self.tokenizer, self.settings, self.truncation = tokenizer, settings, truncation or Truncation(None)
+        self.ends = end_token_ids(tokenizer)
+        if not self.ends:
+            raise UserError("the tokenizer has no end token, so no response would ever end; set tokenizer.eos_token")
+        self.appends_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+    def encode(self, prompt: Any, answer: str | None = None) -> list[int]:
+        """The tokens of a prompt, uncut, or of a prompt and its answer."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
+            return ids[:-1] if self.appends_eos else ids
+        if not self.tokenizer.chat_template:
+            raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
+        messages = without_nulls(prompt) + ([] if answer is None else [{"role": "assistant", "content": answer}])
+        text = rendered(self.tokenizer, messages, generate=answer is None)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:
+        """The tokens of each prompt, cut; none of one that cannot be answered."""
+        from jinja2 import TemplateError
+
+        encoded, reasons = [], []
+        for prompt in prompts:
+            try:
+                ids, reason = self.encode(prompt), ""
+            except TemplateError:
+                ids, reason = [], TEMPLATE_FAILED
+            if ids:
+                ids = self.truncation.cut_prompt(ids, self.tokenizer.bos_token_id)
+                reason = PROMPT_TOO_LONG if self.truncation.room_after(ids) == 0 else ""
+            encoded.append([] if reason else ids)
+            reasons.append(reason or ("" if ids else PROMPT_EMPTY))
+        return encoded, Dropped.from_reasons(reasons)
+
+    def respond(
+        self, generate: _Engine, encoded: list[list[int]], rows: Sequence[int], seed: int, progress: Progress
+    ) -> list[tuple[Response, list[int]]]:
+        """Responses, each with its tokens without the end token; `rows` are the prompts' numbers for who reads."""
+        most = self.settings.max_new_tokens
+        rooms = [self.truncation.room_after(ids) for ids in encoded]
+        limits = [most if room is None else min(most, room) for room in rooms]
+        try:
+            found = generate(encoded, limits, seed, progress)
+        except _NotFinite as error:
+            raise UserError(
+                f"the model's logits are not finite after the prompt of row {rows[error.prompt]} of the data; its "
+                "weights may be damaged, or its dtype too narrow: try --dtype float32"
+            ) from error
+        return [self._response(new[: limits[place // self.settings.n]]) for place, new in enumerate(found)]
+
+    def _response(self, new: list[int]) -> tuple[Response, list[int]]:
+        stop = next((place for place, token in enumerate(new) if token in self.ends), None)
+        body = new[:stop]
+        text = self.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Response(text, len(body) + (stop is not None), stop is not None), body
+
+    def same_tokens_again(self, prompt: Any, text: str, body: list[int]) -> bool:
+        """Whether the text of a response, after its prompt, is made into the very tokens that were sampled."""
+        from jinja2 import TemplateError
+
+        try:
+            sampled, whole = self.encode(prompt) + body, self.encode(prompt, text)
+        except TemplateError:
+            return False
+        after = whole[len(sampled) :]
+        return whole[: len(sampled)] == sampled and (not after or after[0] in self.ends)

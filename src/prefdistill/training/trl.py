@@ -1,0 +1,134 @@
+"""SFT and DPO of a teacher, SFT of a student's start, a reward model: by TRL's own trainers, under watch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.core.artifact import CHECKPOINTS
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say
+from prefdistill.data.encode import Truncation, judged_ids, without_refused
+from prefdistill.models.load import load_model
+from prefdistill.models.scratch import random_model
+from prefdistill.training.loop import fit
+from prefdistill.training.nan_guard import watched
+from prefdistill.training.options import DPOTraining, Training
+from prefdistill.training.student import making_trainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def train_sft(
+    model: str,
+    demonstrations: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: Training,
+    out: Path,
+    *,
+    truncation: Truncation,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    what: str = "sft",
+) -> None:
+    """Supervised fine-tuning on `prompt`/`completion` rows, the loss on completions only; the model ends in `out`."""
+    from trl import SFTConfig, SFTTrainer
+
+    demonstrations = without_refused(demonstrations, tokenizer, what, ("completion",))
+    args = training.to_arguments(
+        out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
+    )
+    with making_trainer():
+        trainer = watched(SFTTrainer)(
+            model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+            args=args,
+            train_dataset=demonstrations.select_columns(["prompt", "completion"]),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
+    _count_dropped(trainer, len(demonstrations), truncation, what)
+    fit(trainer, out, what)
+
+
+def train_dpo(
+    model: str,
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: DPOTraining,
+    out: Path,
+    *,
+    truncation: Truncation,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    what: str = "dpo",
+) -> None:
+    """DPO with the model itself as the reference; the model ends in `out`."""
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = without_refused(pairs, tokenizer, what)
+    args = training.to_arguments(
+        out / CHECKPOINTS,
+        seed=seed,
+        data_seed=seed,
+        kind=DPOConfig,
+        max_length=truncation.max_length,
+        beta=training.beta,
+    )
+    with making_trainer():
+        trainer = watched(DPOTrainer)(
+            model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+            ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
+            args=args,
+            train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
+    _count_dropped(trainer, len(pairs), truncation, what)
+    fit(trainer, out, what)
+
+
+def train_reward(
+    shape: dict[str, Any],
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: Training,
+    out: Path,
+    *,
+    seed: int = 0,
+    what: str = "reward model",
+) -> None:
+    """A reward model of this shape from random weights, by the loss of Bradley and Terry; the model ends in `out`.
+
+    A response is read as `RewardModel` reads it later: whole, or up to the last position that the shape has.
+    """
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    pairs = without_refused(pairs, tokenizer, what)
+    model = random_model(tokenizer, shape, seed, reward=True)
+    positions = model.config.max_position_embeddings
+    ids = [
+        {f"{side}_ids": judged_ids(tokenizer, row["prompt"], row[side])[:positions] for side in ("chosen", "rejected")}
+        for row in pairs
+    ]
+    args = training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None)
+    with making_trainer():
+        trainer = watched(RewardTrainer)(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(ids),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
+    fit(trainer, out, what)
+
+
+def _count_dropped(trainer: Any, rows: int, truncation: Truncation, what: str) -> None:
+    """TRL leaves out rows whose prompt fills max_length; say how many, and stop where that is all of them."""
+    kept = len(trainer.train_dataset)
+    if kept == 0:
+        raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
+    if kept < rows:
+        say(f"{what}: dropped {rows - kept} of {rows} rows, whose prompts fill max_length={truncation.max_length}")

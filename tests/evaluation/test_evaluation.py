@@ -1,0 +1,394 @@
+"""Evaluation: error bars by hand, the teacher's terms against naive forwards, and what error bars range over."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from prefdistill.core.errors import UserError
+from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.evaluation import (
+    estimate,
+    gauge_flips,
+    margin_accuracy,
+    mean_and_error,
+    pair_terms,
+    pair_wins,
+)
+from prefdistill.evaluation.measure import Measured, measure_pairs
+from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.results import margin_accuracies, side_by_side, summarise
+from prefdistill.signals import SignalSet, extract_signals
+from support.stores import store_by_hand
+
+# -- wins --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "accuracy"),
+    [
+        ([1, 1], [0, 0], 1), ([0, 0], [1, 1], 0), ([1, 0], [0, 1], 0.5), ([3, 3, 3], [3, 3, 3], 0.5),
+        ([1, 2, 0], [0, 2, 5], 0.5), ([2, 2, 2, 2], [1, 2, 2, 3], 0.5), ([1, 1, 1, 1], [0, 0, 1, 2], 0.625),
+        ([-math.inf], [math.inf], 0),
+    ],
+)  # fmt: skip
+def test_ties_count_one_half(chosen, rejected, accuracy):
+    assert margin_accuracy(chosen, rejected) == accuracy
+    assert margin_accuracy(rejected, chosen) == 1 - accuracy
+    assert margin_accuracy(torch.tensor(chosen), torch.tensor(rejected)) == accuracy
+
+
+# -- the teacher's terms -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stores(tmp_path, make_model, pairs, tokenizer):
+    """The stores of a teacher, of the model its DPO started from, and of a student's start."""
+
+    def make(role, seed, kinds=("values", "logps", "q"), **options):
+        out = tmp_path / f"{role}-{len(list(tmp_path.iterdir()))}"
+        return extract_signals(make_model(seed), pairs, tokenizer, kinds, out, role=role, **options)
+
+    return make
+
+
+def gathered(pairs, *stores):
+    return SignalSet.of(stores, pairs)
+
+
+@pytest.fixture
+def naive(make_model, pairs, tokenizer):
+    """Of a model with this seed, for one side: raw logits of the tokens, summed; values; log-probs."""
+
+    @torch.no_grad()
+    def read(seed, side, truncation=None):
+        model, found = make_model(seed), []
+        for row in encode_pairs(pairs, tokenizer, truncation or Truncation())[0]:
+            prompt, response = row["prompt_ids"], row[f"{side}_ids"]
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :].double()
+            taken = logits[torch.arange(len(response)), response]
+            values = torch.logsumexp(logits, -1)
+            found.append(
+                {"q": taken.sum(), "values": values, "logp": (taken - values[:-1]).sum(), "tokens": len(response)}
+            )
+        return found
+
+    return read
+
+
+def wins(naive, score, seed=5, **options):
+    """Wins by a score of a naive reading."""
+    return pair_wins(*([float(score(row)) for row in naive(seed, side, **options)] for side in ("chosen", "rejected")))
+
+
+def test_terms_are_what_a_naive_forward_gives(pairs, stores, naive):
+    found = pair_terms(gathered(pairs, stores("teacher", 5), stores("teacher_reference", 6, ("logps",))))
+    expected = {
+        "shaping return": wins(naive, lambda row: row["values"][-2] - row["values"][0]),
+        "value after the end token": wins(naive, lambda row: row["values"][-1] - row["values"][0]),
+        "teacher log-prob": wins(naive, lambda row: row["logp"]),
+        "teacher Q (raw logits)": wins(naive, lambda row: row["q"]),
+        "longer is better": wins(naive, lambda row: row["tokens"]),
+    }
+    ratios = {
+        side: [float(a["logp"] - b["logp"]) for a, b in zip(naive(5, side), naive(6, side), strict=True)]
+        for side in ("chosen", "rejected")
+    }
+    expected["teacher implicit reward"] = pair_wins(ratios["chosen"], ratios["rejected"])
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert len({tuple(values) for values in found.values()}) == len(found)  # no term stands for another
+    assert 0.5 in found["longer is better"]  # there are ties
+
+
+def by_hand(role, *rows):
+    """A store whose rows are given as (values, log-prob, raw logits, ended) of chosen and rejected."""
+    sides = ("chosen", "rejected")
+    table = [
+        {"row": i} | {
+            f"{side}_{name}": value
+            for side, (values, logp, q, ended) in zip(sides, row, strict=True)
+            for name, value in
+            {"values": values, "logps": logp, "q": q, "ended": ended, "tokens": len(values) - 1}.items()
+        }
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    manifest = {"role": role, "value_temperature": 1.0, "kinds": ["values", "logps", "q"], "responses": sides}
+    return store_by_hand(manifest, table)
+
+
+def test_terms_by_hand():
+    teacher = by_hand(
+        "teacher",
+        (([1.0, 2.0, 50.0], -3.0, 0.0, True), ([1.0, 3.0, 0.0], -3.5, 0.5, True)),
+        (([1.0, 4.0, 0.0], -9.0, -4.0, True), ([1.0, 2.0, 3.0, 5.0], -1.0, 5.0, False)),  # cut: its last state counts
+        (([2.0, 7.0], -1.0, 1.0, True), ([2.0, 7.0], -1.0, 1.0, True)),
+    )
+    reference = by_hand(
+        "teacher_reference",
+        (([0.0] * 3, -1.0, 0.0, True), ([0.0] * 3, -3.5, 0.0, True)),
+        (([0.0] * 3, -12.0, 0.0, True), ([0.0] * 4, -1.0, 0.0, False)),
+        (([0.0] * 2, -1.0, 0.0, True), ([0.0] * 2, -1.0, 0.0, True)),
+    )
+    signals = SignalSet((teacher, reference), Dataset.from_list([{}] * 3), np.arange(3))
+    found = {name: values.tolist() for name, values in pair_terms(signals).items()}
+    assert found == {
+        "shaping return": [0, 0, 0.5],  # 1 : 2, 3 : 4, 0 : 0
+        "value after the end token": [1, 0, 0.5],  # 49 : -1, -1 : 4
+        "teacher log-prob": [1, 0, 0.5],
+        "teacher Q (raw logits)": [0, 0, 0.5],
+        "teacher implicit reward": [0, 1, 0.5],  # -2 : 0, 3 : 0
+        "longer is better": [0.5, 0, 0.5],
+    }
+
+
+def test_discount_and_terminal_are_those_of_the_method(pairs, stores, naive):
+    signals = gathered(pairs, stores("teacher", 5))
+    np.testing.assert_array_equal(
+        pair_terms(signals, discount=0.9)["shaping return"],
+        wins(
+            naive,
+            lambda row: sum(0.9 * v for v in [*row["values"][1:-1], row["values"][-2]]) - row["values"][:-1].sum(),
+        ),
+    )
+    bootstrap = pair_terms(signals, terminal="bootstrap")
+    assert "value after the end token" not in bootstrap
+    np.testing.assert_array_equal(
+        bootstrap["shaping return"], wins(naive, lambda row: row["values"][-1] - row["values"][0])
+    )
+
+
+def test_raw_logits_are_no_matter_of_temperature_and_shown_where_they_were_read(pairs, stores, naive):
+    terms = pair_terms(gathered(pairs, stores("teacher", 5, value_temperature=0.5)))
+    np.testing.assert_array_equal(terms["teacher Q (raw logits)"], wins(naive, lambda row: row["q"]))
+    terms = pair_terms(gathered(pairs, stores("teacher", 5, ("values", "logps"))))
+    assert "teacher Q (raw logits)" not in terms
+    assert "shaping return" in terms
+
+
+def test_gauge_flips_by_hand():
+    """Margins 3, -1, 0 and 2 of V at the last states, under two directions. Turned are 1 in 4 pairs and 2 in 4."""
+    margins = [  # last values of chosen and rejected, shifts of chosen and of rejected
+        ((5.0, 2.0), (0.0, -4.0), (2.0, -1.0)),  # 3 - 2, 3 - 3: neither has turned
+        ((1.0, 2.0), (0.5, 3.0), (0.0, 1.0)),  # -1 + 0.5 has not, -1 + 2 has
+        ((4.0, 4.0), (1.0, -1.0), (0.0, 0.0)),  # 0 has no order that could turn
+        ((3.0, 1.0), (-1.0, 0.0), (2.0, 5.0)),  # 2 - 3 and 2 - 5 both have
+    ]
+    table = [
+        {
+            "row": i,
+            # an ended response counts by the state before its end token, a cut one by its last
+            "chosen_values": [9.0, values[0], -99.0],
+            "rejected_values": [9.0, 77.0, values[1]],
+            "chosen_gauge": chosen,
+            "rejected_gauge": rejected,
+            **{f"{side}_tokens": 2 for side in ("chosen", "rejected")},
+            "chosen_ended": True,
+            "rejected_ended": False,
+        }
+        for i, (values, chosen, rejected) in enumerate(margins)
+    ]
+    manifest = {"role": "teacher", "kinds": ["values"], "responses": ["chosen", "rejected"]}
+    assert gauge_flips(store_by_hand(manifest, table)) == mean_and_error([1 / 4, 2 / 4])
+
+
+def test_a_cut_response_keeps_its_last_state(pairs, stores, naive):
+    """Where the response was cut there is no end token whose value could be left out."""
+    truncation = Truncation(max_length=14)
+    store = stores("teacher", 5, truncation=truncation)
+    signals = gathered(pairs, store)
+    ended = [signals.scalar("teacher", "values", side, "ended") for side in ("chosen", "rejected")]
+    assert not all(map(np.all, ended))
+    assert any(map(np.any, ended))
+    returns = [
+        [float(row["values"][-2 if end else -1] - row["values"][0]) for row, end in zip(rows, ends, strict=True)]
+        for rows, ends in zip((naive(5, side, truncation) for side in ("chosen", "rejected")), ended, strict=True)
+    ]
+    np.testing.assert_array_equal(pair_terms(signals)["shaping return"], pair_wins(*returns))
+
+
+# -- a student ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_equal_to_its_reference_has_no_reward(pairs, stores, make_model, tokenizer):
+    reference = stores("reference", 0, ("logps",))
+    reward = implicit_rewards(make_model(0), pairs, tokenizer, reference)
+    for side in ("chosen", "rejected"):
+        np.testing.assert_array_equal(reward[side], 0)
+    found = evaluate_pairs(make_model(0), pairs, tokenizer, [reference])
+    assert found["metrics"]["reward_accuracy"] == {**estimate([0.5] * 24), "over": "test prompts"}
+    assert found["margin_accuracy"].keys() == {"longer is better", "the start's log-prob"}
+    assert found["pairs"] == 24
+
+
+def test_rewards_are_log_ratios(pairs, stores, make_model, tokenizer, naive):
+    reference = stores("reference", 0, ("logps",))
+    found = evaluate_pairs(make_model(3), pairs, tokenizer, [reference, stores("teacher", 5)])
+    student, start = ({side: naive(seed, side) for side in ("chosen", "rejected")} for seed in (3, 0))
+    ratios = [
+        [float(a["logp"] - b["logp"]) for a, b in zip(student[side], start[side], strict=True)]
+        for side in ("chosen", "rejected")
+    ]
+    over = {"over": "test prompts"}
+    assert found["metrics"]["reward_accuracy"] == estimate(pair_wins(*ratios)) | over
+    per_token = estimate([float(row["logp"]) / row["tokens"] for row in student["chosen"]])
+    for key in ("mean", "se", "low", "high"):
+        assert found["metrics"]["chosen_logp"][key] == pytest.approx(per_token[key], abs=1e-4)
+    terms = found["margin_accuracy"]
+    assert terms["teacher Q (raw logits)"] == estimate(wins(naive, lambda row: row["q"])) | over
+    assert terms["longer is better"] == estimate(wins(naive, lambda row: row["tokens"])) | over
+    assert terms["the start's log-prob"] == estimate(wins(naive, lambda row: row["logp"], seed=0)) | over
+    reward = implicit_rewards(make_model(3), pairs, tokenizer, reference)
+    np.testing.assert_allclose([reward["chosen"], reward["rejected"]], ratios, atol=2e-3)
+
+
+def test_pairs_of_one_prompt_are_drawn_together(make_model, tokenizer, tmp_path, pairs):
+    """Six pairs of four prompts, in no order; a pair without room for a response is left out."""
+    prompts = ["b", "a", "b", "c", "a", "d " * 60]
+    rows = [
+        {**pairs[i], "prompt": [{"role": "user", "content": prompt}], "chosen": pairs[i + 8]["chosen"]}
+        for i, prompt in enumerate(prompts)
+    ]
+    few = Dataset.from_list(rows)
+    store = extract_signals(
+        make_model(0), few, tokenizer, ("logps",), tmp_path / "store", role="reference", truncation=Truncation(40)
+    )
+    found = evaluate_pairs(make_model(3), few, tokenizer, [store])
+    reward = implicit_rewards(make_model(3), few, tokenizer, store)
+    assert reward["row"].tolist() == [0, 1, 2, 3, 4]
+    wins = pair_wins(reward["chosen"], reward["rejected"])
+    assert found["metrics"]["reward_accuracy"] == estimate(wins, list("babca")) | {"over": "test prompts"}
+    assert (found["pairs"], found["metrics"]["reward_accuracy"]["n"]) == (5, 3)
+    measured = Measured()
+    measure_pairs(measured, make_model(3), few, tokenizer, store)
+    assert measured.groups["reward_accuracy"] == [0, 1, 0, 2, 1]
+    assert measured.metrics["reward_accuracy"] == wins.mean()
+
+
+def test_what_does_not_belong_together_is_refused(pairs, stores, make_model, tokenizer):
+    import copy
+
+    reference, model = stores("reference", 0, ("logps",)), make_model(0)
+    with pytest.raises(UserError, match="reference's logps"):
+        evaluate_pairs(model, pairs, tokenizer, [stores("teacher", 5)])
+    with pytest.raises(UserError, match="reference's logps"):
+        evaluate_pairs(model, pairs, tokenizer, [stores("reference", 0, ("values",))])
+    with pytest.raises(UserError, match="the reference signals were made from other data"):
+        evaluate_pairs(model, pairs.select(range(20)), tokenizer, [reference])
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("{{ bos_token }}", "")
+    with pytest.raises(UserError, match=r"the reference signals were made with another tokenizer .*template"):
+        evaluate_pairs(model, pairs, other, [reference])
+
+
+# -- what is reported --------------------------------------------------------------------------------------------------
+
+
+def recipe(**more):
+    return Recipe(
+        name="hand", data={"train": "x"}, model={"teacher": "a", "student": "b"},
+        methods={"dpo": {}, "tvkd": {}, "shuffled": {"method": "tvkd", "control": True}}, **more,
+    )  # fmt: skip
+
+
+def measured(*rewards, accuracy=None):
+    """One run per data order, each with the rewards of its test prompts."""
+    return [
+        Measured(
+            {"reward": float(np.mean(items))} | ({"reward_accuracy": accuracy} if accuracy is not None else {}),
+            {"reward": list(items)} | ({"reward_accuracy": [accuracy] * 2} if accuracy is not None else {}),
+            [],
+        )
+        for items in rewards
+    ]
+
+
+def test_one_run_has_error_bars_over_test_prompts():
+    found = summarise(
+        recipe(), [{"dpo": measured([1, 2, 3]), "tvkd": measured([2, 4, 6]), "shuffled": measured([0, 0, 0])}]
+    )
+    assert found["methods"]["tvkd"]["reward"] == {**estimate([2, 4, 6]), "over": "test prompts"}
+    assert found["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test prompts"}
+    assert found["differences"]["shuffled"]["reward"]["mean"] == -2
+    assert found["differences"].keys() == {"tvkd", "shuffled"}
+
+
+def test_several_orders_have_error_bars_over_orders():
+    """Order k is paired with order k: the difference is far surer than either mean."""
+    dpo, tvkd = measured([0, 2], [10, 12], [20, 22]), measured([1, 3], [11, 14], [21, 23])
+    found = summarise(recipe(), [{"dpo": dpo, "tvkd": tvkd}])
+    assert found["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11, 21]), "over": "data orders"}
+    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 1.5, 1]), "over": "data orders"}
+
+
+def test_several_seeds_have_error_bars_over_seeds():
+    """The orders of a seed are averaged first: they share its models and data."""
+    by_seed = [
+        {"dpo": measured([0], [2]), "tvkd": measured([3], [5])},
+        {"dpo": measured([10], [12]), "tvkd": measured([11], [12])},
+    ]
+    found = summarise(recipe(), by_seed)
+    assert found["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11]), "over": "seeds"}
+    assert found["methods"]["tvkd"]["reward"] == {**mean_and_error([4, 11.5]), "over": "seeds"}
+    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([3, 0.5]), "over": "seeds"}
+
+
+def test_the_baseline_is_the_one_named():
+    runs = {"dpo": measured([1, 2]), "tvkd": measured([4, 4])}
+    found = summarise(recipe(baseline="tvkd"), [runs])
+    assert found["differences"].keys() == {"dpo"}
+    assert found["differences"]["dpo"]["reward"]["mean"] == -2.5
+
+
+def test_win_rates_are_against_the_start_on_the_same_prompts():
+    runs = {
+        "start": measured([1, 1, 1, 1]),
+        "dpo": measured([2, 1, 0, 2], [0, 0, 0, 0]),
+        "tvkd": measured([2] * 4, [2] * 4),
+    }
+    found = summarise(recipe(), [runs])
+    assert found["methods"]["start"]["win_rate"] == {**estimate([0.5] * 4), "over": "test prompts"}
+    assert found["methods"]["dpo"]["win_rate"] == {**mean_and_error([0.625, 0]), "over": "data orders"}
+    assert found["differences"]["tvkd"]["win_rate"] == {**mean_and_error([0.375, 1]), "over": "data orders"}
+    assert runs["dpo"][0].items["win_rate"] == [1, 0.5, 0, 1]
+    assert "start" not in found["differences"]
+
+
+def test_no_win_rate_without_a_start_or_a_known_reward():
+    assert "win_rate" not in summarise(recipe(), [{"dpo": measured([1, 2])}])["metrics"]
+    unknown = [Measured({"reward_accuracy": 0.5}, {"reward_accuracy": [0, 1]}, [])]
+    found = summarise(recipe(), [{"start": unknown, "dpo": unknown}])
+    assert found["metrics"].keys() == {"reward_accuracy"}
+
+
+def test_metrics_are_described_in_one_order():
+    found = summarise(recipe(), [{"dpo": measured([1, 2], accuracy=0.5), "tvkd": measured([1, 2], accuracy=1.0)}])
+    assert list(found["metrics"]) == ["reward", "reward_accuracy"]
+    assert found["metrics"]["reward"]["higher_is_better"] is True
+    assert found["differences"]["tvkd"]["reward_accuracy"]["mean"] == 0.5
+
+
+def test_margin_accuracies_over_pairs_or_seeds():
+    one, two = {"return": np.array([1, 0, 0.5, 1])}, {"return": np.array([0.0, 0, 0, 1])}
+    assert margin_accuracies([one]) == {"return": {**estimate([1, 0, 0.5, 1]), "over": "test prompts"}}
+    grouped = margin_accuracies([one], [0, 0, 1, 1])["return"]
+    assert grouped == {**estimate([1, 0, 0.5, 1], [0, 0, 1, 1]), "over": "test prompts"}
+    assert grouped["n"] == 2
+    assert margin_accuracies([one, two]) == {"return": {**mean_and_error([0.625, 0.25]), "over": "seeds"}}
+    assert margin_accuracies([]) == margin_accuracies([{}]) == {}
+
+
+def test_the_same_prompts_side_by_side():
+    def runs(*responses):
+        rows = [{"prompt": f"p{i}", "response": text, "score": i} for i, text in enumerate(responses)]
+        return [Measured({}, {}, rows), Measured({}, {}, [])]
+
+    assert side_by_side({"dpo": runs("a", "b"), "tvkd": runs("c", "d"), "none": [Measured({}, {}, [])]}) == [
+        {"prompt": "p0", "responses": {"dpo": "a", "tvkd": "c"}, "scores": {"dpo": 0, "tvkd": 0}},
+        {"prompt": "p1", "responses": {"dpo": "b", "tvkd": "d"}, "scores": {"dpo": 1, "tvkd": 1}},
+    ]
+    assert side_by_side({"none": [Measured({}, {}, [])]}) == []

@@ -1,0 +1,385 @@
+"""Responses: ROUGE-L is rouge-score's, the judge reads what RewardTrainer reads, ranges by hand, files end to end."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from rouge_score import rouge_scorer
+
+from prefdistill.cli import main
+from prefdistill.core.errors import UserError
+from prefdistill.data.encode import judged_ids
+from prefdistill.data.load import load_prompts, prompt_text
+from prefdistill.evaluation import estimate, pair_wins
+from prefdistill.evaluation.generations import (
+    Generations,
+    by_prompt,
+    measure_scores,
+    measure_texts,
+    references_of,
+    rouge_l,
+    unique_prompts,
+)
+from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
+from prefdistill.evaluation.reward_model import RewardModel, judge_of
+from prefdistill.models.scratch import random_model
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def said(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def asked(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def test_rouge_l_is_rouge_scores():
+    responses = ["The cats were running, fast!", "", "b a", "same words here", "réponse naïve"]
+    references = ["A cat runs fast.", "nothing", "a b", "same words here", "réponse"]
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    expected = [
+        scorer.score(target, text)["rougeL"].fmeasure for target, text in zip(references, responses, strict=True)
+    ]
+    assert rouge_l(responses, references) == expected
+    assert expected[3] == 1
+    assert expected[1] == 0
+    assert expected[2] == 0.5  # one of two words in order
+
+
+def test_texts_by_hand():
+    generations = Generations(
+        asked("p", "q", "p"), ["one two", " three ", ""], [3, 2, 1], ["one two", "three", "one two"]
+    )
+    measured = Measured()
+    measure_texts(measured, generations)
+    assert measured.items["exact_match"] == [1, 1, 0]
+    assert measured.items["response_words"] == [2, 1, 0]
+    assert measured.items["response_tokens"] == [3, 2, 1]
+    assert measured.items["reference_words"] == [2, 1, 2]
+    assert measured.items["rouge_l"] == [1, 1, 0]
+    assert measured.groups["rouge_l"] == [0, 1, 0]
+    assert mean_of([[measured]], "exact_match") == estimate([1, 1, 0], "pqp") | {"over": "test prompts"}
+    alone = Measured()
+    measure_texts(alone, Generations(["p"], ["text"]))
+    assert alone.items.keys() == {"response_words"}
+
+
+def test_prompts_are_asked_once_and_compared_with_their_first_reference():
+    rows = Dataset.from_list(
+        [{"prompt": p, "chosen": c} for p, c in zip(asked("a", "b", "a", "c"), said("1", "2", "3", "4"), strict=True)]
+    )
+    assert unique_prompts(rows)["chosen"] == said("1", "2", "4")
+    assert unique_prompts(rows, 2)["chosen"] == said("1", "2")
+    answers = Dataset.from_list(
+        [{"prompt": asked("c")[0], "own": said("x")[0]}, {"prompt": asked("a")[0], "own": said("y")[0]}]
+    )
+    found = Generations.read(answers, "own", references_of(rows))
+    assert (found.responses, found.references, found.tokens) == (["x", "y"], ["4", "1"], None)
+    with pytest.raises(UserError, match=r"no column 'response'; they have prompt, own\. Name it with --column"):
+        Generations.read(answers)
+    with pytest.raises(UserError, match="1 prompts of the generations are not in the data"):
+        Generations.read(answers, "own", references_of(rows.select([0])))
+    assert references_of(rows.select_columns("prompt")) == {}
+
+
+# -- ranges of length --------------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_by_the_words_of_the_reference():
+    assert length_ranges([], [5, 10, 50]) == [(0, 5), (6, 10), (11, 50), (51, None)]
+    assert length_ranges([], [10, 5, 5]) == [(0, 5), (6, 10), (11, None)]
+    assert length_ranges([1, 2, 3, 4, 5]) == [(0, 2), (3, 3), (4, 4), (5, None)]
+    assert length_ranges([7, 7]) == [(0, 7), (8, None)]
+
+
+def test_metrics_by_range():
+    def run(rouge, words=(3, 5, 6, 90)):
+        measured = Measured()
+        measured.add("rouge_l", rouge)
+        measured.add("reference_words", words)
+        return measured
+
+    ours, theirs = [[run([0, 1, 0.5, 0.25])]], [[run([1, 1, 1, 1])]]
+    found = by_length({"ours": ours, "theirs": theirs, "silent": [[Measured()]]}, [5, 50, 70])
+    assert found.keys() == {"rouge_l"}
+    assert [(row["low"], row["high"], row["n"]) for row in found["rouge_l"]] == [(0, 5, 2), (6, 50, 1), (71, None, 1)]
+    assert found["rouge_l"][0]["methods"]["ours"] == estimate([0, 1]) | {"over": "test prompts"}
+    assert found["rouge_l"][1]["methods"]["ours"] == {"mean": 0.5, "se": None, "n": 1, "over": "test prompts"}
+    assert found["rouge_l"][2]["methods"]["theirs"]["mean"] == 1
+    orders = by_length({"ours": [[run([0, 1, 0.5, 0.25]), run([0, 0, 0, 0])]]}, [5])
+    assert orders["rouge_l"][0]["methods"]["ours"] == {"mean": 0.25, "se": 0.25, "n": 2, "over": "data orders"}
+    assert by_length({"silent": [[Measured()]]}) == {}
+
+
+def test_points_are_length_and_score():
+    measured = Measured()
+    measured.add("response_tokens", [3, 4, 5])
+    assert points(measured) == []
+    measured.add("judge_score", [0.5, -1, 2])
+    assert points(measured, 2) == [[3, 0.5], [4, -1]]
+    measured.add("reward", [1, 2, 3])
+    assert points(measured)[0] == [3, 1]
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, tokenizer):
+    """A random reward model whose scores differ."""
+    place = tmp_path_factory.mktemp("reward") / "model"
+    model = random_model(tokenizer, SHAPE | {"max_position_embeddings": 24}, 3, reward=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return str(place)
+
+
+def test_a_response_is_read_as_trl_trains_on_it(tokenizer, pairs, tmp_path):
+    from trl import RewardConfig, RewardTrainer
+
+    def trained_on(rows):
+        args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, max_length=None, report_to="none")
+        model = random_model(tokenizer, SHAPE, 0, reward=True)
+        return RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train_dataset
+
+    few = pairs.select(range(6)).select_columns(["prompt", "chosen", "rejected"])
+    plain = Dataset.from_list([{key: value[0]["content"] for key, value in row.items()} for row in few])
+    for rows in (few, plain):
+        theirs = trained_on(rows)
+        for row, both in zip(rows, theirs, strict=True):
+            for side in ("chosen", "rejected"):
+                assert judged_ids(tokenizer, row["prompt"], row[side]) == both[f"{side}_ids"]
+    row = few[0]
+    assert judged_ids(tokenizer, row["prompt"], row["chosen"][0]["content"]) == trained_on(few)[0]["chosen_ids"]
+
+
+def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
+    """Batches pad on the right, and a text is cut where the positions end."""
+    judge = RewardModel(reward_model, batch_tokens=100)
+    prompts, responses = pairs["prompt"][:], pairs["chosen"][:]
+    found = judge.score(prompts, responses)
+    lengths = []
+    for prompt, response, score in zip(prompts, responses, found, strict=True):
+        ids = judged_ids(tokenizer, prompt, response)
+        lengths.append(len(ids))
+        with torch.no_grad():
+            alone = judge.model(input_ids=torch.tensor([ids[:24]])).logits[0, 0]
+        assert score == pytest.approx(float(alone), abs=1e-4)
+    assert max(lengths) > 24 > min(lengths)
+    assert len(set(found)) > 12
+    batches = judge._batches(lengths)
+    assert sorted(place for batch in batches for place in batch) == list(range(24))
+    assert all(len(batch) * max(lengths[place] for place in batch) <= 100 or len(batch) == 1 for batch in batches)
+
+
+def test_wins_against_all_the_others_of_a_prompt():
+    class Judge:
+        def score(self, prompts, responses, what=""):
+            return np.array([float(response) for response in responses])
+
+    judge = Judge()
+    ours = Generations(["p", "q"], ["2", "5"])
+    measured = Measured()
+    others = by_prompt(["p", "q", "p", "p", "r"], [1, 5, 2, 3, 9])
+    measure_scores(measured, ours, judge, others)
+    assert measured.items["judge_score"] == [2, 5]
+    assert measured.items["judge_win_rate"] == [0.5, 0.5]  # a win, a tie and a loss; a tie
+    with pytest.raises(UserError, match="no response to the prompt q"):
+        measure_scores(measured, ours, judge, by_prompt(["p"], [1]))
+
+
+def test_what_a_judge_is_worth(reward_model, pairs, tokenizer):
+    judge = RewardModel(reward_model)
+    worth = judge.judge_pairs(pairs)
+    scores = [judge.score(pairs["prompt"][:], pairs[side][:]) for side in ("chosen", "rejected")]
+    assert worth.items["accuracy"] == pair_wins(*scores).tolist()
+    longer = [
+        pair_wins(*([len(judged_ids(tokenizer, row["prompt"], row[side]))] for side in ("chosen", "rejected")))[0]
+        for row in pairs
+    ]
+    assert worth.items["longer_is_better"] == longer
+    told = judge_of("it", [worth])
+    assert told["accuracy"] == estimate(worth.items["accuracy"]) | {"over": "test prompts"}
+    assert (told["kind"], told["name"], told["pairs"]) == ("reward_model", "it", 24)
+
+
+def test_what_is_no_judge_is_refused(tmp_path, make_model, tokenizer):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    make_model().save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    with pytest.raises(UserError, match="it is a language model, LlamaForCausalLM"):
+        RewardModel(str(tmp_path / "language"))
+    several = LlamaForSequenceClassification(LlamaConfig(**SHAPE, vocab_size=len(tokenizer), num_labels=3))
+    several.save_pretrained(tmp_path / "several")
+    with pytest.raises(UserError, match="has 3 labels; a reward model has one"):
+        RewardModel(str(tmp_path / "several"))
+    with pytest.raises(UserError, match="no reward model at 'nowhere'"):
+        RewardModel("nowhere")
+    bare = random_model(tokenizer, SHAPE, 0, reward=True)
+    bare.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    judge = RewardModel(str(tmp_path / "bare"))
+    with pytest.raises(UserError, match="has no chat template, and the data are conversations"):
+        judge.score(asked("p"), ["r"])
+    assert np.isfinite(judge.score(["plain prompt "], ["and response"])).all()
+
+
+# -- the verb ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
+    monkeypatch.chdir(tmp_path)
+    with open("pairs.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*pairs, pairs[0]])
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+EVALUATE = ["evaluate", "--out", "e.json"]
+SAMPLE = [*EVALUATE, "--model", "model", "--data", "pairs.jsonl", "--max-new-tokens", "8"]
+
+
+def told(capfd):
+    return capfd.readouterr().err
+
+
+def test_responses_are_sampled_once_and_scored(place, reward_model, capfd):
+    scored = [*SAMPLE, "--reward-model", reward_model, "--length-ranges", "3,6"]
+    assert main(scored) == 0
+    found = json.loads((place / "e.json").read_text())
+    assert found["metrics"].keys() == {
+        "judge_score", "judge_win_rate", "rouge_l", "exact_match", "response_tokens", "response_words",
+    }  # fmt: skip
+    assert all(value["n"] == 24 for value in found["metrics"].values())  # a prompt that stands twice is asked once
+    assert found["against"] == "the chosen responses of pairs.jsonl"
+    assert found["judge"]["pairs"] == 25
+    assert found["judge"]["accuracy"]["n"] == 24
+    rows = load_prompts(found["generations"]["file"])
+    assert rows.column_names == ["prompt", "response", "response_ended", "response_tokens"]
+    assert found["metrics"]["response_tokens"]["mean"] == np.mean(rows["response_tokens"][:])
+    judge = RewardModel(reward_model)
+    scores = judge.score(rows["prompt"][:], rows["response"][:])
+    assert found["metrics"]["judge_score"]["mean"] == pytest.approx(scores.mean())
+    assert found["generations"]["points"] == [
+        [n, pytest.approx(s, abs=1e-5)] for n, s in zip(rows["response_tokens"][:], scores, strict=True)
+    ]
+    assert {(row["low"], row["high"]) for row in found["by_length"]["rouge_l"]} == {(0, 3), (4, 6), (7, None)}
+    assert "longer is better, likewise" in capfd.readouterr().out
+    before = (place / "e.generations.jsonl").stat().st_mtime_ns
+    assert main(scored) == 0
+    assert (place / "e.generations.jsonl").stat().st_mtime_ns == before
+    assert main([*scored, "--seed", "1"]) == 2
+    assert "holds responses of another request" in told(capfd)
+
+
+def refuse_system(model):
+    """Have the chat template of a model refuse a system message."""
+    template = Path(model) / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+
+
+@pytest.fixture
+def strict(place, reward_model):
+    """A judge that refuses the prompt of row 3."""
+    shutil.copytree(reward_model, place / "strict")
+    refuse_system(place / "strict")
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    rows[3]["prompt"].insert(0, {"role": "system", "content": "> >"})
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--reward-model", "strict"]
+
+
+def test_a_prompt_that_the_judge_cannot_read_is_known_before_it_is_answered(place, strict, capfd):
+    assert main([*SAMPLE, *strict]) == 2
+    refusal = (
+        "row 3: the chat template of the reward model strict refuses messages of system, user, assistant (no system)"
+    )
+    assert f"pairs.jsonl, {refusal}; choose another, or change the data" in told(capfd)
+    assert not (place / "e.generations.jsonl").exists()
+    assert main([*SAMPLE, "--generate"]) == 0
+    (place / "e.json").unlink()
+    assert main([*EVALUATE, "--generations", "e.generations.jsonl", *strict]) == 2
+    assert f"e.generations.jsonl, {refusal}" in told(capfd)
+
+
+@pytest.mark.parametrize("limit", [[], ["--prompts", "3"]], ids=["nor does the model", "nobody asks"])
+def test_pairs_that_the_judge_cannot_read_count_for_nothing(place, strict, capfd, limit):
+    if not limit:
+        refuse_system("model")
+    assert main([*SAMPLE, *strict, *limit]) == 0
+    assert "judge: dropped 1 row: the chat template refuses its messages (1, first row 3)" in told(capfd)
+    found = json.loads((place / "e.json").read_text())
+    rows, judge = load_prompts("e.generations.jsonl"), RewardModel("strict")
+    assert (found["judge"]["pairs"], len(rows)) == (24, 3 if limit else 23)
+    chosen = references_of(load_prompts("pairs.jsonl"))
+    prompts, texts = rows["prompt"][:], [chosen[prompt_text(prompt)] for prompt in rows["prompt"]]
+    wins = pair_wins(judge.score(prompts, rows["response"][:]), judge.score(prompts, texts))
+    assert found["metrics"]["judge_win_rate"]["mean"] == pytest.approx(wins.mean())
+
+
+def test_how_responses_were_made_is_said_only_of_the_file_that_was_made(place):
+    assert main([*SAMPLE, "--generate"]) == 0
+    given = [*EVALUATE, "--generations", "e.generations.jsonl"]
+    for edited in (False, True):
+        if edited:
+            (place / "e.generations.jsonl").write_text((place / "e.generations.jsonl").read_text() + "\n")
+        assert main(given) == 0
+        found = json.loads((place / "e.json").read_text())["generations"]
+        assert {"ended_share", "tokens_per_second"}.isdisjoint(found) == edited
+
+
+def test_given_responses_need_no_model_and_win_half_against_themselves(place, reward_model, capfd):
+    assert main([*SAMPLE, "--generate"]) == 0
+    given = [*EVALUATE, "--generations", "e.generations.jsonl", "--reward-model", reward_model]
+    assert main([*given, "--against", "e.generations.jsonl"]) == 0
+    found = json.loads((place / "e.json").read_text())
+    assert found["metrics"]["judge_win_rate"]["mean"] == 0.5
+    assert "rouge_l" not in found["metrics"]
+    assert "judge" not in found
+    assert main(given) == 0
+    assert "no win rate" in told(capfd)
+    assert "judge_win_rate" not in json.loads((place / "e.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate: give --reference"),
+        (["--model", "model"], "nothing to evaluate"),
+        (["--generate", "--data", "pairs.jsonl"], "--model is missing"),
+        (["--generate", "--model", "model"], "--data is missing"),
+        (["--reward-model", "x", "--model", "model"], "--data is missing"),
+        (["--model", "model", "--data", "pairs.jsonl", "--generate", "--teacher", "t"], "--teacher needs --reference"),
+        (["--model", "model", "--data", "pairs.jsonl", "--generate", "--against", "t"], "--against needs --reward-mod"),
+        (["--model", "model", "--lm-eval", "x", "--length-ranges", "5"], "--length-ranges needs responses"),
+        (["--model", "model", "--data", "pairs.jsonl", "--generate", "--limit", "5"], "--limit needs --lm-eval"),
+        (["--generations", "pairs.jsonl", "--temperature", "0"], "--temperature needs responses to sample"),
+        (["--generations", "pairs.jsonl", "--generate"], "leave one of the two out"),
+        (["--generations", "pairs.jsonl"], "no column 'response'"),
+        (["--generations", "pairs.jsonl", "--length-ranges", "5,x"], "takes numbers of words with commas"),
+        (["--generations", "pairs.jsonl", "--length-ranges", "10,5"], "takes numbers that rise, e.g. 5,10,50"),
+        (["--generations", "pairs.jsonl", "--column", "chosen", "--reward-model", "model"], "it is a language model"),
+    ],
+)
+def test_mistakes_are_told(place, arguments, message, capfd):
+    assert main([*EVALUATE, *arguments]) == 2
+    assert message in told(capfd)
+    assert not (place / "e.json").exists()

@@ -1,0 +1,352 @@
+"""What SECURITY.md promises: files from strangers run no code and reach no other place, and keys stay put."""
+
+import ast
+import json
+import os
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import datasets
+import pytest
+import torch
+
+import prefdistill
+from prefdistill.cli import main
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import read_json, read_sealed, write_json, write_sealed
+from prefdistill.data.encode import Truncation
+from prefdistill.methods import METHODS
+from prefdistill.models.load import load_model
+from prefdistill.report.study import write_study
+from prefdistill.signals import Signals, extract_signals
+from prefdistill.training.loop import fit
+from prefdistill.training.options import Training
+from prefdistill.training.student import make_trainer
+
+SOURCES = sorted(Path(prefdistill.__file__).parent.rglob("*.py"))
+FAST = ["max_steps=1", "batch_size=2", "micro_batch_size=2"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
+    datasets.disable_progress_bars()
+    monkeypatch.chdir(tmp_path)
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs.select(range(4))]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+# -- our own files hold no code ----------------------------------------------------------------------------------------
+
+
+def names_in(tree):
+    """Everything that is imported, called or passed by name, as dotted names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            yield f"{ast.unparse(node.func)}()"
+            yield from (keyword.arg for keyword in node.keywords if keyword.arg)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_nothing_is_unpickled_unpacked_or_evaluated(source):
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    names = set(names_in(tree)) - {"pickle.UnpicklingError"}  # an error, to be caught
+    modules = {name.split(".")[0] for name in names}
+    assert modules.isdisjoint({"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "tarfile", "zipfile"})
+    calls = {"eval()", "exec()", "compile()", "__import__()", "torch.load()", "np.load()", "os.system()", "yaml.load()"}
+    if source.name == "config.py":  # with a loader that is a SafeLoader, see below
+        calls.remove("yaml.load()")
+    assert names.isdisjoint(calls | {"allow_pickle", "shell", "shutil.unpack_archive()", "yaml.unsafe_load()"})
+
+
+def test_yaml_is_read_by_the_safe_loader():
+    import yaml
+
+    from prefdistill.core.yaml import _Loader
+
+    assert issubclass(_Loader, yaml.SafeLoader)
+    assert set(_Loader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
+    (source,) = (path for path in SOURCES if path.name == "config.py")
+    calls = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "yaml.load"]
+    assert loads
+    assert all([ast.unparse(k.value) for k in call.keywords if k.arg == "Loader"] == ["_Loader"] for call in loads)
+
+
+def test_results_are_of_harmless_kinds_and_hold_no_key(place, monkeypatch, capfd):
+    secret = "hf_1234567890abcdefghij"
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "PREFDISTILL_JUDGE_KEY", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    (place / "recipe.yaml").write_text(
+        "name: x\ndata: {train: pairs.jsonl, test: pairs.jsonl}\nmodel: {teacher: model, student: model}\n"
+        "training: {max_steps: 1, batch_size: 2, micro_batch_size: 2}\nmethods: {dpo: {}, simpo: {}}\n"
+        "student: {sft: {}}\n"
+    )
+    assert main(["run", "recipe.yaml", "--out", "run"]) == 0
+    assert main(["run", "recipe.yaml", "--out", "other", "methods.dpo.bata=1"]) == 2
+    out, err = capfd.readouterr()
+    assert secret not in out + err
+    made = [path for path in (place / "run").rglob("*") if path.is_file()]
+    kinds = {path.suffix for path in made}
+    assert {".safetensors", ".parquet", ".json", ".jsonl"} <= kinds
+    assert kinds <= {
+        ".safetensors",
+        ".parquet",
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".html",
+        ".jinja",
+        ".txt",
+        ".md",
+        ".sha256",
+    }
+    assert not any(secret.encode() in path.read_bytes() for path in made)
+
+
+# -- pickles in what we are given --------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_the_pickle_would_run(tmp_path):
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil.pt")
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, make_model, tokenizer, pairs):
+    """A training that stopped after two of four steps."""
+    out = tmp_path_factory.mktemp("checkpoint")
+    fit(trainer_of(out, make_model, tokenizer, pairs, max_steps=2), out, "x")
+    (last,) = (out / "checkpoints").glob("checkpoint-2")
+    state = read_json(last / "trainer_state.json")
+    write_json(last / "trainer_state.json", state | {"max_steps": 4})
+    return out / "checkpoints"
+
+
+def trainer_of(out, make_model, tokenizer, pairs, max_steps=4):
+    training = Training(max_steps=max_steps, batch_size=2, micro_batch_size=2, save_steps=1)
+    model = make_model(num_hidden_layers=1)
+    return make_trainer(METHODS["sft"](), lambda: model, pairs.select(range(8)), tokenizer, training, out)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_cannot_run_code(checkpoint, tmp_path, make_model, tokenizer, pairs, name):
+    out = tmp_path / "out"
+    shutil.copytree(checkpoint, out / "checkpoints")
+    file = out / "checkpoints" / "checkpoint-2" / name
+    assert file.is_file()
+    torch.save(Evil(tmp_path / "ran"), file)
+    mark = read_sealed(file.parent / "whole.json")
+    write_sealed(file.parent / "whole.json", {"files": mark["files"] | {name: file.stat().st_size}})
+    trainer = trainer_of(out, make_model, tokenizer, pairs)
+    if name == "training_args.bin":  # nobody reads it
+        fit(trainer, out, "x")
+        assert trainer.state.global_step == 4
+    else:
+        with pytest.raises(UserError, match="checkpoint-2 is damaged, or holds more than the state of a training"):
+            fit(trainer, out, "x")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_cannot_run_code(place, capsys):
+    (place / "model" / "model.safetensors").unlink()
+    torch.save(Evil(place / "ran"), place / "model" / "pytorch_model.bin")
+    assert main(["sample", "--model", "model", "--data", "pairs.jsonl", "--out", "o.jsonl"]) == 2
+    assert "model is there but holds no model" in capsys.readouterr().err
+    assert not (place / "ran").exists()
+
+
+def test_a_pickled_adapter_cannot_run_code(place, make_model, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_model("model"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained("adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(place / "model" / name, place / "adapter")
+    (place / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(Evil(place / "ran"), place / "adapter" / "adapter_model.bin")
+    assert main(["sample", "--model", "adapter", "--data", "pairs.jsonl", "--out", "o.jsonl"]) == 2
+    assert "adapter is there but holds no model" in capsys.readouterr().err
+    assert not (place / "ran").exists()
+
+
+# -- code in what we are given -----------------------------------------------------------------------------------------
+
+CODE = """
+import pathlib
+pathlib.Path({marker!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig):
+    model_type = "stranger"
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Tokens(PreTrainedTokenizerFast):
+    pass
+def generate(model, *args, **kwargs):
+    pathlib.Path({marker!r}).touch()
+"""
+
+
+@pytest.fixture(params=["stranger", "llama"])
+def strange(request, place, monkeypatch):
+    """A model with code of its own, which leaves a file behind; one of a kind that transformers knows as well."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place / "modules"))
+    shutil.copytree(place / "model", place / "strange")
+    (place / "strange" / "code.py").write_text(CODE.format(marker=str(place / "ran")))
+    (place / "strange" / "custom_generate").mkdir()
+    shutil.copy(place / "strange" / "code.py", place / "strange" / "custom_generate" / "generate.py")
+    config = read_json(place / "strange" / "config.json")
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    names["AutoModelForSequenceClassification"] = "code.Model"
+    write_json(place / "strange" / "config.json", config | {"model_type": request.param, "auto_map": names})
+    config = read_json(place / "strange" / "tokenizer_config.json")
+    tokens = {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": [None, "code.Tokens"]}}
+    write_json(place / "strange" / "tokenizer_config.json", config | tokens)
+    (place / "recipe.yaml").write_text(
+        "name: x\ndata: {train: pairs.jsonl}\nmodel: {teacher: strange, student: strange}\nmethods: {dpo: {}}\n"
+        "training: {max_steps: 1, batch_size: 2, micro_batch_size: 2}\n"
+    )
+    (place / "questions.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["?"]}))
+    return place
+
+
+DATA, OUT = ["--data", "pairs.jsonl"], ["--out", "out"]
+VERBS = {
+    "sft": ["--model", "strange", *DATA, *OUT, *FAST],
+    "dpo": ["--model", "strange", *DATA, *OUT, *FAST],
+    "sample": ["--model", "strange", *DATA, "--out", "o.jsonl", "--max-new-tokens", "2"],
+    "signals": ["--model", "strange", *DATA, *OUT],
+    "distill": ["--student", "strange", "--method", "simpo", *DATA, *OUT, *FAST],
+    "evaluate": ["--model", "strange", *DATA, "--generate", "--max-new-tokens", "2", "--out", "e.json"],
+    "run": ["recipe.yaml", *OUT],
+    "judge": ["answers", "--model", "strange", "--questions", "questions.jsonl", "--out", "a.jsonl"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_models_code_does_not_run_unless_asked_for(strange, capsys, verb):
+    main([verb, *VERBS[verb]])
+    capsys.readouterr()
+    assert not (strange / "ran").exists()
+    assert main(["evaluate", "--model", "model", *DATA, "--reward-model", "strange", "--out", "e.json"]) == 2
+    assert not (strange / "ran").exists()
+
+
+def test_a_models_code_runs_where_it_is_asked_for(strange, capsys):
+    """Else the test above would prove nothing."""
+    main(["signals", *VERBS["signals"], "--trust-remote-code"])
+    capsys.readouterr()
+    assert (strange / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["model: {trust_remote_code: true}", "fast: {model.trust_remote_code: true}"])
+def test_a_recipe_cannot_ask_for_it(strange, capsys, text):
+    (strange / "more.yaml").write_text(f"extends: recipe.yaml\n{text}\n")
+    assert main(["run", "more.yaml", *OUT, "--fast"]) == 2
+    assert "more.yaml asks to run code from the models' repositories" in capsys.readouterr().err
+    assert not (strange / "ran").exists()
+    main(["run", "recipe.yaml", *OUT, "model.trust_remote_code=true"])
+    assert (strange / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.mkdir('ran') }}"]
+)
+def test_a_chat_template_cannot_leave_its_sandbox(place, capsys, template):
+    (place / "model" / "chat_template.jinja").write_text(template)
+    assert main(["signals", "--model", "model", *DATA, *OUT]) == 2
+    assert "The chat template refuses a user and an assistant message" in capsys.readouterr().err
+    assert not (place / "ran").exists()
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path, make_model, tokenizer, pairs):
+    model = make_model(num_hidden_layers=1)
+    few, limits = pairs.select(range(4)), Truncation(64)
+    extract_signals(model, few, tokenizer, out=tmp_path / "store", kinds=("logps",), truncation=limits)
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize(
+    "name", ["../manifest.json", "../../00000.parquet", "/etc/passwd", "..", ".", "", "a/../00000.parquet", "\0"]
+)
+def test_a_manifest_names_files_of_its_store_only(store, name):
+    shutil.copy(store / "shards" / "00000.parquet", store.parent / "00000.parquet")
+    manifest = read_sealed(store / "manifest.json")
+    manifest["shards"][0]["file"] = name
+    write_sealed(store / "manifest.json", manifest)
+    with pytest.raises(UserError, match="which is no file of the store"):
+        Signals.open(store)
+
+
+@pytest.mark.parametrize("what", ["shards/00000.parquet", "shards"])
+def test_a_link_that_leads_out_of_a_store_is_not_followed(store, what):
+    (store / what).rename(store.parent / "elsewhere")
+    (store / what).symlink_to(store.parent / "elsewhere")
+    with pytest.raises(UserError, match="a link that leads out of the store"):
+        Signals.open(store)
+
+
+def test_a_store_may_itself_be_linked_to(store):
+    (store.parent / "link").symlink_to(store)
+    assert len(Signals.open(store.parent / "link")) == 4
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+EVIL = "<script>alert(1)</script></style></title></desc><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
+
+
+def test_the_page_of_a_study_shows_hostile_text_as_text(tmp_path):
+    estimate = {"mean": 0.1, "se": 0.1, "n": 3, "over": EVIL, "low": 0.0, "high": 0.2, "values": [0.1]}
+    cell = {
+        "cell": EVIL, "group": EVIL, "x": None, "overrides": {EVIL: EVIL}, "files": [EVIL], "seeds": [1],
+        "methods": {EVIL: {"reward": estimate}}, "differences": {EVIL: {"reward": estimate}},
+        "margin_accuracy": {EVIL: estimate}, "shaping_std": {EVIL: [1.0]}, "warnings": [EVIL],
+    }  # fmt: skip
+    results = {
+        "study": EVIL, "question": EVIL, "recipe": EVIL, "overrides": {EVIL: EVIL}, "metric": "reward", "x": None,
+        "x_label": EVIL, "x_scale": "linear", "seeds": [1], "methods": [EVIL], "baseline": EVIL, "labels": {EVIL: EVIL},
+        "controls": [], "metrics": {"reward": {"label": EVIL, "higher_is_better": True, "format": ".3f"}},
+        "cells": [cell], "failed": [{"cell": EVIL, "seed": 1, "error": EVIL}], "seconds": 1.0,
+        "environments": [{EVIL: EVIL}], "data": {EVIL: [{EVIL: EVIL}]},
+    }  # fmt: skip
+    write_study(results, tmp_path)
+    found: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.append(tag)
+            assert not any(name.startswith("on") for name, _ in attrs)
+
+    page = (tmp_path / "study.html").read_text(encoding="utf-8")
+    Tags().feed(page)
+    assert {"table", "svg"} <= set(found)
+    assert {"script", "img", "iframe", "object", "base", "form"}.isdisjoint(found)
+    assert "&lt;script&gt;alert(1)" in page
+    assert "Content-Security-Policy" in page
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(tmp_path / "plot.svg").iter()}
+    assert {"script", "img", "image", "foreignObject"}.isdisjoint(tags)
+    assert "<script" not in (tmp_path / "table.md").read_text(encoding="utf-8")

@@ -1,0 +1,103 @@
+"""The number of processes does not change what is learnt."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefdistill.core.files import write_jsonl
+from prefdistill.signals import extract_signals
+
+SCRIPT = Path(__file__).parents[1] / "support" / "train_in_processes.py"
+
+
+def test_two_processes_have_the_trajectory_of_one(tmp_path, make_model, pairs, tokenizer):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
+    from prefdistill.data.load import load_pairs
+
+    pairs = load_pairs(str(tmp_path / "pairs.jsonl"))
+    extract_signals(make_model(5), pairs, tokenizer, ("values", "topk"), tmp_path / "teacher", k=7)
+    extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "reference", role="reference")
+    runs = []
+    for processes, micro in ((1, 8), (2, 4)):
+        out = tmp_path / f"{processes}.json"
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *launch, str(SCRIPT), str(tmp_path), str(micro), str(out)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(json.loads(out.read_text()))
+    logged = {"tvkd": ("loss", "rewards/margins", "shaping/margins_abs"), "dckd": ("loss", "kl/chosen", "kl/rejected")}
+    assert runs[0].keys() == runs[1].keys() == logged.keys()
+    for name, keys in logged.items():
+        one, two = (run[name] for run in runs)
+        for key in keys:
+            a, b = ([entry[key] for entry in run["history"] if key in entry] for run in (one, two))
+            assert len(a) == len(set(a)) == 5
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f"{name} {key}")
+        assert one["weights"] == pytest.approx(two["weights"], abs=1e-3)
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "prefdistill"]
+
+
+@pytest.fixture
+def launch(tmp_path, make_model, pairs, tokenizer):
+    """Call a verb on two processes, beside a model and pairs."""
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
+
+    def call(*arguments, prefix=LAUNCH):
+        # torchrun gives each process one thread; another number of them rounds otherwise
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*prefix, *arguments], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300
+        )
+
+    return call
+
+
+def test_the_command_line_trains_on_two_processes_and_refuses_the_rest(tmp_path, launch):
+    options = ["max_steps=2", "batch_size=8", "micro_batch_size=4"]
+    data = ["--data", "pairs.jsonl"]
+    trained = launch("distill", "--student", "model", *data, "--method", "sft", "--out", "out", *options)
+    assert trained.returncode == 0, trained.stderr[:3000]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert trained.stderr.count("done in") == 1
+    refused = launch("sample", "--model", "model", *data, "--out", "s.jsonl")
+    assert refused.returncode != 0
+    assert "`prefdistill sample` runs in one process" in refused.stderr
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_signals_of_two_processes_are_those_of_one_to_the_last_byte(tmp_path, launch, pairs):
+    """Three shards for two processes, one of them left by an interrupted run on one process."""
+    script = """import sys
+from prefdistill import extract_signals
+extract_signals("model", "pairs.jsonl", out=sys.argv[1], kinds=("values", "logps", "topk"), k=5, shard_rows=10)
+"""
+    (tmp_path / "extract.py").write_text(script)
+    alone = launch("extract.py", "one", prefix=[sys.executable])
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "manifest.json").unlink()
+    for number in (0, 2):
+        (tmp_path / "two" / "shards" / f"{number:05d}.parquet").unlink()
+    both = launch("extract.py", "two", prefix=LAUNCH[:-2])
+    assert both.returncode == 0, both.stderr[-3000:]
+    for name in ("manifest.json", *(f"shards/{number:05d}.parquet" for number in range(3))):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    told = launch("signals", "--model", "model", "--data", "pairs.jsonl", "--out", "three", "--json")
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert json.loads(told.stdout)["pairs"] == len(pairs)  # said once
