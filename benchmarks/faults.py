@@ -59,7 +59,7 @@ TINY = [
 ]
 IMPORTED_LATE = (
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "rouge_score.rouge_scorer", "scipy.stats", "scipy.ndimage"),
-    *("matplotlib.pyplot", "prefdistill.experiment.results", "prefdistill.report.figures"),
+    *("matplotlib.pyplot", "prefdistill.experiment.run", "prefdistill.report.figures"),
 )
 PASSING = (".tmp", ".lock")
 CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # what no two runs have alike
@@ -121,7 +121,7 @@ def _signals() -> int:
 
 
 def _sample() -> int:
-    import prefdistill.sample
+    import prefdistill.sampling.files
 
     make = prefdistill.sampling.files.sample_responses
     prefdistill.sampling.files.sample_responses = partial(make, shard_rows=2)

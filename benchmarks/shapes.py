@@ -53,7 +53,7 @@ def make_model(
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from prefdistill.models.load import default_device
+    from prefdistill.models.device import default_device
 
     config = LlamaConfig(
         **shape,

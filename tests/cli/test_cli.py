@@ -55,7 +55,7 @@ def test_the_small_profile_does_not_take_the_place_of_the_whole_run(place, monke
     with (place / "recipe.yaml").open("a") as recipe:
         recipe.write("fast: {training.max_steps: 1}\n")
     monkeypatch.setattr(
-        "prefdistill.experiment.results.run_recipe", lambda recipe, out, **_: outs.append(out) or {"warnings": []}
+        "prefdistill.experiment.run.run_recipe", lambda recipe, out, **_: outs.append(out) or {"warnings": []}
     )
     monkeypatch.setattr("prefdistill.report.verdict", lambda results: "")
     monkeypatch.setattr("prefdistill.report.method_table", lambda results: "")

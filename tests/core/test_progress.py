@@ -1,7 +1,6 @@
 """Progress in a log: a line a minute, with rate and time left."""
 
-import prefdistill.progress as progress
-
+import prefdistill.core.progress as progress
 from prefdistill.core.progress import Progress
 
 

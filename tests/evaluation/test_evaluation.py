@@ -20,7 +20,7 @@ from prefdistill.evaluation import (
 from prefdistill.evaluation.measure import Measured, measure_pairs
 from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.results import margin_accuracies, side_by_side, summarise
+from prefdistill.experiment.summary import margin_accuracies, side_by_side, summarise
 from prefdistill.signals import SignalSet, extract_signals
 from support.stores import store_by_hand
 

@@ -31,7 +31,7 @@ from prefdistill.experiment.doctor import as_text, examine, machine
 from prefdistill.experiment.doctor.findings import excerpt
 from prefdistill.experiment.doctor.text import garbled
 from prefdistill.experiment.recipe import load_recipe
-from prefdistill.experiment.results import run_recipe
+from prefdistill.experiment.run import run_recipe
 from prefdistill.models.load import empty_model
 from prefdistill.signals import extract_signals
 from prefdistill.signals.sizes import store_bytes

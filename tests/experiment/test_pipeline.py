@@ -12,7 +12,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.recipe import load_recipe
-from prefdistill.experiment.results import run_recipe
+from prefdistill.experiment.run import run_recipe
 from prefdistill.methods import METHODS
 from prefdistill.models.identity import model_key
 from prefdistill.report.run import PANELS, load_run
@@ -139,7 +139,7 @@ def test_only_what_depends_on_a_change_is_made_again(copy):
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch):
-    import prefdistill.pipeline as pipeline
+    import prefdistill.experiment.pipeline as pipeline
 
     calls = []
 
@@ -402,7 +402,7 @@ def test_models_are_what_they_hold_and_not_where_they_lie(mine, tmp_path):
 
 @pytest.mark.parametrize("during", ["distill-dpo-0", "distill-tvkd-0"])
 def test_a_model_that_changes_while_the_run_works_is_no_part_of_its_results(mine, tmp_path, monkeypatch, during):
-    import prefdistill.pipeline as pipeline
+    import prefdistill.experiment.pipeline as pipeline
 
     def fit_meanwhile(trainer, out, what):
         real(trainer, out, what)

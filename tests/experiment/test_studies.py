@@ -7,16 +7,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from unittest.mock import patch
 
-import prefdistill.studies as studies
 import pytest
 import yaml
 
+import prefdistill.experiment.study as studies
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_jsonl
 from prefdistill.experiment.pipeline import SeedRun
 from prefdistill.experiment.recipe import load_recipe
-from prefdistill.experiment.results import run_recipe
+from prefdistill.experiment.run import run_recipe
 from prefdistill.experiment.study import cells_of, load_study, recipe_of, run_study
 from prefdistill.report.study import answers, render_markdown, write_study
 from prefdistill.training.nan_guard import NotFinite
@@ -298,7 +298,7 @@ def test_a_training_that_diverged_is_a_cell_that_failed(finished, tmp_path, monk
 
 
 def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
-    import prefdistill.pipeline as pipeline
+    import prefdistill.experiment.pipeline as pipeline
 
     path, _, results = finished
     calls = []

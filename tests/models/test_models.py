@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import end_token_ids
+from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import (
     computing_config,
     fits_in,
@@ -21,7 +22,7 @@ from prefdistill.models.identity import (
     tokenizer_identity,
     weights_digest,
 )
-from prefdistill.models.load import default_dtype, load_model, load_tokenizer, ready
+from prefdistill.models.load import load_model, load_tokenizer, ready
 from prefdistill.models.scratch import random_model, texts_of, train_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens
 
@@ -174,7 +175,7 @@ def test_a_tokenizer_without_an_end_token(tmp_path, tokenizer):
     ],
 )
 def test_a_teacher_is_read_in_bfloat16_where_that_is_fast(device, fast, dtype, monkeypatch):
-    monkeypatch.setattr("prefdistill.models.load.default_device", lambda: torch.device(device))
+    monkeypatch.setattr("prefdistill.models.device.default_device", lambda: torch.device(device))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: fast)
     for backend in ("cuda", "xpu"):
         monkeypatch.setattr(f"torch.{backend}.is_bf16_supported", lambda including_emulation: fast)
@@ -227,7 +228,7 @@ def test_a_quantised_checkpoint_stays_what_it_is(saved, tmp_path, capsys):
 @quantised
 @pytest.mark.parametrize(("dtype", "products"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "float32")])
 def test_the_dtype_of_a_quantised_model(saved, monkeypatch, dtype, products):
-    monkeypatch.setattr("prefdistill.models.load.fast_bf16", lambda: False)
+    monkeypatch.setattr("prefdistill.models.device.fast_bf16", lambda: False)
     model = load_model(saved, dtype=dtype, quantization="4bit")
     assert model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
     assert model_identity(model)["quantization"]["bnb_4bit_compute_dtype"] == products

@@ -113,7 +113,7 @@ def _run(
     # results of the small profile would replace the whole run's
     out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
     from prefdistill.core.progress import say
-    from prefdistill.experiment.results import run_recipe
+    from prefdistill.experiment.run import run_recipe
     from prefdistill.report import method_table, verdict
 
     results = run_recipe(recipe, out, command=" ".join(["prefdistill", *sys.argv[1:]]))

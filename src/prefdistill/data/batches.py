@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefdistill.data.encode import RESPONSES
-from prefdistill.models.backbone import attention_of, backbone_of, causal_lm, model_inputs
+from prefdistill.models.backbone import DOCUMENT, attention_of, backbone_of, causal_lm, model_inputs
 
 PADDING = -1
-DOCUMENT = 1024  # segments are numbered document * 1024 + response; 0 is the prompt
 # What attention under a mask costs more than its floating-point operations say, in units of those of the rest of a
 # model. 1.5 was measured on a CPU; on a GPU, whose kernels do not see what a mask hides, the figure is a careful guess.
 MASKED_ATTENTION = {"cpu": 1.5, "other": 4.0}
@@ -178,23 +177,6 @@ def make_batch(
         "lengths": torch.from_numpy(lengths),
         "sizes": [len(asked) for asked in where],
     }
-
-
-def _visible(segments: Tensor, model: nn.Module) -> Tensor:
-    """The mask [N, 1, L, L] under which a token sees what stands before it of its own segment and of its prompt.
-
-    Padding sees itself, so that no row of the softmax is empty.
-    """
-    prompts = segments.div(DOCUMENT, rounding_mode="floor") * DOCUMENT
-    own, prompt = segments[:, :, None] == segments[:, None, :], prompts[:, :, None] == segments[:, None, :]
-    width = segments.shape[1]
-    before = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    visible = ((own | prompt) & before)[:, None]
-    if attention_of(model) != "eager":
-        return visible
-    # transformers' own attention adds the mask to the scores
-    dtype = causal_lm(model).dtype
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 @torch.no_grad()

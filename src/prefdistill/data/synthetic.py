@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .errors import UserError
+from prefdistill.core.errors import UserError
 
 OPEN, CLOSE, COLON = "<", ">", ":"
 DIGITS = tuple("0123456789")

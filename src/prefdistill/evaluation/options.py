@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 from prefdistill.core.options import Options, Section
-from prefdistill.training.student.options import Training
+from prefdistill.training.options import Training
 
 
 class RewardModelOptions(Section):

@@ -14,7 +14,8 @@ from prefdistill.evaluation.measure import Measured, measure_pairs, numbered
 from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompts_of
 from prefdistill.evaluation.shaping import shaping_of
 from prefdistill.experiment.reward_stage import STAGE as JUDGE
-from prefdistill.models.load import default_dtype, ready
+from prefdistill.models.device import default_dtype
+from prefdistill.models.load import ready
 from prefdistill.sampling.files import sample_responses
 from prefdistill.sampling.sampler import Response
 from prefdistill.signals import SignalSet

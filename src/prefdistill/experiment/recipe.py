@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 from prefdistill.core.options import Options, Override, Section, _laid_over, _mapping, applied, validate
 from prefdistill.core.yaml import _Dumper, read_yaml
-from prefdistill.data.load.options import Data
+from prefdistill.data.options import Data
 from prefdistill.evaluation.options import Evaluation, RewardModelOptions
 from prefdistill.models.options import Models
 from prefdistill.sampling.options import Sampling
 from prefdistill.signals.options import SignalOptions
-from prefdistill.training.student.options import DPOTraining, Training
+from prefdistill.training.options import DPOTraining, Training
 
 DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
 RESERVED_NAMES = ("teacher", "start")  # evaluated beside the methods

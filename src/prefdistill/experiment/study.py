@@ -202,7 +202,7 @@ class StudyRun:
     def check(self) -> None:
         """Find what is wrong with any cell before the first one runs, and what each is made from."""
         from prefdistill.experiment.pipeline import SeedRun
-        from prefdistill.experiment.results import METRICS
+        from prefdistill.experiment.summary import METRICS
 
         if self.study.metric not in METRICS:
             raise UserError(f"{self.path}: metric {self.study.metric!r} is not measured; known: {', '.join(METRICS)}")
@@ -258,7 +258,7 @@ class StudyRun:
         return failed
 
     def _run_cell(self, cell: Cell, seed: int, command: str) -> None:
-        from prefdistill.experiment.results import environment, run_recipe
+        from prefdistill.experiment.run import environment, run_recipe
 
         recipe = self.recipe(cell, seed)
         work = self.out / "work" / cell.file(seed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.progress import say
 from prefdistill.data.load import SCORES, ended_column, load_pairs
 from prefdistill.methods import Method, sampled
-from prefdistill.models.load import default_dtype
+from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Need, Signals, extract_signals
 from prefdistill.signals.reading import VALUES

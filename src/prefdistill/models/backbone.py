@@ -1,11 +1,12 @@
-"""TODO docstring."""
+"""What all language models share behind their many names: backbone, attention, inputs."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefdistill.data.load.batches import _visible
+DOCUMENT = 1024  # segments are numbered document * 1024 + response; 0 is the prompt
 
 
 def model_inputs(batch: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -13,7 +14,7 @@ def model_inputs(batch: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     names = ("input_ids", "attention_mask", "position_ids")
     inputs: dict[str, Tensor] = {name: batch[name] for name in names if name in batch}
     if "segments" in batch:
-        inputs["attention_mask"] = _visible(batch["segments"], model)
+        inputs["attention_mask"] = visible_mask(batch["segments"], model)
     return inputs
 
 
@@ -36,3 +37,20 @@ def backbone_of(model: Any) -> Any:
 def attention_of(model: Any) -> str:
     """transformers' name of the attention kernel, e.g. "sdpa"."""
     return str(causal_lm(model).config.get_text_config()._attn_implementation)  # it has no public name
+
+
+def visible_mask(segments: Tensor, model: nn.Module) -> Tensor:
+    """The mask [N, 1, L, L] under which a token sees what stands before it of its own segment and of its prompt.
+
+    Padding sees itself, so that no row of the softmax is empty.
+    """
+    prompts = segments.div(DOCUMENT, rounding_mode="floor") * DOCUMENT
+    own, prompt = segments[:, :, None] == segments[:, None, :], prompts[:, :, None] == segments[:, None, :]
+    width = segments.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    visible = ((own | prompt) & before)[:, None]
+    if attention_of(model) != "eager":
+        return visible
+    # transformers' own attention adds the mask to the scores
+    dtype = causal_lm(model).dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

@@ -7,8 +7,8 @@ from prefdistill.core.progress import say
 if TYPE_CHECKING:
     pass
 
+from prefdistill.models.device import fast_bf16
 from prefdistill.models.hub import _base_of
-from prefdistill.models.load import fast_bf16
 
 QUANTIZATIONS = ("4bit", "8bit")
 

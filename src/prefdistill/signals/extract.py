@@ -22,8 +22,9 @@ from prefdistill.core.progress import Progress, say
 from prefdistill.data.batches import layout_for
 from prefdistill.data.encode import Dropped, Truncation, encode_pairs, nothing_left
 from prefdistill.data.load import check_pairs, data_fingerprint, load_pairs
+from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
-from prefdistill.models.load import default_dtype, load_model, load_tokenizer, ready
+from prefdistill.models.load import load_model, load_tokenizer, ready
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs

@@ -19,7 +19,7 @@ from prefdistill.experiment.doctor.findings import Finding, Severity
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.supply import STUDENT, held_out, source, split
 from prefdistill.methods import Method, make_method, sampled
-from prefdistill.models.load import default_device, default_dtype
+from prefdistill.models.device import default_device, default_dtype
 from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.signals.sizes import store_bytes
 from prefdistill.training.options import DPOTraining, Training
