@@ -54,7 +54,7 @@ class Registry(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         known, key = self._known(), name.lower()
-        if key not in known and "." in name:
+        if key not in known and ("." in name or ":" in name):
             module, _, attribute = name.replace(":", ".").rpartition(".")
             return self._load(f"{module}:{attribute}", name)
         if key not in known:
@@ -82,6 +82,9 @@ class Registry(Mapping[str, Any]):
             close = difflib.get_close_matches(name.lower(), self, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self)}"
             raise UserError(f"unknown {self.what} {name!r}; {hint}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._known()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known())
