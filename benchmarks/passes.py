@@ -16,7 +16,7 @@ from benchmarks.inputs import make_pairs, make_tokenizer
 from benchmarks.shapes import forward_flops, make_model
 from torch import Tensor
 
-RESPONSES = ("chosen", "rejected")
+from prefdistill.data.columns import SIDES
 
 
 class Pass:
@@ -39,14 +39,14 @@ class Pass:
         self.shape, self.batch, self.budget = shape, batch, budget
         self.tokenizer = make_tokenizer(shape["vocab_size"])
         rows = make_pairs(pairs, shape["vocab_size"], source=source)
-        self.data = Dataset.from_list(rows).select_columns(["prompt", *RESPONSES])
+        self.data = Dataset.from_list(rows).select_columns(["prompt", *SIDES])
         self.truncation = Truncation(max_length)
         self.rows, _ = encode_pairs(self.data, self.tokenizer, self.truncation)
         self.model = make_model(shape, self.tokenizer, 0, getattr(torch, dtype)).eval()
 
     @property
     def facts(self) -> Numbers:
-        prompts, *answers = ([len(ids) for ids in self.rows[f"{name}_ids"]] for name in ("prompt", *RESPONSES))
+        prompts, *answers = ([len(ids) for ids in self.rows[f"{name}_ids"]] for name in ("prompt", *SIDES))
         texts = [p + n for lengths in answers for p, n in zip(prompts, lengths, strict=True)]
         return {
             "response_tokens": sum(map(sum, answers)),
@@ -70,7 +70,7 @@ class Pass:
         from prefdistill.data.batches import make_batch
         from prefdistill.signals.reading import _batches
 
-        for documents, _ in _batches(self.rows, RESPONSES, layout, self.budget):
+        for documents, _ in _batches(self.rows, SIDES, layout, self.budget):
             yield self.on_device(make_batch(layout.rows(documents), self.tokenizer.pad_token_id))
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.data.load import data_fingerprint, load_pairs
 from prefdistill.losses import shaping_return
@@ -28,7 +29,7 @@ from prefdistill.report.token_data import Weights, _scale, _token_logps, token_p
 from prefdistill.report.tokens import write_token_view
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.shards import Shard
-from prefdistill.signals.store import SIDES, SignalSet
+from prefdistill.signals.store import SignalSet
 
 ALERT = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 

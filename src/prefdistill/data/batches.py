@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefdistill.data.encode import RESPONSES
+from prefdistill.data.columns import SIDES
 from prefdistill.models.backbone import DOCUMENT, attention_of, backbone_of, causal_lm, model_inputs
 
 PADDING = -1
@@ -259,7 +259,7 @@ class PairCollator:
     """
 
     pad_token_id: int
-    responses: tuple[str, ...] = RESPONSES
+    responses: tuple[str, ...] = SIDES
     features: tuple[str, ...] = ()
     layout: Layout = PADDED
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.core.progress import say
-from prefdistill.data.load import NO_CACHE, RESPONSES, check_pairs, data_fingerprint, ended_column, without_nulls
+from prefdistill.data.columns import SIDES, ended_column
+from prefdistill.data.load import NO_CACHE, check_pairs, data_fingerprint, without_nulls
 from prefdistill.models.identity import tokenizer_identity
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def encode_pairs(
     truncation: Truncation,
     num_proc: int | None = None,
     *,
-    responses: tuple[str, ...] = RESPONSES,
+    responses: tuple[str, ...] = SIDES,
     rows: range | None = None,
 ) -> tuple[Dataset, Dropped]:
     """Tokenise preference pairs, and leave out the rows whose response cannot be told apart from the prompt.
@@ -220,7 +221,7 @@ def encode_pairs(
 
 
 def render_pairs(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = RESPONSES
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = SIDES
 ) -> Iterator[tuple[str, ...] | None]:
     """The texts whose tokens `encode_pairs` gives: of each row's prompt, and of the prompt with each response.
 
@@ -233,7 +234,7 @@ def render_pairs(
 
 
 def without_refused(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, responses: tuple[str, ...] = RESPONSES
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, responses: tuple[str, ...] = SIDES
 ) -> Dataset:
     """The rows whose messages the chat template takes; `what` they are for says what was dropped. Text needs none.
 
@@ -295,7 +296,7 @@ def _encoded_features(responses: Sequence[str]) -> Any:
 
 
 def encode_whole(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = RESPONSES
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = SIDES
 ) -> Iterator[tuple[tuple[str, ...] | None, dict[str, Any]]]:
     """Rows of one form before truncation, for those who look at them.
 

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import disk_full
 from prefdistill.core.text import surrogate
+from prefdistill.data.columns import SCORES, SIDES, ended_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RESPONSES = ("chosen", "rejected")
-SCORES = ("score_chosen", "score_rejected")
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Never write next to the user's data, and never reuse what an older version of a function wrote.
@@ -37,7 +36,7 @@ NO_CACHE = {"keep_in_memory": True, "load_from_cache_file": False}
 # ---- Loading ----------------------------------------
 
 
-def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = RESPONSES) -> Dataset:
+def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = SIDES) -> Dataset:
     """Preference pairs with the columns `prompt`, `chosen`, `rejected` and whatever else the source has.
 
     The three are all text, or all lists of messages. Without a `prompt` column, the shared start of `chosen` and
@@ -54,7 +53,7 @@ def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = 
     """
     dataset = _read(source, split)
     if "prompt" not in dataset.column_names:
-        _require(dataset, source, RESPONSES)
+        _require(dataset, source, SIDES)
         dataset = _split_off_prompt(dataset, source)
     check_pairs(dataset, source, responses)
     return dataset
@@ -95,7 +94,7 @@ def load_prompts(source: str | Dataset, *, split: str = "train") -> Dataset:
     """
     dataset, name = (_read(source, split), source) if isinstance(source, str) else (source, "The data set")
     columns = dataset.column_names
-    if "prompt" not in columns and {*RESPONSES} <= {*columns}:
+    if "prompt" not in columns and {*SIDES} <= {*columns}:
         dataset = _split_off_prompt(dataset, name)
     elif "prompt" not in columns and "messages" in columns:
         dataset = dataset.map(
@@ -111,7 +110,7 @@ def demonstrations_fingerprint(demonstrations: Dataset) -> str:
     return data_fingerprint(demonstrations.rename_column("completion", "chosen"))
 
 
-def data_fingerprint(dataset: Dataset, responses: Sequence[str] = RESPONSES) -> str:
+def data_fingerprint(dataset: Dataset, responses: Sequence[str] = SIDES) -> str:
     """SHA-256 over the prompt, some responses and the scores of every row, in order; the same for JSONL, Parquet, Hub.
 
     Columns that say whether a response has ended count where they are there. The scores are those of a pair.
@@ -119,7 +118,7 @@ def data_fingerprint(dataset: Dataset, responses: Sequence[str] = RESPONSES) -> 
     digest = hashlib.sha256()
     columns = ("prompt", *responses)
     flags = [ended_column(name) for name in responses if ended_column(name) in dataset.column_names]
-    scores = SCORES if set(RESPONSES) <= set(responses) else ()
+    scores = SCORES if set(SIDES) <= set(responses) else ()
     for row in dataset.select_columns([n for n in (*columns, *flags, *scores) if n in dataset.column_names]):
         texts = [without_nulls(row.get(name)) for name in columns]
         numbers = [None if row.get(name) is None else float(row[name]) for name in (*scores, *flags)]
@@ -130,16 +129,6 @@ def data_fingerprint(dataset: Dataset, responses: Sequence[str] = RESPONSES) -> 
 def prompt_text(prompt: Any) -> str:
     """A prompt as one text, to tell prompts apart: the text itself, or its messages as JSON."""
     return prompt if isinstance(prompt, str) else json.dumps(without_nulls(prompt), sort_keys=True, ensure_ascii=False)
-
-
-def ended_column(response: str) -> str:
-    """The column that says, where it is there, whether a response has its end token. `sample` writes it."""
-    return f"{response}_ended"
-
-
-def tokens_column(response: str) -> str:
-    """The column that says, where it is there, how many tokens were sampled for a response, the end token included."""
-    return f"{response}_tokens"
 
 
 def read_rows(source: str, *, split: str = "train") -> Iterator[dict[str, Any] | UserError]:
@@ -291,8 +280,8 @@ def _explain(what: str) -> Iterator[None]:
 # ---- Checking ----------------------------------------
 
 
-def check_pairs(dataset: Dataset, source: str, responses: Sequence[str] = RESPONSES) -> None:
-    made = [name for name in responses if name not in RESPONSES]
+def check_pairs(dataset: Dataset, source: str, responses: Sequence[str] = SIDES) -> None:
+    made = [name for name in responses if name not in SIDES]
     hint = f"`prefdistill sample --column {made[0]}` makes such a column." if made else ""
     _require(dataset, source, ("prompt", *responses), hint)
     for name in responses:
@@ -372,7 +361,7 @@ def split_off_start(row: dict[str, Any], index: int, source: str) -> dict[str, A
     from trl import extract_prompt
 
     where = f"{source}, row {index}"
-    for name in RESPONSES:
+    for name in SIDES:
         form_of(row[name], f"{where}: '{name}'")
     if not row["chosen"] or row["chosen"][:1] != row["rejected"][:1]:  # TRL's function takes a shared start for granted
         raise UserError(f"{where}: 'chosen' and 'rejected' do not start alike. Add a `prompt` column.")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, without_refused
-from prefdistill.data.load import RESPONSES, check_pairs, load_pairs, load_prompts
+from prefdistill.data.load import check_pairs, load_pairs, load_prompts
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
 from prefdistill.evaluation.generations import (
     RESPONSE,
@@ -123,7 +124,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     data = None
     if request.data:
         data = load_pairs(request.data) if request.reference else load_prompts(request.data)
-        if set(RESPONSES) <= set(data.column_names):
+        if set(SIDES) <= set(data.column_names):
             check_pairs(data, request.data)
     tokenizer = None
     if request.reference or request.lm_eval:
@@ -211,7 +212,7 @@ def _judge(request: Request, measured: Measured, ours: Generations, data: "Datas
     judge = RewardModel(str(request.reward_model), trust_remote_code=request.trust_remote_code)
     told: dict[str, Any] = {}
     others = None
-    if data is not None and set(RESPONSES) <= set(data.column_names):
+    if data is not None and set(SIDES) <= set(data.column_names):
         pairs = without_refused(data, judge.tokenizer, "judge")
         worth = judge.judge_pairs(pairs)
         told["judge"] = judge_of(str(request.reward_model), [worth])

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.load import prompt_text, tokens_column
+from prefdistill.data.columns import tokens_column
+from prefdistill.data.load import prompt_text
 from prefdistill.evaluation.measure import Measured, numbered
 from prefdistill.evaluation.pairs import pair_wins
 from prefdistill.sampling.sampler import Response

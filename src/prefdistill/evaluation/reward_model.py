@@ -7,12 +7,12 @@ import torch
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress, say
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import judged_ids, takes
 from prefdistill.evaluation.generations import first_rows
 from prefdistill.evaluation.measure import Measured, mean_of, numbered
 from prefdistill.evaluation.pairs import pair_wins, prompts_of
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready
-from prefdistill.signals.store import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,6 +17,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.core.progress import say
 from prefdistill.data import synthetic
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation
 from prefdistill.data.load import (
     data_fingerprint,
@@ -38,7 +39,6 @@ from prefdistill.models.load import check_model, check_reward_model, load_model,
 from prefdistill.models.scratch import check_shape, random_model, texts_of, train_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens
 from prefdistill.sampling.sampler import Response, sample
-from prefdistill.signals.store import SIDES
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
 from prefdistill.training.student import arguments_kind, make_trainer

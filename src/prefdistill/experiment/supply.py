@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.progress import say
-from prefdistill.data.load import SCORES, ended_column, load_pairs
+from prefdistill.data.columns import SCORES, SIDES, ended_column
+from prefdistill.data.load import load_pairs
 from prefdistill.methods import Method, sampled
 from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Need, Signals, extract_signals
 from prefdistill.signals.reading import VALUES
 from prefdistill.signals.repair import set_aside
-from prefdistill.signals.store import SIDES, DamagedSignals
+from prefdistill.signals.store import DamagedSignals
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,9 +8,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
 from prefdistill.losses import topk_kl
 from prefdistill.models.logprobs import sum_by_response
-from prefdistill.signals.store import SIDES, Need, SignalSet
+from prefdistill.signals.store import Need, SignalSet
 
 Features = dict[str, Tensor]
 Metrics = dict[str, Tensor]

@@ -7,9 +7,10 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
 from prefdistill.losses import dadpo_loss, dpo_loss, sft_loss
 from prefdistill.methods.base import Features, Method, Metrics, Student
-from prefdistill.signals.store import SIDES, Need, SignalSet
+from prefdistill.signals.store import Need, SignalSet
 
 
 @dataclass(frozen=True, kw_only=True)

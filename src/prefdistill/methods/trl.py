@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat
 
+from prefdistill.data.columns import SIDES
 from prefdistill.data.load import NO_CACHE
 from prefdistill.methods.base import Method
-from prefdistill.signals.store import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,10 +9,11 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
 from prefdistill.losses import shaping_return, tvkd_loss
 from prefdistill.methods.base import Features, Metrics, Student
 from prefdistill.methods.preference import DPO, reward_metrics
-from prefdistill.signals.store import SIDES, Need, SignalSet
+from prefdistill.signals.store import Need, SignalSet
 
 VALUES = {"logits": "values", "logprobs": "logprob_values"}  # `values_from`: the kind of signal
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
+from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.encode import Truncation, encode_pairs, render_pairs
-from prefdistill.data.load import SCORES
 from prefdistill.methods import shaping_returns
 from prefdistill.methods.tvkd import VALUES
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
-from prefdistill.signals.store import ROLES, SIDES, Need, SignalSet
+from prefdistill.signals.store import ROLES, Need, SignalSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.paths import check_file
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, end_token_ids
 from prefdistill.data.load import load_pairs
 from prefdistill.models.load import load_tokenizer
@@ -17,7 +18,7 @@ from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.text import printable
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
-from prefdistill.signals.store import ROLES, SIDES, Need, Signals, SignalSet
+from prefdistill.signals.store import ROLES, Need, Signals, SignalSet
 
 if TYPE_CHECKING:
     from datasets import Dataset

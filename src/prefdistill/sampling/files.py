@@ -22,10 +22,11 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
 from prefdistill.core.lock import LOCK, locked
 from prefdistill.core.progress import Progress, say
+from prefdistill.data.columns import ended_column, tokens_column
 from prefdistill.data.encode import (
     Truncation,
 )
-from prefdistill.data.load import FILE_TYPES, ended_column, load_prompts, tokens_column, without_nulls
+from prefdistill.data.load import FILE_TYPES, load_prompts, without_nulls
 from prefdistill.models.identity import model_identity, model_key, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
 from prefdistill.signals.store import check_same_request

@@ -20,6 +20,7 @@ from prefdistill.core.paths import check_place
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.batches import layout_for
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Dropped, Truncation, encode_pairs, nothing_left
 from prefdistill.data.load import check_pairs, data_fingerprint, load_pairs
 from prefdistill.models.device import default_dtype
@@ -35,7 +36,6 @@ from prefdistill.signals.store import (
     PACKED_AT_IDS,
     ROLES,
     SCHEMA,
-    SIDES,
     DamagedSignals,
     Need,
     Signals,

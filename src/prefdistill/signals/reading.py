@@ -12,6 +12,7 @@ from torch import Tensor
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.batches import Document, Layout, layout_for, make_batch
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import highest_id
 from prefdistill.losses.value import soft_value
 from prefdistill.models.logprobs import (
@@ -25,7 +26,7 @@ from prefdistill.models.logprobs import (
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.signals.gauge import DIRECTIONS, gauge_shifts
 from prefdistill.signals.packing import id_bits
-from prefdistill.signals.store import KINDS, SIDES, Signals
+from prefdistill.signals.store import KINDS, Signals
 
 if TYPE_CHECKING:
     from datasets import Dataset

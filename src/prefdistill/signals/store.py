@@ -20,7 +20,7 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import differences, file_digest, read_sealed, value_digest
-from prefdistill.data.load import RESPONSES as SIDES
+from prefdistill.data.columns import SIDES
 from prefdistill.data.load import data_fingerprint
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest

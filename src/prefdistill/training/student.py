@@ -19,6 +19,7 @@ from prefdistill.core.files import differences
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.batches import Layout, PairCollator, layout_for
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.methods import Method, Student, TRLMethod
 from prefdistill.models.identity import computing_config, fits_in, weights_digest
@@ -31,7 +32,7 @@ from prefdistill.models.logprobs import (
     token_logps,
     vocabulary_rows,
 )
-from prefdistill.signals.store import SIDES, Need, Signals, SignalSet, TopK
+from prefdistill.signals.store import Need, Signals, SignalSet, TopK
 from prefdistill.training.nan_guard import check_loss, watched
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prefdistill.data.load import RESPONSES, SCORES, ended_column
+from prefdistill.data.columns import SCORES, SIDES, ended_column
 from prefdistill.evaluation import estimate, pair_wins
 from prefdistill.experiment.doctor import text as characters
 from prefdistill.experiment.doctor.findings import Finding, Severity, found, once_a_row
@@ -25,7 +25,7 @@ def empty_responses(data: PairSet) -> Iterator[Finding]:
     empty = [
         (pair.row, f"{name} is {pair.texts[name]!r}")
         for pair in data.pairs
-        for name in [next((name for name in RESPONSES if not pair.texts[name].strip()), None)]
+        for name in [next((name for name in SIDES if not pair.texts[name].strip()), None)]
         if name
     ]
     yield from found(
@@ -124,7 +124,7 @@ def _odd_turns(pair: Pair) -> str:
         return f"two user messages in a row: {', '.join(prompt)}"
     if any(a == b == "assistant" for a, b in pairwise(prompt)):
         return f"two assistant messages in a row: {', '.join(prompt)}"
-    if many := [name for name in RESPONSES if len(pair.columns[name]) > 1]:
+    if many := [name for name in SIDES if len(pair.columns[name]) > 1]:
         return f"{many[0]} has {len(pair.columns[many[0]])} messages"
     return ""
 
@@ -160,7 +160,7 @@ def _is_number(value: Any) -> bool:
 
 
 def ended(data: PairSet) -> Iterator[Finding]:
-    columns = [ended_column(name) for name in RESPONSES]
+    columns = [ended_column(name) for name in SIDES]
     hits = [
         (pair.row, f"{column} is {pair.columns[column]!r}")
         for pair in data.pairs
@@ -255,9 +255,9 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
     pairs = [pair for pair in data.pairs if pair.tokens and not pair.tokens.dropped]
     unit = "tokens" if pairs else "characters"
     if pairs:
-        sizes = [[len(pair.tokens.ids[name]) for name in RESPONSES] for pair in pairs if pair.tokens]
+        sizes = [[len(pair.tokens.ids[name]) for name in SIDES] for pair in pairs if pair.tokens]
     else:
-        pairs, sizes = data.pairs, [[len(pair.texts[name]) for name in RESPONSES] for pair in data.pairs]
+        pairs, sizes = data.pairs, [[len(pair.texts[name]) for name in SIDES] for pair in data.pairs]
     if len(pairs) < 2:
         return
     chosen, rejected = np.array(sizes).T

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
-from prefdistill.data.load import RESPONSES, check_roles, form_of, load_pairs, prompt_text, read_rows, split_off_start
+from prefdistill.data.columns import SIDES
+from prefdistill.data.load import check_roles, form_of, load_pairs, prompt_text, read_rows, split_off_start
 from prefdistill.experiment.doctor.findings import Finding, found
 from prefdistill.experiment.doctor.text import around
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from prefdistill.experiment.doctor.tokens import Tokens
 
 FORMS = ("conversational", "plain")
-COLUMNS = ("prompt", *RESPONSES)
+COLUMNS = ("prompt", *SIDES)
 # What keeps a row from being a pair, by check, and what to do about it.
 NO_PAIR = {
     "data.json": ("not a JSON object", "Fix or remove these lines."),
@@ -99,7 +100,7 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
         unread = Finding("data.file", "error", str(error), "Give data that can be read.", data=name)
         return PairSet(name, source, [], 0), [unread]
     there = {key for row in rows if isinstance(row, dict) for key in row}
-    wanted = COLUMNS if "prompt" in there else RESPONSES
+    wanted = COLUMNS if "prompt" in there else SIDES
     missing = [column for column in wanted if column not in there]
     hits: dict[str, list[tuple[int, str]]] = defaultdict(list)
     pairs: list[Pair] = []
@@ -159,7 +160,7 @@ def _as(check: str) -> Iterator[None]:
 
 def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
     with _as("data.values"):
-        forms = {form_of(row.get(name), f"'{name}'") for name in (COLUMNS if has_prompt else RESPONSES)}
+        forms = {form_of(row.get(name), f"'{name}'") for name in (COLUMNS if has_prompt else SIDES)}
     if len(forms) > 1:
         raise _NoPair("data.mixed", "its columns are of both forms")
     if not has_prompt:

@@ -11,8 +11,8 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.data import encode
+from prefdistill.data.columns import SIDES, ended_column
 from prefdistill.data.encode import Truncation, encode_whole, end_token_ids
-from prefdistill.data.load import RESPONSES, ended_column
 from prefdistill.experiment.doctor.findings import Finding, Severity, found, once_a_row
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Reading:
         whole = pair.tokens.ids["prompt"].tolist()
         prompt = self.truncation.cut_prompt(whole, self.tokenizer.bos_token_id)
         room = self.truncation.room_after(prompt)
-        return {"prompt": np.array(prompt), **{name: pair.tokens.ids[name][:room] for name in RESPONSES}}
+        return {"prompt": np.array(prompt), **{name: pair.tokens.ids[name][:room] for name in SIDES}}
 
 
 def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Finding]:
@@ -77,8 +77,8 @@ def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progre
             for pair, (texts, row) in zip(
                 batch, encode_whole([pair.columns for pair in batch], tokenizer), strict=True
             ):
-                ids = {name: np.array(row.get(f"{name}_ids") or [], np.int32) for name in ("prompt", *RESPONSES)}
-                ended = {name: bool(row.get(f"{name}_ended")) for name in RESPONSES}
+                ids = {name: np.array(row.get(f"{name}_ids") or [], np.int32) for name in ("prompt", *SIDES)}
+                ended = {name: bool(row.get(f"{name}_ended")) for name in SIDES}
                 pair.tokens = Tokens(row["dropped"], ids, ended, _changed(pair, texts))
         except UserError as error:
             yield Finding("template.unusable", "error", str(error), "See there.", len(data.pairs), len(data.pairs))
@@ -90,7 +90,7 @@ def _changed(pair: Pair, texts: tuple[str, ...] | None) -> tuple[str, str]:
     """The first message that is not in the text as it was written."""
     if not pair.messages or texts is None:
         return "", ""
-    for name, text in zip(RESPONSES, texts[1:], strict=True):
+    for name, text in zip(SIDES, texts[1:], strict=True):
         for message in [*pair.columns["prompt"], *pair.columns[name]]:
             content = message["content"]
             if content not in text:
@@ -161,7 +161,7 @@ def begin_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
 def end_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
     missing, twice = [], []
     for pair, tokens in read(data):
-        for name in RESPONSES:
+        for name in SIDES:
             inside = np.isin(tokens.ids[name][:-1], [*reading.ends])
             if inside.any():
                 twice.append((pair.row, f"{name}: {pair.texts[name]}"))
@@ -238,7 +238,7 @@ def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
         if not len(kept["chosen"]):
             no_room.append((pair.row, f"the prompt has {len(kept['prompt'])} tokens: {pair.texts['prompt']}"))
             continue
-        short = [name for name in RESPONSES if len(kept[name]) < len(tokens.ids[name])]
+        short = [name for name in SIDES if len(kept[name]) < len(tokens.ids[name])]
         if short:
             responses.append((pair.row, f"{short[0]} has {len(tokens.ids[short[0]])} tokens: {pair.texts[short[0]]}"))
         if np.array_equal(tokens.ids["chosen"], tokens.ids["rejected"]):
@@ -294,11 +294,11 @@ def token_facts(data: PairSet, reading: Reading) -> dict[str, Any]:
     rows = read(data)
     kept = [reading.cut(pair) for pair, _ in rows]
     return {
-        "tokens": {name: quantiles([len(tokens.ids[name]) for _, tokens in rows]) for name in ("prompt", *RESPONSES)},
+        "tokens": {name: quantiles([len(tokens.ids[name]) for _, tokens in rows]) for name in ("prompt", *SIDES)},
         "kept": {
             "pairs": len(rows),
-            "response_tokens": sum(len(cut[name]) for cut in kept for name in RESPONSES),
-            "longest": max((len(cut["prompt"]) + len(cut[name]) for cut in kept for name in RESPONSES), default=0),
+            "response_tokens": sum(len(cut[name]) for cut in kept for name in SIDES),
+            "longest": max((len(cut["prompt"]) + len(cut[name]) for cut in kept for name in SIDES), default=0),
         },
     }
 
