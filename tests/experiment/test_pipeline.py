@@ -19,7 +19,7 @@ from prefdistill.report.run import PANELS, load_run
 from prefdistill.signals import Signals
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "src" / "prefdistill" / "recipes" / "quickstart.yaml"
+QUICKSTART = ROOT / "src" / "prefdistill" / "experiment" / "recipes" / "quickstart.yaml"
 TINY = [
     "data.synthetic={demonstrations: 96, teacher_pairs: 60, pairs: 40, test_prompts: 24}",
     "teacher.sft.max_steps=30",
@@ -76,6 +76,10 @@ def test_a_run_directory_holds_what_the_interface_names(finished):
     assert logged
     assert "report" in (out / "report.html").read_text()
     assert all(stage["seconds"] >= 0 and not stage["reused"] for stage in results["stages"])
+    assert all((out / stage["directory"] / "stage.json").is_file() for stage in results["stages"])
+    trained = next(stage for stage in results["stages"] if stage["name"] == "distill-tvkd-1")
+    labels = {"kind": "distill", "role": "student", "method": "tvkd", "order": 1, "round": 1}
+    assert labels.items() <= trained.items()
     again = load_recipe(out / "recipe.yaml")
     assert again.methods.keys() == load_recipe(QUICKSTART, TINY).methods.keys()
 

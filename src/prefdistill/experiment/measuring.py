@@ -32,7 +32,7 @@ class Measuring:
 
     run: "SeedRun"
 
-    def evaluate(self, name: str, model: str) -> Measured:
+    def evaluate(self, name: str, model: str, method: str | None = None, order: int | None = None) -> Measured:
         """Measure one model on the held-out pairs and, where the reward is known, by its own responses."""
 
         def make(out: Path) -> None:
@@ -43,7 +43,8 @@ class Measuring:
         read = (made_by.get(model, f"distill-{name}"), "data", "signals-reference-test", "test", JUDGE)
         before = [key for key in read if key in self.run.keys]
         request = self._weights_of(model) | self.run.recipe.evaluate.model_dump(exclude={"length_ranges"})
-        self.run.stage(f"evaluate-{name}", request, make, *before)
+        labels = {"role": "student" if method else name, "method": method, "order": order}
+        self.run.stage(f"evaluate-{name}", request, make, *before, kind="evaluate", **labels)
         return Measured(**read_json(self.run.root / f"evaluate-{name}" / "evaluation.json"))
 
     @property

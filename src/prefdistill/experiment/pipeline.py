@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from prefdistill.core.artifact import Stage, finished, run_stage, stage_key
+from prefdistill.core.artifact import finished, run_stage, stage_key
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.core.progress import say
@@ -65,7 +65,7 @@ class SeedRun:
     recipe: Recipe
     out: Path
     seed: int
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)  # as in results.json
     warnings: list[str] = field(default_factory=list)
     keys: dict[str, Any] = field(default_factory=dict)  # what later stages are made from: keys of stages, digests
     uses: dict[str, set[str]] = field(default_factory=dict)  # the models that are named, by what is made of them
@@ -96,7 +96,7 @@ class SeedRun:
             measured[name] = []
             for order in range(run.first_order, run.first_order + self.recipe.orders):
                 student = self.distill(name, run, order)
-                measured[name].append(self.measuring.evaluate(f"{name}-{order}", student))
+                measured[name].append(self.measuring.evaluate(f"{name}-{order}", student, name, order))
         return measured
 
     def check(self) -> None:
@@ -200,7 +200,7 @@ class SeedRun:
         if recipe.data.synthetic:
             # what of the pairs each model is trained on is said where they are
             language = recipe.data.synthetic.model_dump(exclude={"pairs", "teacher_label_noise"})
-            self.stage("data", {"synthetic": language}, self._make_language)
+            self.stage("data", {"synthetic": language}, self._make_language, kind="data")
         else:
             self.keys["train"] = data_fingerprint(self.train)
         self._prepare_models()
@@ -226,7 +226,7 @@ class SeedRun:
         if recipe.data.synthetic:
             size, sampling = recipe.data.synthetic, recipe.evaluate.model_dump(include={"max_new_tokens", "batch_size"})
             request = {**sampling, "dtype": recipe.model.dtype}
-            self.stage("pairs", request, self._make_pairs, "data", self.teacher_reference_stage)
+            self.stage("pairs", request, self._make_pairs, "data", self.teacher_reference_stage, kind="pairs")
             self.keys["train"] = value_digest([self.keys["pairs"], size.pairs])
             self.keys["teacher_pairs"] = value_digest([self.keys["pairs"], size.teacher_label_noise])
             self.uses["train"] = self.uses["teacher_pairs"] = self.uses["pairs"]
@@ -276,7 +276,9 @@ class SeedRun:
             tokens = self.tokens if any(named.values()) else None
             source = () if tokens else ("data" if self.recipe.data.synthetic else "train",)
             made = [role for role, name in named.items() if name is None]
-            self.stage("init", {"scratch": scratch, "made": made, "tokens": tokens}, self._make_models, *source)
+            self.stage(
+                "init", {"scratch": scratch, "made": made, "tokens": tokens}, self._make_models, *source, kind="init"
+            )
             for role in made:
                 shape = {key: value for key, value in scratch.items() if key not in named or key == role}
                 parts = {"shape": shape, "tokens": tokens, "source": [self.keys[key] for key in source]}
@@ -423,7 +425,9 @@ class SeedRun:
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str) -> None:
+    def stage(
+        self, name: str, request: dict[str, Any], make: Callable[[Path], None], *after: str, **labels: Any
+    ) -> None:
         """`run_stage` in this run's directory. What it is made from is known by keys and not by where it lies, so that
         the directory and the models may be moved."""
         self.uses[name] = set().union(*(self.uses.get(key, set()) for key in after))
@@ -433,7 +437,10 @@ class SeedRun:
         make = self.given.kept(self.uses[name], make)
         stage = run_stage(name, self.root / name, request, make, replace=True, pool=self.pool)
         self.keys[name] = stage.key
-        self.stages.append(stage)
+        told = {"name": name, "seconds": stage.seconds, "reused": stage.reused}
+        told |= {"peak_memory": stage.peak_memory, "bytes": stage.bytes, "seed": self.seed}
+        told |= {"kind": None, "role": None, "method": None, "order": None, "round": None, **labels}
+        self.stages.append({**told, "directory": (self.root / name).relative_to(self.out).as_posix()})
 
     def _request(self, training: Training) -> dict[str, Any]:
         model = self.recipe.model
@@ -462,7 +469,8 @@ class SeedRun:
                 what=name,
             )
 
-        self.stage(name, self._request(training), make, *after)
+        role, kind = name.split("-")
+        self.stage(name, self._request(training), make, *after, kind=kind, role=role)
         return str(self.root / name)
 
     # -- methods and evaluation ---------------------------------------------------------------------------------------
@@ -485,7 +493,7 @@ class SeedRun:
         for number in range(1, run.rounds + 1):
             made = f"{name}-{order}" + (f"-round-{number}" if number < run.rounds else "")
             stage = f"distill-{made}"
-            self._distill_round(stage, name, run, order, start)
+            self._distill_round(stage, name, run, order, start, number)
             start = Start(made, str(self.root / stage), stage, frozenset({name}), number + 1)
         self.starts[f"{name}-{order}"] = dataclasses.replace(start, users=self._starting_from(name), round=1)
         return start.model
@@ -493,7 +501,7 @@ class SeedRun:
     def _starting_from(self, name: str | None) -> frozenset[str]:
         return frozenset(method for method, run in self.recipe.methods.items() if run.start == name)
 
-    def _distill_round(self, stage: str, name: str, run: MethodRun, order: int, start: Start) -> None:
+    def _distill_round(self, stage: str, name: str, run: MethodRun, order: int, start: Start, number: int) -> None:
         method = self.methods[name]
         rows, stores, made_from = self.supply.of(method, start)
 
@@ -513,7 +521,8 @@ class SeedRun:
             fit(trainer, out, stage)
 
         request = {"method": run.method, "options": run.options, "order": order, **self._request(run.training)}
-        self.stage(stage, request, make, "train", start.stage, *made_from)
+        labels = {"kind": "distill", "role": "student", "method": name, "order": order, "round": number}
+        self.stage(stage, request, make, "train", start.stage, *made_from, **labels)
 
     def load(self, name: str) -> Any:
         names = self.recipe.model

@@ -88,8 +88,8 @@ class Judge:
         else:
             run.keys["judge-pairs"] = data_fingerprint(run.judge_pairs)
             request = {"shape": self.options.model, "training": training.essence(), "tokens": run.tokens}
-            run.stage(STAGE, request, self._train, "judge-pairs")
-        run.stage(WORTH, {}, self._look, STAGE, "test")
+            run.stage(STAGE, request, self._train, "judge-pairs", kind="reward_model")
+        run.stage(WORTH, {}, self._look, STAGE, "test", kind="evaluate_reward_model")
 
     def _train(self, out: Path) -> None:
         assert self.options.model is not None

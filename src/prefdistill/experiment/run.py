@@ -1,18 +1,17 @@
-"""TODO docstring."""
+"""Run a recipe: every seed, then results.json and the report."""
 
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefdistill import __version__
-from prefdistill.core.artifact import REQUEST, Stage
+from prefdistill.core.artifact import REQUEST
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_json
 from prefdistill.core.lock import LOCK
@@ -63,7 +62,7 @@ def run_recipe(
             "gauge_flips": gauge(runs),
             "shaping": shaping[0],
             "samples": side_by_side(measured[0]),
-            "stages": [_stage(stage, run.seed) for run in runs for stage in run.stages],
+            "stages": [stage for run in runs for stage in run.stages],
             "warnings": sorted({warning for run in runs for warning in run.warnings}),
         }
         write_json(out / "results.json", results)
@@ -92,11 +91,6 @@ def _clean_if_refused(out: Path) -> Iterator[None]:
                 if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-
-
-def _stage(stage: Stage, seed: int) -> dict[str, Any]:
-    shown = ("name", "seconds", "reused", "peak_memory", "bytes")
-    return {key: value for key, value in asdict(stage).items() if key in shown} | {"seed": seed}
 
 
 def environment(command: str) -> dict[str, Any]:

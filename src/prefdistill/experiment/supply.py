@@ -88,7 +88,7 @@ class Supply:
                 **options,
             )
 
-        run.stage(name, request, make, "train", stage)
+        run.stage(name, request, make, "train", stage, kind="sample", role="student" if own else "teacher")
         self.samples[name] = load_pairs(str(run.root / name / "responses.jsonl"), responses=(response,))
         return name
 
@@ -176,7 +176,7 @@ class Supply:
                 **options,
             )
 
-        run.stage(name, request, make, *after)
+        run.stage(name, request, make, *after, kind="signals", role=role)
         store = run.root / name / "store"
         try:
             if not (store / "manifest.json").is_file():
