@@ -34,7 +34,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # options that
 # A server that has imported what is slow to import forks the processes: they start at once, from the same state.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["trl.trainer.dpo_trainer", "prefdistill.training.student", "prefdistill.signals.extract"]
+    ["trl.trainer.dpo_trainer", "prefdistill.training.factory", "prefdistill.signals.extract"]
 )
 PACKAGES = ("prefdistill", "torch", "transformers", "trl", "accelerate", "datasets", "numpy", "pyarrow")
 

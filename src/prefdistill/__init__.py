@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from prefdistill.sampling.files import sample_responses as sample_responses
     from prefdistill.signals.extract import extract_signals as extract_signals
     from prefdistill.signals.store import Signals as Signals
-    from prefdistill.training.student import PrefDistillTrainer as PrefDistillTrainer
+    from prefdistill.training.trainer import PrefDistillTrainer as PrefDistillTrainer
 
 # Looked up on first use, so that `import prefdistill` and `prefdistill --help` do not wait for torch.
 _HOME = {
     "METHODS": "methods",
-    "PrefDistillTrainer": "training.student",
+    "PrefDistillTrainer": "training.trainer",
     "Signals": "signals.store",
     "Truncation": "data.encode",
     "UserError": "core.errors",

@@ -24,8 +24,8 @@ from prefdistill.models.identity import weights_digest
 from prefdistill.models.scratch import random_model
 from prefdistill.signals import Need, SignalSet, extract_signals
 from prefdistill.signals.store import TopK
+from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Lora, Training
-from prefdistill.training.student import make_trainer
 from support.stores import store_by_hand
 from support.tokenizers import STYLES, make_tokenizer
 
@@ -679,7 +679,7 @@ def test_trl_needs_no_signals(trainer_of, stores):
     for name in THEIRS:
         with pytest.raises(UserError, match="trained by TRL on the pairs alone; leave the signals out"):
             trainer_of(METHODS[name](), signals=stores())
-        with pytest.raises(UserError, match=r"use prefdistill\.training\.make_trainer"):
+        with pytest.raises(UserError, match=r"use prefdistill\.training\.factory\.make_trainer"):
             PrefDistillTrainer(None, METHODS[name](), None, None)
 
 

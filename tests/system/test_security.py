@@ -21,9 +21,9 @@ from prefdistill.methods import METHODS
 from prefdistill.models.load import load_model
 from prefdistill.report.study import write_study
 from prefdistill.signals import Signals, extract_signals
+from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
-from prefdistill.training.student import make_trainer
 
 SOURCES = sorted(Path(prefdistill.__file__).parent.rglob("*.py"))
 FAST = ["max_steps=1", "batch_size=2", "micro_batch_size=2"]

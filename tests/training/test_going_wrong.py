@@ -12,10 +12,10 @@ from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json
 from prefdistill.methods import METHODS
+from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.nan_guard import _texts, check_weights
 from prefdistill.training.options import Training
-from prefdistill.training.student import make_trainer
 
 FAST = ["batch_size=2", "micro_batch_size=2", "max_steps=2"]
 DATA = ["--data", "pairs.jsonl"]

@@ -17,9 +17,9 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encode import Truncation
 from prefdistill.signals import extract_signals
 from prefdistill.training.checkpoints import WHOLE
+from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
-from prefdistill.training.student import make_trainer
 
 
 def arguments(out, **more):
@@ -434,7 +434,7 @@ def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenize
 def test_dropout_is_off_in_families_that_keep_it_as_a_number():
     import transformers as tf
 
-    from prefdistill.training.student import disable_dropout
+    from prefdistill.training.trainer import disable_dropout
 
     config = tf.OPTConfig(
         vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,

@@ -404,9 +404,9 @@ def distill(
     from prefdistill.methods import METHODS, make_method
     from prefdistill.models.load import load_model, load_tokenizer
     from prefdistill.signals import Signals
+    from prefdistill.training.factory import make_trainer
     from prefdistill.training.loop import fit
     from prefdistill.training.options import Training
-    from prefdistill.training.student import make_trainer
 
     truncation = Truncation(max_length or 1024, max_prompt_length) if max_length or max_prompt_length else None
     given = _overrides(overrides)

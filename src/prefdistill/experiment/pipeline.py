@@ -39,9 +39,9 @@ from prefdistill.models.load import check_model, check_reward_model, load_model,
 from prefdistill.models.scratch import check_shape, random_model, texts_of, train_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens
 from prefdistill.sampling.sampler import Response, sample
+from prefdistill.training.factory import arguments_class, make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
-from prefdistill.training.student import arguments_kind, make_trainer
 from prefdistill.training.trl import train_dpo, train_sft
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class SeedRun:
         """Of `check`, what needs neither data nor models: whether the arguments of every training are taken."""
         recipe = self.recipe
         trainings: list[tuple[Training, type[Any]]] = [
-            (run.training, arguments_kind(self.methods[name])) for name, run in recipe.methods.items()
+            (run.training, arguments_class(self.methods[name])) for name, run in recipe.methods.items()
         ]
         trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
         trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]

@@ -9,10 +9,10 @@ from prefdistill.core.progress import say
 from prefdistill.data.encode import Truncation, judged_ids, without_refused
 from prefdistill.models.load import load_model
 from prefdistill.models.scratch import random_model
+from prefdistill.training.factory import trainer_errors
 from prefdistill.training.loop import fit
 from prefdistill.training.nan_guard import watched
 from prefdistill.training.options import DPOTraining, Training
-from prefdistill.training.student import making_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,7 @@ def train_sft(
     args = training.to_arguments(
         out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
-    with making_trainer():
+    with trainer_errors():
         trainer = watched(SFTTrainer)(
             model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
             args=args,
@@ -76,7 +76,7 @@ def train_dpo(
         max_length=truncation.max_length,
         beta=training.beta,
     )
-    with making_trainer():
+    with trainer_errors():
         trainer = watched(DPOTrainer)(
             model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
             ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
@@ -114,7 +114,7 @@ def train_reward(
         for row in pairs
     ]
     args = training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None)
-    with making_trainer():
+    with trainer_errors():
         trainer = watched(RewardTrainer)(
             model=model,
             args=args,

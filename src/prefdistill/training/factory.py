@@ -1,0 +1,124 @@
+"""Make the trainer of any method: `PrefDistillTrainer`, or TRL's own for the methods that TRL has."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import Trainer, TrainingArguments
+
+from prefdistill.core.artifact import CHECKPOINTS
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say
+from prefdistill.data.columns import SIDES
+from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.methods import Method, TRLMethod
+from prefdistill.signals.store import Signals
+from prefdistill.training.nan_guard import watched
+from prefdistill.training.trainer import PrefDistillTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prefdistill.training.options import Training
+
+
+def arguments_class(method: Method) -> type[TrainingArguments]:
+    """Return the class of training arguments that the method's trainer takes."""
+    return method.classes()[0] if isinstance(method, TRLMethod) else TrainingArguments
+
+
+def make_trainer(
+    method: Method,
+    load: Callable[[], "PreTrainedModel"],
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: "Training",
+    out: Path,
+    *,
+    signals: Sequence[Signals] = (),
+    truncation: Truncation | None = None,
+    seed: int = 0,
+    data_seed: int | None = None,
+) -> Trainer:
+    """Return the trainer of any method, with its checkpoints under `out`.
+
+    Args:
+        method: of `METHODS`.
+        load: loads the student's start; TRL's trainers may call it twice.
+        pairs, tokenizer, signals, truncation: as for `PrefDistillTrainer`.
+        training: steps, sizes, adapters.
+        out: directory for the trained model.
+        seed, data_seed: of everything random, and of the order of the rows (default: `seed`).
+
+    Raises:
+        UserError: as `PrefDistillTrainer` does.
+    """
+    data_seed = seed if data_seed is None else data_seed
+    if isinstance(method, TRLMethod):
+        if signals:
+            raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
+        return _trl_trainer(method, load, pairs, tokenizer, training, out, truncation or Truncation(), seed, data_seed)
+    with trainer_errors():
+        return PrefDistillTrainer(
+            model=load(),
+            method=method,
+            args=training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=data_seed),
+            train_dataset=pairs,
+            signals=signals,
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+            truncation=truncation,
+        )
+
+
+def _trl_trainer(
+    method: TRLMethod,
+    load: Callable[[], "PreTrainedModel"],
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    training: "Training",
+    out: Path,
+    truncation: Truncation,
+    seed: int,
+    data_seed: int,
+) -> Trainer:
+    """Return TRL's trainer on the same tokens that every other method is trained on."""
+    if training.arguments.get("precompute_ref_log_probs"):
+        raise UserError("precompute_ref_log_probs is not supported here: TRL reads its reference as it goes")
+    encoded, dropped = encode_pairs(pairs, tokenizer, truncation)
+    if dropped:
+        say(f"training: {dropped}")
+    config_class, trainer_class = method.classes()
+    args = training.to_arguments(
+        out / CHECKPOINTS,
+        seed=seed,
+        data_seed=data_seed,
+        kind=config_class,
+        max_length=sys.maxsize,  # `encode_pairs` has truncated the rows
+        **method.arguments(),
+    )
+    with trainer_errors():
+        trainer = watched(trainer_class)(
+            **method.models(load, adapter=training.lora is not None),
+            args=args,
+            train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
+            processing_class=tokenizer,
+            peft_config=training.peft_config(),
+        )
+    # TRL's own rows go on past the end token: with what the template writes there, or with an EOS of TRL's.
+    trainer.train_dataset = method.rows(encoded)
+    return trainer
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """Turn a ValueError of a trainer's constructor, such as for an adapter of unknown layers, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"the trainer cannot be made: {' '.join(str(error).split())}") from error

@@ -1,0 +1,131 @@
+"""Prepare the training rows of a method: encode pairs, join the signals, collate batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say
+from prefdistill.data.batches import Layout, PairCollator
+from prefdistill.data.columns import SIDES
+from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.methods import Method
+from prefdistill.signals.store import Need, Signals, SignalSet, TopK
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SignalCollator:
+    """Make a batch of training rows, with the stored token distributions of their states."""
+
+    pairs: PairCollator
+    signals: SignalSet
+    topk: tuple[tuple[str, str], ...]  # (role, response)
+
+    def with_layout(self, layout: Layout) -> "SignalCollator":
+        return replace(self, pairs=replace(self.pairs, layout=layout))
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.pairs(rows)
+        signals = self.signals.at(np.array(batch["features"]["row"]))
+        batch["features"]["topk"] = {key: signals.topk(*key) for key in self.topk}
+        return batch
+
+
+def feature_tensors(features: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Return the signals of a batch as float32 tensors on the device.
+
+    They arrive as lists and arrays, so that nothing before has cast them to 16 bits.
+    """
+    tensors = {
+        name.removeprefix("feature_"): torch.tensor(values, dtype=torch.float32, device=device)
+        for name, values in features.items()
+        if name.startswith("feature_")
+    }
+    topk: dict[tuple[str, str], TopK] = features["topk"]
+    for (role, response), states in topk.items():
+        tensors[f"{response}_ids"] = torch.as_tensor(states.ids, device=device)
+        tensors[f"{role}_{response}_topk"] = torch.tensor(states.logps, device=device)
+        tensors[f"{role}_{response}_rest"] = torch.tensor(states.rest, device=device)
+    return tensors
+
+
+def prepare_rows(
+    dataset: "Dataset",
+    method: Method,
+    signals: Sequence[Signals],
+    tokenizer: "PreTrainedTokenizerBase",
+    truncation: Truncation | None,
+) -> "tuple[Dataset, SignalCollator, Truncation]":
+    """Return encoded rows with the method's features as columns `feature_*`, their collator, and their truncation.
+
+    Raises:
+        UserError: if a signal is missing, or was computed from other data, tokens or truncation.
+    """
+    available = SignalSet.of(signals, dataset)
+    if missing := available.missing(method.needs):
+        raise UserError(f"{type(method).__name__} lacks {'; '.join(map(str, missing))}. {_how_to_extract(missing[0])}")
+    truncation = _shared_truncation(signals, tokenizer, truncation)
+    encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
+    if dropped:
+        say(f"training: {dropped}")
+    encoded = _with_signals_only(encoded, available)
+    available = available.at(np.asarray(encoded["row"][:]))
+    features = method.features(available)
+    encoded = encoded.select_columns(["row", "prompt_ids", *(f"{name}_ids" for name in method.responses)])
+    for name, values in features.items():
+        encoded = encoded.add_column(f"feature_{name}", values.astype(np.float32))
+    collate = PairCollator(
+        tokenizer.pad_token_id,
+        responses=method.responses,
+        features=("row", *(name for name in encoded.column_names if name.startswith("feature_"))),
+    )
+    topk = tuple((need.role, r) for need in method.needs if need.kind == "topk" for r in need.responses)
+    return encoded, SignalCollator(collate, available, topk), truncation
+
+
+def _shared_truncation(
+    signals: Sequence[Signals], tokenizer: "PreTrainedTokenizerBase", truncation: Truncation | None
+) -> Truncation:
+    """Return the truncation of the signals, or the requested one if there are none; refuse if they differ."""
+    for store in signals:
+        store.check_tokenizer(tokenizer)
+        stored = Truncation(**store.manifest["truncation"])
+        if truncation is not None and truncation != stored:
+            raise UserError(f"the {store.role} signals were made with {stored}, training asks for {truncation}")
+        truncation = stored
+    return truncation or Truncation()
+
+
+def _with_signals_only(encoded: "Dataset", available: SignalSet) -> "Dataset":
+    """Return the encoded rows that have all the signals."""
+    has_signals = np.isin(np.asarray(encoded["row"][:]), available.rows)
+    if not has_signals.any():
+        raise UserError("no row of the data has all the signals that the method needs")
+    if has_signals.all():
+        return encoded
+    without = int((~has_signals).sum())
+    say(f"training: {without} more rows have no signals, because another response of theirs was dropped")
+    return encoded.select(np.flatnonzero(has_signals))
+
+
+def _how_to_extract(need: Need) -> str:
+    if need.role == "data":
+        return f"The data has no column {need.kind!r}; give every pair its score there"
+    model = {"teacher": "TEACHER", "teacher_reference": "TEACHER_SFT_MODEL", "reference": "STUDENT"}[need.role]
+    options = "" if need.responses == SIDES else f" --responses {','.join(need.responses)}"
+    if need.kind == "topk" and need.role != "teacher":
+        options += " --ids-from DIR_OF_THE_TEACHERS"
+    if need.kind == "logprob_values":
+        options += " --value-temperature B"
+    return (
+        f"Make it with `prefdistill signals --role {need.role} --kind {need.kind}{options} --model {model} --data DATA "
+        "--out DIR`"
+    )

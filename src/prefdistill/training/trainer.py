@@ -1,0 +1,186 @@
+"""The student's trainer: a transformers.Trainer whose loss is a method's."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say
+from prefdistill.data.batches import layout_for
+from prefdistill.data.encode import Truncation
+from prefdistill.methods import Method, Student, TRLMethod
+from prefdistill.models.load import load_model
+from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
+from prefdistill.signals.store import Signals
+from prefdistill.training.nan_guard import check_loss
+from prefdistill.training.rows import SignalCollator, feature_tensors, prepare_rows
+from prefdistill.training.start import check_start
+from prefdistill.training.student import read_student
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Nats per token between the student and its reference before the first step that rounding does not explain.
+REFERENCE_GAP = 0.05
+
+
+class PrefDistillTrainer(Trainer):
+    """Train a student on preference pairs with any method of `METHODS`. Only the student is in memory.
+
+    Args:
+        model: the student, or the Hub name or directory to load it from (in float32: the small steps of preference
+            training are lost in 16-bit weights; `bf16=True` in `args` makes the products 16-bit, not the weights).
+        method: e.g. `METHODS["tvkd"](alpha=0.7, beta=0.1)`.
+        args: any `transformers.TrainingArguments`.
+        train_dataset: preference pairs in TRL's format, with the sampled responses that the method reads, if any.
+        signals: the stores the method needs, each for the rows of `train_dataset`.
+        processing_class: the student's tokenizer.
+        eval_dataset, eval_signals: held-out pairs and their stores.
+        peft_config: train an adapter of this kind instead of the weights.
+        truncation: for methods without signals; those with signals truncate as their signals did.
+        kwargs: passed on to `transformers.Trainer`.
+
+    Raises:
+        UserError: if a signal the method needs is missing, or was made from other data, tokens or truncation.
+
+    Example:
+        >>> trainer = PrefDistillTrainer(                                    # doctest: +SKIP
+        ...     model="my/student", method=METHODS["tvkd"](), args=TrainingArguments("out"),
+        ...     train_dataset=pairs, signals=[teacher, reference], processing_class=tokenizer)
+        >>> trainer.train()                                                  # doctest: +SKIP
+    """
+
+    # The loss of a micro-batch is a mean: the Trainer divides it by the accumulation steps. Read by transformers 5.19
+    # and later; before that it goes by `model_accepts_loss_kwargs`.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | str",
+        method: Method,
+        args: TrainingArguments,
+        train_dataset: "Dataset",
+        signals: Sequence[Signals] = (),
+        processing_class: "PreTrainedTokenizerBase | None" = None,
+        *,
+        eval_dataset: "Dataset | None" = None,
+        eval_signals: Sequence[Signals] = (),
+        peft_config: "PeftConfig | None" = None,
+        truncation: Truncation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(method, TRLMethod):
+            raise UserError(f"{type(method).__name__} is trained by TRL: use prefdistill.training.factory.make_trainer")
+        if processing_class is None:
+            raise UserError("PrefDistillTrainer needs the student's tokenizer: pass processing_class=tokenizer")
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs are visible to one process: start one for each with `accelerate launch`, or show "
+                "it one with CUDA_VISIBLE_DEVICES=0"
+            )
+        student: nn.Module = load_model(model, dtype="float32") if isinstance(model, str) else model
+        disable_dropout(student)
+        self.method = method
+        train_rows, collate, resolved = prepare_rows(train_dataset, method, signals, processing_class, truncation)
+        eval_rows: Dataset | None = None
+        collate_eval: SignalCollator | None = None
+        if eval_dataset:
+            eval_rows, collate_eval, _ = prepare_rows(eval_dataset, method, eval_signals, processing_class, truncation)
+        check_start(student, [*signals, *eval_signals], bf16=bool(args.bf16))
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            set_seed(args.seed)  # the Trainer does so only when the adapter has its weights
+            student = get_peft_model(student, peft_config)
+        args.remove_unused_columns = False  # our columns are not the model's arguments
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False
+        layout = layout_for(self.model, resolved.max_length)
+        self.data_collator = collate.with_layout(layout)
+        self._collate_eval = collate_eval and collate_eval.with_layout(layout)
+        self._emittable = emittable_ids(processing_class, vocabulary_rows(student))
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._reference_checked = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        row_features = inputs.pop("features")
+        features = feature_tensors(row_features, self.args.device)
+        # accelerate's autocast sits on the model's forward, which `reduce_logits` goes around
+        with self.accelerator.autocast():
+            student = read_student(model, inputs, self.method, features, emittable=self._emittable)
+        loss, metrics = self.method.loss(student, features)
+        check_loss(loss, self.state.global_step + 1, f"rows {row_features['row']} of the data")
+        if model.training:
+            self._check_reference(student, features)
+            for name, value in metrics.items():
+                self._sums[name].append(value)
+        return (loss, metrics) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the data loader of the held-out rows or of the training rows, with their signals."""
+        collate = self.data_collator
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            self.data_collator = self._collate_eval or collate
+        elif eval_dataset is not self.train_dataset:
+            raise UserError("these rows have no signals: pass them as eval_dataset, with eval_signals, when it is made")
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collate
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for name, values in self._sums.items():
+                mean = torch.stack(values).float().mean()
+                logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def _check_reference(self, student: Student, features: dict[str, Tensor]) -> None:
+        """Warn if, before the first step, the student and its stored reference log-probs disagree."""
+        if self._reference_checked or "ref_chosen" not in features or self.state.global_step > 0:
+            return
+        self._reference_checked = True
+        gap = (student.logps["chosen"].detach() - features["ref_chosen"]).abs().sum() / student.tokens["chosen"].sum()
+        if gap > REFERENCE_GAP:
+            say(
+                f"warning: before training, the student and its reference signals differ by {gap:.3f} nats per token; "
+                "they are meant to be the same model (in the same precision)"
+            )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn dropout off for good: the reference that the student is compared with was computed without."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # some families hold the rate as a plain number
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
