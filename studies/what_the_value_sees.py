@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from prefdistill.data.columns import SIDES
 from prefdistill.data.load import load_pairs
 from prefdistill.data.synthetic import CLOSE, FILLERS, OPEN
 from prefdistill.methods import make_method
 from prefdistill.signals import Signals, SignalSet
-from prefdistill.signals.store import SIDES
 
 FORM = ("closed", "opened", "ends in a filler", "fillers", "words")
 

@@ -265,9 +265,15 @@ def test_several_samples_of_each_prompt(tmp_path):
         (["methods.tvkd.rounds=2"], "methods.tvkd.rounds: tvkd does not learn from the student's own responses"),
         (["methods.dpo.start=adpa"], "methods.dpo.start: 'adpa' must be a method that stands above it"),
         (["methods.adpa-plus.first_order=7"], "methods.adpa-plus.first_order differs from that of dckd"),
-        (["methods.tvkd.values_from=logprobs", "methods.tvkd.value_temperature=2.0"], "differs from signals.value"),
+        (
+            ["methods.tvkd.values_from=logprobs", "methods.tvkd.value_temperature=2.0"],
+            "needs signals.value_temperature=2.0, but it is 1.0",
+        ),
         (["teacher.dpo=null"], "the model the teacher's DPO started from: name it as model.teacher_reference"),
-        (["signals.positions=endpoints", "methods.tvkd.discount=0.9"], "needs the values of all states"),
+        (
+            ["signals.positions=endpoints", "methods.tvkd.discount=0.9"],
+            "needs signals.positions=all, but it is endpoints",
+        ),
         (["signals.k=0"], "signals.k"),
         (["signals.p=1.5"], "signals.p"),
         (["sampling.engine=magic"], "sampling.engine"),

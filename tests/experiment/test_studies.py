@@ -157,7 +157,7 @@ def test_a_recipe_file_stands_beside_the_study(tmp_path):
         ({}, ["methods.tvkd={alpha: 1}"], "cell 'alpha=-0.5' of the study sets methods.tvkd.alpha"),
         ({}, ["seeds=4"], "seeds is set by the study"),
         ({}, ["nonsense"], "is not an override"),
-        ({}, ["signals.value_temperature=2.0"], "differs from signals.value_temperature"),
+        ({}, ["signals.value_temperature=2.0"], "needs signals.value_temperature=1.0, but it is 2.0"),
         ({}, ["--seeds", "0"], "--seeds"),
     ],
 )

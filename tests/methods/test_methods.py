@@ -5,6 +5,8 @@ A new method adds its equation to `CASES`, and where it refuses something of its
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -762,7 +764,7 @@ def test_training_with_another_truncation_than_the_signals_is_refused(tmp_path, 
 
 NUMBER = "must be a number, got"
 REFUSED = [
-    ("tvkdd", {}, "unknown method 'tvkdd'; known: sft, dpo, tvkd"),
+    ("tvkdd", {}, "unknown method 'tvkdd'; did you mean 'tvkd'?"),
     ("dpo", {"alpha": 1.0}, "dpo has no option 'alpha'; its options: beta"),
     ("sft", {"beta": 1.0}, "sft has no option 'beta'; its options: none"),
     ("seqkd", {"beta": 1.0}, "its options: none"),
@@ -835,8 +837,8 @@ def signals(rows, stores):
 
 
 def test_the_value_potential_is_the_shaping_return_of_each_row(signals):
-    found = METHODS["tvkd"](terminal="bootstrap").features(signals)
-    last = METHODS["tvkd"](terminal="last").features(signals)
+    found = METHODS["tvkd"](terminal="bootstrap").row_signals(signals)
+    last = METHODS["tvkd"](terminal="last").row_signals(signals)
     for i in (0, 7, 23):
         values = signals.store("teacher", "values", "rejected").row(i)["rejected"]["values"]
         assert found["shaping_rejected"][i] == pytest.approx(values[-1] - values[0], abs=1e-6)
@@ -844,14 +846,14 @@ def test_the_value_potential_is_the_shaping_return_of_each_row(signals):
 
 
 def test_the_implicit_reward_potential_is_the_teachers_dpo_reward(signals):
-    found = METHODS["tvkd"](potential="implicit_reward", teacher_beta=0.5).features(signals)
+    found = METHODS["tvkd"](potential="implicit_reward", teacher_beta=0.5).row_signals(signals)
     teacher, base = (signals.store(r, "logps", "chosen").row(3)["chosen"] for r in ("teacher", "teacher_reference"))
     expected = 0.5 * (teacher["logps"] - base["logps"])
     assert found["shaping_chosen"][3] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_reward_potential_is_the_score_column(signals, rows):
-    found = METHODS["tvkd"](potential="reward").features(signals)
+    found = METHODS["tvkd"](potential="reward").row_signals(signals)
     assert found["shaping_chosen"].tolist() == rows["score_chosen"][:]
     assert found["shaping_rejected"].tolist() == rows["score_rejected"][:]
     without = SignalSet(signals.stores, rows.remove_columns(["score_chosen"]), signals.rows)
@@ -860,8 +862,8 @@ def test_the_reward_potential_is_the_score_column(signals, rows):
 
 
 def test_the_placebo_moves_every_pair_to_another_row_and_keeps_the_distribution(signals):
-    true = METHODS["tvkd"]().features(signals)
-    placebo = METHODS["tvkd"](potential="shuffled").features(signals)
+    true = METHODS["tvkd"]().row_signals(signals)
+    placebo = METHODS["tvkd"](potential="shuffled").row_signals(signals)
     margin = true["shaping_chosen"] - true["shaping_rejected"]
     moved = placebo["shaping_chosen"] - placebo["shaping_rejected"]
     assert sorted(margin) == sorted(moved)
@@ -893,7 +895,7 @@ def by_hand(**columns):
 
 
 def shaping(signals, **options):
-    found = METHODS["tvkd"](**options).features(signals)
+    found = METHODS["tvkd"](**options).row_signals(signals)
     assert found["ref_chosen"].tolist() == [-1.0] * 3
     return found["shaping_chosen"].tolist(), found["shaping_rejected"].tolist()
 
@@ -917,8 +919,8 @@ def test_ablations_by_hand():
     # 0.5 V(s_1) - V(s_0) + 0.5 V(s_1) - V(s_1) = -V(s_0)
     with pytest.raises(UserError, match="it tells nothing"):
         shaping(signals, **made_from, discount=0.5)
-    with pytest.raises(UserError, match=r"made with value_temperature=0\.5, the method asks for 2\.0"):
-        shaping(signals, values_from="logprobs", value_temperature=2.0)
+    with pytest.raises(UserError, match=r"have value_temperature=0\.5, the method needs 2\.0"):
+        signals.check_settings(METHODS["tvkd"](values_from="logprobs", value_temperature=2.0).needs)
 
 
 def test_clipping_and_standardizing_by_hand():
@@ -953,8 +955,8 @@ def test_noise_is_a_rows_own_and_in_units_of_the_spread():
     n = 4000
     returns = {side: rng.normal(5.0, 3.0, n) for side in SIDES}
     signals = by_hand(logps=tuple(returns[side].tolist() for side in SIDES))
-    clean = METHODS["tvkd"](shaping="log_prob").features(signals)
-    noisy = METHODS["tvkd"](shaping="log_prob", noise=0.5).features(signals)
+    clean = METHODS["tvkd"](shaping="log_prob").row_signals(signals)
+    noisy = METHODS["tvkd"](shaping="log_prob", noise=0.5).row_signals(signals)
     added = {side: noisy[f"shaping_{side}"] - clean[f"shaping_{side}"] for side in SIDES}
     both = np.concatenate([added[side] for side in SIDES])
     spread = np.concatenate([returns[side] for side in SIDES]).std()
@@ -964,10 +966,36 @@ def test_noise_is_a_rows_own_and_in_units_of_the_spread():
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
     # the same rows, fewer of them and in another order: each keeps its own, up to the spread of those at hand
     rows = np.array([3000, 7, 42])
-    few = METHODS["tvkd"](shaping="log_prob", noise=0.5).features(signals.at(rows))
+    few = METHODS["tvkd"](shaping="log_prob", noise=0.5).row_signals(signals.at(rows))
     alone = few["shaping_chosen"] - clean["shaping_chosen"][rows]
     assert np.ptp(alone / added["chosen"][rows]) < 1e-4
     # with `standardize`, what is left of the teacher correlates with it by 1 / sqrt(1 + noise^2)
-    mixed = METHODS["tvkd"](shaping="log_prob", noise=2.0, standardize=True).features(signals)["shaping_rejected"]
+    mixed = METHODS["tvkd"](shaping="log_prob", noise=2.0, standardize=True).row_signals(signals)["shaping_rejected"]
     assert np.corrcoef(mixed, returns["rejected"])[0, 1] == pytest.approx(1 / math.sqrt(5), abs=0.04)
     assert METHODS["tvkd"](noise=0).noise == 0
+
+
+def test_methods_are_named_in_any_case_or_by_dotted_name():
+    assert make_method("TVKD", {"alpha": 1}) == METHODS["tvkd"](alpha=1.0)
+    assert make_method("prefdistill.methods.tvkd.TVKD", {}) == METHODS["tvkd"]()
+    with pytest.raises(UserError, match=r"unknown method 'tvdk'; did you mean 'tvkd'\?"):
+        make_method("tvdk", {})
+    with pytest.raises(UserError, match=r"json\.JSONDecoder is no method"):
+        make_method("json.JSONDecoder", {})
+
+
+def test_display_names():
+    names = {name: method.display_name for name, method in METHODS.items()}
+    assert names["tvkd"] == "TVKD"
+    assert names["dadpo"] == "daDPO"
+    assert names["distillm2"] == "DistiLLM-2"
+    assert len(set(names.values())) == len(METHODS)
+
+
+def test_methods_are_made_without_torch():
+    """Recipes are checked before torch is imported."""
+    code = (
+        "import sys; from prefdistill.methods import METHODS, make_method; make_method('tvkd', {'alpha': 0.5}); "
+        "[method() for method in METHODS.values()]; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -730,7 +730,7 @@ def test_packed_distributions_are_the_exact_ones_within_the_error_that_the_manif
 
 
 def test_endpoints_are_what_tvkd_needs_and_no_more_than_16_bytes_a_pair(extract, make_model, pairs):
-    from prefdistill.methods import shaping_returns
+    from prefdistill.signals.shaping import shaping_returns
 
     cut = {"truncation": Truncation(max_length=26)}  # some responses have no end
     whole, ends = (

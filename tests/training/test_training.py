@@ -129,8 +129,8 @@ def test_tvkd_is_dpo_with_shifted_references(train, reference, teacher, monkeypa
     class Shifted(METHODS["dpo"]):
         needs = method.needs
 
-        def features(self, signals):
-            found = method.features(signals)
+        def row_signals(self, signals):
+            found = method.row_signals(signals)
             return {f"ref_{s}": found[f"ref_{s}"] - 7.0 * found[f"shaping_{s}"] for s in ("chosen", "rejected")}
 
     shifted = train(Shifted(beta=0.1))
@@ -469,7 +469,7 @@ def test_signals_of_another_tokenizer_are_refused(tmp_path, make_model, pairs, t
 
 
 def test_values_of_another_temperature_are_refused(train):
-    with pytest.raises(UserError, match=r"value_temperature=1\.0, the method asks for 0\.5"):
+    with pytest.raises(UserError, match=r"value_temperature=1\.0, the method needs 0\.5"):
         train(METHODS["tvkd"](value_temperature=0.5))
 
 

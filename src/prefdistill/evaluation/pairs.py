@@ -11,9 +11,10 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.data.load import prompt_text
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
-from prefdistill.methods import shaping_returns
+from prefdistill.signals.needs import Need
 from prefdistill.signals.reading import score_pairs
-from prefdistill.signals.store import Need, Signals, SignalSet
+from prefdistill.signals.shaping import shaping_returns
+from prefdistill.signals.store import Signals, SignalSet
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from prefdistill.evaluation.measure import Measured
-from prefdistill.methods import TVKD, Method
+from prefdistill.methods import Method
 from prefdistill.signals import SignalSet
 
 # Spread of the shaping margin in units of the DPO margin's, above which the pairs hardly count.
@@ -30,11 +30,10 @@ def shaping_of(
     found: dict[str, Any] = {}
     warnings = []
     for name, method in methods.items():
-        if not isinstance(method, TVKD) or signals.missing(method.needs):
+        offset = None if signals.missing(method.needs) else method.margin_offset(signals)
+        if offset is None:
             continue
-        features = method.features(signals)
-        offset = method.alpha * (features["shaping_chosen"] - features["shaping_rejected"])
-        margin = method.beta * np.array(measured[name][0].items["reward_margin"])
+        margin = method.margin_scale * np.array(measured[name][0].items["reward_margin"])
         found[name] = {
             "mean": float(offset.mean()),
             "std": float(offset.std()),

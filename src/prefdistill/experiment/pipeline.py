@@ -33,7 +33,7 @@ from prefdistill.experiment.measuring import Measuring, as_messages
 from prefdistill.experiment.recipe import MethodRun, Recipe
 from prefdistill.experiment.reward_stage import Judge, split_prompts, without_prompts
 from prefdistill.experiment.supply import Start, Supply
-from prefdistill.methods import TVKD, Method, make_method, sampled
+from prefdistill.methods import Method, make_method, sampled
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import check_model, check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.models.scratch import check_shape, random_model, texts_of, train_tokenizer
@@ -157,19 +157,11 @@ class SeedRun:
 
     def _check_method(self, where: str, method: Method) -> None:
         """Whether this recipe will make the signals that a method needs."""
-        made, names = self.recipe.signals.value_temperature, self.recipe.model
-        if isinstance(method, TVKD) and method.uses_values and method.value_temperature != made:
-            raise UserError(f"{where}.value_temperature differs from signals.value_temperature={made}; set both alike")
-        if (
-            self.recipe.signals.positions == "endpoints"
-            and isinstance(method, TVKD)
-            and method.uses_values
-            and (method.discount != 1 or method.terminal == "bootstrap")
-        ):
-            raise UserError(
-                f"{where} needs the values of all states, for its discount or terminal; signals.positions=all"
-            )
+        names = self.recipe.model
         for need in method.needs:
+            for name, value in need.settings.items():
+                if (made := getattr(self.recipe.signals, name)) != value:
+                    raise UserError(f"{where} needs signals.{name}={value}, but it is {made}; change one of them")
             if need.role == "teacher_reference" and self.recipe.teacher.dpo is None and names.teacher_reference is None:
                 raise UserError(
                     f"{where} needs the model the teacher's DPO started from: name it as model.teacher_reference, or "

@@ -1,60 +1,61 @@
-"""The methods by name. A method owns its hyper-parameters, says which signals it needs, turns them into a few numbers
-per row once before training, and maps what the student says to a loss. To add one: its loss under `losses/`, a
-dataclass here, and its line in `METHODS`.
+"""The methods by name. A method holds its hyper-parameters, declares the signals it needs, turns them into a few
+numbers per row once before training, and computes the loss from the student's outputs. To add one: its loss under
+`losses/`, a dataclass here, and its line in `METHODS`; from another package, `METHODS.register`, an entry point of the
+group `prefdistill.methods`, or its dotted name wherever a method is named.
 """
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.methods.base import Features, Method, Metrics, Student, sampled
-from prefdistill.methods.distribution import ADPA, DCKD, DistiLLM2, VanillaKD
-from prefdistill.methods.dpkd import DPKD
-from prefdistill.methods.preference import DPO, SFT, DaDPO, SeqKD
-from prefdistill.methods.trl import WPO, SimPO, TRLMethod
-from prefdistill.methods.tvkd import TVKD, shaping_returns
+from prefdistill.core.registry import Registry
+from prefdistill.methods.base import BatchSignals, Method, Metrics, Student, sampled
+from prefdistill.methods.trl import TRLMethod
 
-__all__ = [
-    "METHODS",
-    "TVKD",
-    "Features",
-    "Method",
-    "Metrics",
-    "Student",
-    "TRLMethod",
-    "make_method",
-    "sampled",
-    "shaping_returns",
-]
+__all__ = ["METHODS", "BatchSignals", "Method", "Metrics", "Student", "TRLMethod", "make_method", "sampled"]
 
-METHODS: dict[str, type[Any]] = {
-    "sft": SFT,
-    "dpo": DPO,
-    "tvkd": TVKD,
-    "vanillakd": VanillaKD,
-    "seqkd": SeqKD,
-    "dckd": DCKD,
-    "adpa": ADPA,
-    "dpkd": DPKD,
-    "simpo": SimPO,
-    "wpo": WPO,
-    "dadpo": DaDPO,
-    "distillm2": DistiLLM2,
-}
+METHODS = Registry(
+    "method",
+    "methods",
+    {
+        "sft": "prefdistill.methods.preference:SFT",
+        "dpo": "prefdistill.methods.preference:DPO",
+        "tvkd": "prefdistill.methods.tvkd:TVKD",
+        "vanillakd": "prefdistill.methods.distribution:VanillaKD",
+        "seqkd": "prefdistill.methods.preference:SeqKD",
+        "dckd": "prefdistill.methods.distribution:DCKD",
+        "adpa": "prefdistill.methods.distribution:ADPA",
+        "dpkd": "prefdistill.methods.dpkd:DPKD",
+        "simpo": "prefdistill.methods.trl:SimPO",
+        "wpo": "prefdistill.methods.trl:WPO",
+        "dadpo": "prefdistill.methods.preference:DaDPO",
+        "distillm2": "prefdistill.methods.distribution:DistiLLM2",
+    },
+)
+
+
+def method_options(name: str) -> tuple[str, ...]:
+    """Return the names of a method's hyper-parameters.
+
+    Raises:
+        UserError: on an unknown method, or a dotted name that is no method.
+    """
+    method = METHODS.find(name)
+    if not (isinstance(method, type) and issubclass(method, Method) and is_dataclass(method)):
+        raise UserError(f"{name} is no method: it must be a dataclass derived from prefdistill.methods.Method")
+    return tuple(field.name for field in fields(method))
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
-    """A method from its name and hyper-parameters.
+    """Return a method from its name, in any case, and its hyper-parameters.
 
     Raises:
-        UserError: on an unknown method or option, naming the known ones, or a value of the wrong kind.
+        UserError: on an unknown method or option, naming the closest or the known ones, or a value of the wrong type.
     """
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    known = sorted(field.name for field in fields(METHODS[name]))
+    known = method_options(name)
     if unknown := [key for key in options if key not in known]:
-        raise UserError(f"{name} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
+        raise UserError(f"{name} has no option {unknown[0]!r}; its options: {', '.join(sorted(known)) or 'none'}")
     try:
-        return METHODS[name](**options)
+        return METHODS.find(name)(**options)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

@@ -1,27 +1,32 @@
-"""What a method is: hyper-parameters, the signals it needs, and a loss of what the student says beside them."""
+"""The interface of a method: hyper-parameters, the signals it needs, and a loss of the student's outputs and these."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_type_hints
 
-import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import Tensor
 
+from prefdistill import losses
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
-from prefdistill.losses import topk_kl
-from prefdistill.models.logprobs import sum_by_response
-from prefdistill.signals.store import Need, SignalSet
+from prefdistill.signals.needs import Need
 
-Features = dict[str, Tensor]
-Metrics = dict[str, Tensor]
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from prefdistill.signals.store import SignalSet
+
+BatchSignals: TypeAlias = "dict[str, Tensor]"
+Metrics: TypeAlias = "dict[str, Tensor]"
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {"greater than 0": "positive", "greater than or equal to 0": "0 or more"}  # pydantic's words, and ours
 
 
 @dataclass(frozen=True)
 class Student:
-    """What the student says of a batch of B rows, by response ("chosen", "rejected", ...), in nats.
+    """The student's outputs for a batch of B rows, by response ("chosen", "rejected", ...), in nats.
 
     Per row: `logps` of the whole response and its `tokens`, [B] each. Per state s_0 .. s_{T-1}, the rows' states one
     after another: `topk`, the student's log-probabilities at the ids of the teacher's "topk" signal [states, k], and
@@ -36,58 +41,84 @@ class Student:
     likeliest: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def mean_over_tokens(self, response: str, per_state: Tensor) -> Tensor:
-        """Mean of a quantity over the states of each response: [states] -> [B]. A response without tokens has 0."""
+        """Return the mean of a quantity over the states of each response: [states] -> [B]; 0 without tokens."""
+        from prefdistill.models.logprobs import sum_by_response
+
         tokens = self.tokens[response]
         return sum_by_response(per_state, tokens) / tokens.clamp(min=1)
 
 
 class Method:
-    """A method is a frozen dataclass of its hyper-parameters that says what it reads and how that becomes a loss."""
+    """Base of all methods: a frozen dataclass of hyper-parameters with what it reads and how that becomes a loss."""
+
+    display_name: ClassVar[str]  # in tables and plots; by default the name of the class
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "display_name" not in vars(cls):
+            cls.display_name = cls.__name__
 
     def __post_init__(self) -> None:
-        """Every hyper-parameter is of its declared type, such as pydantic's PositiveFloat."""
-        kinds = get_type_hints(type(self), include_extras=True)
+        """Check that every hyper-parameter is of its declared type, such as pydantic's PositiveFloat."""
+        types = get_type_hints(type(self), include_extras=True)
         for option in fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             try:
-                TypeAdapter(kinds[option.name], config=STRICT).validate_python(value)
+                TypeAdapter(types[option.name], config=STRICT).validate_python(value)
             except ValidationError as error:
                 wanted = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
                 raise UserError(f"{option.name} must be {BOUNDS.get(wanted, wanted)}, got {value!r}") from error
 
     @property
     def responses(self) -> tuple[str, ...]:
-        """The responses the student has to read."""
+        """The responses the student reads."""
         return SIDES
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """The signals it draws on. A "topk" need puts `ROLE_RESPONSE_topk` [states, k], `ROLE_RESPONSE_rest` [states]
-        and `RESPONSE_ids` among the signals of a batch, and has the student read at those ids."""
+        """The signals it needs, with the settings they must have been extracted with.
+
+        A "topk" need puts `ROLE_RESPONSE_topk` [states, k], `ROLE_RESPONSE_rest` [states] and `RESPONSE_ids` among the
+        signals of a batch, and has the student read at those ids.
+        """
         return ()
 
     @property
     def reads_likeliest(self) -> bool:
-        """Whether it asks for the student's own most likely token of each state."""
+        """Whether it needs the student's own most likely token of each state."""
         return False
 
-    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
-        """The numbers per row that `loss` reads, made once before training: name -> [rows]."""
+    def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
+        """Return the numbers per row that `loss` reads, computed once before training: name -> [rows]."""
         return {}
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        """Mean loss of a batch, and detached scalars to log. `signals` holds the batch's `features` [B], and "topk"."""
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
+        """Return the mean loss of a batch, and detached scalars to log.
+
+        Args:
+            student: the student's outputs.
+            signals: the batch's part of `row_signals` [B], and the "topk" signals of its states.
+        """
         raise NotImplementedError
+
+    @property
+    def margin_scale(self) -> float:
+        """What the loss multiplies the policy's log-ratio margin by: the beta of DPO."""
+        return 1.0
+
+    def margin_offset(self, signals: SignalSet) -> np.ndarray | None:
+        """Return the term that the loss adds to the scaled margin of each pair, [rows]; None for a method without."""
+        return None
 
 
 def sampled(method: Method) -> tuple[str, ...]:
-    """The responses of a method that are not in preference data and have to be sampled from a model first."""
+    """Return the responses of a method that preference data does not have: they are sampled from a model first."""
     return tuple(response for response in method.responses if response not in SIDES)
 
 
-def mean_kl(student: Student, signals: Features, response: str) -> Tensor:
-    """Forward divergence of the teacher to the student, averaged over the tokens of a response, [B]."""
-    per_state = topk_kl(
+def mean_kl(student: Student, signals: BatchSignals, response: str) -> Tensor:
+    """Return the forward divergence of the teacher to the student, averaged over the tokens of a response, [B]."""
+    per_state = losses.topk_kl(
         signals[f"teacher_{response}_topk"],
         student.topk[response],
         signals[f"teacher_{response}_rest"],

@@ -1,24 +1,19 @@
 """Methods on the teacher's token distributions: VanillaKD, DCKD, ADPA and DistiLLM-2."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat
-from torch import Tensor
 
+from prefdistill import losses
 from prefdistill.core.errors import UserError
-from prefdistill.losses import (
-    adpa_loss,
-    advantage_score,
-    dckd_loss,
-    distillm2_loss,
-    sft_loss,
-    skew_kl,
-    vanillakd_loss,
-    with_rest,
-)
-from prefdistill.methods.base import Features, Method, Metrics, Student, mean_kl
-from prefdistill.signals.store import Need
+from prefdistill.methods.base import BatchSignals, Method, Metrics, Student, mean_kl
+from prefdistill.signals.needs import Need
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +34,10 @@ class VanillaKD(Method):
     def needs(self) -> tuple[Need, ...]:
         return (Need("teacher", "topk", self.responses),)
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        sft = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
+        sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         kl = mean_kl(student, signals, "chosen")
-        loss = vanillakd_loss(sft, kl, alpha=self.alpha)
+        loss = losses.vanillakd_loss(sft, kl, alpha=self.alpha)
         return loss.mean(), {"sft": sft.detach().mean(), "kl/chosen": kl.detach().mean()}
 
 
@@ -58,10 +53,10 @@ class DCKD(VanillaKD):
     def responses(self) -> tuple[str, ...]:
         return ("chosen", "rejected")
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        sft = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
+        sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         kl = {side: mean_kl(student, signals, side) for side in self.responses}
-        loss = dckd_loss(sft, kl["chosen"], kl["rejected"], alpha=self.alpha)
+        loss = losses.dckd_loss(sft, kl["chosen"], kl["rejected"], alpha=self.alpha)
         return loss.mean(), {"sft": sft.detach().mean(), **{f"kl/{s}": x.detach().mean() for s, x in kl.items()}}
 
 
@@ -91,16 +86,16 @@ class ADPA(Method):
     def needs(self) -> tuple[Need, ...]:
         return tuple(Need(role, "topk", ("student_response",)) for role in ("teacher", self.advantage_reference))
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
-        sft = sft_loss(student.logps["chosen"], student.tokens["chosen"])
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
+        sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         teacher, reference = (
-            with_rest(signals[f"{role}_student_response_topk"], signals[f"{role}_student_response_rest"])
+            losses.with_rest(signals[f"{role}_student_response_topk"], signals[f"{role}_student_response_rest"])
             for role in ("teacher", self.advantage_reference)
         )
-        ours = with_rest(student.topk["student_response"], student.rest["student_response"])
-        per_state = advantage_score(ours, self.teacher_beta * (teacher - reference))
+        own = losses.with_rest(student.topk["student_response"], student.rest["student_response"])
+        per_state = losses.advantage_score(own, self.teacher_beta * (teacher - reference))
         score = student.mean_over_tokens("student_response", per_state)
-        loss = adpa_loss(sft, score, gamma=self.gamma)
+        loss = losses.adpa_loss(sft, score, gamma=self.gamma)
         return loss.mean(), {"sft": sft.detach().mean(), "advantage": score.detach().mean()}
 
 
@@ -113,6 +108,7 @@ class DistiLLM2(Method):
         skew: how much of the first distribution is mixed into the second, 0 (plain divergences) to below 1.
     """
 
+    display_name: ClassVar[str] = "DistiLLM-2"
     skew: float = 0.1
 
     def __post_init__(self) -> None:
@@ -128,13 +124,13 @@ class DistiLLM2(Method):
     def needs(self) -> tuple[Need, ...]:
         return (Need("teacher", "topk", self.responses),)
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         kl: dict[str, Tensor] = {}
         for response in self.responses:
             teacher = (signals[f"teacher_{response}_topk"], signals[f"teacher_{response}_rest"])
-            ours = (student.topk[response], student.rest[response])
-            (p, p_rest), (q, q_rest) = (teacher, ours) if response == "teacher_response" else (ours, teacher)
-            per_state = skew_kl(p, q, skew=self.skew, p_rest=p_rest, q_rest=q_rest)
+            own = (student.topk[response], student.rest[response])
+            (p, p_rest), (q, q_rest) = (teacher, own) if response == "teacher_response" else (own, teacher)
+            per_state = losses.skew_kl(p, q, skew=self.skew, p_rest=p_rest, q_rest=q_rest)
             kl[response] = student.mean_over_tokens(response, per_state)
-        loss = distillm2_loss(*kl.values())
+        loss = losses.distillm2_loss(*kl.values())
         return loss.mean(), {f"kl/{response}": x.detach().mean() for response, x in kl.items()}

@@ -1,16 +1,23 @@
 """Methods on log-probabilities of whole responses: SFT, SeqKD, DPO and daDPO."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor
 
+from prefdistill import losses
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
-from prefdistill.losses import dadpo_loss, dpo_loss, sft_loss
-from prefdistill.methods.base import Features, Method, Metrics, Student
-from prefdistill.signals.store import Need, SignalSet
+from prefdistill.methods.base import BatchSignals, Method, Metrics, Student
+from prefdistill.signals.needs import Need
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefdistill.signals.store import SignalSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +28,9 @@ class SFT(Method):
     def responses(self) -> tuple[str, ...]:
         return ("chosen",)
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         (response,) = self.responses
-        loss = sft_loss(student.logps[response], student.tokens[response])
+        loss = losses.sft_loss(student.logps[response], student.tokens[response])
         return loss.mean(), {f"logps/{response}": student.logps[response].detach().mean()}
 
 
@@ -50,12 +57,16 @@ class DPO(Method):
     def needs(self) -> tuple[Need, ...]:
         return (Need("reference", "logps"),)
 
-    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+    @property
+    def margin_scale(self) -> float:
+        return self.beta
+
+    def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
         return {f"ref_{side}": signals.scalar("reference", "logps", side) for side in SIDES}
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
-        return dpo_loss(*logps, beta=self.beta).mean(), reward_metrics(*logps, beta=self.beta)
+        return losses.dpo_loss(*logps, beta=self.beta).mean(), reward_metrics(*logps, beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,7 @@ class DaDPO(DPO):
         teacher_beta: strength of the pull towards the teacher, per nat; 0 is DPO.
     """
 
+    display_name: ClassVar[str] = "daDPO"
     beta: NonNegativeFloat = 0.1
     teacher_beta: NonNegativeFloat = 0.1
 
@@ -79,21 +91,21 @@ class DaDPO(DPO):
     def needs(self) -> tuple[Need, ...]:
         return (*super().needs, Need("teacher", "logps"))
 
-    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+    def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
         teacher = {f"teacher_{side}": signals.scalar("teacher", "logps", side) for side in SIDES}
-        return {**super().features(signals), **teacher}
+        return {**super().row_signals(signals), **teacher}
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         teacher = (signals["teacher_chosen"], signals["teacher_rejected"])
-        loss = dadpo_loss(*logps, *teacher, beta=self.beta, teacher_beta=self.teacher_beta)
+        loss = losses.dadpo_loss(*logps, *teacher, beta=self.beta, teacher_beta=self.teacher_beta)
         return loss.mean(), reward_metrics(*logps, beta=self.beta)
 
 
 def reward_metrics(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
 ) -> Metrics:
-    """What DPO trainers log: the implicit rewards, in units of the loss."""
+    """Return what DPO trainers log: the implicit rewards, in units of the loss."""
     reward_chosen = beta * (chosen.detach() - ref_chosen)
     reward_rejected = beta * (rejected.detach() - ref_rejected)
     margin = reward_chosen - reward_rejected

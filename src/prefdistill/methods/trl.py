@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import PositiveFloat
 
 from prefdistill.data.columns import SIDES
-from prefdistill.data.load import NO_CACHE
 from prefdistill.methods.base import Method
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ class SimPO(TRLMethod):
         return {**loss, "remove_unused_columns": False}
 
     def rows(self, encoded: "Dataset") -> "Dataset":
+        from prefdistill.data.load import NO_CACHE
+
         def row(pair: dict[str, list[int]]) -> dict[str, list[int]]:
             found = {}
             for side in SIDES:

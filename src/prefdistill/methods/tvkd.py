@@ -1,19 +1,24 @@
 """TVKD: DPO with the teacher's shaping return as offset, its ablations and its controls."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor
 
+from prefdistill import losses
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
-from prefdistill.losses import shaping_return, tvkd_loss
-from prefdistill.methods.base import Features, Metrics, Student
+from prefdistill.methods.base import BatchSignals, Metrics, Student
 from prefdistill.methods.preference import DPO, reward_metrics
-from prefdistill.signals.store import Need, SignalSet
+from prefdistill.signals.needs import Need
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefdistill.signals.store import SignalSet
 
 VALUES = {"logits": "values", "logprobs": "logprob_values"}  # `values_from`: the kind of signal
 
@@ -83,7 +88,7 @@ class TVKD(DPO):
     def needs(self) -> tuple[Need, ...]:
         source: tuple[Need, ...]
         if self.uses_values:
-            source = (Need("teacher", VALUES[self.values_from]),)
+            source = (Need("teacher", VALUES[self.values_from], settings=self._value_settings),)
         elif self.shaping == "log_prob":
             source = (Need("teacher", "logps"),)
         elif self.shaping == "q":
@@ -94,7 +99,12 @@ class TVKD(DPO):
             source = tuple(Need("data", f"score_{side}", ()) for side in SIDES)
         return super().needs + source
 
-    def features(self, signals: SignalSet) -> dict[str, np.ndarray]:
+    @property
+    def _value_settings(self) -> dict[str, Any]:
+        all_states = self.discount != 1 or self.terminal == "bootstrap"
+        return {"value_temperature": self.value_temperature} | ({"positions": "all"} if all_states else {})
+
+    def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
         if self.uses_values and self.alpha != 0:
             self._check_values(signals)
         shaping = {side: self._return(signals, side) for side in SIDES}
@@ -118,13 +128,19 @@ class TVKD(DPO):
             shaping = {side: (psi - everything.mean()) / spread for side, psi in shaping.items()}
         if self.clip is not None:
             shaping = {side: psi.clip(-self.clip, self.clip) for side, psi in shaping.items()}
-        return {**super().features(signals), **{f"shaping_{side}": psi for side, psi in shaping.items()}}
+        return {**super().row_signals(signals), **{f"shaping_{side}": psi for side, psi in shaping.items()}}
+
+    def margin_offset(self, signals: SignalSet) -> np.ndarray:
+        shaping = self.row_signals(signals)
+        return self.alpha * (shaping["shaping_chosen"] - shaping["shaping_rejected"])
 
     def _check_values(self, signals: SignalSet) -> None:
         """A value that is the same everywhere leaves a term that depends on the lengths alone, or on nothing."""
         if len(signals.rows) < 2:
             return
-        extremes = np.array([_extremes(signals, side, VALUES[self.values_from]) for side in SIDES])
+        from prefdistill.signals.shaping import value_range
+
+        extremes = np.array([value_range(signals, side, VALUES[self.values_from]) for side in SIDES])
         if _same(extremes, extremes):
             raise UserError(
                 f"the teacher's value is the same number, {extremes[0, 0]:.3g}, in every state: it tells nothing. "
@@ -141,20 +157,17 @@ class TVKD(DPO):
         if self.potential == "implicit_reward":
             teacher, reference = (signals.scalar(r, "logps", side) for r in ("teacher", "teacher_reference"))
             return self.teacher_beta * (teacher - reference)
-        kind = VALUES[self.values_from]
-        made_with = signals.store("teacher", kind, side).manifest["value_temperature"]
-        if made_with != self.value_temperature:
-            raise UserError(
-                f"the teacher's values were made with value_temperature={made_with}, the method asks for "
-                f"{self.value_temperature}; make the signals again with that temperature"
-            )
-        return shaping_returns(signals, side, discount=self.discount, terminal=self.terminal, kind=kind)
+        from prefdistill.signals.shaping import shaping_returns
 
-    def loss(self, student: Student, signals: Features) -> tuple[Tensor, Metrics]:
+        return shaping_returns(
+            signals, side, discount=self.discount, terminal=self.terminal, kind=VALUES[self.values_from]
+        )
+
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         shaping = (signals["shaping_chosen"], signals["shaping_rejected"])
         margin = self.alpha * (shaping[0] - shaping[1])
-        return tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha).mean(), {
+        return losses.tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha).mean(), {
             **reward_metrics(*logps, beta=self.beta),
             "shaping/margins": margin.mean(),
             "shaping/margins_abs": margin.abs().mean(),
@@ -162,52 +175,9 @@ class TVKD(DPO):
         }
 
 
-def shaping_returns(
-    signals: SignalSet, side: str, *, discount: float, terminal: str, kind: str = "values"
-) -> np.ndarray:
-    """`shaping_return` of the stored teacher values of one side, [rows].
-
-    Raises:
-        UserError: if the store holds endpoints only and more is needed.
-    """
-    if signals.store("teacher", kind, side).manifest["positions"] == "endpoints":
-        return _return_of_endpoints(signals, side, discount, terminal)
-    values = signals.ragged("teacher", kind, side)
-    lengths = torch.from_numpy(signals.scalar("teacher", kind, side, "tokens").astype(np.int64))
-    ended = torch.from_numpy(signals.scalar("teacher", kind, side, "ended").astype(bool))
-    out = np.empty(len(values), dtype=np.float32)
-    for start in range(0, len(values), 1024):
-        part = slice(start, start + 1024)
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(v).float() for v in values[part]], batch_first=True)
-        out[part] = shaping_return(padded, lengths[part], discount, terminal, ended[part]).numpy()
-    return out
-
-
 def _same(numbers: np.ndarray, *scale: np.ndarray) -> bool:
     """Whether numbers differ by no more than what float32 leaves of others, of which they are differences."""
     return bool(np.ptp(numbers) <= 1e-6 * max(1.0, *(np.abs(other).max() for other in scale)))
-
-
-def _extremes(signals: SignalSet, side: str, kind: str) -> tuple[float, float]:
-    """The least and the greatest value of the states that the store has."""
-    store = signals.store("teacher", kind, side)
-    if store.manifest["positions"] == "endpoints":
-        rows = [store.scalar(name, signals.rows) for name in ("start_value", f"{side}_end_value")]
-    else:
-        rows = signals.ragged("teacher", kind, side)
-    return min(float(row.min()) for row in rows), max(float(row.max()) for row in rows)
-
-
-def _return_of_endpoints(signals: SignalSet, side: str, discount: float, terminal: str) -> np.ndarray:
-    """With discount 1 the sum telescopes to V(s_T) - V(s_0); the end value is what "last" puts for V(s_T)."""
-    if discount != 1 or terminal == "bootstrap":
-        raise UserError(
-            f"discount={discount:g} and terminal={terminal} need the values of more states than the endpoints that "
-            "these signals hold: make them again with `--positions all`"
-        )
-    store = signals.store("teacher", "values", side)
-    start, end, ended = (store.scalar(n, signals.rows) for n in ("start_value", f"{side}_end_value", f"{side}_ended"))
-    return np.where(ended & (terminal == "zero"), 0, end) - start
 
 
 def _noise_of_rows(rows: np.ndarray) -> dict[str, np.ndarray]:

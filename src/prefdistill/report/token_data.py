@@ -11,10 +11,11 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.encode import Truncation, encode_pairs, render_pairs
-from prefdistill.methods import shaping_returns
 from prefdistill.methods.tvkd import VALUES
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
-from prefdistill.signals.store import ROLES, Need, SignalSet
+from prefdistill.signals.needs import ROLES, Need
+from prefdistill.signals.shaping import shaping_returns
+from prefdistill.signals.store import SignalSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

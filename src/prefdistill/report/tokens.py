@@ -18,7 +18,8 @@ from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.text import printable
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
-from prefdistill.signals.store import ROLES, Need, Signals, SignalSet
+from prefdistill.signals.needs import ROLES, Need
+from prefdistill.signals.store import Signals, SignalSet
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,7 +1,26 @@
-"""What a model says about each response of a preference data set: made once, stored, read by every method."""
+"""What a model computes for each response of a preference data set: extracted once, stored, read by every method."""
 
-from prefdistill.signals.extract import extract_signals
-from prefdistill.signals.repair import repair_signals
-from prefdistill.signals.store import KINDS, ROLES, Need, Signals, SignalSet
+from typing import TYPE_CHECKING
+
+from prefdistill.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from prefdistill.signals.extract import extract_signals
+    from prefdistill.signals.needs import ROLES, Need
+    from prefdistill.signals.repair import repair_signals
+    from prefdistill.signals.store import KINDS, Signals, SignalSet
 
 __all__ = ["KINDS", "ROLES", "Need", "SignalSet", "Signals", "extract_signals", "repair_signals"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "KINDS": "store",
+        "ROLES": "needs",
+        "Need": "needs",
+        "SignalSet": "store",
+        "Signals": "store",
+        "extract_signals": "extract",
+        "repair_signals": "repair",
+    },
+)

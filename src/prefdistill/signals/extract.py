@@ -27,6 +27,7 @@ from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
+from prefdistill.signals.needs import ROLES, Need
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs
 from prefdistill.signals.shards import Shard, is_whole, read_checksum, write_shard
@@ -34,10 +35,8 @@ from prefdistill.signals.store import (
     KINDS,
     PACKED,
     PACKED_AT_IDS,
-    ROLES,
     SCHEMA,
     DamagedSignals,
-    Need,
     Signals,
     SignalSet,
     check_same_request,

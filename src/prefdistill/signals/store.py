@@ -20,10 +20,10 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import differences, file_digest, read_sealed, value_digest
-from prefdistill.data.columns import SIDES
 from prefdistill.data.load import data_fingerprint
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest
+from prefdistill.signals.needs import Need
 from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
 from prefdistill.signals.shards import Shard
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCHEMA = 5
-# Whose word a signal is: the teacher's, that of the SFT model the teacher's DPO started from, that of the student's own
-# starting point, the reference of the DPO margin, or that of a trained student, which is to be looked at.
-ROLES = ("teacher", "teacher_reference", "reference", "student")
 # What can be asked of a model about a response of T tokens, in nats, and the columns it is stored in.
 #   values          soft value of s_0 .. s_T, and its last one under other gauges (signals/gauge.py); of endpoints only,
 #                   `start_value` of s_0, one for the row, and `end_value` of the last state before the end token, or of
@@ -50,23 +47,6 @@ EXACT = ("counts", "ids", "logps", "rest")
 PACKED = ("counts", "ids", "levels", "gap", "span", "odds")
 PACKED_AT_IDS = ("counts", "levels", "span", "odds")
 PLAIN = ("tokens", "ended", "offsets", "values", "gauge", "end_value", "logprob_values", "logps", "q")
-
-
-@dataclass(frozen=True)
-class Need:
-    """A signal that a method needs: what kind, from whom, about which responses; or a numeric column of the data.
-
-    Example:
-        >>> str(Need("teacher", "topk", ("chosen",)))
-        'teacher.topk of chosen'
-    """
-
-    role: str
-    kind: str
-    responses: tuple[str, ...] = SIDES
-
-    def __str__(self) -> str:
-        return f"{self.role}.{self.kind}" + (f" of {', '.join(self.responses)}" if self.role != "data" else "")
 
 
 @dataclass(frozen=True)
@@ -367,6 +347,18 @@ class SignalSet:
             elif without := tuple(r for r in need.responses if not self._holding(need.role, need.kind, r)):
                 lacking.append(Need(need.role, need.kind, without))
         return lacking
+
+    def check_settings(self, needs: Iterable[Need]) -> None:
+        """Raise a UserError if signals that are needed were extracted with other settings than the method's."""
+        for need in needs:
+            for response in need.responses if need.settings else ():
+                manifest = self.store(need.role, need.kind, response).manifest
+                for name, value in need.settings.items():
+                    if manifest[name] != value:
+                        raise UserError(
+                            f"the {need.role} signals ({need.kind}) have {name}={manifest[name]}, the method needs "
+                            f"{value}; extract them again with `--{name.replace('_', '-')} {value}`"
+                        )
 
     def _holding(self, role: str, kind: str, response: str) -> list[Signals]:
         return [s for s in self.stores if s.role == role and kind in s.kinds and response in s.responses]

@@ -14,7 +14,8 @@ from prefdistill.data.batches import Layout, PairCollator
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.methods import Method
-from prefdistill.signals.store import Need, Signals, SignalSet, TopK
+from prefdistill.signals.needs import Need
+from prefdistill.signals.store import Signals, SignalSet, TopK
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,13 +73,14 @@ def prepare_rows(
     available = SignalSet.of(signals, dataset)
     if missing := available.missing(method.needs):
         raise UserError(f"{type(method).__name__} lacks {'; '.join(map(str, missing))}. {_how_to_extract(missing[0])}")
+    available.check_settings(method.needs)
     truncation = _shared_truncation(signals, tokenizer, truncation)
     encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
     if dropped:
         say(f"training: {dropped}")
     encoded = _with_signals_only(encoded, available)
     available = available.at(np.asarray(encoded["row"][:]))
-    features = method.features(available)
+    features = method.row_signals(available)
     encoded = encoded.select_columns(["row", "prompt_ids", *(f"{name}_ids" for name in method.responses)])
     for name, values in features.items():
         encoded = encoded.add_column(f"feature_{name}", values.astype(np.float32))
