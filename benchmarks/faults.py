@@ -153,7 +153,7 @@ def results(out: Path) -> Any:
     return without_clocks(json.loads((out / "results.json").read_text()))
 
 
-RECIPE = "src/prefdistill/recipes/quickstart.yaml"
+RECIPE = "src/prefdistill/experiment/recipes/quickstart.yaml"
 PAIRS = ("--data", "pairs.jsonl")
 STORES = ("--signals", "signals-teacher", "--signals", "signals-start")
 TESTED = ("--reference", "signals-start", "--teacher", "signals-teacher")

@@ -14,7 +14,8 @@ from prefdistill.experiment.recipe import load_recipe
 from prefdistill.training.options import DPOTraining, Training
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted([*(ROOT / "recipes").rglob("*.y*ml"), *(ROOT / "src" / "prefdistill" / "recipes").rglob("*.y*ml")])
+PACKAGED = ROOT / "src" / "prefdistill" / "experiment" / "recipes"
+SHIPPED = sorted([*(ROOT / "recipes").rglob("*.y*ml"), *PACKAGED.rglob("*.y*ml")])
 
 GOOD = """
 name: good
@@ -49,7 +50,7 @@ def load(tmp_path):
 
 
 def test_recipes_are_shipped_in_both_places():
-    assert ROOT / "src" / "prefdistill" / "recipes" / "quickstart.yaml" in SHIPPED
+    assert ROOT / "src" / "prefdistill" / "experiment" / "recipes" / "quickstart.yaml" in SHIPPED
     assert ROOT / "recipes" / "local-pairs" / "tvkd.yaml" in SHIPPED
 
 

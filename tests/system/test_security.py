@@ -62,7 +62,7 @@ def test_nothing_is_unpickled_unpacked_or_evaluated(source):
     modules = {name.split(".")[0] for name in names}
     assert modules.isdisjoint({"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "tarfile", "zipfile"})
     calls = {"eval()", "exec()", "compile()", "__import__()", "torch.load()", "np.load()", "os.system()", "yaml.load()"}
-    if source.name == "config.py":  # with a loader that is a SafeLoader, see below
+    if source.name == "yaml.py":  # with a loader that is a SafeLoader, see below
         calls.remove("yaml.load()")
     assert names.isdisjoint(calls | {"allow_pickle", "shell", "shutil.unpack_archive()", "yaml.unsafe_load()"})
 
@@ -74,7 +74,7 @@ def test_yaml_is_read_by_the_safe_loader():
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert set(_Loader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
-    (source,) = (path for path in SOURCES if path.name == "config.py")
+    (source,) = (path for path in SOURCES if path.name == "yaml.py")
     calls = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
     loads = [call for call in calls if ast.unparse(call.func) == "yaml.load"]
     assert loads
