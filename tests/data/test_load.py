@@ -18,7 +18,7 @@ from prefdistill.data import encode as encoding
 from prefdistill.data.batches import PairCollator
 from prefdistill.data.encode import Truncation, encode_pairs, end_token_ids
 from prefdistill.data.load import data_fingerprint, load_messages, load_pairs
-from support.tokenizers import STYLES, make_tokenizer
+from support.tokenizer_styles import STYLES, make_tokenizer
 
 UNLIMITED = Truncation(max_length=None)
 

@@ -36,7 +36,7 @@ from prefdistill.models.load import empty_model
 from prefdistill.signals import extract_signals
 from prefdistill.signals.sizes import store_bytes
 from prefdistill.training.options import Training
-from support.tokenizers import make_tokenizer
+from support.tokenizer_styles import make_tokenizer
 
 SUBJECTS = [
     "Paris",
@@ -798,7 +798,8 @@ def test_the_size_of_signals_is_foretold(tmp_path, tokenizer, make_model, option
 
 def test_every_check_has_a_row_here_and_a_line_in_the_docs():
     root = Path(__file__).parents[2]
-    source = "".join(path.read_text(encoding="utf-8") for path in (root / "src/prefdistill/experiment/doctor").glob("*.py"))
+    doctor = root / "src/prefdistill/experiment/doctor"
+    source = "".join(path.read_text(encoding="utf-8") for path in doctor.glob("*.py"))
     checks = set(re.findall(r'"((?:data|tokens|template|vocabulary|model|machine|recipe)\.[a-z-]+)"', source))
     assert len(checks) > 50
     tests, docs = Path(__file__).read_text(encoding="utf-8"), (root / "docs/doctor.md").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ from prefdistill.signals.store import TopK
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Lora, Training
 from support.stores import store_by_hand
-from support.tokenizers import STYLES, make_tokenizer
+from support.tokenizer_styles import STYLES, make_tokenizer
 
 SIDES = ("chosen", "rejected")
 SAMPLED = ("teacher_response", "student_response")

@@ -22,7 +22,7 @@ from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.sampling.files import sample_responses, sidecar
 from prefdistill.sampling.sampler import Response, sample
-from support.tokenizers import make_tokenizer
+from support.tokenizer_styles import make_tokenizer
 
 PROMPTS = [[{"role": "user", "content": sentence(1 + (i * 5) % 11, i)}] for i in range(14)]
 
