@@ -14,14 +14,9 @@ from prefdistill.experiment.recipe import load_recipe
 from prefdistill.training.options import DPOTraining, Training
 
 ROOT = Path(__file__).parents[2]
-<<<<<<< HEAD
-PACKAGED = ROOT / "src" / "prefdistill" / "experiment" / "recipes"
-SHIPPED = sorted([*(ROOT / "recipes").rglob("*.y*ml"), *PACKAGED.rglob("*.y*ml")])
-=======
 SHIPPED = sorted(
     [*(ROOT / "recipes").rglob("*.y*ml"), *(ROOT / "src" / "prefdistill" / "experiment" / "recipes").rglob("*.y*ml")]
 )
->>>>>>> 7d58c1e (Tests follow the files that moved)
 
 GOOD = """
 name: good
