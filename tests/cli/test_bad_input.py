@@ -273,7 +273,7 @@ BAD = [
     (distill(stores=("reference-tokens",)), "the reference signals were made with another tokenizer ("),
     (
         tvkd(stores=("teacher", "reference-short")),
-        "made otherwise than the teacher's (truncation.max_length is 24, not 1024)",
+        "made otherwise than the teacher's (truncation.max_length is 1024, was 24)",
     ),
     (distill("--max-length", "9"), "the reference signals were made with Truncation(max_length=1024"),
     (tvkd("discount=0.9", stores=("endpoints", "reference")), "have positions=endpoints, the method needs all"),

@@ -438,12 +438,11 @@ def test_what_a_stage_is_made_from_is_looked_at_not_its_name(place, capfd, make_
     before = (place / "pairs.jsonl").read_bytes()
     write_pairs(place / "pairs.jsonl", [row | {"chosen": row["rejected"]} for row in pairs])
     assert main(stage) == 2
-    assert "made from other inputs or options (another data); delete it" in capfd.readouterr().err
+    assert "holds work of another request (data differs (" in capfd.readouterr().err
     (place / "pairs.jsonl").write_bytes(before)
     assert main([*stage, "learning_rate=0.125"]) == 2
     told = capfd.readouterr().err
-    assert "made from other inputs or options (training.learning_rate is " in told
-    assert ", not 0.125); delete it" in told
+    assert "holds work of another request (training.learning_rate is 0.125, was " in told
     assert call(capfd, *stage)[0]["reused"] is True
     make_model(7).save_pretrained(place / "model")
     assert main(stage) == 2

@@ -16,8 +16,7 @@ import pytest
 from filelock import FileLock
 
 from prefdistill import __version__
-from prefdistill.core import artifact as stages
-from prefdistill.core.artifact import run_stage
+from prefdistill.core import stages
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import (
     atomic_path,
@@ -30,6 +29,7 @@ from prefdistill.core.files import (
 )
 from prefdistill.core.lock import locked
 from prefdistill.core.memory import bytes_on_disk
+from prefdistill.core.stages import run_stage
 
 
 class Work:
@@ -64,8 +64,8 @@ def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
     work, out = Work(), tmp_path / "stage"
     first = run_stage("sft", out, {"rate": 1}, work)
     (out / "checkpoints").mkdir()
-    told = r"made from other inputs or options \(rate is 1, not 2\); delete it"
-    with pytest.raises(UserError, match=told):  # someone may want it
+    message = re.escape(f"{out} holds work of another request (rate is 2, was 1); delete it or give another --out")
+    with pytest.raises(UserError, match=message):  # someone may want it
         run_stage("sft", out, {"rate": 2}, work)
     assert work.calls == 1
     second = run_stage("sft", out, {"rate": 2}, work, replace=True)
@@ -73,7 +73,7 @@ def test_another_request_makes_it_again_from_nothing(tmp_path, capsys):
     assert second.key != first.key
     assert second.reused is False
     assert names(out) == ["made-2", "stage-request.json", "stage.json"]
-    assert "sft: made again" in capsys.readouterr().err
+    assert "sft: rebuilding: its inputs changed (rate is 2, was 1)" in capsys.readouterr().err
     assert run_stage("sft", out, {"rate": 2}, work).reused is True
 
 
@@ -81,11 +81,12 @@ def test_what_differs_is_named_in_a_line_or_two(tmp_path, monkeypatch):
     many, out = dict.fromkeys("bcdefgh", 0), tmp_path / "stage"
     run_stage("sft", out, {"a": "x" * 99, "training": {"rate": 1}, **many}, Work())
     other = {"a": "y" * 99, "training": {"rate": 2}, **dict.fromkeys("bcdefgh", 1)}
-    told = "(another a; b is 0, not 1; c is 0, not 1; d is 0, not 1; e is 0, not 1; 4 more); delete it"
+    told = "(a is 'yyy'; b is 1, was 0; c is 1, was 0; d is 1, was 0; e is 1, was 0; 4 more); delete it"
+    told = told.replace("'yyy'", f"'{'y' * 39}..., was '{'x' * 39}...")
     with pytest.raises(UserError, match=re.escape(told)):
         run_stage("sft", out, other, Work())
     monkeypatch.setattr(stages, "__version__", "9.9")
-    told = f"(version is {__version__!r}, not '9.9'); delete it"
+    told = f"(version is '9.9', was {__version__!r}); delete it"
     with pytest.raises(UserError, match=re.escape(told)):
         run_stage("sft", out, {"a": "x" * 99, "training": {"rate": 1}, **many}, Work())
 
@@ -119,7 +120,7 @@ def test_a_finished_stage_that_has_lost_weights_is_made_again(tmp_path, capsys, 
     damage(out / name)
     again = run_stage("sft", out, {}, train, replace=replace)
     assert not again.reused
-    told = f"sft: made again from the start, because {name} is missing or not as it was written"
+    told = f"sft: rebuilding: {name} is missing or damaged"
     assert told in capsys.readouterr().err
     assert [(out / name).read_text() for name in WEIGHTS] == ["weights", "weights"]
     assert (out / "notes.md").read_text() == "mine"
@@ -213,7 +214,7 @@ def test_an_interrupted_stage_keeps_its_files_and_goes_on(tmp_path, capsys, erro
 
     assert run_stage("sft", out, {"a": 1}, go_on).reused is False
     assert names(out) == ["made-1", "rest", "stage-request.json", "stage.json"]
-    assert "sft: going on with an interrupted run" in capsys.readouterr().err
+    assert "sft: resuming" in capsys.readouterr().err
 
 
 def test_an_interrupted_stage_of_another_request_is_emptied(tmp_path):
@@ -561,7 +562,7 @@ def test_a_pool_on_another_file_system_holds_copies(tmp_path, monkeypatch):
     def refuse(source, target):
         raise OSError("cross-device link")
 
-    monkeypatch.setattr(stages.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     run_stage("sft", tmp_path / "a" / "sft", {}, Work(), pool=tmp_path / "pool")
     run_stage("sft", tmp_path / "b" / "sft", {}, Work(fail=AssertionError()), pool=tmp_path / "pool")
     assert not (tmp_path / "a" / "sft" / "made-1").samefile(tmp_path / "b" / "sft" / "made-1")

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from prefdistill.core.artifact import run_stage
 from prefdistill.core.memory import PeakMemory, bytes_on_disk
+from prefdistill.core.stages import run_stage
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what torch's allocator has handed out")

@@ -178,9 +178,11 @@ def test_what_cannot_be_repaired_says_why(store, made, make_model, pairs, tokeni
     with pytest.raises(UserError, match=r"no signals in .* to repair"):
         repair_signals(tmp_path / "nowhere")
     flip(store / "shards" / "00000.parquet")
-    with pytest.raises(UserError, match=r"another request \(another model\.weights_sha256\)"):
+    with pytest.raises(UserError, match=r"another request \(model\.weights_sha256 differs \("):
         repair_signals(store, make_model(seed=1), tokenizer=tokenizer)
-    with pytest.raises(UserError, match=r"another request \(another data\.fingerprint; data\.rows is 6, not 24\)"):
+    with pytest.raises(
+        UserError, match=r"another request \(data\.fingerprint differs \(.*\); data\.rows is 24, was 6\)"
+    ):
         repair_signals(store, dataset=pairs)
     repair_signals(store, make_model(), pairs.select(range(6)), tokenizer)  # the same, wherever they lie
     lose_notes(store)

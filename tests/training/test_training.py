@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
-from prefdistill.core.artifact import run_stage
 from prefdistill.core.errors import UserError
+from prefdistill.core.stages import run_stage
 from prefdistill.data.encode import Truncation
 from prefdistill.signals import extract_signals
 from prefdistill.training.checkpoints import WHOLE
@@ -528,7 +528,7 @@ def test_a_reference_of_another_configuration_is_pointed_out(tmp_path, train, ma
     same_weights = make_model(rms_norm_eps=1e-2)
     store = extract_signals(same_weights, pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
     train(METHODS["dpo"](), signals=[store])
-    assert "made from another configuration (rms_norm_eps is 0.01, not 1e-06)" in capsys.readouterr().err
+    assert "made from another configuration (rms_norm_eps is 1e-06, was 0.01)" in capsys.readouterr().err
 
 
 def test_a_reference_in_another_precision_is_pointed_out(tmp_path, train, make_model, pairs, tokenizer, capsys):

@@ -779,8 +779,8 @@ def _teach(
 
 def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any) -> dict[str, Any]:
     """A training of `model`, as a stage of its own."""
-    from prefdistill.core.artifact import run_stage
     from prefdistill.core.lock import locked
+    from prefdistill.core.stages import run_stage
     from prefdistill.experiment.inputs import Given
 
     given = Given()

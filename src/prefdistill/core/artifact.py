@@ -1,271 +1,487 @@
-"""Stages: work that ends in a directory, done once, gone on with after an interruption, and made again when what it
-was made from has changed."""
+"""Work that is done once: one protocol that decides whether to reuse, resume, rebuild or refuse.
 
-import os
-import re
+A piece of work has a *request* (a JSON object; its digest is the cache key), a *note* of the request that is written
+when the work begins, *parts* that survive an interruption, and a *seal* that is written last. What is on disk is in
+one of six states, and each leads to one action:
+
+| state | on disk | action |
+|---|---|---|
+| missing | nothing | note the request, do the work |
+| unfinished | this request, no seal | resume |
+| finished | this request, sealed, every part whole | reuse |
+| damaged | this request, sealed, a part is lost | rebuild, or refuse with the command that repairs it |
+| stale | another request | refuse; rebuild where the caller owns the directory (`replace`) |
+| foreign | files of somebody else | refuse |
+
+`DirectoryArtifact`, `FileArtifact` and `RecordArtifact` say where request, parts and seal lie; the states, the actions
+and the messages are the same for all. What has to be on the disk before the seal is synced before it.
+"""
+
+import copy
+import json
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from prefdistill import __version__
+from prefdistill.core.differences import NAMES, compare, listed
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import (
-    differences,
-    first_lost,
+    atomic_path,
+    file_digest,
+    link_tree,
     read_json,
-    sizes,
     sweep,
     sync,
-    temporary_path,
     value_digest,
     write_json,
 )
 from prefdistill.core.lock import LOCK, locked
-from prefdistill.core.memory import PeakMemory, bytes_on_disk
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 
-REQUEST, DONE, CHECKPOINTS = "stage-request.json", "stage.json", "checkpoints"
-NAMED = 5  # differences that a message names
+State = StrEnum("State", ["MISSING", "UNFINISHED", "FINISHED", "DAMAGED", "STALE", "FOREIGN"])
 
 
 @dataclass(frozen=True)
-class Stage:
-    name: str
-    directory: Path
-    key: str
-    seconds: float
-    reused: bool
-    peak_memory: int | None = None  # bytes, see `PeakMemory`; of the last go where it took several
-    bytes: int | None = None  # on disk, of the main process
-
-
-def stage_key(request: dict[str, Any]) -> str:
-    return value_digest({**request, "version": __version__})
-
-
-def finished(directory: Path, key: str) -> dict[str, Any]:
-    """What is known of a finished stage with this key; nothing if there is none, or if it has lost weights."""
-    done = _done(directory)
-    return done if done.get("key") == key and not _lost(directory, done) else {}
-
-
-def run_stage(
-    name: str,
-    directory: Path,
-    request: dict[str, Any],
-    make: Callable[[Path], None],
-    *,
-    replace: bool = False,
-    pool: Path | None = None,
-) -> Stage:
-    """Have `make(directory)` done for this request.
-
-    The key of a stage is a digest of its request, which holds the keys of the stages it builds on. A finished directory
-    of the same key is reused, and an unfinished one is handed to `make` as it is, to go on with. Checkpoints in
-    `directory/checkpoints` are removed when the stage is done.
+class Inspection:
+    """What is on disk for a request.
 
     Args:
-        replace: empty a directory of another key: for the parts of a run, which are ours to make again.
-        pool: a directory of finished stages by name and key. One that is there is taken from it, and what is made is
-            left there for others: as hard links where the file system has them, so it takes no space.
-
-    Raises:
-        UserError: if the directory holds files that no stage has put there, or (without `replace`) other work.
+        state: see the table above.
+        seal: of finished or damaged work.
+        note: of the request that the work was begun with.
+        reason: the lost part of damaged work, the differences of stale work, what is wrong with foreign files.
     """
-    request = {**request, "version": __version__}
-    key = stage_key(request)
-    team = processes()
-    with team.main_process_first():  # it clears the way, the others find it cleared
-        if team.is_main_process:
-            sweep(directory.parent, directory.name)  # a copy from the pool
-            sweep(directory, below=True)
-        done, spent = _look(name, directory, request, replace)
-        lent = pool / f"{name}-{key}" if pool else None
-        if not done and lent and _is_whole(lent):  # only the first process finds it so: then it is here
-            empty_stage(directory)
-            shutil.rmtree(directory, ignore_errors=True)
-            _link(lent, directory)
-            done, spent = _look(name, directory, request, replace)
-        if done:
-            if team.is_main_process:
-                _lend(directory, lent)
-            return Stage(name, directory, key, spent, True, done.get("peak_memory"), done.get("bytes"))
-        if team.is_main_process:
-            write_json(directory / REQUEST, {"key": key, "request": request, "seconds": spent})
-    start = time.monotonic()
-    peak = PeakMemory()
-    try:
-        with peak:
-            make(directory)
-    except UserError:
-        if not _work(directory):
-            (directory / REQUEST).unlink(missing_ok=True)  # refused before anything was made: leave nothing behind
-            _remove_checkpoints(directory)
-        raise
-    except BaseException:
-        if team.is_main_process:
-            spent += time.monotonic() - start
-            write_json(directory / REQUEST, {"key": key, "request": request, "seconds": round(spent, 3)})
-        raise
-    seconds = round(spent + time.monotonic() - start, 3)
-    team.wait_for_everyone()
-    size = None
-    if team.is_main_process:
-        sync(directory)  # what libraries wrote: only then is it true that the stage is done
-        told = {"name": name, "key": key, "seconds": seconds, "peak_memory": peak.bytes}
-        write_json(directory / DONE, {**told, "weights": _weights(directory)})
-        _remove_checkpoints(directory)
-        size = bytes_on_disk(directory)
-        _lend(directory, lent)
-        say(f"{name}: done in {seconds:.1f} s")
-    return Stage(name, directory, key, seconds, False, peak.bytes, size)
+
+    state: State
+    seal: dict[str, Any] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
 
 
-def _look(name: str, directory: Path, request: dict[str, Any], replace: bool) -> tuple[dict[str, Any], float]:
-    """What is known of a finished stage, and the seconds it has taken so far; removes what another request has left."""
-    main, key = processes().is_main_process, stage_key(request)
-    if done := finished(directory, key):
-        if main:
-            _remove_checkpoints(directory)  # it was killed when it was done
-            say(f"{name}: reused")
-        return {**done, "bytes": bytes_on_disk(directory)}, done["seconds"]
-    if (done := _done(directory)).get("key") == key:
-        if main:
-            lost = _lost(directory, done)
-            say(f"{name}: made again from the start, because {lost} is missing or not as it was written")
-            _remove_checkpoints(directory)
-            _forget(directory, done)
-        return {}, 0.0
-    before = read_json(directory / REQUEST) if (directory / REQUEST).is_file() else None
-    if before is None and _work(directory):
-        raise UserError(f"{directory} is not empty and was not made by prefdistill; give another --out")
-    if before is not None and before.get("key") == key:
-        if _work(directory) and main:
-            say(f"{name}: going on with an interrupted run")
-        return {}, before.get("seconds", 0.0)
-    if _work(directory) and not replace:
-        told = _told((before or {}).get("request") or request, request)
-        raise UserError(
-            f"{directory} holds what was made from other inputs or options{told}; delete it or give another --out"
-        )
-    if _work(directory) and main:
-        say(f"{name}: made again, because what it is made from has changed")
-        empty_stage(directory)
-    return {}, 0.0
+class Artifact(ABC):
+    """One piece of work.
 
+        with artifact.session() as seal:
+            if seal is None:
+                ...                     # the parts that are missing, then
+                artifact.seal(...)
 
-def _told(before: dict[str, Any], request: dict[str, Any]) -> str:
-    """Where two requests differ, in brackets."""
-    found = differences(before, request)
-    if len(found) > NAMED:
-        found[NAMED:] = [f"{len(found) - NAMED} more"]
-    return f" ({'; '.join(found)})" if found else ""
-
-
-def _weights(directory: Path) -> dict[str, int]:
-    """The files of weights in a stage, and their bytes; what else is in it is looked at by who reads it."""
-    found = sizes(directory, "*.safetensors")
-    return {name: size for name, size in found.items() if not name.startswith(f"{CHECKPOINTS}/")}
-
-
-def _done(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(directory / DONE) if (directory / DONE).is_file() else {}
-    return found
-
-
-def _lost(directory: Path, done: dict[str, Any]) -> str | None:
-    """The first file of weights that is not as a finished stage has left it, by its size."""
-    return first_lost(done.get("weights", {}), _weights(directory))
-
-
-def _is_whole(directory: Path) -> bool:
-    done = _done(directory)
-    return bool(done) and _lost(directory, done) is None
-
-
-def _forget(directory: Path, done: dict[str, Any]) -> None:
-    """Have a finished stage count as one with nothing made yet; what others have put beside its weights stays."""
-    for name in done["weights"]:
-        (directory / name).unlink(missing_ok=True)
-    (directory / DONE).unlink()  # last: until then it is known for one that has lost weights
-
-
-def empty_stage(directory: Path) -> None:
-    """Remove what a stage has left, so that whoever finds it half done knows it for a stage and takes up none of it."""
-    if not _work(directory):
-        return
-    write_json(directory / REQUEST, {"key": None})
-    (directory / DONE).unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if path.name == CHECKPOINTS and (path.is_dir() or path.is_symlink()):
-            _remove_checkpoints(directory, ignore_errors=False)
-        elif path.name not in (LOCK, REQUEST):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _remove_checkpoints(directory: Path, *, ignore_errors: bool = True) -> None:
-    """A link to another disk, and what else is there, stay."""
-    checkpoints = directory / CHECKPOINTS
-    for path in checkpoints_in(checkpoints) if checkpoints.is_symlink() else [checkpoints]:
-        shutil.rmtree(path, ignore_errors=ignore_errors)
-
-
-def checkpoints_in(checkpoints: Path) -> list[Path]:
-    """The Trainer's, in a directory that may hold other things."""
-    found = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return [path for path in found if path.is_dir()]
-
-
-def _lend(directory: Path, lent: Path | None) -> None:
-    """Leave a finished stage in the pool, if there is one and it is not there yet."""
-    if lent is None or _is_whole(lent):
-        return
-    # waits no longer than making links takes
-    with locked(lent.parent, f".{lent.name}.lock", wait=True, together=True):
-        sweep(lent.parent, lent.name)
-        if not _is_whole(lent):
-            shutil.rmtree(lent, ignore_errors=True)
-            _link(directory, lent)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` a copy of a finished stage, whole or not at all; its files are the same ones, by hard links.
-
-    Nothing changes the files of a finished stage: they are replaced or removed, which leaves the other name's as it is.
+    Args:
+        name: for messages: "teacher-sft", "sample".
+        place: the directory or the file that it ends in.
+        request: everything that the result depends on.
+        replace: rebuild stale work instead of refusing: for work that the caller owns.
     """
-    temporary = temporary_path(target)
-    try:
-        shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK, CHECKPOINTS))
-        sync(temporary)
-        temporary.rename(target)
-    except OSError:
-        if not (target / DONE).is_file():  # there is one: another run has been quicker with the same stage
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    ignored: ClassVar[Collection[str]] = NAMES  # keys of the request that do not count
+    repair: ClassVar[str] = ""  # how to repair damaged work; if empty, it is rebuilt
+
+    def __init__(self, name: str, place: Path, request: dict[str, Any], *, replace: bool = False) -> None:
+        self.name, self.place, self.replace = name, place, replace
+        self.request: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read again
+
+    @property
+    def key(self) -> str:
+        """The cache key."""
+        return value_digest(self.request)
+
+    # -- where request, parts and seal lie -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def read_note(self) -> dict[str, Any] | None:
+        """Return `{"request": ..., "key": ...}` as noted when the work began, or None. Either key is enough."""
+
+    @abstractmethod
+    def write_note(self, note: dict[str, Any]) -> None:
+        """Note the request; `note` is the one of an earlier attempt, or empty."""
+
+    @abstractmethod
+    def read_seal(self) -> dict[str, Any] | None:
+        """Return what was written last, with "request" or "key"; None if there is none."""
+
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Return whether anything is there besides the note."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove all of it; interrupted at any point, the rest is not resumed."""
+
+    def damage(self, seal: dict[str, Any]) -> str | None:
+        """Return the first part that is not as the seal says."""
+        return None
+
+    def foreign(self) -> str | None:
+        """Return what is wrong if the place holds files of somebody else."""
+        if self.has_work() and self.read_note() is None and self.read_seal() is None:
+            return f"{self.place} is not empty and was not made by prefdistill; give another --out"
+        return None
+
+    def lock(self) -> Any:
+        """Keep other processes out."""
+        return locked(self.place, together=True)
+
+    def sweep(self) -> None:  # noqa: B027
+        """Remove the temporary files of killed processes."""
+
+    def fetch(self) -> bool:
+        """Put finished work of the same request in place, if another run has shared it."""
+        return False
+
+    def unseal(self, seal: dict[str, Any]) -> None:
+        """Make damaged work count as not begun."""
+        self.clear()
+
+    def withdraw(self) -> None:  # noqa: B027
+        """Leave no trace of work that was refused, if it had made nothing yet."""
+
+    def interrupted(self, error: BaseException) -> None:
+        """Note what is known of work that stopped."""
+        if isinstance(error, UserError):
+            self.withdraw()
+
+    def tidy(self) -> None:  # noqa: B027
+        """Remove what finished work has no use for."""
+
+    # -- the protocol --------------------------------------------------------------------------------------------------
+
+    def is_for(self, record: dict[str, Any]) -> bool:
+        """Return whether a note or a seal is of this request."""
+        if "key" in record:
+            return bool(record["key"] == self.key)
+        return "request" in record and not self.changes(record)
+
+    def changes(self, record: dict[str, Any]) -> list[str]:
+        """Name where this request differs from that of a note or a seal."""
+        before = record.get("request", self.request)
+        return [str(difference) for difference in compare(before, self.request, self.ignored)]
+
+    def inspect(self) -> Inspection:
+        """Look at what is on disk, and change nothing."""
+        seal, note = self.read_seal(), self.read_note()
+        if seal is not None and self.is_for(seal):
+            lost = self.damage(seal)
+            return Inspection(State.DAMAGED if lost else State.FINISHED, seal, note or {}, lost or "")
+        if reason := self.foreign():
+            return Inspection(State.FOREIGN, reason=reason)
+        before = seal if note is None else note
+        if not self.has_work() or before is None:
+            return Inspection(State.MISSING, note=note if note and self.is_for(note) else {})
+        if note is not None and self.is_for(note):
+            return Inspection(State.UNFINISHED, seal or {}, note)
+        return Inspection(State.STALE, seal or {}, note or {}, listed(self.changes(before)))
+
+    def prepare(self) -> dict[str, Any] | None:
+        """Decide what to do, say so, and clear the way for it.
+
+        Returns:
+            The seal of finished work, which is reused; None if the work is to be done, in whole or in part.
+
+        Raises:
+            UserError: if the place holds other work or files, or damaged work that needs a repair.
+        """
+        team = processes()
+        with team.main_process_first():  # it clears the way; the others then find it cleared
+            main = team.is_main_process
+            if main:
+                self.sweep()
+            found = self.inspect()
+            self._refuse(found)
+            if main and found.state is not State.FINISHED and self.fetch():
+                found = self.inspect()
+            if found.state is State.FINISHED:
+                if main:
+                    self.tidy()
+                    say(f"{self.name}: reused")
+                return found.seal
+            if found.state is State.UNFINISHED:
+                self.request |= found.note.get("request", {})  # keeps the names that it was begun with
+            elif main:
+                self._rebuild(found)
+            if main:
+                if found.state is State.UNFINISHED:
+                    say(f"{self.name}: resuming")
+                self.write_note({} if found.state in (State.STALE, State.DAMAGED) else found.note)
+        return None
+
+    def _refuse(self, found: Inspection) -> None:
+        if found.state is State.FOREIGN:
+            raise UserError(found.reason)
+        if found.state is State.DAMAGED and self.repair:
+            raise self.damaged(found.reason)
+        if found.state is State.STALE and not self.replace:
+            changes = f" ({found.reason})" if found.reason else ""
+            raise UserError(f"{self.place} holds work of another request{changes}; delete it or give another --out")
+
+    def damaged(self, reason: str) -> UserError:
+        """Return the error that says how to repair damaged work."""
+        return UserError(f"{reason}; {self.repair}")
+
+    def _rebuild(self, found: Inspection) -> None:
+        if found.state is State.DAMAGED:
+            say(f"{self.name}: rebuilding: {found.reason} is missing or damaged")
+            self.unseal(found.seal)
+        elif found.state is State.STALE:
+            changes = f" ({found.reason})" if found.reason else ""
+            say(f"{self.name}: rebuilding: its inputs changed{changes}")
+            self.clear()
+
+    @contextmanager
+    def session(self, *, lock: bool = True) -> Iterator[dict[str, Any] | None]:
+        """Hold the lock, decide, and yield what `prepare` returns; work that was refused leaves nothing.
+
+        Args:
+            lock: whether to lock the place; not if the caller holds the lock already.
+        """
+        with self.lock() if lock else nullcontext():
+            seal = self.prepare()
+            if seal is not None:
+                yield seal
+                return
+            try:
+                yield None
+            except BaseException as error:
+                self.interrupted(error)
+                raise
+            if processes().is_main_process:
+                self.tidy()
 
 
-def _link_file(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+class DirectoryArtifact(Artifact):
+    """A directory that holds its request, its parts and its seal.
+
+    Subclasses name the two files, and may read and write them in another form.
+
+    Args:
+        pool: a directory that shares finished work between runs, by name and key. What is there already is taken from
+            it, and what is finished here is put there (`share`), as hard links.
+    """
+
+    NOTE: ClassVar[str] = "request.json"
+    SEAL: ClassVar[str] = "seal.json"
+    passing: ClassVar[tuple[str, ...]] = ()  # what finished work has no use for
+
+    def __init__(
+        self, name: str, place: Path, request: dict[str, Any], *, replace: bool = False, pool: Path | None = None
+    ) -> None:
+        super().__init__(name, place, request, replace=replace)
+        self.pool = pool
+
+    def read_note(self) -> dict[str, Any] | None:
+        return read_json(self.place / self.NOTE) if (self.place / self.NOTE).is_file() else None
+
+    def write_note(self, note: dict[str, Any]) -> None:
+        write_json(self.place / self.NOTE, {"key": self.key, "request": self.request})
+
+    def read_seal(self) -> dict[str, Any] | None:
+        return read_json(self.place / self.SEAL) if (self.place / self.SEAL).is_file() else None
+
+    @property
+    def pooled(self) -> Path | None:
+        return self.pool / f"{self.name}-{self.key}" if self.pool else None
+
+    def is_whole_at(self, directory: Path) -> bool:
+        """Return whether another directory holds this work, finished."""
+        elsewhere = copy.copy(self)
+        elsewhere.place = directory
+        return elsewhere.inspect().state is State.FINISHED
+
+    def fetch(self) -> bool:
+        if self.pooled is None or not self.is_whole_at(self.pooled):
+            return False
+        self.clear()
+        shutil.rmtree(self.place, ignore_errors=True)
+        self._link(self.pooled, self.place)
+        return True
+
+    def share(self) -> None:
+        """Put finished work into the pool, if there is one that lacks it."""
+        if self.pooled is None or self.is_whole_at(self.pooled):
+            return
+        # the wait is short: making links takes no time
+        with locked(self.pooled.parent, f".{self.pooled.name}.lock", wait=True, together=True):
+            sweep(self.pooled.parent, self.pooled.name)
+            if not self.is_whole_at(self.pooled):
+                shutil.rmtree(self.pooled, ignore_errors=True)
+                self._link(self.place, self.pooled)
+
+    def _link(self, source: Path, target: Path) -> None:
+        try:
+            link_tree(source, target, without=(LOCK, *self.passing))
+        except OSError:
+            if not (target / self.SEAL).is_file():  # else another run was quicker with the same work
+                raise
+
+    def seal(self, about: dict[str, Any]) -> None:
+        """Finish the work: what libraries wrote is synced first. Called by the main process, after all have ended."""
+        sync(self.place)
+        write_json(self.place / self.SEAL, about)
+
+    def sweep(self) -> None:
+        sweep(self.place, below=True)
+
+    def contents(self) -> list[Path]:
+        """List what is there besides note and lock."""
+        if not self.place.is_dir():
+            return []
+        return [path for path in self.place.iterdir() if path.name not in (self.NOTE, LOCK)]
+
+    def has_work(self) -> bool:
+        return bool(self.contents())
+
+    def withdraw(self) -> None:
+        if not self.contents():
+            (self.place / self.NOTE).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        if not self.has_work():
+            return
+        write_json(self.place / self.NOTE, {"key": None})  # a tombstone: an interrupted cleanup is not resumed
+        (self.place / self.SEAL).unlink(missing_ok=True)
+        for path in self.contents():
+            self.remove(path)
+
+    def remove(self, path: Path) -> None:
+        """Remove one thing of the directory."""
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def _work(directory: Path) -> list[Path]:
-    """What is in a directory besides our own notes."""
-    if not directory.exists():
-        return []
-    there = [path for path in directory.iterdir() if path.name not in (REQUEST, LOCK)]
-    return [path for path in there if path.name != CHECKPOINTS or _some_checkpoint(path)]
+class FileArtifact(Artifact):
+    """A single file, OUT. Its seal, with the request and a checksum, is OUT.meta.json; request and parts of unfinished
+    work are in OUT.parts.
+
+    Args:
+        verb: of `prefdistill`, that writes such files.
+    """
+
+    def __init__(self, name: str, place: Path, request: dict[str, Any], verb: str) -> None:
+        super().__init__(name, place, request)
+        self.verb, self.parts = verb, place.with_name(f"{place.name}.parts")
+        self.note = self.parts / "request.json"
+
+    def lock(self) -> Any:
+        return locked(self.parts)
+
+    def sweep(self) -> None:
+        for file in (self.place, sidecar(self.place)):
+            sweep(file.parent, file.name)
+
+    def read_note(self) -> dict[str, Any] | None:
+        return {"request": read_json(self.note)} if self.note.is_file() else None
+
+    def write_note(self, note: dict[str, Any]) -> None:
+        write_json(self.note, self.request)
+
+    def read_seal(self) -> dict[str, Any] | None:
+        return made_of(self.place) or None
+
+    def has_work(self) -> bool:
+        return self.place.exists() or any(path.name != LOCK for path in _listed(self.parts))
+
+    def foreign(self) -> str | None:
+        if self.place.exists() and self.read_seal() is None:
+            return f"{self.place} is not as `prefdistill {self.verb}` wrote it; give another --out"
+        if not self.place.exists() and self.has_work() and not self.note.is_file():
+            return f"{self.parts} is not empty and was not made by `prefdistill {self.verb}`; give another --out"
+        return None
+
+    def seal(self, write: Callable[[Path], None], about: dict[str, Any]) -> dict[str, Any]:
+        """Finish the work.
+
+        Args:
+            write: writes the file to the path it gets.
+            about: beside the request; written after the file, which gets its name last.
+
+        Returns:
+            The seal.
+        """
+        with atomic_path(self.place) as temporary:
+            write(temporary)
+            seal = {"request": self.request, **about, "sha256": file_digest(temporary)}
+            write_json(sidecar(self.place), seal)
+        return seal
+
+    def withdraw(self) -> None:
+        if {path.name for path in _listed(self.parts)} <= {LOCK, self.note.name}:
+            self.note.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        for path in _listed(self.parts):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def clear(self) -> None:
+        raise AssertionError("a file of another request is refused, never replaced")
 
 
-def _some_checkpoint(path: Path) -> bool:
-    """Whether anything of ours is there; the Trainer makes the directory before it has looked at the data."""
-    if path.is_symlink():
-        return bool(checkpoints_in(path))
-    return not path.is_dir() or any(path.iterdir())
+class RecordArtifact(Artifact):
+    """A JSON file that is its own seal: a result with the key and the request it was made from.
+
+    One of another request is replaced, and stays until the new one is whole.
+
+    Args:
+        verb: of `prefdistill`, that writes such files.
+        mark: a key that all of them have.
+    """
+
+    ignored: ClassVar[Collection[str]] = ()
+
+    def __init__(self, name: str, place: Path, request: dict[str, Any], verb: str, mark: str = "key") -> None:
+        super().__init__(name, place, request, replace=True)
+        self.verb, self.mark = verb, mark
+
+    def read_note(self) -> dict[str, Any] | None:
+        return None
+
+    def write_note(self, note: dict[str, Any]) -> None:
+        pass
+
+    def read_seal(self) -> dict[str, Any] | None:
+        record = read_json(self.place) if self.place.is_file() else None
+        return record if isinstance(record, dict) and self.mark in record else None
+
+    def inspect(self) -> Inspection:
+        try:
+            return super().inspect()
+        except UserError:  # no JSON: torn
+            return Inspection(State.DAMAGED, reason=str(self.place))
+
+    def has_work(self) -> bool:
+        return self.place.exists()
+
+    def foreign(self) -> str | None:
+        if self.place.exists() and self.read_seal() is None:
+            return f"{self.place} was not made by `prefdistill {self.verb}`; give another --out"
+        return None
+
+    def clear(self) -> None:
+        pass
+
+    def seal(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Finish the work; returns what is written."""
+        record = {**about, "key": self.key, "request": self.request}
+        write_json(self.place, record)
+        return record
+
+
+def sidecar(out: Path) -> Path:
+    """Return the path of the seal of a single file."""
+    return out.with_name(f"{out.name}.meta.json")
+
+
+def made_of(out: Path) -> dict[str, Any]:
+    """Return what the sidecar of a file says; {} without one, or if the file has changed since."""
+    seal = read_json(sidecar(out)) if out.is_file() and sidecar(out).is_file() else None
+    return seal if isinstance(seal, dict) and seal.get("sha256") == file_digest(out) else {}
+
+
+def _listed(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []

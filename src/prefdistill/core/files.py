@@ -9,13 +9,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from prefdistill.core.errors import UserError
 
-SHOWN = 60  # characters of a value that a message shows; a digest tells nobody anything
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # of safetensors and of PyTorch's writers, which give no number
 FULL_IN_WORDS = (*map(os.strerror, FULL), "PytorchStreamWriter failed writing", "iostream error")
@@ -73,6 +72,30 @@ def sweep(directory: Path, name: str = "*", *, below: bool = False) -> None:
     pattern = _temporaries(name if name == "*" else glob.escape(name))
     for path in list(directory.rglob(pattern) if below else directory.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def link_tree(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Make `target` a copy of a directory, whole or not at all; its files are the same ones, by hard links.
+
+    Nothing may write to the files of either in place: replacing or removing one leaves the other as it is.
+
+    Args:
+        without: names that are left out.
+    """
+    temporary = temporary_path(target)
+    try:
+        shutil.copytree(source, temporary, copy_function=_link_file, ignore=shutil.ignore_patterns(*without))
+        sync(temporary)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
 
 
 def disk_full(error: BaseException | None) -> bool:
@@ -152,22 +175,3 @@ def file_digest(path: Path) -> str:
 def value_digest(value: Any) -> str:
     """sha256 of a JSON value, the same for equal values whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def differences(before: dict[str, Any], asked: dict[str, Any], at: str = "") -> list[str]:
-    """Where two requests or manifests, or parts of them, differ; names do not count, for directories may be moved.
-
-    Example:
-        >>> differences({"name": "a", "model": {"dtype": "float32"}}, {"name": "b", "model": {"dtype": "bfloat16"}})
-        ["model.dtype is 'float32', not 'bfloat16'"]
-    """
-    found = []
-    for key in sorted({*before, *asked} - {"name"}):
-        a, b = before.get(key), asked.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{at}{key}.")
-        elif a != b and max(len(repr(a)), len(repr(b))) <= SHOWN:
-            found.append(f"{at}{key} is {a!r}, not {b!r}")
-        elif a != b:
-            found.append(f"another {at}{key}")
-    return found

@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from prefdistill.core.artifact import empty_stage
 from prefdistill.core.errors import UserError
 from prefdistill.core.processes import processes
+from prefdistill.core.stages import empty_stage
 from prefdistill.data.load import load_messages, load_pairs
 from prefdistill.models.identity import model_key
 

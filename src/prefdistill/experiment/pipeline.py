@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from prefdistill.core.artifact import finished, run_stage, stage_key
+from prefdistill.core.artifact import State
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.core.progress import say
+from prefdistill.core.stages import inspect_stage, run_stage
 from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation
@@ -424,7 +425,7 @@ class SeedRun:
         the directory and the models may be moved."""
         self.uses[name] = set().union(*(self.uses.get(key, set()) for key in after))
         request = {**request, "seed": self.seed, "after": {key: self.keys[key] for key in after}}
-        if not finished(self.root / name, stage_key(request)):
+        if inspect_stage(self.root / name, request).state is not State.FINISHED:
             remove_results(self.out)
         make = self.given.kept(self.uses[name], make)
         stage = run_stage(name, self.root / name, request, make, replace=True, pool=self.pool)

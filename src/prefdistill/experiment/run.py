@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from prefdistill import __version__
-from prefdistill.core.artifact import REQUEST
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_json
 from prefdistill.core.lock import LOCK
 from prefdistill.core.paths import check_own
+from prefdistill.core.stages import REQUEST
 from prefdistill.experiment.inputs import Given
 from prefdistill.experiment.pipeline import SeedRun, remove_results
 from prefdistill.experiment.recipe import Recipe

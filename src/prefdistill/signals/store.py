@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prefdistill.core.differences import differences
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import differences, file_digest, read_sealed, value_digest
+from prefdistill.core.files import file_digest, read_sealed, value_digest
 from prefdistill.data.load import data_fingerprint
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest
@@ -317,7 +318,7 @@ class SignalSet:
                     "`prefdistill signals --data` and this data"
                 )
             for part in ("truncation", "tokenizer"):
-                if changed := differences(store.manifest[part], stores[0].manifest[part], f"{part}."):
+                if changed := differences(store.manifest[part], stores[0].manifest[part], part):
                     raise UserError(
                         f"the {store.role} signals were made otherwise than the {stores[0].role}'s "
                         f"({'; '.join(changed)}): make them alike"

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.core.artifact import checkpoints_in
 from prefdistill.core.files import first_lost, read_sealed, sizes, sync, write_sealed
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
+from prefdistill.core.stages import checkpoints_in
 
 WHOLE = "whole.json"  # written last, with the size of each file: every process's part of a checkpoint is on the disk
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from transformers import Trainer, TrainingArguments
 
-from prefdistill.core.artifact import CHECKPOINTS
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
+from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.methods import Method, TRLMethod

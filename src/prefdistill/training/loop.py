@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefdistill.core.artifact import CHECKPOINTS, checkpoints_in
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
 from prefdistill.core.processes import processes
@@ -57,9 +56,6 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     trainer.add_callback(stop)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except UserError:
-        _leave_no_trace(out)
-        raise
     except UnpicklingError as error:  # weights only: nothing in it has been run
         raise UserError(
             f"{last} is damaged, or holds more than the state of a training; delete it to train without it"
@@ -69,15 +65,6 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     if stop.asked:
         raise KeyboardInterrupt
     _save(trainer, out)
-
-
-def _leave_no_trace(out: Path) -> None:
-    """Of a training that stopped before it had saved or logged anything."""
-    log = out / "metrics.jsonl"
-    if checkpoints_in(out / CHECKPOINTS) or (log.is_file() and log.stat().st_size):
-        return
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    log.unlink(missing_ok=True)
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from prefdistill.core.differences import differences
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import differences
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.models.identity import computing_config, fits_in, weights_digest

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.core.artifact import CHECKPOINTS
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
+from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.encode import Truncation, judged_ids, without_refused
 from prefdistill.models.load import load_model
 from prefdistill.models.scratch import random_model
