@@ -926,7 +926,7 @@ FROM_SCRATCH = f"model={{scratch: {{vocab_size: 300, teacher: {json.dumps(SMALL)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.arguments={save_total_limit: many}"], "save_total_limit: input should be a valid integer"),
+        (["training.arguments={save_total_limit: many}"], "save_total_limit must be a valid integer"),
         (["training.lora={target_modules: [nope]}"], "training.lora: Target modules {'nope'} not found"),
         ([FROM_SCRATCH, "model.scratch.student.hiden_size=8"], "model.scratch.student: .* did you mean 'hidden_size'"),
         ([FROM_SCRATCH, "model.scratch.teacher.hidden_act=nope"], "model.scratch.teacher: .* there is no 'nope'"),

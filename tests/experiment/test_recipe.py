@@ -11,6 +11,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.options import Override, validate
 from prefdistill.core.yaml import parse_value
 from prefdistill.experiment.recipe import load_recipe
+from prefdistill.training.arguments import training_arguments
 from prefdistill.training.options import DPOTraining, Training
 
 ROOT = Path(__file__).parents[2]
@@ -182,34 +183,34 @@ BAD_OVERRIDES = [
     ("methods.tvkd.training.lora.rr=1", "unknown key 'methods.tvkd.training.lora.rr'"),
     ("evaluate.sample=1", "unknown key 'evaluate.sample'; did you mean 'samples'?"),
     ("data.synthetic.pair=1", "data.synthetic.demonstrations is missing"),
-    ("name=3", "name: input should be a valid string, got 3"),
+    ("name=3", "name must be a valid string, got 3"),
     ("name=../elsewhere", "'../elsewhere' names a directory"),
     ("methods.a/b={method: dpo}", "'a/b' names a directory"),
     ("methods.teacher={method: dpo}", "methods.teacher: that name is taken"),
-    ("seed=0.5", "seed: input should be a valid integer, got 0.5"),
-    ("seed=-1", "seed: input should be greater than or equal to 0, got -1"),
-    ("seeds=0", "seeds: input should be greater than 0, got 0"),
-    ("orders=true", "orders: input should be a valid integer, got True"),
-    ("data.max_train=-5", "data.max_train: input should be greater than 0, got -5"),
-    ("data.train=[a]", "data.train: input should be a valid string, got ['a']"),
-    ("training.learning_rate=-1e-6", "training: learning_rate: input should be greater than 0, got -1e-06"),
-    ("training.learning_rate=fast", "training: learning_rate: input should be a valid number, got 'fast'"),
-    ("training.learning_rate=.inf", "training: learning_rate: input should be a finite number, got inf"),
-    ("training.batch_size=1.5", "training: batch_size: input should be a valid integer, got 1.5"),
-    ("training.report_to=wandb", "training: report_to: input should be a valid list, got 'wandb'"),
+    ("seed=0.5", "seed must be a valid integer, got 0.5"),
+    ("seed=-1", "seed must be greater than or equal to 0, got -1"),
+    ("seeds=0", "seeds must be greater than 0, got 0"),
+    ("orders=true", "orders must be a valid integer, got True"),
+    ("data.max_train=-5", "data.max_train must be greater than 0, got -5"),
+    ("data.train=[a]", "data.train must be a valid string, got ['a']"),
+    ("training.learning_rate=-1e-6", "training: learning_rate must be greater than 0, got -1e-06"),
+    ("training.learning_rate=fast", "training: learning_rate must be a valid number, got 'fast'"),
+    ("training.learning_rate=.inf", "training: learning_rate must be a finite number, got inf"),
+    ("training.batch_size=1.5", "training: batch_size must be a valid integer, got 1.5"),
+    ("training.report_to=wandb", "training: report_to must be a valid list, got 'wandb'"),
     ("training.lora=true", "training: lora must be a mapping of names to values, got True"),
-    ("training.arguments={day: 2026-01-01}", "training: arguments.day: input was not a valid JSON value"),
-    ("methods.dpo.training.max_steps=0", "methods.dpo.training.max_steps: input should be greater than 0, got 0"),
-    ("methods.tvkd.training.lora.alpha=0.5", "methods.tvkd.training.lora.alpha: input should be a valid integer"),
-    ("methods.dpo.first_order=-1", "methods.dpo.first_order: input should be greater than or equal to 0"),
-    ("signals.dtype=int8", "signals.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"),
-    ("model.trust_remote_code=1", "model.trust_remote_code: input should be a valid boolean, got 1"),
+    ("training.arguments={day: 2026-01-01}", "training: arguments.day is not a valid JSON value"),
+    ("methods.dpo.training.max_steps=0", "methods.dpo.training.max_steps must be greater than 0, got 0"),
+    ("methods.tvkd.training.lora.alpha=0.5", "methods.tvkd.training.lora.alpha must be a valid integer"),
+    ("methods.dpo.first_order=-1", "methods.dpo.first_order must be greater than or equal to 0"),
+    ("signals.dtype=int8", "signals.dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"),
+    ("model.trust_remote_code=1", "model.trust_remote_code must be a valid boolean, got 1"),
     ("methods.tdpo={}", "methods.tdpo: unknown method 'tdpo'; known: "),
-    ("methods.x={method: [dpo]}", "methods.x.method: input should be a valid string, got ['dpo']"),
+    ("methods.x={method: [dpo]}", "methods.x.method must be a valid string, got ['dpo']"),
     ("methods.dpo.alpha=1", "methods.dpo: dpo has no option 'alpha'; its options: beta"),
     ("methods.dpo.beta=strong", "methods.dpo: dpo: beta must be a number, got 'strong'"),
     ("methods.dpo.beta=true", "methods.dpo: dpo: beta must be a number, got True"),
-    ("methods.tvkd.alpha=.inf", "input should be a finite number, got inf"),
+    ("methods.tvkd.alpha=.inf", "must be a finite number, got inf"),
     ("methods.dpo.beta=-0.1", "methods.dpo: dpo: beta must be positive, got -0.1"),
     ("methods.tvkd.potential=3", "methods.tvkd: tvkd: potential must be 'value', 'shuffled', "),
     ("methods.tvkd.potential=hope", "methods.tvkd: tvkd: potential must be 'value', 'shuffled', "),
@@ -321,7 +322,7 @@ def test_keys_known_besides_are_named(load):
 
 
 def arguments(out, kind=Training, **options):
-    return kind(**options).to_arguments(out, seed=3, data_seed=4)
+    return training_arguments(kind(**options), out, seed=3, data_seed=4)
 
 
 def test_arguments_mean_what_they_say(tmp_path):
@@ -348,8 +349,8 @@ def test_a_batch_smaller_than_a_micro_batch_is_one_micro_batch(tmp_path):
         ({"arguments": {"learning_speed": 1}}, "training arguments: .*unexpected keyword argument 'learning_speed'"),
         ({"arguments": {"output_dir": "x"}}, "training arguments: .*output_dir"),
         ({"arguments": {"optim": "adamx"}}, "training arguments: adamx is not a valid"),
-        ({"arguments": {"max_grad_norm": "1"}}, "training arguments: max_grad_norm: input should be a valid number"),
-        ({"arguments": {"save_total_limit": 1.5}}, "training arguments: save_total_limit: input should be a valid int"),
+        ({"arguments": {"max_grad_norm": "1"}}, "training arguments: max_grad_norm must be a valid number"),
+        ({"arguments": {"save_total_limit": 1.5}}, "training arguments: save_total_limit must be a valid int"),
         ({"arguments": {"adam_beta1": 7}}, "training arguments: Invalid beta parameter at index 0: 7"),
         ({"arguments": {"optim": "adamw_anyprecision"}}, "training arguments: Please install"),
         ({"schedule": "cosine_with_min_lr"}, "training arguments: One of min_lr or min_lr_rate should be set"),
@@ -367,7 +368,7 @@ def test_dpo_arguments_of_trl(tmp_path):
     from trl import DPOConfig
 
     training = DPOTraining(beta=0.3, batch_size=4, arguments={"loss_type": "ipo"})
-    found = training.to_arguments(tmp_path, seed=0, data_seed=0, kind=DPOConfig, beta=training.beta)
+    found = training_arguments(training, tmp_path, seed=0, data_seed=0, kind=DPOConfig, beta=training.beta)
     assert isinstance(found, DPOConfig)
     assert (found.beta, found.loss_type) == (0.3, ["ipo"])
 

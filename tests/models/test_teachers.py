@@ -199,7 +199,7 @@ def test_a_quantised_teacher_answers(tokenizer, tmp_path):
     )
     assert read_json(sidecar(tmp_path / "a.jsonl"))["request"]["quantization"] == "4bit"
     for wrong in ({"model": model}, {"model": name, "engine": "vllm"}):
-        with pytest.raises(UserError, match="quantization is for a model that transformers loads here"):
+        with pytest.raises(UserError, match="quantization applies to"):
             sample_responses(
                 dataset=prompts, tokenizer=tokenizer, out=tmp_path / "c.jsonl", quantization="4bit", **wrong
             )

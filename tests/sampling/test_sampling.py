@@ -175,15 +175,15 @@ def test_at_its_limits_it_is_greedy(model, tokenizer, limit):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -1}, "temperature must be 0 (greedy) or more, and finite, got -1"),
+        ({"temperature": -1}, "temperature must be greater than or equal to 0, got -1"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"temperature": float("inf")}, "temperature must be"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1 (nothing cut off), got 0"),
+        ({"top_p": 0}, "top_p must be greater than 0, got 0"),
         ({"top_p": 1.1}, "top_p must be"),
-        ({"n": 0}, "n must be at least 1, got 0"),
-        ({"n": 2, "temperature": 0}, "temperature 0 would give the same response 2 times; ask for n=1"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"n": 0}, "n must be greater than 0, got 0"),
+        ({"n": 2, "temperature": 0}, "temperature=0 gives the same response 2 times; use n=1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be greater than 0"),
+        ({"batch_size": 0}, "batch_size must be greater than 0"),
     ],
     ids=str,
 )
@@ -480,7 +480,7 @@ def test_a_finished_file_is_reused_and_anything_else_refused(model, tokenizer, r
             sample_responses(model, dataset, tokenizer, out, **(ASK | change))
 
     refused(
-        r"a.jsonl holds responses of another request \(seed is 0, not 1; temperature is 1.0, not 2\); give",
+        r"a.jsonl holds responses of another request \(seed is 0, not 1; temperature is 1.0, not 2.0\); give",
         seed=1,
         temperature=2,
     )
@@ -537,11 +537,11 @@ def test_prompts_without_room_are_left_out_and_counted(model, tokenizer, rows, t
         ({"out": "a.csv"}, "a.csv: unknown file type. Give --out a name that ends in .jsonl, .jsonl.gz, .parquet"),
         ({"column": "chosen"}, "a data set in memory has a column 'chosen' already; name another with --column"),
         ({"column": "prompt"}, "has a column 'prompt' already"),
-        ({"column": "a b"}, "'a b' is no name for a column"),
-        ({"engine": "magic"}, "unknown engine 'magic'; known: transformers, vllm"),
+        ({"column": "a b"}, "column='a b': use letters, digits and _"),
+        ({"engine": "magic"}, "engine must be 'transformers' or 'vllm', got 'magic'"),
         ({"engine": "vllm"}, "vLLM loads a model itself: give its Hub name or directory"),
-        ({"shard_rows": 0}, "shard_rows must be at least 1"),
-        ({"top_p": 2}, "top_p must be above 0"),
+        ({"shard_rows": 0}, "shard_rows must be greater than 0"),
+        ({"top_p": 2}, "top_p must be less than or equal to 1"),
     ],
     ids=str,
 )

@@ -472,7 +472,7 @@ def test_what_a_directory_has_been_through_is_not_seen_in_its_results(calls, see
 
 def test_a_change_that_is_not_noticed_would_be_seen(tmp_path, monkeypatch):
     """Trainings that are taken for the same, whatever their learning rate."""
-    monkeypatch.setattr("prefdistill.training.options.Training.essence", lambda self: {})
+    monkeypatch.setattr("prefdistill.training.options.Training.cache_key", lambda self: {})
     monkeypatch.setattr("benchmarks.histories.CHANGES", [change_option])
     monkeypatch.setattr("benchmarks.histories.OPTIONS", {"recipe.yaml": {"training.learning_rate": [0.01, 0.02]}})
     assert live(make_place(tmp_path), 4, seed=1).differing

@@ -438,7 +438,7 @@ def distill(
         "data": data_fingerprint(pairs, chosen.responses),
         "method": method,
         "options": repr(chosen),
-        "training": training.essence(),
+        "training": training.cache_key(),
         "signals": [file_digest(path / "manifest.json") for path in signals or []],
         "truncation": str(truncation),
         "seed": seed,
@@ -506,6 +506,7 @@ def evaluate(
     from prefdistill.core.lock import locked
     from prefdistill.core.paths import check_file
     from prefdistill.evaluation import evaluate as evaluation
+    from prefdistill.evaluation.options import EvaluateRequest
 
     check_file(out, '{\n  "model":', "evaluate")
     if not all(edge.isdecimal() for edge in _listed(length_ranges)):
@@ -513,7 +514,8 @@ def evaluate(
     edges = tuple(int(edge) for edge in _listed(length_ranges))
     if any(low >= high for low, high in pairwise(edges)):
         raise UserError(f"--length-ranges takes numbers that rise, e.g. 5,10,50; got {length_ranges!r}")
-    request = evaluation.Request(
+    request = EvaluateRequest.of(
+        "evaluate",
         model=model,
         data=data,
         reference=reference,
@@ -766,7 +768,7 @@ def _teach(
     tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
     request = {
         "data": fingerprint,
-        "training": training.essence(),
+        "training": training.cache_key(),
         **options,
         "max_length": max_length,
     }

@@ -1,36 +1,102 @@
-"""TODO docstring."""
+"""Options: sections that declare each option once, their validation, and `key=value` overrides.
+
+A section is a torch-free pydantic model. It is the section of a recipe, the source of a command's flags
+(`prefdistill.cli.flags`), the validation, the part of a cache key (`Section.cache_key`) and a row of docs/options.md.
+"""
 
 import copy
 import difflib
+import inspect
 import re
 import reprlib
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    JsonValue,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic.fields import FieldInfo
 
 from prefdistill.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 from prefdistill.core.yaml import parse_value
 
 Options = dict[str, JsonValue]
-UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")  # in pydantic's path to a value, but no key
+F = TypeVar("F", bound=Callable[..., Any])
+NOT_IN_KEY = "not in the cache key"  # marks a field that changes no result: Annotated[int, NOT_IN_KEY]
+# In pydantic's path to a value, but no key: the member of a union.
+UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|str|int|float|bool")
 
 
 class Section(BaseModel):
+    """Options that belong together. Unknown keys and wrong types are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    @classmethod
+    def of(cls, where: str, **options: Any) -> Self:
+        """The section with these options.
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+        Raises:
+            UserError: naming every unknown option and every wrong value; `where` says who was called.
+        """
+        return typing.cast(Self, validate(cls, options, where))
+
+    @classmethod
+    def redefault(cls, name: str, default: Any) -> Any:
+        """A field of this section for a subclass that has another default; its help and its bounds stay.
+
+        Example:
+            >>> from pydantic import Field, PositiveInt
+            >>> class Batch(Section):
+            ...     size: PositiveInt = Field(64, description="Rows per batch.")
+            >>> class Small(Batch):
+            ...     size: PositiveInt = Batch.redefault("size", 8)
+            >>> Small().size
+            8
+        """
+        field: FieldInfo = cls.model_fields[name]
+        changed = copy.copy(field)
+        changed.default = default
+        return changed
+
+    def cache_key(self) -> dict[str, Any]:
+        """Every option that results depend on: all but those marked `NOT_IN_KEY`."""
+        fields = type(self).model_fields.items()
+        return {name: _keyed(getattr(self, name)) for name, field in fields if NOT_IN_KEY not in field.metadata}
+
+
+def _keyed(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.cache_key()
+    if isinstance(value, dict):
+        return {name: _keyed(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_keyed(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def takes(section: type[Section]) -> Callable[[F], F]:
+    """A decorator: shows the options of a section in the signature of a function that takes them as `**options`."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = [(name, field) for name, field in section.model_fields.items() if name not in signature.parameters]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [inspect.Parameter(n, keyword, default=f.get_default(), annotation=f.annotation) for n, f in fields]
+        function.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def as_mapping(value: Any, where: str) -> dict[str, Any]:
+    """The value as a mapping of names to values; null is an empty one.
+
+    Raises:
+        ValueError: if it is something else.
+    """
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -55,61 +121,94 @@ class Override:
 
     def apply(self, raw: dict[str, Any]) -> None:
         *parents, last = self.key.split(".")
-        place = raw
+        section = raw
         for part in parents:
-            if not isinstance(place.get(part), dict):
-                place[part] = {}
-            place = place[part]
-        place[last] = copy.deepcopy(self.value)  # a later override may reach into it
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[last] = copy.deepcopy(self.value)  # a later override may change part of it
 
 
 def applied(changes: dict[str, Any]) -> dict[str, Any]:
-    """Overrides by dotted key, as the mapping they make."""
+    """Overrides by dotted key, as nested mappings."""
     raw: dict[str, Any] = {}
     for key, value in changes.items():
         Override(key, value).apply(raw)
     return raw
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested mappings in one; where both have a value, `above` wins."""
     both = dict(below)
     for key, value in above.items():
         under = below.get(key)
-        both[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+        both[key] = merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
     return both
 
 
-def validate(kind: type[Any], raw: Any, where: str, also: Iterable[str] = ()) -> Any:
-    """`kind(**raw)`, with its complaint as one line that says the fix; `also` are keys known at the top besides."""
+def validate(
+    kind: type[Any], raw: Any, where: str, also: Iterable[str] = (), spelled: Callable[[str], str] = str
+) -> Any:
+    """`kind(**raw)`.
+
+    Args:
+        kind: a section.
+        raw: its options.
+        where: names the source of `raw` in the message, such as a file.
+        also: further keys that are known at the top, for "did you mean".
+        spelled: turns the dotted key of an option into what the user wrote, such as a flag.
+
+    Raises:
+        UserError: one line with every unknown key and every wrong value.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(kind, error, also)}") from error
+        raise UserError(numbered(problems(kind, error, also, spelled), where)) from error
 
 
-def _explain(kind: type[BaseModel], error: ValidationError, also: Iterable[str]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not UNION_MEMBER.fullmatch(str(part)))
-    got = reprlib.repr(first["input"])
-    if first["type"] == "extra_forbidden":
-        known = [*_keys_at(kind, first["loc"][:-1]), *also]
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(known)}"
-        text = f"unknown key {key!r}; {hint}"
-    elif first["type"] == "missing":
-        text = f"{key} is missing"
-    elif first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
-    elif first["type"] in ("model_type", "dict_type"):
-        text = f"{key} must be a mapping of names to values, got {got}"
-    else:
-        text = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {got}"
-    return " ".join(text.split())
+def numbered(messages: list[str], where: str = "") -> str:
+    """Messages in one line, numbered if there are several."""
+    text = messages[0] if len(messages) == 1 else " ".join(f"({n}) {text}" for n, text in enumerate(messages, 1))
+    return f"{where}: {text}" if where else text
+
+
+def problems(
+    kind: type[BaseModel], error: ValidationError, also: Iterable[str] = (), spelled: Callable[[str], str] = str
+) -> list[str]:
+    """Everything that is wrong with the options of a section, one message per key."""
+    messages: dict[str, str] = {}
+    for part in error.errors():
+        key = ".".join(str(name) for name in part["loc"] if not UNION_MEMBER.fullmatch(str(name)))
+        messages.setdefault(key, " ".join(_problem(kind, part, spelled(key), also).split()))
+    return list(messages.values())
+
+
+def _problem(kind: type[BaseModel], error: Any, key: str, also: Iterable[str]) -> str:
+    got = reprlib.repr(error["input"])
+    if error["type"] == "extra_forbidden":
+        known = [*_keys_at(kind, error["loc"][:-1]), *also]
+        return f"unknown key {key!r}; {suggestion(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key} must be a mapping of names to values, got {got}"
+    text = error["msg"].replace("Input should be", "must be").replace("input was not", "is not")
+    if text.startswith(("must be", "is not")):
+        return f"{key} {text}, got {got}"
+    return f"{key}: {text[0].lower()}{text[1:]}, got {got}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name that is closest, as a question, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(names) or 'none'}"
 
 
 def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
-    import typing
-
     for part in location:
         annotation = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else kind
         options = [annotation, *typing.get_args(annotation)]

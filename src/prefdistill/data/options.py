@@ -1,36 +1,43 @@
-"""TODO docstring."""
+"""Options of data: where pairs come from, how many are used, how long they may be."""
 
-from typing import TYPE_CHECKING
-
-from pydantic import (
-    Field,
-    PositiveInt,
-)
-
-if TYPE_CHECKING:
-    pass
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from prefdistill.core.options import Section
+
+
+class Lengths(Section):
+    """How many tokens of a pair are used."""
+
+    max_length: PositiveInt | None = Field(
+        1024, description="Tokens of prompt and response; the response is cut on the right."
+    )
+    max_prompt_length: PositiveInt | None = Field(
+        None, description="Tokens of the prompt; a longer one keeps its end. TRL's SFT and DPO know max_length only."
+    )
 
 
 class Synthetic(Section):
     """The built-in task with a known reward, in place of data files."""
 
-    demonstrations: PositiveInt
-    teacher_pairs: PositiveInt  # the teacher's DPO sees these prompts,
-    pairs: PositiveInt  # the student the first of them: a teacher is worth asking because it has seen more
-    test_prompts: PositiveInt
-    teacher_label_noise: float = Field(0.0, ge=0, le=1)  # share of the pairs that the teacher's DPO sees turned round
+    demonstrations: PositiveInt = Field(description="Rows of the SFT stages.")
+    teacher_pairs: PositiveInt = Field(description="Pairs that the teacher's DPO trains on.")
+    pairs: PositiveInt = Field(description="Pairs that the student trains on, the first of the teacher's.")
+    test_prompts: PositiveInt = Field(description="Held-out prompts.")
+    teacher_label_noise: NonNegativeFloat = Field(
+        0.0, le=1, description="Share of the teacher's pairs whose label is flipped."
+    )
 
 
 class Data(Section):
     """Pairs to train and test on: a Hub name (`org/name#split`), a directory, or a file."""
 
-    train: str | None = None
-    test: str | None = None
-    sft: str | None = None  # demonstrations for the SFT stages; default: the chosen responses of `train`
-    max_train: PositiveInt | None = None  # use the first rows only
-    max_test: PositiveInt | None = None
-    max_length: PositiveInt | None = 1024
-    max_prompt_length: PositiveInt | None = None  # not in the SFT and DPO stages: TRL knows max_length only
-    synthetic: Synthetic | None = None
+    train: str | None = Field(None, description="Preference pairs to train on.")
+    test: str | None = Field(None, description="Held-out pairs.")
+    sft: str | None = Field(
+        None, description="Demonstrations for the SFT stages; null: the chosen responses of `train`."
+    )
+    max_train: PositiveInt | None = Field(None, description="Use the first rows of `train` only.")
+    max_test: PositiveInt | None = Field(None, description="Use the first rows of `test` only.")
+    max_length: PositiveInt | None = Lengths.redefault("max_length", 1024)
+    max_prompt_length: PositiveInt | None = Lengths.redefault("max_prompt_length", None)
+    synthetic: Synthetic | None = Field(None, description="The built-in task, in place of `train`.")

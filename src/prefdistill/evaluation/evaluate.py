@@ -1,11 +1,8 @@
 """`prefdistill evaluate`: one model, and whatever is asked for of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, without_refused
@@ -21,6 +18,7 @@ from prefdistill.evaluation.generations import (
     unique_prompts,
 )
 from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
+from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
 from prefdistill.evaluation.reward_model import RewardModel, check_judged, judge_of
 from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
@@ -31,80 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-SAMPLING = ("prompts", "temperature", "max_new_tokens", "batch_size", "engine")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `evaluate` is asked for; the command line's options of the same names say more.
-
-    Args:
-        model: Hub name or directory; not needed where only given generations are scored.
-        data: pairs, or prompts with or without `completion`; not needed for benchmarks.
-        reference, teacher: signal stores of the student's start and of the teacher, for what is measured on pairs.
-        generate: answer the prompts; implied by a reward model.
-        generations, against: files of responses, in place of sampling them, and to compare with.
-        column: where these two files keep the responses.
-        reward_model: Hub name or directory of the judge.
-        length_ranges: edges in words; empty: quartiles.
-        lm_eval: tasks of the lm-evaluation-harness.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    reference: Path | None = None
-    teacher: Path | None = None
-    generate: bool = False
-    generations: Path | None = None
-    against: Path | None = None
-    column: str = RESPONSE
-    reward_model: str | None = None
-    length_ranges: Sequence[int] = ()
-    prompts: int | None = None
-    temperature: float = 1.0
-    max_new_tokens: int = 512
-    batch_size: int = 64
-    engine: str = "transformers"
-    lm_eval: Sequence[str] = ()
-    lm_eval_include: Path | None = None
-    lm_eval_batch_size: int = 8
-    limit: int | None = None
-    seed: int = 0
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if not (self.reference or self.lm_eval or self.answers):
-            raise UserError(
-                "nothing to evaluate: give --reference (pairs), --generate, --generations or --reward-model "
-                "(responses), or --lm-eval (benchmarks)"
-            )
-        if self.model is None and (self.reference or self.lm_eval or not self.generations):
-            raise UserError("--model is missing: only --generations can be scored without the model they are from")
-        if self.data is None and (self.reference or (self.answers and not self.generations)):
-            raise UserError("--data is missing: the pairs that --reference was made from, or prompts to answer")
-        if self.generate and self.generations:
-            raise UserError("--generate samples the responses that --generations gives; leave one of the two out")
-        sampled = self.answers and not self.generations
-        for there, needs, options in (
-            (self.reference, "--reference", ("teacher",)),
-            (self.reward_model, "--reward-model, which scores both", ("against",)),
-            (self.generations or self.against, "--generations or --against", ("column",)),
-            (self.answers, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
-            (sampled, "responses to sample: --generate or --reward-model", SAMPLING),
-            (self.lm_eval, "--lm-eval", ("lm_eval_include", "lm_eval_batch_size", "limit")),
-        ):
-            given = [name for name in options if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-            if given and not there:
-                raise UserError(f"--{given[0].replace('_', '-')} needs {needs}")
-
-    @property
-    def answers(self) -> bool:
-        """Whether there are responses to look at."""
-        return bool(self.generate or self.generations or self.reward_model)
-
-
-def evaluate(request: Request, out: Path) -> dict[str, Any]:
+def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
     """Everything that is asked for; responses are sampled once, into a file beside `out`.
 
     Returns:
@@ -154,7 +79,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     return results
 
 
-def _evaluate_answers(request: Request, data: "Dataset | None", out: Path) -> dict[str, Any]:
+def _evaluate_answers(request: EvaluateRequest, data: "Dataset | None", out: Path) -> dict[str, Any]:
     """Responses, sampled or given: their lengths, how near they are to the references, and what the judge says."""
     given, trust = request.generations, request.trust_remote_code
     rows = load_prompts(str(given)) if given else data
@@ -189,7 +114,7 @@ def _evaluate_answers(request: Request, data: "Dataset | None", out: Path) -> di
     }
 
 
-def _sample(request: Request, prompts: "Dataset", file: Path) -> "Dataset":
+def _sample(request: EvaluateRequest, prompts: "Dataset", file: Path) -> "Dataset":
     return sample_responses(
         str(request.model),
         prompts.select_columns("prompt"),
@@ -207,7 +132,7 @@ def _sample(request: Request, prompts: "Dataset", file: Path) -> "Dataset":
     )
 
 
-def _judge(request: Request, measured: Measured, ours: Generations, data: "Dataset | None") -> dict[str, Any]:
+def _judge(request: EvaluateRequest, measured: Measured, ours: Generations, data: "Dataset | None") -> dict[str, Any]:
     """Scores of the judge, the win rate, and what the judge is worth on the data's own pairs."""
     judge = RewardModel(str(request.reward_model), trust_remote_code=request.trust_remote_code)
     told: dict[str, Any] = {}

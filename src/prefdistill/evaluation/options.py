@@ -1,43 +1,132 @@
-"""TODO docstring."""
+"""Options of evaluation: of a run, of its reward model, and of `prefdistill evaluate`."""
 
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from pathlib import Path
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
-
-if TYPE_CHECKING:
-    pass
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from prefdistill.core.options import Options, Section
+from prefdistill.models.options import Dtype, Loading
+from prefdistill.sampling.options import Engine, Sampling
 from prefdistill.training.options import Training
+
+SAMPLED = ("prompts", "temperature", "max_new_tokens", "batch_size", "engine")  # options of sampled responses
 
 
 class RewardModelOptions(Section):
-    """The judge of the responses to the held-out prompts: one that is named, or one trained on prompts of its own."""
+    """The reward model that scores the responses to held-out prompts: a named one, or one trained for the run."""
 
-    name: str | None = None  # Hub name or directory; null: trained from random weights,
-    share: float = Field(0.25, gt=0, lt=1)  # on this share of the training prompts, which nobody else sees
-    model: Options | None = None  # its `LlamaConfig` arguments; it reads max_position_embeddings tokens of a text
-    training: Training
+    name: str | None = Field(
+        None, description="Hub name or directory of a one-label classifier; null: train one from random weights."
+    )
+    share: float = Field(0.25, gt=0, lt=1, description="Share of the training prompts that only it sees.")
+    model: Options | None = Field(
+        None, description="Its `LlamaConfig` arguments; it reads max_position_embeddings tokens of a text."
+    )
+    training: Training = Field(description="How it is trained.")
 
     @model_validator(mode="after")
-    def _somehow(self) -> "RewardModelOptions":
+    def _consistent(self) -> "RewardModelOptions":
         if self.name is None and self.model is None:
-            raise ValueError("reward_model.name must be named, or reward_model.model say how to make one")
+            raise ValueError("reward_model needs a `name`, or the shape of a random one as `model`")
         if self.training.lora:
-            raise ValueError("reward_model.training.lora: there is nothing to adapt in random weights; leave it out")
+            raise ValueError("reward_model.training.lora: random weights have nothing to adapt; leave it out")
         return self
 
 
-class Evaluation(Section):
-    """What is measured on the held-out data besides pair accuracies."""
+def rising(edges: list[int] | tuple[int, ...] | None) -> None:
+    """Raise a ValueError if the edges of length ranges do not rise."""
+    if edges and any(low >= high for low, high in pairwise(edges)):
+        raise ValueError(f"length_ranges must rise, e.g. 5,10,50; got {','.join(map(str, edges))}")
 
-    max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
-    prompts: NonNegativeInt = 0  # of the test pairs, each answered once at temperature 1; 0: no responses are measured
-    samples: NonNegativeInt = 0  # generations kept for the report
-    length_ranges: list[PositiveInt] | None = None  # edges in words of the reference response; null: its quartiles
+
+class Evaluation(Section):
+    """What a run measures on held-out data besides pair accuracies."""
+
+    max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 256)
+    batch_size: PositiveInt = Sampling.redefault("batch_size", 64)
+    prompts: NonNegativeInt = Field(
+        0, description="Test prompts that each model responds to once at temperature 1; 0: responses are not measured."
+    )
+    samples: NonNegativeInt = Field(0, description="Responses shown in the report.")
+    length_ranges: list[PositiveInt] | None = Field(
+        None, description="Edges of length ranges in words of the reference response; default: quartiles."
+    )
+
+
+class EvaluateRequest(Loading):
+    """What `evaluate` measures of one model."""
+
+    model: str | None = Field(
+        None, description="Hub name or directory of the student; not needed to score given responses."
+    )
+    data: str | None = Field(
+        None, description="Held-out pairs, or rows with prompt and completion; Hub name, directory or file."
+    )
+    reference: Path | None = Field(None, description="Pairs: logps signals of the student's start on this data.")
+    teacher: Path | None = Field(None, description="Pairs: values,logps signals of the teacher on this data.")
+    generate: bool = Field(False, description="Respond to each prompt once; the responses are kept beside --out.")
+    generations: Path | None = Field(None, description="Score the responses in this file instead of sampling.")
+    reward_model: str | None = Field(
+        None, description="Score responses: Hub name or directory of a one-label classifier."
+    )
+    against: Path | None = Field(
+        None, description="Win rate against the responses in this file; default: the chosen ones of --data."
+    )
+    column: str = Field("response", description="Column of the responses in --generations and --against.")
+    length_ranges: tuple[PositiveInt, ...] = Field(
+        (), strict=False, description=f"Comma-separated. {Evaluation.model_fields['length_ranges'].description}"
+    )
+    prompts: PositiveInt | None = Field(None, description="Respond to the first prompts only.")
+    temperature: NonNegativeFloat = Sampling.redefault("temperature", 1.0)
+    max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 512)
+    batch_size: PositiveInt = Sampling.redefault("batch_size", 64)
+    engine: Engine = Sampling.redefault("engine", "transformers")
+    lm_eval: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="Comma-separated tasks of lm-evaluation-harness, or open-llm-leaderboard.",
+    )
+    lm_eval_include: Path | None = Field(None, description="Directory with further task files.")
+    lm_eval_batch_size: PositiveInt = Field(8, description="Requests of a benchmark per batch.")
+    limit: PositiveInt | None = Field(None, description="The first items of each benchmark only.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and of the benchmarks.")
+    dtype: Dtype = Loading.redefault("dtype", "float32")
+
+    @field_validator("length_ranges")
+    @classmethod
+    def _rising(cls, edges: tuple[int, ...]) -> tuple[int, ...]:
+        rising(edges)
+        return edges
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvaluateRequest":
+        if not (self.reference or self.lm_eval or self.answers):
+            raise ValueError(
+                "nothing to evaluate: give --reference (pairs), --generate, --generations or --reward-model "
+                "(responses), or --lm-eval (benchmarks)"
+            )
+        if self.model is None and (self.reference or self.lm_eval or not self.generations):
+            raise ValueError("--model is required: only --generations can be scored without the model")
+        if self.data is None and (self.reference or (self.answers and not self.generations)):
+            raise ValueError("--data is required: the pairs that --reference was extracted from, or prompts")
+        if self.generate and self.generations:
+            raise ValueError("--generate samples the responses that --generations gives; leave one of the two out")
+        sampled = self.answers and not self.generations
+        for present, needs, options in (
+            (self.reference, "--reference", ("teacher",)),
+            (self.reward_model, "--reward-model, which scores both", ("against",)),
+            (self.generations or self.against, "--generations or --against", ("column",)),
+            (self.answers, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
+            (sampled, "responses to sample: --generate or --reward-model", SAMPLED),
+            (self.lm_eval, "--lm-eval", ("lm_eval_include", "lm_eval_batch_size", "limit")),
+        ):
+            changed = [name for name in options if getattr(self, name) != type(self).model_fields[name].default]
+            if changed and not present:
+                raise ValueError(f"--{changed[0].replace('_', '-')} needs {needs}")
+        return self
+
+    @property
+    def answers(self) -> bool:
+        """Whether responses are measured."""
+        return self.generate or self.generations is not None or self.reward_model is not None

@@ -40,6 +40,7 @@ from prefdistill.models.load import check_model, check_reward_model, load_model,
 from prefdistill.models.scratch import check_shape, random_model, texts_of, train_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens
 from prefdistill.sampling.sampler import Response, sample
+from prefdistill.training.arguments import training_arguments
 from prefdistill.training.factory import arguments_class, make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
@@ -141,7 +142,7 @@ class SeedRun:
         if recipe.reward_model and not recipe.reward_model.name:
             trainings.append((recipe.reward_model.training, RewardConfig))
         for training, kind in trainings:
-            training.to_arguments(self.root, seed=0, data_seed=0, kind=kind)
+            training_arguments(training, self.root, seed=0, data_seed=0, kind=kind)
 
     def check_models(self) -> None:
         """Whether the models that are named can be loaded; this fetches those of the Hub."""
@@ -438,7 +439,7 @@ class SeedRun:
     def _request(self, training: Training) -> dict[str, Any]:
         model = self.recipe.model
         return {
-            "training": training.essence(),
+            "training": training.cache_key(),
             "truncation": [self.truncation.max_length, self.truncation.max_prompt_length],
             "dtype": model.dtype,
         }

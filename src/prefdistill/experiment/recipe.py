@@ -18,7 +18,7 @@ from prefdistill.core.errors import UserError
 if TYPE_CHECKING:
     pass
 
-from prefdistill.core.options import Options, Override, Section, _laid_over, _mapping, applied, validate
+from prefdistill.core.options import Options, Override, Section, applied, as_mapping, merged, validate
 from prefdistill.core.yaml import _Dumper, read_yaml
 from prefdistill.data.options import Data
 from prefdistill.evaluation.options import Evaluation, RewardModelOptions
@@ -83,25 +83,25 @@ class Recipe(Section):
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
-        defaults = _mapping(raw.get("training"), "training")
+        defaults = as_mapping(raw.get("training"), "training")
         for part, stages in (("teacher", ("sft", "dpo")), ("student", ("sft",))):
-            section = dict(_mapping(raw.get(part), part))
+            section = dict(as_mapping(raw.get(part), part))
             for stage in stages:
                 if section.get(stage) is not None:
-                    section[stage] = _laid_over(defaults, _mapping(section[stage], f"{part}.{stage}"))
+                    section[stage] = merged(defaults, as_mapping(section[stage], f"{part}.{stage}"))
             raw[part] = section
         if raw.get("reward_model") is not None:
-            judge = dict(_mapping(raw["reward_model"], "reward_model"))
-            own = _mapping(judge.get("training"), "reward_model.training")
-            judge["training"] = _laid_over({**defaults, "lora": None}, own)
+            judge = dict(as_mapping(raw["reward_model"], "reward_model"))
+            own = as_mapping(judge.get("training"), "reward_model.training")
+            judge["training"] = merged({**defaults, "lora": None}, own)
             raw["reward_model"] = judge
         methods = {}
-        for name, section in _mapping(raw.get("methods"), "methods").items():
-            section = dict(_mapping(section, f"methods.{name}"))
+        for name, section in as_mapping(raw.get("methods"), "methods").items():
+            section = dict(as_mapping(section, f"methods.{name}"))
             known = {key: section.pop(key) for key in list(section) if key in MethodRun.model_fields}
             known.setdefault("method", name)
-            known["options"] = {**_mapping(known.get("options"), f"methods.{name}.options"), **section}
-            known["training"] = _laid_over(defaults, _mapping(known.get("training"), f"methods.{name}.training"))
+            known["options"] = {**as_mapping(known.get("options"), f"methods.{name}.options"), **section}
+            known["training"] = merged(defaults, as_mapping(known.get("training"), f"methods.{name}.training"))
             methods[name] = known
         raw["methods"] = methods
         return raw
@@ -179,7 +179,7 @@ def load_recipe(
     path = Path(path)
     raw = _read(path)
     try:
-        profile = _mapping(raw.get("fast"), "fast") if fast else {}
+        profile = as_mapping(raw.get("fast"), "fast") if fast else {}
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     refuse_trust([raw, applied(profile)], str(path))
@@ -227,7 +227,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if below.resolve() in {file.resolve() for file in files}:
         circle = " -> ".join(map(str, (*files, below)))
         raise UserError(f"{path}: extends goes in a circle ({circle}); take it out of one of these")
-    return _laid_over(_read(below, files), raw)
+    return merged(_read(below, files), raw)
 
 
 def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:

@@ -87,7 +87,7 @@ class Judge:
             run.name_model(STAGE, self.options.name)
         else:
             run.keys["judge-pairs"] = data_fingerprint(run.judge_pairs)
-            request = {"shape": self.options.model, "training": training.essence(), "tokens": run.tokens}
+            request = {"shape": self.options.model, "training": training.cache_key(), "tokens": run.tokens}
             run.stage(STAGE, request, self._train, "judge-pairs", kind="reward_model")
         run.stage(WORTH, {}, self._look, STAGE, "test", kind="evaluate_reward_model")
 

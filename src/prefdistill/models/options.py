@@ -1,33 +1,49 @@
-"""TODO docstring."""
+"""Options of models: names, dtype, quantization, random models of a given shape."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import (
-    PositiveInt,
-)
-
-if TYPE_CHECKING:
-    pass
+from pydantic import Field, PositiveInt
 
 from prefdistill.core.options import Options, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["4bit", "8bit"]
+
+
+class Loading(Section):
+    """How a model is loaded."""
+
+    dtype: Dtype = Field("auto", description="dtype of the weights; auto is as stored.")
+    trust_remote_code: bool = Field(False, description="Let the model's repository run its own code.")
+
+
+class QuantizedLoading(Loading):
+    """How a model is loaded that is only read."""
+
+    quantization: Quantization | None = Field(
+        None, description="Quantize the weights while loading (bitsandbytes); a quantized checkpoint needs no option."
+    )
 
 
 class Scratch(Section):
-    """Models made from random weights: `LlamaConfig` arguments of each, and a tokenizer trained on the data."""
+    """Models made from random weights, and a tokenizer trained on the data."""
 
-    vocab_size: PositiveInt = 4096
-    teacher: Options
-    student: Options
+    vocab_size: PositiveInt = Field(4096, description="Size of the tokenizer's vocabulary.")
+    teacher: Options = Field(description="`LlamaConfig` arguments of the teacher.")
+    student: Options = Field(description="`LlamaConfig` arguments of the student.")
 
 
 class Models(Section):
     """Hub names or directories; a model that is not named is made from `scratch`."""
 
-    teacher: str | None = None
-    teacher_reference: str | None = None  # what the named teacher's DPO started from, for methods that compare the two
-    student: str | None = None
-    scratch: Scratch | None = None
-    dtype: Dtype = "float32"  # of the weights in training; with bf16=true they stay float32 and the products are bf16
-    trust_remote_code: bool = False
+    teacher: str | None = Field(None, description="Hub name or directory of the teacher.")
+    teacher_reference: str | None = Field(
+        None, description="What the teacher's DPO started from, for methods that compare the two."
+    )
+    student: str | None = Field(None, description="Hub name or directory of the student.")
+    scratch: Scratch | None = Field(None, description="Shapes of random models; null: models are named.")
+    dtype: Dtype = Field(
+        "float32",
+        description="dtype of the weights in training; with training.bf16 they stay float32.",
+    )
+    trust_remote_code: bool = Loading.redefault("trust_remote_code", False)

@@ -1,9 +1,7 @@
 """TODO docstring."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,36 +13,10 @@ from prefdistill.data.encode import (
     end_token_ids,
 )
 from prefdistill.models.vocabulary import check_ids
+from prefdistill.sampling.options import SampleRequest, Sampling
 
 if TYPE_CHECKING:
     pass
-
-
-ENGINES = ("transformers", "vllm")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How to draw, checked."""
-
-    n: int
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        for name in ("n", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature must be 0 (greedy) or more, and finite, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1 (nothing cut off), got {self.top_p}")
-        if self.n > 1 and self.temperature == 0:
-            raise UserError(
-                f"temperature 0 would give the same response {self.n} times; ask for n=1, or a temperature above 0"
-            )
 
 
 # Prompts (token ids), the most new tokens of each, a seed -> the new tokens of n responses per prompt, consecutive,
@@ -71,7 +43,7 @@ class _Finite(LogitsProcessor):
         return scores
 
 
-def _transformers(model: Any, tokenizer: Any, settings: _Settings) -> _Engine:
+def _transformers(model: Any, tokenizer: Any, settings: Sampling) -> _Engine:
     drawing = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": settings.top_p}
     ends = sorted(end_token_ids(tokenizer))
 
@@ -114,7 +86,7 @@ def _no_habits(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _vllm(model: str, tokenizer: Any, settings: _Settings, *, seed: int, dtype: str, remote_code: bool) -> _Engine:
+def _vllm(model: str, tokenizer: Any, settings: SampleRequest) -> _Engine:
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
@@ -123,9 +95,9 @@ def _vllm(model: str, tokenizer: Any, settings: _Settings, *, seed: int, dtype: 
     llm = LLM(
         model=model,
         tokenizer=tokenizer.name_or_path or model,
-        dtype=dtype,
-        trust_remote_code=remote_code,
-        seed=seed,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        seed=settings.seed,
         generation_config="vllm",
     )
     ends = sorted(end_token_ids(tokenizer))

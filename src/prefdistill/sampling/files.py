@@ -21,6 +21,7 @@ from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import atomic_path, file_digest, read_json, sweep, value_digest, write_json
 from prefdistill.core.lock import LOCK, locked
+from prefdistill.core.options import takes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import ended_column, tokens_column
 from prefdistill.data.encode import (
@@ -35,36 +36,27 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefdistill.sampling.engines import ENGINES, _Engine, _Settings, _transformers, _vllm
+from prefdistill.sampling.engines import _Engine, _transformers, _vllm
+from prefdistill.sampling.options import SampleRequest
 from prefdistill.sampling.sampler import _Sampler
 
 OTHER_TOKENS = 0.05  # share of the responses from which on their other tokens are worth a warning
 REQUEST = "request.json"
+DRAWING = ("n", "temperature", "top_p", "max_new_tokens", "batch_size")  # options of the draws
 
 
 # ---- As a data file ----------------------------------------
 
 
+@takes(SampleRequest)
 def sample_responses(
     model: "PreTrainedModel | str",
     dataset: "Dataset | str",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     out: str | Path = "sampled.jsonl",
     *,
-    column: str = "completion",
-    n: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 512,
     truncation: Truncation | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    engine: str = "transformers",
-    dtype: str = "auto",
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
-    shard_rows: int = 256,
-    learnt_from: bool = True,
+    **options: Any,
 ) -> "Dataset":
     """Responses to every prompt, written beside everything else that its row holds: `n` rows per prompt, consecutive.
 
@@ -76,22 +68,11 @@ def sample_responses(
         dataset: prompts, see `prefdistill.data.load.load_prompts`, or where to load them from.
         tokenizer: the model's tokenizer; default: the one found beside the model.
         out: the .jsonl, .jsonl.gz or .parquet file to write.
-        column: where responses go: one assistant message to a conversation, text to text. The column `{column}_ended`
-            says whether the model wrote its end token, `{column}_tokens` how many tokens it took, that one included.
-        n: responses per prompt, drawn independently.
-        temperature: of the whole vocabulary's distribution; 0 is greedy.
-        top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
-        max_new_tokens: a response that has not ended by then is kept as it is.
         truncation: prompts are cut as `encode_pairs` does, and responses end where it would cut them. A prompt that
-            leaves no room is left out and counted. Default: no limit.
-        batch_size: responses generated together (transformers; vLLM makes its own batches).
-        seed: of the draws.
-        engine: "transformers" or "vllm".
-        dtype: of the weights, when the model is loaded here. "auto" is as stored; vLLM's auto makes 16 bits of float32.
-        quantization: read the weights in "4bit" or "8bit", see `prefdistill.models.load.load_model`; not with vLLM.
-        trust_remote_code: let the model's repository run its own code.
-        shard_rows: prompts per part, the unit of resuming; inside a part prompts of like length are taken together.
-        learnt_from: warn where methods that learn from the responses would see other tokens than were sampled.
+            leaves no room is dropped and counted. Default: no limit.
+        options: fields of `prefdistill.sampling.options.SampleRequest`, see docs/options.md. Responses go to `column`:
+            one assistant message to a conversation, text to text. The column `{column}_ended` says whether the model
+            wrote its end token, `{column}_tokens` how many tokens it took, that one included.
 
     Returns:
         The file, loaded.
@@ -104,18 +85,13 @@ def sample_responses(
         >>> sample_responses("my/student", "pairs.jsonl", out="own.jsonl", column="student_response")  # doctest: +SKIP
     """
     out = Path(out)
-    settings = _Settings(n, temperature, top_p, max_new_tokens, batch_size)
-    _check_place(out, column)
-    if shard_rows < 1:
-        raise UserError(f"shard_rows must be at least 1, got {shard_rows}")
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-    if quantization is not None and (engine == "vllm" or not isinstance(model, str)):
-        raise UserError(
-            "quantization is for a model that transformers loads here, by name; vLLM reads one that is stored quantised"
-        )
-    if engine == "vllm" and not isinstance(model, str):
-        raise UserError("vLLM loads a model itself: give its Hub name or directory, or take the engine transformers")
+    settings = SampleRequest.of("sample_responses", **options)
+    column = settings.column
+    _check_place(out)
+    if settings.quantization is not None and not isinstance(model, str):
+        raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
+    if settings.engine == "vllm" and not isinstance(model, str):
+        raise UserError("vLLM loads a model itself: give its Hub name or directory, or use the engine transformers")
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
     dataset = load_prompts(dataset)
     if taken := [
@@ -124,22 +100,22 @@ def sample_responses(
         raise UserError(f"{data_name} has a column '{taken[0]}' already; name another with --column")
     if tokenizer is None:
         source = model if isinstance(model, str) else model.name_or_path
-        tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(str(source), trust_remote_code=settings.trust_remote_code)
 
     sampler = _Sampler(tokenizer, settings, truncation)
     request = {
         "column": column,
-        "engine": engine,
+        "engine": settings.engine,
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
-        "dtype": dtype,
-        "quantization": quantization,
-        "trust_remote_code": trust_remote_code,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "trust_remote_code": settings.trust_remote_code,
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": _fingerprint(dataset, out)},
-        **asdict(settings),
+        **{name: getattr(settings, name) for name in DRAWING},
         **asdict(sampler.truncation),
-        "seed": seed,
-        "shard_rows": shard_rows,
+        "seed": settings.seed,
+        "shard_rows": settings.shard_rows,
     }
     parts = out.with_name(f"{out.name}.parts")
     with locked(parts):
@@ -156,24 +132,29 @@ def sample_responses(
                 say(f"sample: {dropped}")
             if isinstance(prompts[0], str) and tokenizer.chat_template:
                 say("sample: the prompts are plain text, which does not go through the chat template")
-            if engine == "vllm":
-                generate = _vllm(str(model), tokenizer, settings, seed=seed, dtype=dtype, remote_code=trust_remote_code)
+            if settings.engine == "vllm":
+                generate = _vllm(str(model), tokenizer, settings)
             else:
                 if isinstance(model, str):
                     model = load_model(
-                        model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
+                        model,
+                        dtype=settings.dtype,
+                        quantization=settings.quantization,
+                        trust_remote_code=settings.trust_remote_code,
                     )
                 generate = _transformers(ready(model), tokenizer, settings)
             write_json(parts / REQUEST, request)
             rows = [row for row, ids in enumerate(encoded) if ids]
-            shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
+            shards = [rows[start : start + settings.shard_rows] for start in range(0, len(rows), settings.shard_rows)]
             try:
-                found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, seed)
+                found = _sample_parts(parts, shards, sampler, generate, prompts, encoded, settings.seed)
             except UserError:
                 if {path.name for path in parts.iterdir()} <= {LOCK, REQUEST}:  # nothing to go on with
                     (parts / REQUEST).unlink()
                 raise
-            _write(out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts}, learnt_from)
+            _write(
+                out, dataset, rows, column, found, {"request": request, "dropped": dropped.counts}, settings.learnt_from
+            )
         for path in parts.iterdir():
             if path.name != LOCK:
                 path.unlink()
@@ -191,13 +172,11 @@ def made_of(out: Path) -> dict[str, Any]:
     return made if isinstance(made, dict) and made.get("sha256") == file_digest(out) else {}
 
 
-def _check_place(out: Path, column: str) -> None:
+def _check_place(out: Path) -> None:
     if not out.name.endswith(FILE_TYPES):
         raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(FILE_TYPES)}.")
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the responses")
-    if not column.isidentifier():
-        raise UserError(f"{column!r} is no name for a column; give letters, digits and _, such as student_response")
 
 
 def _fingerprint(dataset: "Dataset", out: Path) -> str:
@@ -220,7 +199,7 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished(out: Path, parts: Path, request: dict[str, Any]) -> bool:
-    """Whether `out` is what is asked for; refuses anything else in its place."""
+    """Whether `out` is what is settings for; refuses anything else in its place."""
     if out.exists():
         made = made_of(out)
         if not made:
@@ -259,10 +238,10 @@ def _sample_parts(
             own_seed = int(value_digest([seed, number])[:15], 16)
             found = sampler.respond(generate, [encoded[row] for row in rows], rows, own_seed, progress)
             seconds = round(time.monotonic() - begun, 3)
-            asked = [prompts[row] for row in rows for _ in range(n)]
+            settings = [prompts[row] for row in rows for _ in range(n)]
             responses = [
                 [*astuple(response), sampler.same_tokens_again(prompt, response.text, body)]
-                for prompt, (response, body) in zip(asked, found, strict=True)
+                for prompt, (response, body) in zip(settings, found, strict=True)
             ]
             write_json(path, {"seconds": seconds, "responses": responses})
     return [read_json(path) for path in paths]

@@ -1,32 +1,49 @@
-"""TODO docstring."""
+"""Options of sampling: how responses are drawn from a model."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveInt,
-    model_validator,
-)
-
-if TYPE_CHECKING:
-    pass
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from prefdistill.core.options import Section
+from prefdistill.models.options import QuantizedLoading
+
+Engine = Literal["transformers", "vllm"]
 
 
 class Sampling(Section):
     """How responses are sampled for methods that learn from the teacher's or the student's own."""
 
-    temperature: NonNegativeFloat = 1.0
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    n: PositiveInt = 1  # per prompt
-    max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
-    engine: Literal["transformers", "vllm"] = "transformers"
+    temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: draw from the top-p tokens; 1 keeps all.")
+    n: PositiveInt = Field(1, description="Responses per prompt.")
+    max_new_tokens: PositiveInt = Field(256, description="Maximum tokens of a response.")
+    batch_size: PositiveInt = Field(64, description="Responses generated together; vLLM makes its own batches.")
+    engine: Engine = Field("transformers", description="transformers, or vllm where it is installed.")
 
     @model_validator(mode="after")
     def _draws(self) -> "Sampling":
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"sampling.temperature=0 gives the same response {self.n} times; n must be 1 for it")
+            raise ValueError(f"temperature=0 gives the same response {self.n} times; use n=1 or a temperature above 0")
+        return self
+
+
+class SampleRequest(Sampling, QuantizedLoading):
+    """What `sample_responses` is asked for, but the model, the data and the file."""
+
+    column: str = Field(
+        "completion", description="Column for the responses, e.g. student_response or teacher_response."
+    )
+    max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 512)
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws.")
+    shard_rows: PositiveInt = Field(256, description="Prompts per part, the unit of resuming.")
+    learnt_from: bool = Field(
+        True, description="Warn if the text of the responses is tokenized otherwise than it was sampled."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SampleRequest":
+        if not self.column.isidentifier():
+            raise ValueError(f"column={self.column!r}: use letters, digits and _, such as student_response")
+        if self.quantization is not None and self.engine == "vllm":
+            raise ValueError("quantization applies to the engine transformers; vLLM loads quantized checkpoints")
         return self

@@ -20,7 +20,8 @@ from prefdistill.data.load import without_nulls
 if TYPE_CHECKING:
     pass
 
-from prefdistill.sampling.engines import _Engine, _NotFinite, _Settings, _transformers
+from prefdistill.sampling.engines import _Engine, _NotFinite, _transformers
+from prefdistill.sampling.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,14 @@ def sample(
     Example:
         >>> sample(model, tokenizer, ["Once upon a time"], n=2, top_p=0.9)             # doctest: +SKIP
     """
-    settings = _Settings(n, temperature, top_p, max_new_tokens, batch_size)
+    settings = Sampling.of(
+        "sample",
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
     sampler = _Sampler(tokenizer, settings, truncation)
     encoded, dropped = sampler.encode_all(prompts)
     for reason, first in dropped.first_rows.items():
@@ -84,7 +92,7 @@ def sample(
 class _Sampler:
     """From prompts to tokens, exactly as `encode_pairs` makes them, and from new tokens to responses."""
 
-    def __init__(self, tokenizer: Any, settings: _Settings, truncation: Truncation | None) -> None:
+    def __init__(self, tokenizer: Any, settings: Sampling, truncation: Truncation | None) -> None:
         self.tokenizer, self.settings, self.truncation = tokenizer, settings, truncation or Truncation(None)
         self.ends = end_token_ids(tokenizer)
         if not self.ends:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,19 @@ from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, sweep, write_sealed
 from prefdistill.core.lock import LOCK, locked
+from prefdistill.core.options import takes
 from prefdistill.core.paths import check_place
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.batches import layout_for
-from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Dropped, Truncation, encode_pairs, nothing_left
 from prefdistill.data.load import check_pairs, data_fingerprint, load_pairs
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
-from prefdistill.signals.needs import ROLES, Need
+from prefdistill.signals.needs import Need
+from prefdistill.signals.options import SignalRequest
 from prefdistill.signals.packing import kl_error, pack_sorted, pack_unsorted, unpack_sorted, unpack_unsorted
 from prefdistill.signals.reading import VALUES, TopKRequest, emittable_count, score_pairs
 from prefdistill.signals.shards import Shard, is_whole, read_checksum, write_shard
@@ -51,30 +52,20 @@ SHARD_NUMBERS = 2**24
 IN_MEMORY = "a data set in memory"
 TOKENS = 4096  # of a response at most, where truncation says nothing
 
+DEFAULTS = SignalRequest()
 
+
+@takes(SignalRequest)
 def extract_signals(
     model: "PreTrainedModel | str",
     dataset: "Dataset | str",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    kinds: tuple[str, ...] = ("values", "logps"),
+    kinds: tuple[str, ...] = DEFAULTS.kinds,
     out: str | Path = "signals",
     *,
-    role: str = "teacher",
-    responses: tuple[str, ...] = SIDES,
     truncation: Truncation | None = None,
-    positions: Literal["all", "endpoints"] = "all",
-    value_dtype: Literal["float32", "float16"] = "float32",
-    value_temperature: float = 1.0,
-    k: int | Literal["vocab"] = 50,
-    p: float | None = None,
     ids_from: Signals | None = None,
-    topk_coding: Literal["packed", "float32"] | None = None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    bf16: bool = False,
-    batch_tokens: int = 16_384,
-    shard_rows: int = 1_024,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Signals:
     r"""What a model says about the responses of every row, stored in a directory.
 
@@ -93,22 +84,9 @@ def extract_signals(
             "logps" (log-probability of the response), "q" (sum of its tokens' raw logits), "topk" (the most likely
             tokens of s_0 .. s_{T-1} and the mass of all others). In nats, float32 but where said.
         out: directory of the store.
-        role: whose word it is: "teacher", "teacher_reference", "reference" (the student's starting point) or "student".
-        responses: columns of the data to read: "chosen", "rejected", or what `sample` wrote ("student_response").
         truncation: see `prefdistill.data.encode.Truncation`.
-        positions: of values: "all" states, or "endpoints", V(s_0) and V of the last state before the end token (of s_T
-            where there is none). They are all that TVKD needs with discount 1, and nothing else is projected then.
-        value_dtype: what values of all states are stored in; "float16" rounds them to 11 bits.
-        value_temperature: b of the soft value.
-        k, p, ids_from, topk_coding: which tokens a "topk" signal keeps, and how, see `TopKRequest`.
-        dtype: of the weights, when the model is loaded here. Default: "float32" for a reference, which must be read as
-            the student is trained; for a teacher "bfloat16" where the hardware multiplies it fast, else as stored. A
-            checkpoint that is stored quantised is read as it is.
-        quantization: read the weights in "4bit" or "8bit", see `load_model`; not of a reference.
-        bf16: run the float32 model under bfloat16 autocast, as a bf16 training run does.
-        batch_tokens: padded tokens per forward pass.
-        shard_rows: pairs per file, the unit of resuming.
-        trust_remote_code: let the model's repository run its own code.
+        ids_from: compute "topk" at the token ids of this teacher's store, so that the two can be compared.
+        options: fields of `prefdistill.signals.options.SignalRequest`, see docs/options.md.
 
     Raises:
         UserError: on an unknown kind or role, data that cannot be read, a store of another request in `out`, another
@@ -117,38 +95,17 @@ def extract_signals(
     Example:
         >>> extract_signals("my/teacher", "pairs.jsonl", out="signals/teacher")       # doctest: +SKIP
     """
+    settings = SignalRequest.of("extract_signals", kinds=kinds, **options)
+    kinds, role, responses = settings.kinds, settings.role, settings.responses
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"unknown signal kind {sorted(unknown)[0]!r}; known: {', '.join(KINDS)}")
-    if not kinds:
-        raise UserError(f"no signal kind asked for; known: {', '.join(KINDS)}")
-    if not responses or len(set(responses)) < len(responses):
-        raise UserError(f"responses must name columns of the data, each once, got {', '.join(responses) or 'none'}")
-    if role not in ROLES:
-        raise UserError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
-    if not 0 < value_temperature < float("inf"):
-        raise UserError(f"the value temperature must be positive and finite, got {value_temperature}")
-    if "logprob_values" in kinds and value_temperature == 1:
-        raise UserError("log-probabilities sum to one: their value at temperature 1 is 0 everywhere; give another one")
-    if positions not in ("all", "endpoints"):
-        raise UserError(f"positions are all or endpoints, got {positions!r}")
-    if positions == "endpoints" and set(kinds) != {"values"}:
-        others = ", ".join(sorted(set(kinds) - {"values"})) or "no values"
-        raise UserError(f"endpoints are a matter of values alone, not of {others}: give other kinds another store")
-    if value_dtype not in ("float32", "float16"):
-        raise UserError(f"values are stored as float32 or float16, got {value_dtype!r}")
-    if value_dtype == "float16" and (positions == "endpoints" or set(kinds).isdisjoint(VALUES)):
-        raise UserError("value_dtype is of the values of all states: leave it out")
-    topk = TopKRequest(k, p, ids_from, topk_coding)
     if ids_from is not None and "topk" not in kinds:
-        raise UserError(f"ids of another store are read for the kind topk only, not for {', '.join(kinds)}")
-    if (k, p) != (50, None) and ("topk" not in kinds or ids_from is not None):
-        raise UserError("k and p say which tokens a topk signal keeps: leave them out without it, and with ids_from")
-    if topk_coding is not None and "topk" not in kinds:
-        raise UserError("topk_coding says how a topk signal is stored: leave it out without one")
-    if quantization is not None and role == "reference":
-        raise UserError("a reference is read as the student is trained: leave the quantization out")
-    if quantization is not None and not isinstance(model, str):
-        raise UserError("quantization is for a model that is loaded here, by name: leave it out for one in memory")
+        raise UserError(f"ids_from applies to the kind topk, not to {', '.join(kinds)}; leave it out")
+    if ids_from is not None and (settings.k, settings.p) != (DEFAULTS.k, DEFAULTS.p):
+        raise UserError("with ids_from, the other store says which tokens are kept; leave k and p out")
+    topk = TopKRequest(settings.k, settings.p, ids_from, settings.topk_coding)
+    if settings.quantization is not None and not isinstance(model, str):
+        raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
     truncation = truncation or Truncation()
     model_name = model if isinstance(model, str) else ""
     data_name = dataset if isinstance(dataset, str) else IN_MEMORY
@@ -163,10 +120,12 @@ def extract_signals(
             check_pairs(dataset, "The data set", responses)
         if tokenizer is None:
             source = model if isinstance(model, str) else model.name_or_path
-            tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(str(source), trust_remote_code=settings.trust_remote_code)
         if isinstance(model, str):
-            dtype = default_dtype(role) if dtype is None else dtype
-            model = load_model(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
+            dtype = settings.dtype or default_dtype(role)
+            model = load_model(
+                model, dtype=dtype, quantization=settings.quantization, trust_remote_code=settings.trust_remote_code
+            )
         model = ready(model)
         if ids_from is not None:
             _check_ids(ids_from, role, dataset, tokenizer, truncation, responses)
@@ -182,20 +141,20 @@ def extract_signals(
             "role": role,
             "kinds": sorted(kinds),
             "responses": list(responses),
-            "positions": positions,
-            "value_dtype": value_dtype,
-            "value_temperature": value_temperature,
+            "positions": settings.positions,
+            "value_dtype": settings.value_dtype,
+            "value_temperature": settings.value_temperature,
             "topk": topk.manifest(vocabulary, head_rows) if "topk" in kinds else {},
             "model": {
                 **model_identity(model, model_name),
-                "bf16": bf16,
-                **({"read_in": quantization} if quantization else {}),
+                "bf16": settings.bf16,
+                **({"read_in": settings.quantization} if settings.quantization else {}),
             },
             "tokenizer": tokenizer_identity(tokenizer),
             "data": {"name": data_name, "rows": len(dataset), "fingerprint": data_fingerprint(dataset, responses)},
             "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
-            "shard_rows": min(shard_rows, max(1, SHARD_NUMBERS // most)),
-            "batch_tokens": batch_tokens,
+            "shard_rows": min(settings.shard_rows, max(1, SHARD_NUMBERS // most)),
+            "batch_tokens": settings.batch_tokens,
             "layout": layout.kind,
         }
         read = partial(
@@ -204,11 +163,11 @@ def extract_signals(
             tokenizer=tokenizer,
             kinds=kinds,
             responses=responses,
-            positions=positions,
-            value_temperature=value_temperature,
+            positions=settings.positions,
+            value_temperature=settings.value_temperature,
             topk=topk,
-            bf16=bf16,
-            batch_tokens=batch_tokens,
+            bf16=settings.bf16,
+            batch_tokens=settings.batch_tokens,
             layout=layout,
         )
         with processes().main_process_first():  # it clears the way, the others find it cleared
@@ -301,7 +260,7 @@ def _all_or_nothing(out: Path) -> Iterator[None]:
 
 
 def _finished(out: Path, request: dict[str, Any]) -> bool:
-    """Whether `out` holds what is asked for; clears the way for it where it does not."""
+    """Whether `out` holds what is settings for; clears the way for it where it does not."""
     if (out / "request.json").is_file():
         check_same_request("signals", out, _before(out), request)
         if processes().is_main_process:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from prefdistill.data.columns import SIDES
+from prefdistill.signals.options import Role
 
 # The model a signal is computed from: the teacher; the SFT model that the teacher's DPO started from; the student's
 # start, which is the reference of the DPO margin; or a trained student, to look at.
-ROLES = ("teacher", "teacher_reference", "reference", "student")
+ROLES = get_args(Role)
 
 
 @dataclass(frozen=True)

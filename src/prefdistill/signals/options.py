@@ -1,29 +1,89 @@
-"""TODO docstring."""
+"""Options of signals: what is stored of a model's outputs, and how."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-)
-
-if TYPE_CHECKING:
-    pass
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.options import Section
-from prefdistill.models.options import Dtype
+from prefdistill.models.options import Dtype, Quantization, QuantizedLoading
+
+Role = Literal["teacher", "teacher_reference", "reference", "student"]
+VALUE_KINDS = frozenset({"values", "logprob_values"})
 
 
 class SignalOptions(Section):
-    dtype: Dtype | None = None  # of the teacher's weights while it is read; null: bfloat16 where it is fast, else auto
-    quantization: Literal["4bit", "8bit"] | None = None  # of the teacher's weights while it is read
-    # of which states values are kept of training pairs where nothing else is read of the teacher; the held-out pairs'
-    # are all kept, for the terms they are compared with
-    positions: Literal["all", "endpoints"] = "all"
-    value_dtype: Literal["float32", "float16"] = "float32"  # not of endpoints
-    topk_coding: Literal["packed", "float32"] | None = None  # null: packed, but exact for k: vocab
-    value_temperature: PositiveFloat = 1.0
-    k: PositiveInt | Literal["vocab"] = 50  # tokens kept of each distribution, the likeliest ones,
-    p: float | None = Field(default=None, gt=0, le=1)  # or fewer, where fewer hold this share of the probability
-    batch_tokens: PositiveInt = 16_384
+    """How the signals of a run are extracted."""
+
+    dtype: Dtype | None = Field(
+        None,
+        description="dtype of the weights while signals are extracted; default: float32 for a reference, else bfloat16 "
+        "where the hardware multiplies it fast, else as stored.",
+    )
+    quantization: Quantization | None = QuantizedLoading.redefault("quantization", None)
+    positions: Literal["all", "endpoints"] = Field(
+        "all",
+        description="Values of all states, or of the first and the last only, which TVKD needs with discount 1. In a "
+        "run: of the training pairs.",
+    )
+    value_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="Storage of the values of all states; float16 is half the size."
+    )
+    topk_coding: Literal["packed", "float32"] | None = Field(
+        None,
+        description="Storage of topk: packed (2.5 bytes per id) or float32 (exact); default: exact for k=vocab.",
+    )
+    value_temperature: PositiveFloat = Field(1.0, description="b of the soft value b*logsumexp(z/b).")
+    k: PositiveInt | Literal["vocab"] = Field(
+        50, description="Tokens kept of each distribution, the most likely ones; vocab is all of them."
+    )
+    p: float | None = Field(
+        None, gt=0, le=1, description="Top-p cut-off within the k: keep the most likely tokens up to this probability."
+    )
+    batch_tokens: PositiveInt = Field(16_384, description="Padded tokens per forward pass.")
+
+
+class SignalRequest(SignalOptions):
+    """What `extract_signals` is asked for, but the model, the data and the place."""
+
+    kinds: tuple[str, ...] = Field(
+        ("values", "logps"), strict=False, description="Comma-separated: values, logprob_values, logps, q, topk."
+    )
+    role: Role = Field(
+        "teacher",
+        description="Which model the signals are computed from: teacher, teacher_reference, reference (the student's "
+        "start) or student (a trained one).",
+    )
+    responses: tuple[str, ...] = Field(
+        ("chosen", "rejected"),
+        strict=False,
+        description="Comma-separated columns to score, e.g. student_response of `prefdistill sample`.",
+    )
+    bf16: bool = Field(False, description="bfloat16 autocast, as in a bf16 training run.")
+    shard_rows: PositiveInt = Field(1_024, description="Pairs per file, the unit of resuming.")
+    trust_remote_code: bool = QuantizedLoading.redefault("trust_remote_code", False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SignalRequest":
+        kinds, values = set(self.kinds), VALUE_KINDS.intersection(self.kinds)
+        if not kinds:
+            raise ValueError("kinds is empty; name at least one, e.g. values")
+        if not self.responses or len(set(self.responses)) < len(self.responses):
+            names = ", ".join(self.responses) or "none"
+            raise ValueError(f"responses must name columns of the data, each once, got {names}")
+        if "logprob_values" in kinds and self.value_temperature == 1:
+            raise ValueError(
+                "logprob_values at value_temperature 1 is 0 everywhere, because probabilities sum to 1; give another "
+                "value_temperature"
+            )
+        if self.positions == "endpoints" and kinds != {"values"}:
+            others = ", ".join(sorted(kinds - {"values"})) or "no values"
+            raise ValueError(f"positions=endpoints stores values alone, not {others}; use another store for them")
+        if self.value_dtype == "float16" and (self.positions == "endpoints" or not values):
+            raise ValueError("value_dtype applies to values of all states; leave it out")
+        if (self.k, self.p) != (50, None) and "topk" not in kinds:
+            raise ValueError("k and p apply to the kind topk; leave them out without it")
+        if self.topk_coding is not None and "topk" not in kinds:
+            raise ValueError("topk_coding applies to the kind topk; leave it out without it")
+        if self.quantization is not None and self.role == "reference":
+            raise ValueError("a reference is scored as the student is trained; leave quantization out")
+        return self

@@ -15,6 +15,7 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.methods import Method, TRLMethod
 from prefdistill.signals.store import Signals
+from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.nan_guard import watched
 from prefdistill.training.trainer import PrefDistillTrainer
 
@@ -65,11 +66,11 @@ def make_trainer(
         return PrefDistillTrainer(
             model=load(),
             method=method,
-            args=training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=data_seed),
+            args=training_arguments(training, out / CHECKPOINTS, seed=seed, data_seed=data_seed),
             train_dataset=pairs,
             signals=signals,
             processing_class=tokenizer,
-            peft_config=training.peft_config(),
+            peft_config=adapter_config(training),
             truncation=truncation,
         )
 
@@ -92,7 +93,8 @@ def _trl_trainer(
     if dropped:
         say(f"training: {dropped}")
     config_class, trainer_class = method.classes()
-    args = training.to_arguments(
+    args = training_arguments(
+        training,
         out / CHECKPOINTS,
         seed=seed,
         data_seed=data_seed,
@@ -106,7 +108,7 @@ def _trl_trainer(
             args=args,
             train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
             processing_class=tokenizer,
-            peft_config=training.peft_config(),
+            peft_config=adapter_config(training),
         )
     # TRL's own rows go on past the end token: with what the template writes there, or with an EOS of TRL's.
     trainer.train_dataset = method.rows(encoded)

@@ -9,6 +9,7 @@ from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.encode import Truncation, judged_ids, without_refused
 from prefdistill.models.load import load_model
 from prefdistill.models.scratch import random_model
+from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.factory import trainer_errors
 from prefdistill.training.loop import fit
 from prefdistill.training.nan_guard import watched
@@ -36,8 +37,8 @@ def train_sft(
     from trl import SFTConfig, SFTTrainer
 
     demonstrations = without_refused(demonstrations, tokenizer, what, ("completion",))
-    args = training.to_arguments(
-        out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
+    args = training_arguments(
+        training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
     with trainer_errors():
         trainer = watched(SFTTrainer)(
@@ -45,7 +46,7 @@ def train_sft(
             args=args,
             train_dataset=demonstrations.select_columns(["prompt", "completion"]),
             processing_class=tokenizer,
-            peft_config=training.peft_config(),
+            peft_config=adapter_config(training),
         )
     _count_dropped(trainer, len(demonstrations), truncation, what)
     fit(trainer, out, what)
@@ -68,7 +69,8 @@ def train_dpo(
     from trl import DPOConfig, DPOTrainer
 
     pairs = without_refused(pairs, tokenizer, what)
-    args = training.to_arguments(
+    args = training_arguments(
+        training,
         out / CHECKPOINTS,
         seed=seed,
         data_seed=seed,
@@ -83,7 +85,7 @@ def train_dpo(
             args=args,
             train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
             processing_class=tokenizer,
-            peft_config=training.peft_config(),
+            peft_config=adapter_config(training),
         )
     _count_dropped(trainer, len(pairs), truncation, what)
     fit(trainer, out, what)
@@ -113,14 +115,16 @@ def train_reward(
         {f"{side}_ids": judged_ids(tokenizer, row["prompt"], row[side])[:positions] for side in ("chosen", "rejected")}
         for row in pairs
     ]
-    args = training.to_arguments(out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None)
+    args = training_arguments(
+        training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None
+    )
     with trainer_errors():
         trainer = watched(RewardTrainer)(
             model=model,
             args=args,
             train_dataset=Dataset.from_list(ids),
             processing_class=tokenizer,
-            peft_config=training.peft_config(),
+            peft_config=adapter_config(training),
         )
     fit(trainer, out, what)
 

@@ -22,6 +22,7 @@ from prefdistill.methods import Method, make_method, sampled
 from prefdistill.models.device import default_device, default_dtype
 from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.signals.sizes import store_bytes
+from prefdistill.training.arguments import adapter_config
 from prefdistill.training.options import DPOTraining, Training
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def adapter_bytes(model: PreTrainedModel, training: Training) -> int:
     Raises:
         UserError: if the model has nothing that the adapter asks for.
     """
-    config = training.peft_config()
+    config = adapter_config(training)
     if config is None:
         return 0
     from peft import get_peft_model

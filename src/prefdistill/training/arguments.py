@@ -1,0 +1,116 @@
+"""From options to what transformers and PEFT take: `TrainingArguments`, `LoraConfig`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import torch
+from pydantic import create_model
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.options import Options, Section, validate
+from prefdistill.core.processes import processes
+from prefdistill.training.options import Training
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+OPTIMIZERS_OF_A_MODEL = ("galore", "lomo", "adalomo", "apollo")  # they need the whole model
+
+
+def adapter_config(training: Training) -> "LoraConfig | None":
+    """The `LoraConfig` of a training with adapters."""
+    lora = training.lora
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_arguments(
+    training: Training, out: Path, *, seed: int, data_seed: int, kind: type[Any] = TrainingArguments, **more: Any
+) -> Any:
+    """The matching `TrainingArguments`, or `kind` of them, such as TRL's SFTConfig.
+
+    Raises:
+        UserError: if transformers refuses them, or the batch size does not fit the number of processes.
+    """
+    team = processes().num_processes
+    accelerator = torch.accelerator.is_available()
+    micro = min(training.micro_batch_size, training.batch_size)
+    if training.batch_size % (micro * team):
+        raise UserError(
+            f"batch_size={training.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{micro} x {team}; change one of them"
+        )
+    options: dict[str, Any] = {
+        "learning_rate": training.learning_rate,
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.batch_size // (micro * team),
+        "warmup_steps": training.warmup,
+        "lr_scheduler_type": training.schedule,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.bf16,
+        "use_cpu": not accelerator,  # transformers refuses bf16 on a CPU otherwise
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "logging_steps": training.logging_steps,
+        "save_steps": training.save_steps,
+        "report_to": training.report_to or "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": accelerator,
+        "seed": seed,
+        "data_seed": data_seed,
+        **more,
+        **training.arguments,
+    }
+    _check_numbers(kind, training.arguments)
+    try:
+        arguments = kind(output_dir=str(out), **options)
+        _try_optimizer(arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"training arguments: {error}".splitlines()[0]) from error
+    return arguments
+
+
+def _check_numbers(kind: type[Any], arguments: Options) -> None:
+    """Check the types of numeric arguments of `kind`, a dataclass, which itself takes any value.
+
+    Raises:
+        UserError: naming every argument of the wrong type.
+    """
+    numbers = {
+        name: hint
+        for name, hint in get_type_hints(kind).items()
+        if name in arguments and hint in (int, float, int | None, float | None)
+    }
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in numbers.items()}
+    checked = create_model("Arguments", __base__=Section, **fields)
+    validate(checked, {name: arguments[name] for name in numbers}, "training arguments")
+
+
+def _try_optimizer(arguments: Any) -> None:
+    """Build the optimizer and the schedule for one weight, so that their errors show before any signal is extracted.
+
+    Raises:
+        TypeError, ValueError, ImportError: as they do.
+    """
+    if str(arguments.optim.value).startswith(OPTIMIZERS_OF_A_MODEL):
+        return
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        kind([torch.nn.Parameter(torch.zeros(1))], **options),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
