@@ -25,8 +25,9 @@ from transformers import (
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.doctor import as_text, examine, machine
 from prefdistill.experiment.doctor.findings import excerpt
 from prefdistill.experiment.doctor.text import garbled

@@ -19,15 +19,10 @@ from prefdistill.core.progress import say
 from prefdistill.core.stages import inspect_stage, run_stage
 from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation
-from prefdistill.data.load import (
-    data_fingerprint,
-    demonstrations_fingerprint,
-    first_rows,
-    load_messages,
-    load_pairs,
-    prompt_text,
-)
+from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
+from prefdistill.data.load import first_rows, load_messages, load_pairs
+from prefdistill.data.messages import prompt_text
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.measure import Measured
 from prefdistill.experiment.inputs import Given
 from prefdistill.experiment.measuring import Measuring, as_messages

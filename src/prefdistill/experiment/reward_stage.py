@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_json
-from prefdistill.data.encode import without_refused
-from prefdistill.data.load import data_fingerprint, prompt_text
+from prefdistill.data.encode import drop_refused
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.messages import prompt_text
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel, check_judged
 from prefdistill.training.trl import train_reward
@@ -106,7 +107,7 @@ class Judge:
     def _look(self, out: Path) -> None:
         assert self.run.test is not None
         judge = self.load()
-        pairs = without_refused(self.run.test, judge.tokenizer, WORTH)
+        pairs = drop_refused(self.run.test, judge.tokenizer, WORTH)
         write_json(out / "worth.json", judge.judge_pairs(pairs).__dict__)
 
     @cached_property

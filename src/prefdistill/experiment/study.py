@@ -305,7 +305,8 @@ class StudyRun:
 
 def fingerprints(run: Any) -> dict[str, Any]:
     """Digests of the data and the models that a recipe is given; what it makes itself follows from the recipe."""
-    from prefdistill.data.load import data_fingerprint, demonstrations_fingerprint, first_rows
+    from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
+    from prefdistill.data.load import first_rows
 
     found: dict[str, Any] = {}
     given, data, names = run.given, run.recipe.data, run.recipe.model
