@@ -1,8 +1,8 @@
-"""Is damage to a signal store found when it is opened? Bits flipped in every part of every file, files cut short.
+"""Check that damage to a signal store is detected at open: bits flipped in every part of every file, files truncated.
 
     python -m benchmarks.corruption
 
-Makes a small store with every kind of signal, and tries every bit of every byte.
+Extracts a small store with every kind of signal and tries every bit of every byte.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from prefdistill.signals import Signals
 
 
 def parts_of_shard(path: Path) -> list[tuple[str, range]]:
-    """Every byte of a Parquet file, by what it is part of: (name, places)."""
-    size, found = path.stat().st_size, [("magic", range(4))]
+    """Partition the bytes of a Parquet file into its parts: (name, offsets)."""
+    size, parts = path.stat().st_size, [("magic", range(4))]
     metadata = pq.read_metadata(path)
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
@@ -29,14 +29,14 @@ def parts_of_shard(path: Path) -> list[tuple[str, range]]:
             name, data = column.path_in_schema.split(".")[0], column.data_page_offset
             start = column.dictionary_page_offset if column.has_dictionary_page else data
             if start < data:
-                found.append((f"dictionary page of {name}", range(start, data)))
-            found.append((f"data pages of {name}", range(data, start + column.total_compressed_size)))
+                parts.append((f"dictionary page of {name}", range(start, data)))
+            parts.append((f"data pages of {name}", range(data, start + column.total_compressed_size)))
     footer = size - 8 - int.from_bytes(path.read_bytes()[-8:-4], "little")
-    end = max(places.stop for _, places in found)
+    end = max(offsets.stop for _, offsets in parts)
     if end < footer:
-        found.append(("between pages and footer", range(end, footer)))
+        parts.append(("between pages and footer", range(end, footer)))
     return [
-        *found,
+        *parts,
         ("footer", range(footer, size - 8)),
         ("footer length", range(size - 8, size - 4)),
         ("magic", range(size - 4, size)),
@@ -44,7 +44,7 @@ def parts_of_shard(path: Path) -> list[tuple[str, range]]:
 
 
 def parts_of_manifest(path: Path) -> list[tuple[str, range]]:
-    """Every byte of a manifest, by the field it is in."""
+    """Partition the bytes of a manifest by field."""
     text = path.read_bytes()
     starts = [match.start() for match in re.finditer(rb'^  "\w+":', text, re.MULTILINE)]
     names = [json.loads(re.match(rb'  ("\w+")', text[start:])[1]) for start in starts]  # type: ignore[index]
@@ -54,15 +54,15 @@ def parts_of_manifest(path: Path) -> list[tuple[str, range]]:
 
 
 def flips(parts: list[tuple[str, range]], *, bits: int, stride: int = 1) -> Iterator[tuple[str, int, int]]:
-    """(part, place, mask): `bits` of the eight at every `stride`th byte of a part, and at its first and last one."""
-    for name, places in parts:
-        for place in sorted({*places[::stride], *places[-1:]}):
+    """Yield (part, offset, mask): `bits` of the eight at every `stride`th byte of a part, and at its first and last."""
+    for name, offsets in parts:
+        for offset in sorted({*offsets[::stride], *offsets[-1:]}):
             for n in range(bits):
-                yield name, place, 1 << ((place + n) % 8)
+                yield name, offset, 1 << ((offset + n) % 8)
 
 
-def is_found(directory: Path) -> bool:
-    """Whether opening the store is refused with a message for the user, which names the file."""
+def is_detected(directory: Path) -> bool:
+    """Return whether opening the store raises a UserError that names a file."""
     try:
         Signals.open(directory)
     except UserError as error:
@@ -73,37 +73,37 @@ def is_found(directory: Path) -> bool:
 def try_flips(
     directory: Path, path: Path, parts: list[tuple[str, range]], *, bits: int = 8, stride: int = 1
 ) -> tuple[Counter[str], Counter[str]]:
-    """Flip bits of a file of a store, one at a time; how many were tried, and how many were found, by part."""
+    """Flip bits of a file of a store, one at a time; return how many were tried and detected, by part."""
     tried: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    whole = path.read_bytes()
+    detected: Counter[str] = Counter()
+    original = path.read_bytes()
     with path.open("r+b", buffering=0) as file:
-        for name, place, mask in flips(parts, bits=bits, stride=stride):
-            file.seek(place)
-            file.write(bytes([whole[place] ^ mask]))
+        for name, offset, mask in flips(parts, bits=bits, stride=stride):
+            file.seek(offset)
+            file.write(bytes([original[offset] ^ mask]))
             tried[name] += 1
-            found[name] += is_found(directory)
-            file.seek(place)
-            file.write(whole[place : place + 1])
-    assert path.read_bytes() == whole
-    return tried, found
+            detected[name] += is_detected(directory)
+            file.seek(offset)
+            file.write(original[offset : offset + 1])
+    assert path.read_bytes() == original
+    return tried, detected
 
 
-def try_cuts(directory: Path, path: Path, *, stride: int = 1) -> tuple[int, int]:
-    """Cut a file short at every `stride`th length, and let it grow by a byte; how many were tried and found."""
-    whole, tried, found = path.read_bytes(), 0, 0
-    for length in [*range(0, len(whole), stride), len(whole) + 1]:
-        path.write_bytes((whole + b"\0")[:length])
+def try_truncations(directory: Path, path: Path, *, stride: int = 1) -> tuple[int, int]:
+    """Truncate a file to every `stride`th length, and extend it by a byte; return how many were tried and detected."""
+    original, tried, detected = path.read_bytes(), 0, 0
+    for length in [*range(0, len(original), stride), len(original) + 1]:
+        path.write_bytes((original + b"\0")[:length])
         tried += 1
-        found += is_found(directory)
-    path.write_bytes(whole)
-    return tried, found
+        detected += is_detected(directory)
+    path.write_bytes(original)
+    return tried, detected
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bits", type=int, default=8, help="of each byte that are flipped")
-    parser.add_argument("--stride", type=int, default=1, help="try every n-th byte of each part only")
+    parser.add_argument("--bits", type=int, default=8, help="bits to flip in each byte")
+    parser.add_argument("--stride", type=int, default=1, help="only every n-th byte of each part")
     args = parser.parse_args()
     from benchmarks.faults import make_store
 
@@ -111,21 +111,21 @@ def main() -> None:
         store = make_store(Path(place))
         shards = sorted((store / "shards").iterdir())
         tried: Counter[str] = Counter()
-        found: Counter[str] = Counter()
+        detected: Counter[str] = Counter()
         for path in shards:
             counts = try_flips(store, path, parts_of_shard(path), bits=args.bits, stride=args.stride)
-            tried, found = tried + counts[0], found + counts[1]
+            tried, detected = tried + counts[0], detected + counts[1]
         manifest = store / "manifest.json"
         counts = try_flips(store, manifest, parts_of_manifest(manifest), bits=args.bits, stride=args.stride)
-        tried, found = tried + counts[0], found + counts[1]
+        tried, detected = tried + counts[0], detected + counts[1]
         for path in (*shards, manifest):
-            some = try_cuts(store, path, stride=args.stride)
-            tried[f"{path.name} cut short"], found[f"{path.name} cut short"] = some
+            part = f"{path.name} truncated"
+            tried[part], detected[part] = try_truncations(store, path, stride=args.stride)
         size = sum(path.stat().st_size for path in shards)
         print(f"{len(shards)} shards of {size:,} bytes, a manifest of {manifest.stat().st_size:,} bytes")
     for name in tried:
-        print(f"{found[name]:7,} of {tried[name]:7,}  {name}")
-    print(f"{found.total():7,} of {tried.total():7,}  found ({len(tried)} classes)")
+        print(f"{detected[name]:7,} of {tried[name]:7,}  {name}")
+    print(f"{detected.total():7,} of {tried.total():7,}  detected ({len(tried)} classes)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Distillation as it is first written: all logits of the student, whole distributions of the teacher, no tiles.
+"""Reference implementation of distillation: all logits of the student, full distributions of the teacher, no tiles.
 
-The teacher's distributions lie on disk, 2 bytes a token of the vocabulary, one file for each response.
+The teacher's distributions are on disk, 2 bytes per token of the vocabulary, one file per response.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def write_distributions(
     out: Path,
     responses: Sequence[str],
 ) -> int:
-    """Log-probabilities of the whole vocabulary at every state of the responses; returns how many bytes they take."""
+    """Write log-probabilities of the full vocabulary at every state of the responses; return their bytes."""
     rows, _ = encode_pairs(data, tokenizer, truncation, responses=("chosen", "rejected", "student_response"))
     written = 0
     (out / "dense").mkdir(parents=True, exist_ok=True)
@@ -38,14 +38,14 @@ def write_distributions(
         for name in responses:
             prompt, response = row["prompt_ids"], row[f"{name}_ids"]
             logits = model(torch.tensor([prompt + response], device=model.device)).logits[0, len(prompt) - 1 : -1]
-            found = logits.float().log_softmax(-1).half().cpu().numpy()
-            np.save(out / "dense" / f"{row['row']}.{name}.npy", found)
-            written += found.nbytes
+            logps = logits.float().log_softmax(-1).half().cpu().numpy()
+            np.save(out / "dense" / f"{row['row']}.{name}.npy", logps)
+            written += logps.nbytes
     return written
 
 
 class DenseTrainer(Trainer):
-    """DCKD (over chosen and rejected) or ADPA (over the student's response), from the formulas."""
+    """Train DCKD (on chosen and rejected) or ADPA (on the student's response), written directly from the equations."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""How time and memory of extraction grow with the data and with the vocabulary.
+"""Time and memory of extraction against the size of the data and of the vocabulary.
 
     python -m benchmarks.growth --shape tiny --pairs 64
 
-Time should grow as the data does, memory not at all; with a vocabulary four times as large memory should stay as it is.
+Time should grow linearly with the data. Memory should grow neither with the data nor with the vocabulary.
 """
 
 import argparse
@@ -18,15 +18,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--pairs", type=int, default=64, help="at 1x")
-    parser.add_argument("--data", help="a .jsonl(.gz) file of real pairs, whose lengths are taken")
+    parser.add_argument("--data", help="a .jsonl(.gz) file of real pairs to take the lengths from")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--budget", type=int, default=16_384, help="tokens in a batch")
-    parser.add_argument("--kinds", default="values", help="signals that are made, with commas")
+    parser.add_argument("--kinds", default="values", help="comma-separated signal kinds")
     add_options(parser)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
-    ways = [
+    variants = [
         Variant(
             name,
             "benchmarks.passes:stored",
@@ -39,15 +39,17 @@ def main() -> None:
                 "dtype": args.dtype,
                 "batch": 16,
                 "budget": args.budget,
-                "shard_rows": args.pairs,  # the data are 1, 4 and 16 shards
+                "shard_rows": args.pairs,  # 1, 4 and 16 shards of data
             },
         )
         for name, (data, vocabulary) in SIZES.items()
     ]
-    # one after another: what memory is left to one must not depend on the others
-    found = measure(ways, rounds=args.rounds, warmup=0, threads=args.threads, timed_by=args.clock, together=False)
-    rows, base = [], found["1x"]
-    for name, one in found.items():
+    # one after another, so that the memory of one does not depend on the others
+    measurements = measure(
+        variants, rounds=args.rounds, warmup=0, threads=args.threads, timed_by=args.clock, together=False
+    )
+    rows, base = [], measurements["1x"]
+    for name, one in measurements.items():
         if one.error:
             rows.append([name, one.error, "", "", ""])
             continue
@@ -59,7 +61,7 @@ def main() -> None:
     print(f"{args.kinds} of {args.shape} in {args.dtype} on {device_name()}, {args.pairs} pairs at 1x\n")
     header = ["size", "tokens", "tokens/s", "time per token, x", "MiB above the model", "x"]
     print(table(header, rows))
-    write_report(args, "growth", variants=summary(found, "1x"))
+    write_report(args, "growth", variants=summary(measurements, "1x"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Ways to do the same work, each in a process of its own, timed in turns on one machine.
+"""Time variants of the same work in turns, each in its own process.
 
-A way is a function `module:function` that prepares everything and returns `(run, facts)`: `run()` does one round and
-returns its numbers. The processes stay alive and take turns, A B C A B C: what slows the machine down for a while slows
-all of them down, and the ratios within a round keep still where seconds wander. Memory is each process's own.
+A variant is a function `module:function` that prepares everything and returns `(run, facts)`: `run()` does one round
+and returns its numbers. The processes stay alive and take turns, A B C A B C: a temporary slowdown of the machine
+affects all of them, so ratios within a round are stable where seconds vary. Memory is measured per process.
 """
 
 import argparse
@@ -29,9 +29,11 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # options that both trainers' versions still know
+os.environ.setdefault(
+    "PYTHONWARNINGS", "ignore::FutureWarning"
+)  # deprecated options that both versions of the trainers accept
 
-# A server that has imported what is slow to import forks the processes: they start at once, from the same state.
+# The fork server imports the slow modules once, so processes start quickly and from the same state.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["trl.trainer.dpo_trainer", "prefdistill.training.factory", "prefdistill.signals.extract"]
@@ -39,7 +41,7 @@ CONTEXT.set_forkserver_preload(
 PACKAGES = ("prefdistill", "torch", "transformers", "trl", "accelerate", "datasets", "numpy", "pyarrow")
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-clock = time.perf_counter  # the one that this process measures by
+clock = time.perf_counter  # the clock of this process
 
 Numbers = dict[str, Any]
 Prepared = tuple[Callable[[], Numbers] | None, Numbers]
@@ -47,14 +49,14 @@ Prepared = tuple[Callable[[], Numbers] | None, Numbers]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to do the work.
+    """One variant of the work.
 
     Args:
-        name: what the table calls it.
+        name: its name in the table.
         function: `module:function`, called in the process as `function(**arguments)`. Returns `(run, facts)`: `run()`
-            does a round and returns numbers of it, and `facts` are numbers of the preparation. A round's "seconds" are
-            those of the call, or what `run` itself says; its "units" (1) are the steps, or passes, they were spent on.
-        arguments: whatever JSON can say.
+            does a round and returns its numbers, and `facts` are numbers of the preparation. A round's "seconds" are
+            those of the call, unless `run` returns them; its "units" (1) are the steps or passes in that time.
+        arguments: JSON-serializable keyword arguments.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Variant:
 
 @dataclass
 class Measured:
-    """What came of a variant: its facts, numbers of each round after the warm-up, bytes of memory, or why it failed."""
+    """The measurements of a variant: facts, numbers of each round after the warm-up, bytes of memory, or the error."""
 
     facts: Numbers = field(default_factory=dict)
     warmup: list[Numbers] = field(default_factory=list)
@@ -73,9 +75,9 @@ class Measured:
     error: str | None = None
 
     def median(self, name: str) -> float | None:
-        """Of a number of the rounds, per unit; None if no round has it."""
-        found = [r[name] / r["units"] for r in self.rounds if r.get(name) is not None]
-        return statistics.median(found) if found else None
+        """Return the median of a number over the rounds, per unit; None if no round has it."""
+        values = [r[name] / r["units"] for r in self.rounds if r.get(name) is not None]
+        return statistics.median(values) if values else None
 
 
 def measure(
@@ -87,20 +89,20 @@ def measure(
     threads: int | None = None,
     timed_by: str = "wall",
 ) -> dict[str, Measured]:
-    """Run all variants, `warmup` and then `rounds` times in turns. One that fails is left out from then on.
+    """Run all variants in turns, `warmup` and then `rounds` times. A variant that fails is skipped from then on.
 
     Args:
-        together: keep all processes alive and interleave them. Else one after another: the ratios then see whatever the
-            machine does meanwhile, but only one has to fit into memory.
-        threads: of torch, in each process.
+        together: keep all processes alive and interleave them. Else run one after another: ratios are then affected by
+            other load on the machine, but only one variant has to fit into memory.
+        threads: torch's threads in each process.
         timed_by: one of `CLOCKS`.
     """
     if not together:
-        found = (measure([v], rounds=rounds, warmup=warmup, threads=threads, timed_by=timed_by) for v in variants)
-        return {name: one for part in found for name, one in part.items()}
+        parts = (measure([v], rounds=rounds, warmup=warmup, threads=threads, timed_by=timed_by) for v in variants)
+        return {name: measured for part in parts for name, measured in part.items()}
     workers = []
     try:
-        for variant in variants:  # one at a time, so that one's preparation does not slow down another's
+        for variant in variants:  # one at a time, so that preparations do not slow each other down
             workers.append(_Worker(variant, threads, timed_by))
         for number in range(warmup + rounds):
             for worker in workers:
@@ -116,7 +118,7 @@ def measure(
 
 
 def once(function: str, arguments: dict[str, Any], *, threads: int | None = None, timed_by: str = "wall") -> Numbers:
-    """Call a variant's function in a process that ends with it; returns its facts."""
+    """Call a variant's function in its own process and return the facts."""
     worker = _Worker(Variant(function, function, arguments), threads, timed_by)
     worker.finish()
     if worker.measured.error:
@@ -125,47 +127,47 @@ def once(function: str, arguments: dict[str, Any], *, threads: int | None = None
 
 
 class _Worker:
-    """Our end of a variant's process."""
+    """The parent's side of a variant's process."""
 
     def __init__(self, variant: Variant, threads: int | None, timed_by: str) -> None:
         self.variant, self.measured = variant, Measured()
-        self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_serve, args=(theirs, variant, threads, timed_by), daemon=True)
+        self.pipe, child_pipe = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(child_pipe, variant, threads, timed_by), daemon=True)
         self.process.start()
-        theirs.close()
-        self.measured.facts = self._answer()
+        child_pipe.close()
+        self.measured.facts = self._receive()
 
-    def _answer(self) -> Numbers:
+    def _receive(self) -> Numbers:
         try:
-            answer = self.pipe.recv()
+            message = self.pipe.recv()
         except EOFError:
             self.process.join()
-            answer = {"error": f"the process died with status {self.process.exitcode} (out of memory?)"}
-        if isinstance(answer, dict) and "error" in answer:
-            self.measured.error = answer["error"]
+            message = {"error": f"the process died with status {self.process.exitcode} (out of memory?)"}
+        if isinstance(message, dict) and "error" in message:
+            self.measured.error = message["error"]
             print(f"{self.variant.name}: {self.measured.error}", file=sys.stderr, flush=True)
             return {}
-        return answer
+        return message
 
     def round(self, *, keep: bool) -> None:
         if self.measured.error is None:
             self.pipe.send("round")
-            (self.measured.rounds if keep else self.measured.warmup).append(self._answer())
+            (self.measured.rounds if keep else self.measured.warmup).append(self._receive())
 
     def finish(self) -> None:
         if self.measured.error is None:
             self.pipe.send("finish")
-            self.measured.memory = self._answer()
+            self.measured.memory = self._receive()
             self.process.join()
 
 
 def _serve(pipe: Any, variant: Variant, threads: int | None, timed_by: str) -> None:
-    """The variant's end: prepare, then a round whenever asked for."""
+    """The child's side: prepare, then run one round per request."""
     global clock
     import torch
 
     clock = CLOCKS[timed_by]
-    os.dup2(2, 1)  # what libraries print must not mix with the table
+    os.dup2(2, 1)  # output of libraries goes to stderr, away from the table
     if threads:
         torch.set_num_threads(threads)
     try:
@@ -186,7 +188,7 @@ def _serve(pipe: Any, variant: Variant, threads: int | None, timed_by: str) -> N
 
 
 def synchronize() -> None:
-    """Wait for what the device still has to do."""
+    """Wait until the device has finished its queued work."""
     import torch
 
     if torch.cuda.is_available():
@@ -194,9 +196,9 @@ def synchronize() -> None:
 
 
 def _settle() -> int:
-    """Bytes in use now that everything is loaded; forgets the peak of loading it.
+    """Return the bytes in use after loading, and reset the peak.
 
-    A resident set holds pages of libraries too, which come and go: tens of megabytes are no difference.
+    A resident set includes pages of libraries, so differences of tens of megabytes mean nothing.
     """
     import torch
 
@@ -207,18 +209,18 @@ def _settle() -> int:
         return torch.cuda.memory_allocated()
     if sys.platform != "linux":
         return _peak()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not what the model holds
+    ctypes.CDLL(None).malloc_trim(0)  # return memory freed after loading
     Path("/proc/self/clear_refs").write_text("5")
     return _proc_status("VmRSS")
 
 
 def _peak() -> int:
-    """Most bytes in use since `_settle`: CUDA's where there is CUDA, else of the resident set."""
+    """Return the peak of bytes in use since `_settle`: of CUDA if available, else of the resident set."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":  # not ru_maxrss: it starts from what the process was forked from
+    if sys.platform == "linux":  # not ru_maxrss, which starts at the peak of the forking process
         return _proc_status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
@@ -228,26 +230,26 @@ def _proc_status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-# ---- What is said of it ----------------------------------------
+# ---- Reporting -------------------------------------------------
 
 
 def ratios(measured: dict[str, Measured], name: str, baseline: str, number: str = "seconds") -> Numbers | None:
-    """A number of a variant over the baseline's, round by round: median, least and most; None if one has failed."""
+    """Return a number of a variant relative to the baseline by round: median, min, max; None if either failed."""
     pairs = zip(measured[name].rounds, measured[baseline].rounds, strict=False)
-    found = [(a[number] / a["units"]) / (b[number] / b["units"]) for a, b in pairs if a and b]
-    if not found or measured[name].error or measured[baseline].error:
+    values = [(a[number] / a["units"]) / (b[number] / b["units"]) for a, b in pairs if a and b]
+    if not values or measured[name].error or measured[baseline].error:
         return None
-    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summary(measured: dict[str, Measured], baseline: str) -> dict[str, Numbers]:
-    """What the JSON says of each variant: everything measured, and how it compares with the baseline."""
-    found: dict[str, Numbers] = {}
+    """Return the JSON entry of each variant: its measurements, and its ratios to the baseline."""
+    entries: dict[str, Numbers] = {}
     for name, one in measured.items():
         memory = dict(one.memory)
         if memory:
             memory["above_loaded"] = memory["peak"] - memory["loaded"]
-        found[name] = {
+        entries[name] = {
             "seconds_per_unit": one.median("seconds"),
             "ratio": ratios(measured, name, baseline),
             "memory": memory,
@@ -256,15 +258,15 @@ def summary(measured: dict[str, Measured], baseline: str) -> dict[str, Numbers]:
             "rounds": one.rounds,
             "error": one.error,
         }
-    base = found[baseline]["memory"].get("above_loaded")
-    for entry in found.values():
+    base = entries[baseline]["memory"].get("above_loaded")
+    for entry in entries.values():
         above = entry["memory"].get("above_loaded")
         entry["memory_ratio"] = above / base if above is not None and base else None
-    return found
+    return entries
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table that can be read as it is: the first column to the left, numbers to the right."""
+    """Format an aligned Markdown table: the first column left-aligned, the others right-aligned."""
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
@@ -292,21 +294,21 @@ def device_name() -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each variant, after one to warm up")
+    """Add the options that all benchmarks share."""
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each variant, after one warm-up round")
     parser.add_argument("--threads", type=int, help="CPU threads of each process; default: torch's")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="cpu: CPU seconds, which others on the machine disturb less; with --threads 1, and without a GPU",
+        help="cpu: CPU seconds, less affected by other load on the machine; use with --threads 1 and without a GPU",
     )
     parser.add_argument("--sequential", action="store_true", help="one variant after another: less memory, more noise")
-    parser.add_argument("--out", type=Path, help="write everything that was measured to this JSON file")
+    parser.add_argument("--out", type=Path, help="write all measurements to this JSON file")
 
 
-def write_report(args: argparse.Namespace, benchmark: str, **found: Any) -> None:
-    """The JSON of a benchmark, if asked for: where and how it was run, and what was found."""
+def write_report(args: argparse.Namespace, benchmark: str, **measurements: Any) -> None:
+    """Write the JSON of a benchmark if --out is given: hardware, versions, command and measurements."""
     if args.out is None:
         return
     import torch
@@ -323,6 +325,6 @@ def write_report(args: argparse.Namespace, benchmark: str, **found: Any) -> None
         },
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
-        **found,
+        **measurements,
     }
     args.out.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")

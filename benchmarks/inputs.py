@@ -22,7 +22,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "student_response")
 
 
 def make_tokenizer(vocab_size: int) -> "PreTrainedTokenizerBase":
-    """One token for each of the words w0, w1, ...: counts are what they are meant to be, the vocabulary any size."""
+    """Return a tokenizer with one token per word w0, w1, ...: exact token counts with a vocabulary of any size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,7 +42,7 @@ def make_tokenizer(vocab_size: int) -> "PreTrainedTokenizerBase":
 
 
 def fitted_lengths(pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Words of the `COLUMNS` of each pair, [pairs, 4]. A student's own response is as long as a rejected one."""
+    """Draw the words of each of `COLUMNS`, [pairs, 4]; the student's responses are as long as rejected ones."""
     z = rng.standard_normal((pairs, 4))
     z[:, 2] = CORRELATION * z[:, 1] + np.sqrt(1 - CORRELATION**2) * z[:, 2]
     bounds = np.array([LENGTHS[name] for name in ("prompt", "chosen", "rejected", "rejected")])
@@ -51,7 +51,7 @@ def fitted_lengths(pairs: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def real_lengths(source: Path, pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """The same of random rows of a .jsonl(.gz) file of conversations."""
+    """Return the lengths of random rows of a .jsonl(.gz) file of conversations, [pairs, 4]."""
     with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as file:
         rows = [json.loads(line) for line in file]
     counts = [
@@ -63,7 +63,7 @@ def real_lengths(source: Path, pairs: int, rng: np.random.Generator) -> np.ndarr
 
 
 def make_pairs(pairs: int, vocab_size: int, *, source: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Conversations of random words; `source` is a file of real pairs whose lengths they get."""
+    """Return conversations of random words, with the lengths of the real pairs in `source` if given."""
     rng = np.random.default_rng(seed)
     lengths = real_lengths(Path(source), pairs, rng) if source else fitted_lengths(pairs, rng)
 
@@ -89,11 +89,10 @@ def make(
     signals: list[str],
     dense: list[str],
 ) -> tuple[None, dict[str, Any]]:
-    """Write pairs and the signals named, of random models, for other processes to read. Says how long each took.
+    """Write pairs and the named signals of random models for other processes, and return how long they took.
 
-    `reference` is the student's word on the pairs, `teacher` values and top-k of the teacher on them, `own` top-k of
-    teacher and teacher reference on the student's responses. `dense` names responses whose whole distributions are
-    written as well.
+    `reference` is the log-probs of the student's start, `teacher` values and top-k of the teacher, `own` top-k of the
+    teacher and its reference on the student's responses. `dense` names responses whose full distributions are written.
     """
     from benchmarks import harness
     from benchmarks.shapes import make_model
@@ -119,18 +118,18 @@ def make(
         extract_signals(models["teacher"], data, tokenizer, ("values", "topk"), where / "teacher", k=k, **common)
     if "own" in signals:
         own = {"kinds": ("topk",), "responses": ("student_response",), **common}
-        made = extract_signals(models["teacher"], data, tokenizer, out=where / "own", k=k, **own)
+        teacher_store = extract_signals(models["teacher"], data, tokenizer, out=where / "own", k=k, **own)
         extract_signals(
             models["teacher_reference"], data, tokenizer, out=where / "own_reference", role="teacher_reference",
-            ids_from=made, **own,
+            ids_from=teacher_store, **own,
         )  # fmt: skip
     if dense:
         from benchmarks.dense import write_distributions
 
-        read = {"teacher": dense, "teacher_reference": [name for name in dense if name == "student_response"]}
+        responses_of = {"teacher": dense, "teacher_reference": [name for name in dense if name == "student_response"]}
         facts["dense_bytes"] = sum(
             write_distributions(models[role], data, tokenizer, Truncation(max_length), where / role, responses)
-            for role, responses in read.items()
+            for role, responses in responses_of.items()
         )
     return None, facts
 

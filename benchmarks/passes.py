@@ -1,6 +1,6 @@
-"""Passes of a teacher over preference pairs: ours, a bare forward, the plain way, and the backbone alone.
+"""Forward passes over preference pairs: signal extraction, a bare forward, a naive one, the backbone alone.
 
-Each is a variant's function (see harness.py): it prepares model and tokens, and its `run` goes over all pairs once.
+Each function is a variant (see harness.py): it prepares model and tokens, and its `run` goes over all pairs once.
 """
 
 import json
@@ -20,7 +20,7 @@ from prefdistill.data.columns import SIDES
 
 
 class Pass:
-    """A model, and encoded pairs for it."""
+    """A model, and pairs encoded for it."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class Pass:
 
     @property
     def facts(self) -> Numbers:
-        prompts, *answers = ([len(ids) for ids in self.rows[f"{name}_ids"]] for name in ("prompt", *SIDES))
-        texts = [p + n for lengths in answers for p, n in zip(prompts, lengths, strict=True)]
+        prompts, *responses = ([len(ids) for ids in self.rows[f"{name}_ids"]] for name in ("prompt", *SIDES))
+        texts = [p + n for lengths in responses for p, n in zip(prompts, lengths, strict=True)]
         return {
-            "response_tokens": sum(map(sum, answers)),
+            "response_tokens": sum(map(sum, responses)),
             "tokens": sum(texts),
-            "flops": forward_flops(self.shape, texts, sum(map(sum, answers))),
+            "flops": forward_flops(self.shape, texts, sum(map(sum, responses))),
             "bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
         }
 
     def padded(self) -> Iterator[dict[str, Any]]:
-        """Batches as most scripts make them: pairs in the order of the data, padded to the longest of the batch."""
+        """Yield batches as most scripts do: pairs in the order of the data, padded to the longest of the batch."""
         from prefdistill.data.batches import PairCollator
 
         collate = PairCollator(self.tokenizer.pad_token_id)
@@ -67,7 +67,7 @@ class Pass:
             )
 
     def grouped(self, *, layout: Any) -> Iterator[dict[str, Any]]:
-        """Batches as ours: documents of like length, so many tokens together."""
+        """Yield batches as extraction does: texts of similar length, up to a number of tokens."""
         from prefdistill.data.batches import make_batch
         from prefdistill.signals.reading import _batches
 
@@ -78,89 +78,89 @@ class Pass:
         return {name: x.to(self.model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def ours(kinds: list[str], positions: str = "all", **given: Any) -> Prepared:
-    """Signals in memory: everything but tokenising and writing."""
+def ours(kinds: list[str], positions: str = "all", **common: Any) -> Prepared:
+    """Extract signals in memory: everything but tokenizing and writing."""
     from prefdistill.data.batches import layout_for
     from prefdistill.signals.reading import score_pairs
 
-    made = Pass(**given)
-    layout = layout_for(made.model, made.truncation.max_length)
-    options = {"positions": positions, "batch_tokens": made.budget, "layout": layout}
+    task = Pass(**common)
+    layout = layout_for(task.model, task.truncation.max_length)
+    options = {"positions": positions, "batch_tokens": task.budget, "layout": layout}
 
     def run() -> Numbers:
-        score_pairs(made.model, made.rows, made.tokenizer, tuple(kinds), **options)  # type: ignore[arg-type]
+        score_pairs(task.model, task.rows, task.tokenizer, tuple(kinds), **options)  # type: ignore[arg-type]
         return {}
 
-    return run, made.facts
+    return run, task.facts
 
 
-def stored(kinds: list[str], positions: str = "all", shard_rows: int = 1_024, **given: Any) -> Prepared:
-    """Signals on the disk, from the text on: everything that `prefdistill signals` does but loading."""
+def stored(kinds: list[str], positions: str = "all", shard_rows: int = 1_024, **common: Any) -> Prepared:
+    """Extract signals from text to files: everything that `prefdistill signals` does except loading the model."""
     from prefdistill.signals import extract_signals
 
-    made = Pass(**given)
+    task = Pass(**common)
 
     def run() -> Numbers:
         with tempfile.TemporaryDirectory() as directory:
             store = Path(directory) / "store"
             extract_signals(
-                made.model, made.data, made.tokenizer, tuple(kinds), store, truncation=made.truncation,
-                positions=positions, batch_tokens=made.budget, shard_rows=shard_rows,  # type: ignore[arg-type]
+                task.model, task.data, task.tokenizer, tuple(kinds), store, truncation=task.truncation,
+                positions=positions, batch_tokens=task.budget, shard_rows=shard_rows,  # type: ignore[arg-type]
             )  # fmt: skip
             return {"disk": sum(path.stat().st_size for path in (store / "shards").iterdir())}
 
-    return run, made.facts
+    return run, task.facts
 
 
 @torch.no_grad()
-def _forward(made: Pass, batches: Any) -> Numbers:
+def _forward(task: Pass, batches: Any) -> Numbers:
     from prefdistill.models.backbone import model_inputs
 
     for batch in batches():
-        made.model(**model_inputs(batch, made.model), use_cache=False)
+        task.model(**model_inputs(batch, task.model), use_cache=False)
     return {}
 
 
-def bare(grouped: bool, **given: Any) -> Prepared:
-    """The model's forward with all its logits, and nothing made of them."""
+def bare(grouped: bool, **common: Any) -> Prepared:
+    """Compute all logits of the model and discard them."""
     from prefdistill.data.batches import PADDED
 
-    made = Pass(**given)
-    batches = partial(made.grouped, layout=PADDED) if grouped else made.padded
-    return partial(_forward, made, batches), made.facts
+    task = Pass(**common)
+    batches = partial(task.grouped, layout=PADDED) if grouped else task.padded
+    return partial(_forward, task, batches), task.facts
 
 
-def backbone(head: bool, **given: Any) -> Prepared:
-    """The limit: the model without its head, over our batches; or with the head's product at the states asked for."""
+def backbone(head: bool, **common: Any) -> Prepared:
+    """Run the model without its head, the upper limit of speed; or with the head at the requested states."""
     from prefdistill.data.batches import layout_for
     from prefdistill.models.backbone import backbone_of, model_inputs
 
-    made = Pass(**given)
-    layout = layout_for(made.model, made.truncation.max_length)
+    task = Pass(**common)
+    layout = layout_for(task.model, task.truncation.max_length)
 
     @torch.no_grad()
     def run() -> Numbers:
-        for batch in made.grouped(layout=layout):
-            hidden = backbone_of(made.model)(**model_inputs(batch, made.model), use_cache=False).last_hidden_state
+        for batch in task.grouped(layout=layout):
+            hidden = backbone_of(task.model)(**model_inputs(batch, task.model), use_cache=False).last_hidden_state
             if head:
                 states = hidden.flatten(0, 1)[batch["states"]]
                 for part in states.split(256):
-                    made.model.lm_head(part)
+                    task.model.lm_head(part)
         return {}
 
-    return run, made.facts
+    return run, task.facts
 
 
-def naive(k: int, **given: Any) -> Prepared:
-    """The plain way: full logits, the k likeliest tokens of each state and the rest, as lines of JSON."""
-    made = Pass(**given)
+def naive(k: int, **common: Any) -> Prepared:
+    """Compute full logits and write the top-k tokens and the rest of each state as JSON lines."""
+    task = Pass(**common)
 
     @torch.no_grad()
     def run() -> Numbers:
         with tempfile.NamedTemporaryFile("w") as file:
-            for batch in made.padded():
+            for batch in task.padded():
                 inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                logps = made.model(**inputs, use_cache=False).logits.float().log_softmax(-1)
+                logps = task.model(**inputs, use_cache=False).logits.float().log_softmax(-1)
                 top, ids = logps.topk(k, dim=-1)
                 rest = (1 - top.exp().sum(-1)).clamp(min=1e-9).log()
                 flat = [x.flatten(0, 1)[batch["states"]].split(batch["sizes"]) for x in (ids, top, rest)]
@@ -170,4 +170,4 @@ def naive(k: int, **given: Any) -> Prepared:
             file.flush()
             return {"disk": Path(file.name).stat().st_size}
 
-    return run, made.facts
+    return run, task.facts

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, and what a pass through them costs."""
+"""Random models of well-known shapes, and the FLOP of their forward pass."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ def _shape(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads:
     }
 
 
-# The last three have the sizes of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B, all as Llamas: without Qwen's biases.
+# The last three have the sizes of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B, all as Llamas, without Qwen's biases.
 SHAPES = {
     "nano": _shape(512, 32, 64, 2, 4, 2, True),
     "tiny": _shape(8_192, 256, 704, 4, 4, 4, True),
@@ -30,8 +30,8 @@ SHAPES = {
     "llama-8b": _shape(128_256, 4_096, 14_336, 32, 32, 8, False),
 }
 
-# Dense bfloat16 FLOP/s of the tensor cores, from NVIDIA's data sheets (half of what they give "with sparsity"). The
-# first name that the device's name contains counts.
+# Dense bfloat16 FLOP/s of the tensor cores, from NVIDIA's data sheets (half of the numbers "with sparsity"). The first
+# name that is part of the device's name applies.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -49,7 +49,7 @@ PEAK_FLOPS = {
 def make_model(
     shape: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", seed: int, dtype: "torch.dtype | None" = None
 ) -> "PreTrainedModel":
-    """A random model of a shape, made on the accelerator where there is one. The same seed gives the same weights."""
+    """Create a random model on the accelerator if there is one. The same seed gives the same weights."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -68,15 +68,15 @@ def make_model(
 
 
 def forward_flops(shape: dict[str, Any], lengths: Iterable[int], head_states: int) -> int:
-    """FLOP of one forward pass: two for each weight and token, and those of attention.
+    """Return the FLOP of one forward pass: two per weight and token, plus attention.
 
-    What is useful counts, not what is done: padding and what is computed twice do not. Attention counts as the full
-    square, as is usual, though a causal one needs half. Training takes three times as many.
+    Only useful work counts: no padding and no recomputation. Attention counts as the full square, as usual, though a
+    causal one needs half. Training takes three times as many.
 
     Args:
         shape: of `SHAPES`.
         lengths: tokens of each sequence.
-        head_states: states whose logits are made.
+        head_states: states whose logits are computed.
     """
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     size = hidden // heads
@@ -89,5 +89,5 @@ def forward_flops(shape: dict[str, Any], lengths: Iterable[int], head_states: in
 
 
 def peak_flops(device: str) -> float | None:
-    """Of a GPU by its name; None for one that is not listed, and for a CPU."""
+    """Return the peak FLOP/s of a GPU by its name; None for a CPU and for GPUs that are not listed."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)

@@ -1,16 +1,16 @@
-"""Steps of training: ours against TRL's on the same pairs, top-k distillation against whole distributions.
+"""Training steps: this package against TRL on the same pairs, top-k distillation against full distributions.
 
     python -m benchmarks.training --shape tiny
     python -m benchmarks.training --shape llama-1b --bf16 --batch 2 --max-length 1024 --variants dpo,trl-dpo
 
-Everyone trains the same random student on the same batches in the same order with the same optimiser. A round is a call
-of `trainer.train()`; its first steps are not timed. Losses are compared: against who does other work nothing is won.
+All variants train the same random student on the same batches in the same order with the same optimizer. A round is a
+call of `trainer.train()`; its first steps are not timed. Losses are compared to check that variants do the same work.
 
-Tokens and FLOP are those of the pairs, a prompt counted once for each response. What a trainer adds to them as padding,
-or saves by sharing prompts, shows in its time; "laid out" says how many tokens its batches had in the end.
+Tokens and FLOP are those of the pairs, with a prompt counted once per response. Padding that a trainer adds, or prompts
+that it shares, show in its time; "laid out" is the number of tokens in its batches.
 
-On a CPU, TRL's head makes the logits of prompts and padding as well, which it leaves out on a GPU; `trl-dpo-compact` is
-TRL with those left out here too.
+On a CPU, TRL also computes the logits of prompts and padding, which it skips on a GPU; `trl-dpo-compact` skips them on
+a CPU too.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 BASELINE = "dpo"
-# variant -> our method, signals
+# variant -> method, signals
 OURS = {
     "dpo": ("dpo", ("reference",)),
     "tvkd": ("tvkd", ("reference", "teacher")),
@@ -34,7 +34,7 @@ OURS = {
 }
 DENSE = {"dckd-dense": ("chosen", "rejected"), "adpa-dense": ("student_response",)}
 VARIANTS = ("dpo", "trl-dpo", "trl-dpo-compact", "tvkd", "dckd", "dckd-dense", "adpa", "adpa-dense")
-SKIPPED = 2  # steps of a round before the clock starts: the optimiser's memory and the first batch's
+SKIPPED = 2  # steps before the clock starts: allocation of the optimizer's state and the first batch
 
 
 def prepare(
@@ -47,7 +47,7 @@ def prepare(
     bf16: bool,
     checkpointing: bool,
 ) -> harness.Prepared:
-    """A trainer, and a round of its steps."""
+    """Prepare a trainer; a round is a number of its steps."""
     import torch
     from benchmarks.inputs import make_tokenizer
     from transformers import PrinterCallback, TrainerCallback
@@ -82,9 +82,9 @@ def prepare(
             ends.append(harness.clock())
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        made = inner(rows)
-        work.append(_work(rows, max_length, shape) | {"laid_out_tokens": made["input_ids"].numel()})
-        return made
+        batch = inner(rows)
+        work.append(_work(rows, max_length, shape) | {"laid_out_tokens": batch["input_ids"].numel()})
+        return batch
 
     inner, trainer.data_collator = trainer.data_collator, collate
     trainer.remove_callback(PrinterCallback)
@@ -139,7 +139,7 @@ def _trainer(
     from trl.trainer import utils
 
     if variant == "trl-dpo-compact":
-        utils._use_triton = lambda device: True  # there it only decides which positions reach the head
+        utils._use_triton = lambda device: True  # in TRL this only decides which positions reach the head
     return DPOTrainer(
         model,
         args=DPOConfig(**options, beta=0.1, max_length=max_length, precompute_ref_log_probs=True),
@@ -149,7 +149,7 @@ def _trainer(
 
 
 def _work(rows: list[dict[str, Any]], max_length: int, shape: dict[str, Any]) -> harness.Numbers:
-    """Tokens of encoded pairs and of their responses, and the FLOP of training on them."""
+    """Return the tokens of encoded pairs and of their responses, and the FLOP of training on them."""
     lengths, responses = [], 0
     for row in rows:
         prompt = len(row["prompt_ids"])
@@ -168,21 +168,21 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the student (default: tiny)")
     parser.add_argument("--teacher", choices=SHAPES, default="nano", help="of the teacher, with the student's tokens")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of these, with commas (default: all)")
-    parser.add_argument("--pairs", type=int, help="in the data; default: what a round takes")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated subset of these (default: all)")
+    parser.add_argument("--pairs", type=int, help="pairs in the data; default: as many as a round needs")
     parser.add_argument("--batch", type=int, default=2, help="pairs per step")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per round")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response")
-    parser.add_argument("--k", type=int, default=50, help="tokens that a top-k signal keeps of each state")
-    parser.add_argument("--data", help="take the lengths of these pairs, a .jsonl or .jsonl.gz file of conversations")
-    parser.add_argument("--bf16", action="store_true", help="products in bfloat16, weights in float32")
+    parser.add_argument("--k", type=int, default=50, help="tokens per state in a top-k signal")
+    parser.add_argument("--data", help="take the lengths from these pairs, a .jsonl or .jsonl.gz file of conversations")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, weights in float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     harness.add_options(parser)
     args = parser.parse_args()
-    asked = args.variants.split(",")
-    if unknown := [name for name in asked if name not in VARIANTS]:
+    requested = args.variants.split(",")
+    if unknown := [name for name in requested if name not in VARIANTS]:
         parser.error(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    args.variants = [name for name in VARIANTS if name in asked or name == BASELINE]
+    args.variants = [name for name in VARIANTS if name in requested or name == BASELINE]
     args.pairs = args.pairs or (SKIPPED + args.steps) * args.batch
     return args
 
@@ -205,50 +205,50 @@ def main() -> None:
         each = {"directory": directory, "batch": args.batch, "steps": args.steps}
         each |= {"checkpointing": args.gradient_checkpointing, **common}
         how = {"threads": args.threads, "timed_by": args.clock}
-        made = harness.once("benchmarks.inputs:make", {**inputs, **common}, **how)
+        input_facts = harness.once("benchmarks.inputs:make", {**inputs, **common}, **how)
         measured = harness.measure(
             [harness.Variant(name, "benchmarks.training:prepare", {"variant": name, **each}) for name in args.variants],
             rounds=args.rounds,
             together=not args.sequential,
             **how,
         )
-    found = harness.summary(measured, BASELINE)
+    entries = harness.summary(measured, BASELINE)
     device = harness.device_name()
     peak = peak_flops(device) if args.bf16 else None
-    for name, entry in found.items():
+    for name, entry in entries.items():
         flops, seconds = measured[name].median("flops"), entry["seconds_per_unit"]
         entry["flops_per_second"] = flops / seconds if flops and seconds else None
         entry["mfu"] = entry["flops_per_second"] / peak if peak and entry["flops_per_second"] else None
         data = measured[name].median("data_seconds")
         entry["data_share"] = data / seconds if data is not None and seconds else None
     agreement = _agreement(measured)
-    _print(args, device, measured, found, made, agreement)
-    harness.write_report(args, "training", baseline=BASELINE, inputs=made, variants=found, agreement=agreement)
+    _print(args, device, measured, entries, input_facts, agreement)
+    harness.write_report(args, "training", baseline=BASELINE, inputs=input_facts, variants=entries, agreement=agreement)
 
 
 def _agreement(measured: dict[str, harness.Measured]) -> dict[str, Any]:
-    """How far losses and log-probabilities of those that should learn the same are apart, from equal weights on."""
+    """Return how far losses and log-probabilities of equivalent variants differ, from equal initial weights."""
     first = {name: one.warmup[0] for name, one in measured.items() if one.warmup and one.warmup[0]}
-    found = {}
+    agreement = {}
     for a, b in (("dpo", "trl-dpo"), ("dpo", "trl-dpo-compact"), ("dckd", "dckd-dense"), ("adpa", "adpa-dense")):
         if a in first and b in first:
             gaps = [abs(x - y) for x, y in zip(first[a]["losses"], first[b]["losses"], strict=True)]
             logps = zip(first[a]["chosen_logps"], first[b]["chosen_logps"], strict=False)
-            found[f"{b} - {a}"] = {
+            agreement[f"{b} - {a}"] = {
                 "losses": [first[b]["losses"], first[a]["losses"]],
                 "first_step": gaps[0],
                 "most": max(gaps),
                 "chosen_logps": max((abs(x - y) for x, y in logps), default=None),
             }
-    return found
+    return agreement
 
 
 def _print(
     args: argparse.Namespace,
     device: str,
     measured: dict[str, harness.Measured],
-    found: dict[str, harness.Numbers],
-    made: harness.Numbers,
+    entries: dict[str, harness.Numbers],
+    input_facts: harness.Numbers,
     agreement: dict[str, Any],
 ) -> None:
     tokens, responses = (measured[BASELINE].median(name) or 0 for name in ("tokens", "response_tokens"))
@@ -259,7 +259,7 @@ def _print(
     header = ["variant", "s / step", f"x {BASELINE} (min..max)", "peak above loaded, GiB", f"x {BASELINE}"]
     header += ["loaded, GiB", "data, % of step", "tokens / s", "laid out", "MFU"]
     rows = []
-    for name, entry in found.items():
+    for name, entry in entries.items():
         if entry["error"]:
             rows.append([name, "failed", *[""] * (len(header) - 2)])
             continue
@@ -280,12 +280,13 @@ def _print(
         )
     print(harness.table(header, rows))
     state = 12 * measured[BASELINE].facts.get("parameters", 0)
-    print(f"\nGradients and the optimiser's two moments of each weight are {harness.gib(state)} GiB of every peak.")
-    seconds = {name: entry["facts"].get("trainer_seconds", 0) for name, entry in found.items()}
-    if "trl-dpo" in found:
-        ours = made["reference_seconds"] + seconds[BASELINE]
+    print(f"\nGradients and the optimizer's two moments of each weight are {harness.gib(state)} GiB of every peak.")
+    seconds = {name: entry["facts"].get("trainer_seconds", 0) for name, entry in entries.items()}
+    if "trl-dpo" in entries:
+        dpo_seconds = input_facts["reference_seconds"] + seconds[BASELINE]
         print(
-            f"From pairs to the first step, with the reference: dpo {ours:.1f} s, trl-dpo {seconds['trl-dpo']:.1f} s."
+            f"From pairs to the first step, including the reference: dpo {dpo_seconds:.1f} s, "
+            f"trl-dpo {seconds['trl-dpo']:.1f} s."
         )
     for name, gap in agreement.items():
         logps = "" if gap["chosen_logps"] is None else f", log-probabilities {gap['chosen_logps']:.1e}"

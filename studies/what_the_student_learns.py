@@ -1,9 +1,9 @@
-"""Where a student's reward on the built-in task comes from, beside the baseline's: matching digits, marks, fillers.
+"""Split the reward on the built-in task into its parts (matching digits, marks, fillers), relative to the baseline.
 
     python studies/what_the_student_learns.py runs/studies/alpha/work/alpha=0.3-seed-1 ...
 
-Each argument is a run directory of the quickstart recipe (or one of its `seed-N`). Every student answers the test
-prompts at T=1, and the parts of its mean reward, and its words, are printed as differences to DPO's.
+Each argument is a run directory of the quickstart recipe (or one of its `seed-N`). Every student responds to the test
+prompts at T=1; the parts of its mean reward and its mean number of words are printed as differences to DPO.
 """
 
 import sys
@@ -20,27 +20,33 @@ PARTS = ("matches", "opened", "closed", "extras", "unended")
 
 
 def parts_of(student: Path, prompts: list[str], seed: int) -> np.ndarray:
-    """Mean of each of PARTS over the answers to the prompts, and of their words."""
+    """Return the mean of each of PARTS, and of the number of words, over responses to the prompts."""
     model = ready(load_model(str(student), dtype="float32"))
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    answers = sample(
-        model, load_tokenizer(str(student)), asked, max_new_tokens=16, batch_size=500, seed=seed, what=student.name
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    responses = sample(
+        model,
+        load_tokenizer(str(student)),
+        conversations,
+        max_new_tokens=16,
+        batch_size=500,
+        seed=seed,
+        what=student.name,
     )
     rows = [
-        [*(reward_parts(prompt, answer.text, answer.ended)[part] for part in PARTS), len(answer.text.split())]
-        for prompt, answer in zip(prompts, answers, strict=True)
+        [*(reward_parts(prompt, response.text, response.ended)[part] for part in PARTS), len(response.text.split())]
+        for prompt, response in zip(prompts, responses, strict=True)
     ]
     return np.mean(rows, axis=0)
 
 
 def of_run(run: Path, baseline: str = "dpo") -> dict[str, np.ndarray]:
-    """By method, the difference to the baseline, a mean over the data orders."""
+    """Return each method's difference to the baseline, averaged over data orders."""
     prompts, seed = read_json(run / "data" / "prompts.json")["test"], int(run.name.rsplit("-", 1)[1])
-    found: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for student in sorted(run.glob("distill-*")):
         name = student.name.removeprefix("distill-").rsplit("-", 1)[0]
-        found.setdefault(name, []).append(parts_of(student, prompts, seed))
-    means = {name: np.mean(values, axis=0) for name, values in found.items()}
+        parts.setdefault(name, []).append(parts_of(student, prompts, seed))
+    means = {name: np.mean(values, axis=0) for name, values in parts.items()}
     return {name: mean - means[baseline] for name, mean in means.items() if name != baseline}
 
 

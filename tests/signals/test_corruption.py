@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from benchmarks.corruption import parts_of_manifest, parts_of_shard, try_cuts, try_flips
+from benchmarks.corruption import parts_of_manifest, parts_of_shard, try_flips, try_truncations
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
@@ -70,7 +70,7 @@ def test_every_field_of_the_manifest_is_under_its_checksum(store):
 
 def test_files_cut_short_are_found(store):
     for path in (store / "shards" / "00000.parquet", store / "manifest.json"):
-        tried, found = try_cuts(store, path, stride=101)
+        tried, found = try_truncations(store, path, stride=101)
         assert tried == found > 10
 
 

@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, and can be pasted: each imports what its module does not define."""
+"""Docstring examples run and can be pasted: each imports the names that its module does not define."""
 
 import doctest
 import importlib
@@ -16,10 +16,10 @@ FILES = sorted(file for file in ROOT.rglob("*.py") if ">>> " in file.read_text(e
 def test_examples_run(file):
     module = importlib.import_module(".".join(file.relative_to(ROOT.parent).with_suffix("").parts))
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-    found = [test for test in doctest.DocTestFinder().find(module, globs=own) if test.examples]
-    written = file.read_text(encoding="utf-8").count(">>> ")
-    assert sum(len(test.examples) for test in found) == written, "an example stands where it is not found"
+    tests = [test for test in doctest.DocTestFinder().find(module, globs=own) if test.examples]
+    expected = file.read_text(encoding="utf-8").count(">>> ")
+    assert sum(len(test.examples) for test in tests) == expected, "an example is where doctest does not find it"
     runner, report = doctest.DocTestRunner(verbose=False), []
-    for test in found:
+    for test in tests:
         runner.run(test, out=report.append)
     assert not runner.failures, "".join(report)

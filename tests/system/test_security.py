@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: files from strangers run no code and reach no other place, and keys stay put."""
+"""The guarantees of SECURITY.md: untrusted files run no code and reach no other path, and keys are not leaked."""
 
 import ast
 import json
@@ -30,7 +30,7 @@ FAST = ["max_steps=1", "batch_size=2", "micro_batch_size=2"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
+def workdir(tmp_path, monkeypatch, make_model, tokenizer, pairs):
     datasets.disable_progress_bars()
     monkeypatch.chdir(tmp_path)
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs.select(range(4))]
@@ -40,11 +40,11 @@ def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
     return tmp_path
 
 
-# -- our own files hold no code ----------------------------------------------------------------------------------------
+# -- files of the package contain no code ------------------------------------------------------------------------------
 
 
 def names_in(tree):
-    """Everything that is imported, called or passed by name, as dotted names."""
+    """Yield every imported, called or keyword name, dotted."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -56,18 +56,18 @@ def names_in(tree):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_nothing_is_unpickled_unpacked_or_evaluated(source):
+def test_source_never_unpickles_unpacks_or_evaluates(source):
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    names = set(names_in(tree)) - {"pickle.UnpicklingError"}  # an error, to be caught
+    names = set(names_in(tree)) - {"pickle.UnpicklingError"}  # an exception to catch
     modules = {name.split(".")[0] for name in names}
     assert modules.isdisjoint({"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "tarfile", "zipfile"})
     calls = {"eval()", "exec()", "compile()", "__import__()", "torch.load()", "np.load()", "os.system()", "yaml.load()"}
-    if source.name == "yaml.py":  # with a loader that is a SafeLoader, see below
+    if source.name == "yaml.py":  # with a SafeLoader, see below
         calls.remove("yaml.load()")
     assert names.isdisjoint(calls | {"allow_pickle", "shell", "shutil.unpack_archive()", "yaml.unsafe_load()"})
 
 
-def test_yaml_is_read_by_the_safe_loader():
+def test_yaml_is_loaded_by_a_safe_loader():
     import yaml
 
     from prefdistill.core.yaml import _Loader
@@ -81,11 +81,11 @@ def test_yaml_is_read_by_the_safe_loader():
     assert all([ast.unparse(k.value) for k in call.keywords if k.arg == "Loader"] == ["_Loader"] for call in loads)
 
 
-def test_results_are_of_harmless_kinds_and_hold_no_key(place, monkeypatch, capfd):
+def test_results_have_safe_file_types_and_contain_no_key(workdir, monkeypatch, capfd):
     secret = "hf_1234567890abcdefghij"
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "PREFDISTILL_JUDGE_KEY", "WANDB_API_KEY"):
         monkeypatch.setenv(name, secret)
-    (place / "recipe.yaml").write_text(
+    (workdir / "recipe.yaml").write_text(
         "name: x\ndata: {train: pairs.jsonl, test: pairs.jsonl}\nmodel: {teacher: model, student: model}\n"
         "training: {max_steps: 1, batch_size: 2, micro_batch_size: 2}\nmethods: {dpo: {}, simpo: {}}\n"
         "student: {sft: {}}\n"
@@ -94,10 +94,10 @@ def test_results_are_of_harmless_kinds_and_hold_no_key(place, monkeypatch, capfd
     assert main(["run", "recipe.yaml", "--out", "other", "methods.dpo.bata=1"]) == 2
     out, err = capfd.readouterr()
     assert secret not in out + err
-    made = [path for path in (place / "run").rglob("*") if path.is_file()]
-    kinds = {path.suffix for path in made}
-    assert {".safetensors", ".parquet", ".json", ".jsonl"} <= kinds
-    assert kinds <= {
+    files = [path for path in (workdir / "run").rglob("*") if path.is_file()]
+    suffixes = {path.suffix for path in files}
+    assert {".safetensors", ".parquet", ".json", ".jsonl"} <= suffixes
+    assert suffixes <= {
         ".safetensors",
         ".parquet",
         ".json",
@@ -109,14 +109,14 @@ def test_results_are_of_harmless_kinds_and_hold_no_key(place, monkeypatch, capfd
         ".md",
         ".sha256",
     }
-    assert not any(secret.encode() in path.read_bytes() for path in made)
+    assert not any(secret.encode() in path.read_bytes() for path in files)
 
 
-# -- pickles in what we are given --------------------------------------------------------------------------------------
+# -- pickles in untrusted files --------------------------------------------------------------------------------------
 
 
 class Evil:
-    """Unpickled, it leaves a file behind."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -125,7 +125,7 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-def test_the_pickle_would_run(tmp_path):
+def test_the_evil_pickle_runs_when_loaded_unsafely(tmp_path):
     torch.save(Evil(tmp_path / "ran"), tmp_path / "evil.pt")
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert (tmp_path / "ran").exists()
@@ -133,7 +133,7 @@ def test_the_pickle_would_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, make_model, tokenizer, pairs):
-    """A training that stopped after two of four steps."""
+    """The checkpoints of a training that stopped after two of four steps."""
     out = tmp_path_factory.mktemp("checkpoint")
     fit(trainer_of(out, make_model, tokenizer, pairs, max_steps=2), out, "x")
     (last,) = (out / "checkpoints").glob("checkpoint-2")
@@ -149,7 +149,7 @@ def trainer_of(out, make_model, tokenizer, pairs, max_steps=4):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_checkpoint_cannot_run_code(checkpoint, tmp_path, make_model, tokenizer, pairs, name):
+def test_loading_a_checkpoint_runs_no_code(checkpoint, tmp_path, make_model, tokenizer, pairs, name):
     out = tmp_path / "out"
     shutil.copytree(checkpoint, out / "checkpoints")
     file = out / "checkpoints" / "checkpoint-2" / name
@@ -158,7 +158,7 @@ def test_a_checkpoint_cannot_run_code(checkpoint, tmp_path, make_model, tokenize
     mark = read_sealed(file.parent / "whole.json")
     write_sealed(file.parent / "whole.json", {"files": mark["files"] | {name: file.stat().st_size}})
     trainer = trainer_of(out, make_model, tokenizer, pairs)
-    if name == "training_args.bin":  # nobody reads it
+    if name == "training_args.bin":  # never loaded
         fit(trainer, out, "x")
         assert trainer.state.global_step == 4
     else:
@@ -167,29 +167,29 @@ def test_a_checkpoint_cannot_run_code(checkpoint, tmp_path, make_model, tokenize
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickled_weights_cannot_run_code(place, capsys):
-    (place / "model" / "model.safetensors").unlink()
-    torch.save(Evil(place / "ran"), place / "model" / "pytorch_model.bin")
+def test_loading_pickled_weights_runs_no_code(workdir, capsys):
+    (workdir / "model" / "model.safetensors").unlink()
+    torch.save(Evil(workdir / "ran"), workdir / "model" / "pytorch_model.bin")
     assert main(["sample", "--model", "model", "--data", "pairs.jsonl", "--out", "o.jsonl"]) == 2
     assert "model is there but holds no model" in capsys.readouterr().err
-    assert not (place / "ran").exists()
+    assert not (workdir / "ran").exists()
 
 
-def test_a_pickled_adapter_cannot_run_code(place, make_model, capsys):
+def test_loading_a_pickled_adapter_runs_no_code(workdir, make_model, capsys):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(load_model("model"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.save_pretrained("adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(place / "model" / name, place / "adapter")
-    (place / "adapter" / "adapter_model.safetensors").unlink()
-    torch.save(Evil(place / "ran"), place / "adapter" / "adapter_model.bin")
+        shutil.copy(workdir / "model" / name, workdir / "adapter")
+    (workdir / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(Evil(workdir / "ran"), workdir / "adapter" / "adapter_model.bin")
     assert main(["sample", "--model", "adapter", "--data", "pairs.jsonl", "--out", "o.jsonl"]) == 2
     assert "adapter is there but holds no model" in capsys.readouterr().err
-    assert not (place / "ran").exists()
+    assert not (workdir / "ran").exists()
 
 
-# -- code in what we are given -----------------------------------------------------------------------------------------
+# -- code in untrusted models -----------------------------------------------------------------------------------------
 
 CODE = """
 import pathlib
@@ -207,75 +207,75 @@ def generate(model, *args, **kwargs):
 
 
 @pytest.fixture(params=["stranger", "llama"])
-def strange(request, place, monkeypatch):
-    """A model with code of its own, which leaves a file behind; one of a kind that transformers knows as well."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place / "modules"))
-    shutil.copytree(place / "model", place / "strange")
-    (place / "strange" / "code.py").write_text(CODE.format(marker=str(place / "ran")))
-    (place / "strange" / "custom_generate").mkdir()
-    shutil.copy(place / "strange" / "code.py", place / "strange" / "custom_generate" / "generate.py")
-    config = read_json(place / "strange" / "config.json")
+def untrusted(request, workdir, monkeypatch):
+    """A model with its own code, which creates a file; once with a model type that transformers knows."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(workdir / "modules"))
+    shutil.copytree(workdir / "model", workdir / "untrusted")
+    (workdir / "untrusted" / "code.py").write_text(CODE.format(marker=str(workdir / "ran")))
+    (workdir / "untrusted" / "custom_generate").mkdir()
+    shutil.copy(workdir / "untrusted" / "code.py", workdir / "untrusted" / "custom_generate" / "generate.py")
+    config = read_json(workdir / "untrusted" / "config.json")
     names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     names["AutoModelForSequenceClassification"] = "code.Model"
-    write_json(place / "strange" / "config.json", config | {"model_type": request.param, "auto_map": names})
-    config = read_json(place / "strange" / "tokenizer_config.json")
+    write_json(workdir / "untrusted" / "config.json", config | {"model_type": request.param, "auto_map": names})
+    config = read_json(workdir / "untrusted" / "tokenizer_config.json")
     tokens = {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": [None, "code.Tokens"]}}
-    write_json(place / "strange" / "tokenizer_config.json", config | tokens)
-    (place / "recipe.yaml").write_text(
-        "name: x\ndata: {train: pairs.jsonl}\nmodel: {teacher: strange, student: strange}\nmethods: {dpo: {}}\n"
+    write_json(workdir / "untrusted" / "tokenizer_config.json", config | tokens)
+    (workdir / "recipe.yaml").write_text(
+        "name: x\ndata: {train: pairs.jsonl}\nmodel: {teacher: untrusted, student: untrusted}\nmethods: {dpo: {}}\n"
         "training: {max_steps: 1, batch_size: 2, micro_batch_size: 2}\n"
     )
-    (place / "questions.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["?"]}))
-    return place
+    (workdir / "questions.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["?"]}))
+    return workdir
 
 
 DATA, OUT = ["--data", "pairs.jsonl"], ["--out", "out"]
 VERBS = {
-    "sft": ["--model", "strange", *DATA, *OUT, *FAST],
-    "dpo": ["--model", "strange", *DATA, *OUT, *FAST],
-    "sample": ["--model", "strange", *DATA, "--out", "o.jsonl", "--max-new-tokens", "2"],
-    "signals": ["--model", "strange", *DATA, *OUT],
-    "distill": ["--student", "strange", "--method", "simpo", *DATA, *OUT, *FAST],
-    "evaluate": ["--model", "strange", *DATA, "--generate", "--max-new-tokens", "2", "--out", "e.json"],
+    "sft": ["--model", "untrusted", *DATA, *OUT, *FAST],
+    "dpo": ["--model", "untrusted", *DATA, *OUT, *FAST],
+    "sample": ["--model", "untrusted", *DATA, "--out", "o.jsonl", "--max-new-tokens", "2"],
+    "signals": ["--model", "untrusted", *DATA, *OUT],
+    "distill": ["--student", "untrusted", "--method", "simpo", *DATA, *OUT, *FAST],
+    "evaluate": ["--model", "untrusted", *DATA, "--generate", "--max-new-tokens", "2", "--out", "e.json"],
     "run": ["recipe.yaml", *OUT],
-    "judge": ["answers", "--model", "strange", "--questions", "questions.jsonl", "--out", "a.jsonl"],
+    "judge": ["answers", "--model", "untrusted", "--questions", "questions.jsonl", "--out", "a.jsonl"],
 }
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_models_code_does_not_run_unless_asked_for(strange, capsys, verb):
+def test_model_code_does_not_run_by_default(untrusted, capsys, verb):
     main([verb, *VERBS[verb]])
     capsys.readouterr()
-    assert not (strange / "ran").exists()
-    assert main(["evaluate", "--model", "model", *DATA, "--reward-model", "strange", "--out", "e.json"]) == 2
-    assert not (strange / "ran").exists()
+    assert not (untrusted / "ran").exists()
+    assert main(["evaluate", "--model", "model", *DATA, "--reward-model", "untrusted", "--out", "e.json"]) == 2
+    assert not (untrusted / "ran").exists()
 
 
-def test_a_models_code_runs_where_it_is_asked_for(strange, capsys):
-    """Else the test above would prove nothing."""
+def test_model_code_runs_with_trust_remote_code(untrusted, capsys):
+    """Check that the test above can fail."""
     main(["signals", *VERBS["signals"], "--trust-remote-code"])
     capsys.readouterr()
-    assert (strange / "ran").exists()
+    assert (untrusted / "ran").exists()
 
 
 @pytest.mark.parametrize("text", ["model: {trust_remote_code: true}", "fast: {model.trust_remote_code: true}"])
-def test_a_recipe_cannot_ask_for_it(strange, capsys, text):
-    (strange / "more.yaml").write_text(f"extends: recipe.yaml\n{text}\n")
+def test_a_recipe_cannot_enable_model_code(untrusted, capsys, text):
+    (untrusted / "more.yaml").write_text(f"extends: recipe.yaml\n{text}\n")
     assert main(["run", "more.yaml", *OUT, "--fast"]) == 2
     assert "more.yaml asks to run code from the models' repositories" in capsys.readouterr().err
-    assert not (strange / "ran").exists()
+    assert not (untrusted / "ran").exists()
     main(["run", "recipe.yaml", *OUT, "model.trust_remote_code=true"])
-    assert (strange / "ran").exists()
+    assert (untrusted / "ran").exists()
 
 
 @pytest.mark.parametrize(
     "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.mkdir('ran') }}"]
 )
-def test_a_chat_template_cannot_leave_its_sandbox(place, capsys, template):
-    (place / "model" / "chat_template.jinja").write_text(template)
+def test_a_chat_template_cannot_escape_its_sandbox(workdir, capsys, template):
+    (workdir / "model" / "chat_template.jinja").write_text(template)
     assert main(["signals", "--model", "model", *DATA, *OUT]) == 2
     assert "The chat template refuses a user and an assistant message" in capsys.readouterr().err
-    assert not (place / "ran").exists()
+    assert not (workdir / "ran").exists()
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def store(tmp_path, make_model, tokenizer, pairs):
 @pytest.mark.parametrize(
     "name", ["../manifest.json", "../../00000.parquet", "/etc/passwd", "..", ".", "", "a/../00000.parquet", "\0"]
 )
-def test_a_manifest_names_files_of_its_store_only(store, name):
+def test_a_manifest_cannot_name_files_outside_its_store(store, name):
     shutil.copy(store / "shards" / "00000.parquet", store.parent / "00000.parquet")
     manifest = read_sealed(store / "manifest.json")
     manifest["shards"][0]["file"] = name
@@ -302,14 +302,14 @@ def test_a_manifest_names_files_of_its_store_only(store, name):
 
 
 @pytest.mark.parametrize("what", ["shards/00000.parquet", "shards"])
-def test_a_link_that_leads_out_of_a_store_is_not_followed(store, what):
+def test_a_link_out_of_a_store_is_not_followed(store, what):
     (store / what).rename(store.parent / "elsewhere")
     (store / what).symlink_to(store.parent / "elsewhere")
     with pytest.raises(UserError, match="a link that leads out of the store"):
         Signals.open(store)
 
 
-def test_a_store_may_itself_be_linked_to(store):
+def test_a_link_to_a_store_can_be_opened(store):
     (store.parent / "link").symlink_to(store)
     assert len(Signals.open(store.parent / "link")) == 4
 
@@ -319,7 +319,7 @@ def test_a_store_may_itself_be_linked_to(store):
 EVIL = "<script>alert(1)</script></style></title></desc><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 
 
-def test_the_page_of_a_study_shows_hostile_text_as_text(tmp_path):
+def test_a_study_page_escapes_hostile_text(tmp_path):
     estimate = {"mean": 0.1, "se": 0.1, "n": 3, "over": EVIL, "low": 0.0, "high": 0.2, "values": [0.1]}
     cell = {
         "cell": EVIL, "group": EVIL, "x": None, "overrides": {EVIL: EVIL}, "files": [EVIL], "seeds": [1],
@@ -334,17 +334,17 @@ def test_the_page_of_a_study_shows_hostile_text_as_text(tmp_path):
         "environments": [{EVIL: EVIL}], "data": {EVIL: [{EVIL: EVIL}]},
     }  # fmt: skip
     write_study(results, tmp_path)
-    found: list[str] = []
+    found_tags: list[str] = []
 
     class Tags(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            found.append(tag)
+            found_tags.append(tag)
             assert not any(name.startswith("on") for name, _ in attrs)
 
     page = (tmp_path / "study.html").read_text(encoding="utf-8")
     Tags().feed(page)
-    assert {"table", "svg"} <= set(found)
-    assert {"script", "img", "iframe", "object", "base", "form"}.isdisjoint(found)
+    assert {"table", "svg"} <= set(found_tags)
+    assert {"script", "img", "iframe", "object", "base", "form"}.isdisjoint(found_tags)
     assert "&lt;script&gt;alert(1)" in page
     assert "Content-Security-Policy" in page
     tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(tmp_path / "plot.svg").iter()}
