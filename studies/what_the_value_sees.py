@@ -50,7 +50,7 @@ def of_run(run: Path) -> dict[str, float]:
     stores = [Signals.open(run / f"signals-{role}-test" / "store") for role in ("teacher", "reference")]
     signals = SignalSet.of(stores, pairs)
     made_with = {"value_temperature": stores[0].manifest["value_temperature"]}
-    returns = make_method("tvkd", {"alpha": 0.0, **made_with}).features(signals)
+    returns = make_method("tvkd", {"alpha": 0.0, **made_with}).row_signals(signals)
     margin = returns["shaping_chosen"] - returns["shaping_rejected"]
     rows = pairs.select(signals.rows)
     chosen, rejected = (np.array([form(messages[-1]["content"]) for messages in rows[side]]) for side in SIDES)
