@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
-from prefdistill.data.encode import encode_pairs
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.encode import Truncation, encode_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -34,8 +34,7 @@ class Pass:
     ) -> None:
         from datasets import Dataset
 
-        from prefdistill.data.encode import encode_pairs
-        from prefdistill.data.truncation import Truncation
+        from prefdistill.data.encode import Truncation, encode_pairs
 
         self.shape, self.batch, self.budget = shape, batch, budget
         self.tokenizer = make_tokenizer(shape["vocab_size"])

@@ -453,7 +453,7 @@ def test_nothing_is_left_of_a_model_that_has_changed_meanwhile(place, capfd, mon
     states = iter(["as it was", "as it was", "another"])
     monkeypatch.setattr("prefdistill.experiment.inputs.model_key", lambda name: next(states))
     assert main(["sft", *MODEL, *PAIRS, *OUT, *FAST[1:], "max_steps=1"]) == 2
-    assert "model has been changed while it was in use" in capfd.readouterr().err
+    assert "model was changed during the run" in capfd.readouterr().err
     assert not (place / OUT[1]).exists()
 
 

@@ -25,9 +25,9 @@ from transformers import (
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.data.load import load_pairs
-from prefdistill.data.truncation import Truncation
+from prefdistill.experiment import cost
 from prefdistill.experiment.doctor import as_text, examine, machine
 from prefdistill.experiment.doctor.findings import excerpt
 from prefdistill.experiment.doctor.text import garbled
@@ -762,10 +762,10 @@ def test_training_takes_what_adam_takes(tmp_path, tokenizer, make_model):
     optimizer.step()
     moments = [t for state in optimizer.state.values() for key, t in state.items() if key.startswith("exp_avg")]
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
-    assert machine.training_bytes(empty, Training(), "float32") == sum(t.nbytes for t in held)
+    assert cost.training_bytes(empty, Training(), "float32") == sum(t.nbytes for t in held)
     lora = Training.model_validate({"lora": {"r": 2}})
-    assert machine.weight_bytes(empty, "float32") < machine.training_bytes(empty, lora, "float32")
-    assert machine.training_bytes(empty, lora, "float32") < machine.training_bytes(empty, Training(), "float32")
+    assert cost.weight_bytes(empty, "float32") < cost.training_bytes(empty, lora, "float32")
+    assert cost.training_bytes(empty, lora, "float32") < cost.training_bytes(empty, Training(), "float32")
 
 
 @pytest.mark.parametrize(

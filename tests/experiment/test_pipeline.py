@@ -11,6 +11,8 @@ import pytest
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
 from prefdistill.data.load import load_pairs
+from prefdistill.experiment.check import check_plan
+from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
 from prefdistill.methods import METHODS
@@ -105,7 +107,7 @@ def test_a_repair_that_was_cut_off_is_gone_on_with(copy, finished, monkeypatch):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     with monkeypatch.context() as cut:
-        cut.setattr("prefdistill.experiment.supply.extract_signals", stop)
+        cut.setattr("prefdistill.experiment.steps.signals.extract_signals", stop)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(load_recipe(QUICKSTART, TINY), copy)
     assert not shard.exists()
@@ -116,7 +118,7 @@ def test_a_repair_that_was_cut_off_is_gone_on_with(copy, finished, monkeypatch):
 
 def test_results_of_another_recipe_do_not_stand_beside_the_new_one(copy, monkeypatch):
     there = {"results.json", "report.html"}
-    monkeypatch.setattr("prefdistill.experiment.pipeline.fit", stop)
+    monkeypatch.setattr("prefdistill.experiment.steps.students.fit", stop)
     run_recipe(load_recipe(QUICKSTART, TINY), copy)  # the same recipe: nothing is trained
     assert there <= {path.name for path in copy.iterdir()}
     with pytest.raises(KeyboardInterrupt):
@@ -130,7 +132,7 @@ def test_a_damaged_store_of_a_finished_stage_is_repaired(copy, finished, capsys)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     results = run_recipe(load_recipe(QUICKSTART, TINY), copy)
-    assert "00000.parquet is damaged (its checksum differs); it is made again" in capsys.readouterr().err
+    assert "00000.parquet is damaged (its checksum differs); rebuilding it" in capsys.readouterr().err
     assert shard.read_bytes() == whole
     assert set(stages(results).values()) == {True}
     assert results["methods"] == finished[1]["methods"]
@@ -143,7 +145,7 @@ def test_only_what_depends_on_a_change_is_made_again(copy):
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch):
-    import prefdistill.experiment.pipeline as pipeline
+    import prefdistill.experiment.steps.students as students
 
     calls = []
 
@@ -153,8 +155,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    real = pipeline.fit
-    monkeypatch.setattr(pipeline, "fit", interrupted)
+    real = students.fit
+    monkeypatch.setattr(students, "fit", interrupted)
     recipe = load_recipe(QUICKSTART, TINY, only=["tvkd"])
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path / "run")
@@ -201,11 +203,11 @@ def test_all_methods_on_the_quickstart(tmp_path):
         assert (name == "dpo") or name in results["differences"]
     # ADPA+ starts from the DCKD student, and so do the samples whose states it learns from
     dckd = str(out / "seed-0" / "distill-dckd-0")
-    made = requests(out, "distill-adpa-plus-0")["after"]
+    made = requests(out, "distill-adpa-plus-0")["inputs"]
     assert made["distill-dckd-0"] == keys(out, "distill-dckd-0")
     assert "student-sft" not in made
     sampled = requests(out, "sample-dckd-0")
-    assert sampled["after"]["distill-dckd-0"] == keys(out, "distill-dckd-0")
+    assert sampled["inputs"]["distill-dckd-0"] == keys(out, "distill-dckd-0")
     told = json.loads((out / "seed-0" / "sample-dckd-0" / "responses.jsonl.meta.json").read_text())
     assert told["request"]["model"]["key"] == model_key(dckd)
     # the teacher's reference is read where the teacher was, at its tokens
@@ -229,9 +231,9 @@ def test_rounds_sample_read_and_train_again_from_the_last_student(tmp_path):
     recipe = load_recipe(QUICKSTART, [*SMALL, "methods.adpa.rounds=3"], only=["adpa"])
     results = run_recipe(recipe, out)
     first, second, third = ("distill-adpa-0-round-1", "distill-adpa-0-round-2", "distill-adpa-0")
-    assert requests(out, first)["after"]["student-sft"] == keys(out, "student-sft")
-    assert requests(out, second)["after"][first] == keys(out, first)
-    assert requests(out, third)["after"][second] == keys(out, second)
+    assert requests(out, first)["inputs"]["student-sft"] == keys(out, "student-sft")
+    assert requests(out, second)["inputs"][first] == keys(out, first)
+    assert requests(out, third)["inputs"][second] == keys(out, second)
     responses = [
         (out / "seed-0" / name / "responses.jsonl").read_text()
         for name in ("sample-start", "sample-adpa-0-round-1", "sample-adpa-0-round-2")
@@ -412,17 +414,17 @@ def test_models_are_what_they_hold_and_not_where_they_lie(mine, tmp_path):
 
 @pytest.mark.parametrize("during", ["distill-dpo-0", "distill-tvkd-0"])
 def test_a_model_that_changes_while_the_run_works_is_no_part_of_its_results(mine, tmp_path, monkeypatch, during):
-    import prefdistill.experiment.pipeline as pipeline
+    import prefdistill.experiment.steps.students as students
 
     def fit_meanwhile(trainer, out, what):
         real(trainer, out, what)
         if what == during:
             change_weights(mine / "teacher-dpo")
 
-    real = pipeline.fit
+    real = students.fit
     with monkeypatch.context() as context:
-        context.setattr(pipeline, "fit", fit_meanwhile)
-        with pytest.raises(UserError, match="teacher-dpo has been changed while it was in use"):
+        context.setattr(students, "fit", fit_meanwhile)
+        with pytest.raises(UserError, match="teacher-dpo was changed during the run"):
             run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
     made = {path.parent.name for path in tmp_path.glob("run/seed-0/distill-*/model.safetensors")}
     assert made == {"distill-dpo-0"}  # of which the teacher is no part
@@ -490,7 +492,7 @@ def test_results_go_before_stages_are_taken_from_a_pool(mine, tmp_path, monkeypa
     out, recipe = tmp_path / "run", mine / "recipe.yaml"
     for changed in ([], ["training.learning_rate=0.02"]):
         run_recipe(load_recipe(recipe, changed), out, pool=tmp_path / "pool")
-    monkeypatch.setattr("prefdistill.experiment.pipeline.SeedRun._distill_round", stop)
+    monkeypatch.setattr("prefdistill.experiment.run._results", stop)
     (out / "recipe.yaml").write_text(load_recipe(recipe).as_yaml())  # as if another run had seen to that
     (out / "seed-0" / "signals-teacher-test" / "stage.json").unlink()
     with pytest.raises(KeyboardInterrupt):
@@ -522,7 +524,7 @@ def test_results_of_other_data_go_before_anything_is_made_of_the_new(mine, tmp_p
     run_recipe(load_recipe(mine / "recipe.yaml"), out)
     pairs = load_pairs(str(mine / "pairs.parquet"))
     pairs.select(range(len(pairs) - 1)).to_parquet(str(mine / "pairs.parquet"))
-    monkeypatch.setattr("prefdistill.experiment.supply.extract_signals", stop)
+    monkeypatch.setattr("prefdistill.experiment.steps.signals.extract_signals", stop)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(load_recipe(mine / "recipe.yaml"), out)
     assert not (out / "results.json").exists()
@@ -670,14 +672,13 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     # the judge's prompts are nobody else's, and a reward model of another reader gives the same scores
     from prefdistill.data.load import load_prompts
     from prefdistill.evaluation.reward_model import RewardModel
-    from prefdistill.experiment.pipeline import SeedRun
 
-    run = SeedRun(load_recipe(judged), out, 0)
-    ours, theirs = ({json.dumps(prompt) for prompt in rows["prompt"]} for rows in (run.train, run.judge_pairs))
+    data = build_plan(load_recipe(judged), out, 0).user_data
+    ours, theirs = ({json.dumps(prompt) for prompt in rows["prompt"]} for rows in (data.train, data.reward_pairs))
     assert ours
     assert theirs
     assert not ours & theirs
-    assert len(run.train) + len(run.judge_pairs) == len(load_pairs(str(judged.parent / "pairs.jsonl")))
+    assert len(data.train) + len(data.reward_pairs) == len(load_pairs(str(judged.parent / "pairs.jsonl")))
     assert len(theirs) == round(0.3 * len(ours | theirs))
     answers = load_prompts(str(out / "seed-0" / "evaluate-dpo-0" / "responses.jsonl"))
     scores = RewardModel(str(out / "seed-0" / "reward-model")).score(answers["prompt"][:], answers["response"][:])
@@ -689,7 +690,7 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     assert again["methods"] == results["methods"]
     longer = run_recipe(load_recipe(judged, ["reward_model.training.max_steps=3", "evaluate.length_ranges=[4]"]), out)
     made = {name for name, reused in stages(longer).items() if not reused}
-    assert made == {"reward-model", "judge", "evaluate-teacher", "evaluate-start", "evaluate-dpo-0"}
+    assert made == {"reward-model", "evaluate-reward-model", "evaluate-teacher", "evaluate-start", "evaluate-dpo-0"}
     assert longer["methods"]["dpo"]["reward_accuracy"] == results["methods"]["dpo"]["reward_accuracy"]
     assert longer["methods"]["dpo"]["judge_score"] != results["methods"]["dpo"]["judge_score"]
 
@@ -722,7 +723,7 @@ def test_rows_that_the_chat_template_refuses_are_left_out_of_every_stage(judged,
     results = run_recipe(load_recipe(judged), tmp_path / "run")
     assert results["judge"]["accuracy"]["n"] == 10
     told = capfd.readouterr().err
-    for stage in ("signals", "sample", "judge"):
+    for stage in ("signals", "sample", "evaluate-reward-model"):
         assert f"{stage}: dropped 2 rows: the chat template refuses its messages (2, first row 1)" in told
 
 
@@ -738,7 +739,6 @@ def test_a_named_judge_leaves_all_pairs_to_the_students(judged, tmp_path):
 
 
 def test_prompts_that_a_named_judge_cannot_read_are_known_before_anything_is_made(judged, tmp_path):
-    from prefdistill.experiment.pipeline import SeedRun
     from prefdistill.models.load import load_tokenizer
     from prefdistill.models.scratch import random_model
 
@@ -752,7 +752,7 @@ def test_prompts_that_a_named_judge_cannot_read_are_known_before_anything_is_mad
     with pytest.raises(UserError, match=r"pairs.jsonl, row 5: the chat template of the reward model .* refuses"):
         run_recipe(load_recipe(judged, [by_name]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    SeedRun(load_recipe(judged, [by_name, "evaluate.prompts=5"]), tmp_path / "run", 0).check()
+    check_plan(build_plan(load_recipe(judged, [by_name, "evaluate.prompts=5"]), tmp_path / "run", 0))
     refuse_system(models["teacher"], models["student"])
     results = run_recipe(load_recipe(judged, [by_name]), tmp_path / "run")  # what nobody answers, it need not read
     assert (results["judge"]["pairs"], results["methods"]["dpo"]["judge_score"]["n"]) == (11, 9)
@@ -770,25 +770,23 @@ def test_without_a_judge_responses_are_still_compared_with_the_references(judged
 
 
 def test_demonstrations_of_the_judges_prompts_are_left_out(judged, tmp_path):
-    from prefdistill.experiment.pipeline import SeedRun
-
     rows = load_pairs(str(judged.parent / "pairs.jsonl"))
     demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
-    run = SeedRun(load_recipe(judged, [f"data.sft={tmp_path / 'sft.jsonl'}"]), tmp_path / "run", 0)
-    assert run.demonstrations["prompt"][:] == run.train["prompt"][:]
-    alone = SeedRun(load_recipe(judged, ["data.test=null"]), tmp_path / "run", 0)
-    assert alone.judge is None
-    assert len(alone.train) == len(rows)
+    data = build_plan(load_recipe(judged, [f"data.sft={tmp_path / 'sft.jsonl'}"]), tmp_path / "run", 0).user_data
+    assert data.demonstrations["prompt"][:] == data.train["prompt"][:]
+    alone = build_plan(load_recipe(judged, ["data.test=null"]), tmp_path / "run", 0)
+    assert alone.reward_model is None
+    assert len(alone.user_data.train) == len(rows)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward_model={share: 0.2}", "reward_model.name must be named, or reward_model.model say how to make one"),
+        ("reward_model={share: 0.2}", "reward_model.name"),
         ("reward_model.share=1.0", "reward_model.share"),
         ("reward_model.share=0.0001", "leaves none for one side"),
-        ("reward_model.training.lora.r=4", "there is nothing to adapt in random weights"),
+        ("reward_model.training.lora.r=4", "random weights have nothing to adapt"),
         ("reward_model.name=nowhere", "no reward model at 'nowhere'"),
         ("evaluate.prompts=0", "reward_model has nothing to judge: give evaluate.prompts"),
         ("reward_model.training.batch_size=3", "batch_size"),

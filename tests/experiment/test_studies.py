@@ -14,7 +14,9 @@ import prefdistill.experiment.study as studies
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_jsonl
-from prefdistill.experiment.pipeline import SeedRun
+from prefdistill.experiment.check import check_plan
+from prefdistill.experiment.inputs import Sources, source_fingerprints
+from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
 from prefdistill.experiment.study import cells_of, load_study, recipe_of, run_study
@@ -79,7 +81,7 @@ def test_every_shipped_study_can_be_run(path, tmp_path):
     assert path.read_text().startswith("# ")
     for cell in cells_of(study):
         recipe = recipe_of(study, path, cell, [], seed=study.seed)
-        SeedRun(recipe, tmp_path, study.seed).check()
+        check_plan(build_plan(recipe, tmp_path, study.seed))
         assert set(study.methods) < set(recipe.methods), "methods are compared with a baseline"
     assert study.seed != 100, "seed 100 is for choosing settings"
 
@@ -298,11 +300,11 @@ def test_a_training_that_diverged_is_a_cell_that_failed(finished, tmp_path, monk
 
 
 def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
-    import prefdistill.experiment.pipeline as pipeline
+    import prefdistill.experiment.steps.students as students
 
     path, _, results = finished
     calls = []
-    real = pipeline.fit
+    real = students.fit
 
     def interrupted(*args, **kwargs):
         calls.append(args[2])
@@ -310,7 +312,7 @@ def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "fit", interrupted)
+    monkeypatch.setattr(students, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(path, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out" / "cells").iterdir()] == ["alpha=-0.5-seed-1.json"]
@@ -428,7 +430,7 @@ def test_pairs_that_a_judge_is_trained_on_are_part_of_the_key(tmp_path):
         for name, lines in (("train", rows), ("test", rows[:5]), ("sft", sft)):
             write_jsonl(Path(data[name]), lines)
         with patch("prefdistill.experiment.inputs.model_key", str):
-            return studies.fingerprints(SeedRun(load_recipe(tmp_path / "recipe.yaml"), tmp_path, 1))
+            return source_fingerprints(load_recipe(tmp_path / "recipe.yaml"), Sources())
 
     first = prints(rows, sft)
     assert prints(rows, sft) == first

@@ -154,8 +154,7 @@ def sft(
 
     Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft learning_rate=2e-5 epochs=3
     """
-    from prefdistill.data.fingerprint import demonstrations_fingerprint
-    from prefdistill.data.load import load_messages
+    from prefdistill.data.load import demonstrations_fingerprint, load_messages
     from prefdistill.training.options import Training
     from prefdistill.training.trl import train_sft
 
@@ -182,8 +181,7 @@ def dpo(
 
     Example: prefdistill dpo --model models/teacher-sft --data pairs.jsonl --out models/teacher beta=0.01
     """
-    from prefdistill.data.fingerprint import data_fingerprint
-    from prefdistill.data.load import load_pairs
+    from prefdistill.data.load import data_fingerprint, load_pairs
     from prefdistill.training.options import DPOTraining
     from prefdistill.training.trl import train_dpo
 
@@ -225,7 +223,7 @@ def sample(
     """
     _one_process("sample")
     from prefdistill.core.files import read_json
-    from prefdistill.data.truncation import Truncation
+    from prefdistill.data.encode import Truncation
     from prefdistill.sampling.files import sample_responses, sidecar
 
     reused = out.exists()  # what is there is taken as it is, or refused
@@ -319,7 +317,7 @@ def signals(
     Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind topk --k 50
     or, where a file of it is damaged: prefdistill signals --repair --out signals/teacher
     """
-    from prefdistill.data.truncation import Truncation
+    from prefdistill.data.encode import Truncation
     from prefdistill.evaluation import gauge_flips
     from prefdistill.signals import Signals, extract_signals, repair_signals
 
@@ -400,9 +398,8 @@ def distill(
     """
     from prefdistill.core.files import file_digest
     from prefdistill.core.progress import say
-    from prefdistill.data.fingerprint import data_fingerprint
-    from prefdistill.data.load import load_pairs
-    from prefdistill.data.truncation import Truncation
+    from prefdistill.data.encode import Truncation
+    from prefdistill.data.load import data_fingerprint, load_pairs
     from prefdistill.evaluation.shaping import drowning
     from prefdistill.methods import METHODS, make_method
     from prefdistill.models.load import load_model, load_tokenizer
@@ -681,7 +678,7 @@ def doctor(
     """
     _one_process("doctor")
     from prefdistill.core.options import Override
-    from prefdistill.data.truncation import Truncation
+    from prefdistill.data.encode import Truncation
     from prefdistill.experiment.doctor import as_text, examine
     from prefdistill.experiment.recipe import load_recipe
 
@@ -765,7 +762,7 @@ def _teach(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """One of TRL's trainings."""
-    from prefdistill.data.truncation import Truncation
+    from prefdistill.data.encode import Truncation
     from prefdistill.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
@@ -786,11 +783,11 @@ def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any)
     """A training of `model`, as a stage of its own."""
     from prefdistill.core.lock import locked
     from prefdistill.core.stages import run_stage
-    from prefdistill.experiment.inputs import Given
+    from prefdistill.experiment.inputs import Sources
 
-    given = Given()
+    sources = Sources()
     with locked(out, together=True):
-        stage = run_stage(name, out, {"model": given.model(model), **request}, given.kept([model], make))
+        stage = run_stage(name, out, {"model": sources.model_key(model), **request}, sources.unchanged([model], make))
     _print(f"{name}: {out}")
     return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}
 

@@ -1,41 +1,61 @@
-"""What recipes are given: the user's data and models, which are the same for all that is made from them."""
+"""Cache the user's data and models for the seeds of a run and the cells of a study, and detect changes during a run."""
 
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.processes import processes
 from prefdistill.core.stages import empty_stage
-from prefdistill.data.load import load_messages, load_pairs
+from prefdistill.data.load import data_fingerprint, demonstrations_fingerprint, first_rows, load_messages, load_pairs
+from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.identity import model_key
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class ModelChanged(UserError):
-    """A model is not what it was when the run began."""
+    """A model's files changed after the run began."""
 
 
-class Given:
-    """Data and models by name, for the seeds of a run and the cells of a study.
+class Sources:
+    """The user's data and models by name. Each is read and fingerprinted once.
 
-    Data is read once. Models are loaded again by every stage that needs them: `check` says whether one has changed
-    since it was first asked for, so that no result mixes two versions.
+    Every step that needs a model loads it again: `check` detects whether its files changed since its key was taken, so
+    that no result mixes two versions.
     """
 
     def __init__(self) -> None:
-        self.pairs = functools.cache(load_pairs)
-        self.messages = functools.cache(load_messages)
+        self._pairs = functools.cache(load_pairs)
+        self._rows: dict[tuple[str, int | None], Dataset] = {}
+        self._fingerprints: dict[tuple[str, int | None], str] = {}
         self._models: dict[str, Any] = {}
+        self.messages = functools.cache(load_messages)
 
-    def model(self, name: str) -> Any:
-        """The key of a model, see `model_key`."""
+    def pairs(self, name: str, limit: int | None = None) -> "Dataset":
+        """Return the preference pairs of a file, directory or Hub name: all, or the first `limit`."""
+        if (name, limit) not in self._rows:
+            self._rows[name, limit] = first_rows(self._pairs(name), limit)
+        return self._rows[name, limit]
+
+    def pairs_fingerprint(self, name: str, limit: int | None = None) -> str:
+        if (name, limit) not in self._fingerprints:
+            self._fingerprints[name, limit] = data_fingerprint(self.pairs(name, limit))
+        return self._fingerprints[name, limit]
+
+    def messages_fingerprint(self, name: str) -> str:
+        return demonstrations_fingerprint(self.messages(name))
+
+    def model_key(self, name: str) -> Any:
+        """Return the key of a model's files, see `prefdistill.models.identity.model_key`, as of the first call."""
         if name not in self._models:
             self._models[name] = model_key(name)
         return self._models[name]
 
-    def kept(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
-        """The making of a stage from these models as they were: if one has changed meanwhile, nothing of it is left."""
+    def unchanged(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
+        """Wrap the `make` of a step so that it raises ModelChanged, and leaves no output, if these models change."""
 
         def checked(out: Path) -> None:
             self.check(names)
@@ -51,7 +71,25 @@ class Given:
         return checked
 
     def check(self, names: Collection[str]) -> None:
-        """Raises ModelChanged if one of these models is not what it was."""
+        """Raise ModelChanged if the files of one of these models changed since its key was taken."""
         for name in names:
-            if model_key(name) != self._models[name]:
-                raise ModelChanged(f"{name} has been changed while it was in use; start the same command again")
+            if model_key(name) != self.model_key(name):
+                raise ModelChanged(f"{name} was changed during the run; run the same command again")
+
+
+def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
+    """Return digests of the data and the models that a recipe names; everything else follows from the recipe."""
+    prints: dict[str, Any] = {}
+    data, names = recipe.data, recipe.model
+    # all rows, whichever of them a seed sets aside for its reward model
+    for part, name, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
+        if name:
+            prints[part] = sources.pairs_fingerprint(name, limit)
+    if data.sft:
+        prints["sft"] = sources.messages_fingerprint(data.sft)
+    for role in ("teacher", "teacher_reference", "student"):
+        if name := getattr(names, role):
+            prints[role] = sources.model_key(name)
+    if recipe.reward_model and (name := recipe.reward_model.name):
+        prints["reward_model"] = sources.model_key(name)
+    return prints

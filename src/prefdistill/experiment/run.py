@@ -1,4 +1,4 @@
-"""Run a recipe: every seed, then results.json and the report."""
+"""Run a recipe: execute the plan of every seed, then write results.json and the report."""
 
 import os
 import platform
@@ -11,67 +11,147 @@ from typing import Any
 import torch
 
 from prefdistill import __version__
+from prefdistill.core.artifact import State
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_json
-from prefdistill.core.lock import LOCK
+from prefdistill.core.lock import LOCK, locked
 from prefdistill.core.paths import check_own
-from prefdistill.core.stages import REQUEST
-from prefdistill.experiment.inputs import Given
-from prefdistill.experiment.pipeline import SeedRun, remove_results
+from prefdistill.core.progress import say
+from prefdistill.core.stages import REQUEST, Stage, inspect_stage, run_stage
+from prefdistill.evaluation.measure import Measured
+from prefdistill.experiment.check import check_models, check_plan
+from prefdistill.experiment.held_out import HeldOut
+from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.summary import LABELS, gauge, judge_worth, margin_accuracies, side_by_side, summarise
+from prefdistill.experiment.step import Step
+from prefdistill.experiment.summary import (
+    LABELS,
+    gauge,
+    margin_accuracies,
+    reward_model_accuracy,
+    side_by_side,
+    summarise,
+)
 
 
 def run_recipe(
-    recipe: Recipe, out: Path, *, command: str = "", pool: Path | None = None, given: Given | None = None
+    recipe: Recipe, out: Path, *, command: str = "", pool: Path | None = None, sources: Sources | None = None
 ) -> dict[str, Any]:
     """Run every seed of a recipe, and write recipe.yaml, environment.json, results.json and report.html into `out`.
 
-    Stages that another run has left in `pool` are not made again; `given` is what a study has read already.
+    Args:
+        recipe: what to run.
+        out: the run directory; finished steps in it are reused.
+        command: what the results say the run was started with.
+        pool: a directory of finished steps that several runs share.
+        sources: the user's data and models, where the caller has read them already.
+
+    Returns:
+        What is written to results.json.
     """
-    from prefdistill.core.lock import locked
     from prefdistill.report import write_report
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-    given = given or Given()
-    runs = [SeedRun(recipe, out, seed, pool=pool, given=given) for seed in seeds]
+    sources = sources or Sources()
+    plans = build_plans(recipe, out, sources)
     check_own(out, ("environment.json",), "run")  # not recipe.yaml, which may be the user's own
-    runs[0].check()
-    runs[0].check_models()
+    check_plan(plans[0])
+    check_models(recipe)
     with locked(out), _clean_if_refused(out):
         write_json(out / "environment.json", environment(command))
-        _begin(recipe, out)
-        measured = [run.run() for run in runs]
-        shaping = [run.measuring.shaping(found) for run, found in zip(runs, measured, strict=True)]
-        results = {
-            "recipe": recipe.name,
-            "task": recipe.task,
-            "seed": recipe.seed,
-            "seeds": list(seeds),
-            "orders": recipe.orders,
-            "baseline": recipe.baseline,
-            **summarise(recipe, measured),
-            "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
-            "controls": [name for name, run in recipe.methods.items() if run.control],
-            "margin_accuracy": margin_accuracies(
-                [run.measuring.margin_terms() for run in runs], runs[0].measuring.margin_groups()
-            ),
-            **judge_worth(runs),
-            "gauge_flips": gauge(runs),
-            "shaping": shaping[0],
-            "samples": side_by_side(measured[0]),
-            "stages": [stage for run in runs for stage in run.stages],
-            "warnings": sorted({warning for run in runs for warning in run.warnings}),
-        }
+        _save_recipe(recipe, out)
+        stages = []
+        for plan in plans:
+            if len(plans) > 1:
+                say(f"seed {plan.context.seed}")
+            stages += execute(plan, out, sources, pool)
+        results = _results(recipe, plans, stages)
         write_json(out / "results.json", results)
         write_report([out], out / "report.html")
     return results
 
 
-def _begin(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml; results of another recipe go before."""
+def execute(plan: Plan, out: Path, sources: Sources, pool: Path | None = None) -> list[dict[str, Any]]:
+    """Run the steps of a plan, reusing finished ones; return them as results.json lists them.
+
+    Results of an earlier run go before the first step that is not reused: they would pass for those of the new one.
+    """
+    stages = []
+    for step in plan.steps:
+        if inspect_stage(step.directory, step.request).state is not State.FINISHED:
+            remove_results(out)
+        make = sources.unchanged(step.models, step.make)
+        stage = run_stage(step.name, step.directory, step.request, make, replace=True, pool=pool)
+        step.repair()
+        stages.append(_entry(step, stage, out))
+    return stages
+
+
+def _entry(step: Step, stage: Stage, out: Path) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "seconds": stage.seconds,
+        "reused": stage.reused,
+        "peak_memory": stage.peak_memory,
+        "bytes": stage.bytes,
+        "seed": step.context.seed,
+        "kind": step.kind,
+        "role": step.role,
+        "method": step.method,
+        "order": step.order,
+        "round": step.round,
+        "directory": step.directory.relative_to(out).as_posix(),
+    }
+
+
+def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what results.json says of plans that have run."""
+    measured: list[dict[str, list[Measured]]] = [
+        {name: [step.measured() for step in steps] for name, steps in plan.evaluations.items()} for plan in plans
+    ]
+    held_out = [HeldOut(plan) for plan in plans]
+    summary = summarise(recipe, measured)
+    shaping = [signals.shaping(found) for signals, found in zip(held_out, measured, strict=True)]
+    return {
+        "recipe": recipe.name,
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "seeds": [plan.context.seed for plan in plans],
+        "orders": recipe.orders,
+        "baseline": recipe.baseline,
+        **summary,
+        "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
+        "controls": [name for name, run in recipe.methods.items() if run.control],
+        "margin_accuracy": margin_accuracies(
+            [signals.margin_terms() for signals in held_out], held_out[0].margin_groups()
+        ),
+        **reward_model_accuracy(
+            _reward_model_name(plans[0]), [plan.reward_model.measured() for plan in plans if plan.reward_model]
+        ),
+        "gauge_flips": gauge([signals.gauge_flips() for signals in held_out]),
+        "shaping": shaping[0][0],
+        "samples": side_by_side(measured[0]),
+        "stages": stages,
+        "warnings": sorted({warning for _, warnings in shaping for warning in warnings}),
+    }
+
+
+def _reward_model_name(plan: Plan) -> str:
+    section, user_data = plan.context.recipe.reward_model, plan.user_data
+    if section is None or user_data is None or not plan.reward_model:
+        return ""
+    return section.name or f"trained on {len(user_data.reward_pairs)} pairs that no other model has seen"
+
+
+def remove_results(out: Path) -> None:
+    for name in ("report.html", "results.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _save_recipe(recipe: Recipe, out: Path) -> None:
+    """Write recipe.yaml. Remove the results of another recipe first."""
     path, text = out / "recipe.yaml", recipe.as_yaml()
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != text:
         remove_results(out)
@@ -80,7 +160,7 @@ def _begin(recipe: Recipe, out: Path) -> None:
 
 @contextmanager
 def _clean_if_refused(out: Path) -> Iterator[None]:
-    """A run that is refused before any of its stages has made something leaves nothing in a directory that was new."""
+    """On a UserError before any step has written output, empty the directory if it was new."""
     notes = {LOCK, REQUEST, "recipe.yaml", "environment.json"}
     new = all(path.name == LOCK for path in out.iterdir())
     try:
@@ -94,7 +174,7 @@ def _clean_if_refused(out: Path) -> Iterator[None]:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What the numbers depend on besides the recipe."""
+    """Return what the numbers depend on besides the recipe."""
     from importlib.metadata import version
 
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy")

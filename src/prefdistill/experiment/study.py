@@ -24,14 +24,15 @@ from prefdistill.core.options import Options, Override, Section, applied, valida
 from prefdistill.core.paths import check_own, check_place
 from prefdistill.core.progress import say
 from prefdistill.core.yaml import read_yaml
-from prefdistill.experiment.inputs import Given, ModelChanged
+from prefdistill.experiment.inputs import ModelChanged, Sources, source_fingerprints
 from prefdistill.experiment.recipe import DIRECTORY_NAME, Recipe, load_recipe, refuse_trust
 from prefdistill.training.nan_guard import NotFinite
 
 BUILT_IN = {"quickstart": Path(__file__).parent / "recipes" / "quickstart.yaml"}
 # Set by the study for each of its runs.
 OURS = ("seed", "seeds", "name")
-# Of a recipe: what it says about itself, without a part in what comes out, and names of what `fingerprints` looks into.
+# Of a recipe: what it says about itself, without a part in what comes out, and the names that `source_fingerprints`
+# replaces.
 NO_PART: dict[str, Any] = {
     **dict.fromkeys([*OURS, "task", "fast"], True),
     "data": {"train", "test", "sft"},
@@ -192,7 +193,7 @@ class StudyRun:
     def __post_init__(self) -> None:
         self.cells = cells_of(self.study)
         self.seeds = range(self.study.seed, self.study.seed + self.study.seeds)
-        self.given = Given()
+        self.sources = Sources()
         self.prints: dict[str, dict[str, Any]] = {}  # of the data and models of the recipes, by their names
         self.keys: dict[tuple[str, int], str] = {}
 
@@ -201,24 +202,25 @@ class StudyRun:
 
     def check(self) -> None:
         """Find what is wrong with any cell before the first one runs, and what each is made from."""
-        from prefdistill.experiment.pipeline import SeedRun
+        from prefdistill.experiment.check import check_models, check_plan
+        from prefdistill.experiment.plan import build_plan
         from prefdistill.experiment.summary import METRICS
 
         if self.study.metric not in METRICS:
             raise UserError(f"{self.path}: metric {self.study.metric!r} is not measured; known: {', '.join(METRICS)}")
         for cell in self.cells:
             recipe = self.recipe(cell, self.seeds[0])
-            run = SeedRun(recipe, self.out, self.seeds[0], given=self.given)
+            plan = build_plan(recipe, self.out, self.seeds[0], self.sources)
             made_from = _names(recipe)
             try:
-                run.check()
+                check_plan(plan)
                 if made_from not in self.prints:
-                    run.check_models()
+                    check_models(recipe)
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
             essence = recipe.model_dump(mode="json", exclude=NO_PART)
             if made_from not in self.prints:
-                self.prints[made_from] = fingerprints(run)
+                self.prints[made_from] = source_fingerprints(recipe, self.sources)
             given = self.prints[made_from]
             for seed in self.seeds:
                 parts = {"recipe": essence, "given": given, "seed": seed, "version": __version__}
@@ -263,7 +265,7 @@ class StudyRun:
         recipe = self.recipe(cell, seed)
         work = self.out / "work" / cell.file(seed)
         start = time.monotonic()
-        results = run_recipe(recipe, work, command=command, pool=self.pool, given=self.given)
+        results = run_recipe(recipe, work, command=command, pool=self.pool, sources=self.sources)
         kept = (
             "baseline",
             "methods",
@@ -301,27 +303,6 @@ class StudyRun:
                 "recipe": recipe.model_dump(mode="json"),
             },
         )
-
-
-def fingerprints(run: Any) -> dict[str, Any]:
-    """Digests of the data and the models that a recipe is given; what it makes itself follows from the recipe."""
-    from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
-    from prefdistill.data.load import first_rows
-
-    found: dict[str, Any] = {}
-    given, data, names = run.given, run.recipe.data, run.recipe.model
-    # all rows, whichever of them a seed sets aside for its judge
-    for part, source, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
-        if source:
-            found[part] = data_fingerprint(first_rows(given.pairs(source), limit))
-    if data.sft:
-        found["sft"] = demonstrations_fingerprint(given.messages(data.sft))
-    for role in ("teacher", "teacher_reference", "student"):
-        if name := getattr(names, role):
-            found[role] = given.model(name)
-    if run.recipe.reward_model and (name := run.recipe.reward_model.name):
-        found["reward_model"] = given.model(name)
-    return found
 
 
 def _names(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_
 from prefdistill.evaluation.pairs import pair_wins
 from prefdistill.evaluation.reward_model import judge_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, paired_difference
-from prefdistill.experiment.pipeline import START, TEACHER, SeedRun
+from prefdistill.experiment.plan import START, TEACHER
 from prefdistill.experiment.recipe import Recipe
 
 METRICS: dict[str, dict[str, Any]] = {
@@ -93,12 +93,12 @@ def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | No
     return {name: estimate(wins, groups) | {"over": PROMPTS} for name, wins in terms[0].items()}
 
 
-def gauge(runs: list[SeedRun]) -> dict[str, Any]:
-    """`gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
-    found = [flips for run in runs if (flips := run.measuring.gauge_flips())]
-    if len(found) < 2:
-        return found[0] | {"over": "directions"} if found else {}
-    return mean_and_error([flips["mean"] for flips in found]) | {"over": "seeds"}
+def gauge(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return `gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
+    flips = [one for one in by_seed if one]
+    if len(flips) < 2:
+        return flips[0] | {"over": "directions"} if flips else {}
+    return mean_and_error([one["mean"] for one in flips]) | {"over": "seeds"}
 
 
 def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
@@ -116,7 +116,6 @@ def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
     ]
 
 
-def judge_worth(runs: list[SeedRun]) -> dict[str, Any]:
-    """`judge` of results.json: what the reward model is worth; nothing where the true reward is known."""
-    judges = [run.judge for run in runs if run.judge]
-    return {"judge": judge_of(judges[0].label, [judge.worth for judge in judges])} if judges else {}
+def reward_model_accuracy(name: str, by_seed: list[Measured]) -> dict[str, Any]:
+    """Return `judge` of results.json: the accuracy of the reward model on the held-out pairs; {} without one."""
+    return {"judge": judge_of(name, by_seed)} if by_seed else {}

@@ -24,9 +24,10 @@ from prefdistill.core.lock import LOCK, locked
 from prefdistill.core.options import takes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import ended_column, tokens_column
-from prefdistill.data.load import load_prompts
-from prefdistill.data.messages import without_nulls
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.encode import (
+    Truncation,
+)
+from prefdistill.data.load import FILE_TYPES, load_prompts, without_nulls
 from prefdistill.models.identity import model_identity, model_key, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
 from prefdistill.signals.store import check_same_request
@@ -41,7 +42,6 @@ from prefdistill.sampling.sampler import _Sampler
 
 OTHER_TOKENS = 0.05  # share of the responses from which on their other tokens are worth a warning
 REQUEST = "request.json"
-OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 DRAWING = ("n", "temperature", "top_p", "max_new_tokens", "batch_size")  # options of the draws
 
 
@@ -173,8 +173,8 @@ def made_of(out: Path) -> dict[str, Any]:
 
 
 def _check_place(out: Path) -> None:
-    if not out.name.endswith(OUTPUT_SUFFIXES):
-        raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(OUTPUT_SUFFIXES)}.")
+    if not out.name.endswith(FILE_TYPES):
+        raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(FILE_TYPES)}.")
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the responses")
 

@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
-from prefdistill.data.encoder import Encoder
-from prefdistill.data.template import end_token_ids
-from prefdistill.data.truncation import PROMPT_EMPTY, PROMPT_TOO_LONG, TEMPLATE_FAILED, Dropped, Truncation
+from prefdistill.data.encode import (
+    PROMPT_EMPTY,
+    PROMPT_TOO_LONG,
+    TEMPLATE_FAILED,
+    Dropped,
+    Truncation,
+    end_token_ids,
+    rendered,
+)
+from prefdistill.data.load import without_nulls
 
 if TYPE_CHECKING:
     pass
@@ -90,7 +97,18 @@ class _Sampler:
         self.ends = end_token_ids(tokenizer)
         if not self.ends:
             raise UserError("the tokenizer has no end token, so no response would ever end; set tokenizer.eos_token")
-        self.encoder = Encoder(tokenizer)
+        self.appends_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+    def encode(self, prompt: Any, answer: str | None = None) -> list[int]:
+        """The tokens of a prompt, uncut, or of a prompt and its answer."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
+            return ids[:-1] if self.appends_eos else ids
+        if not self.tokenizer.chat_template:
+            raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
+        messages = without_nulls(prompt) + ([] if answer is None else [{"role": "assistant", "content": answer}])
+        text = rendered(self.tokenizer, messages, generate=answer is None)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:
         """The tokens of each prompt, cut; none of one that cannot be answered."""
@@ -99,7 +117,7 @@ class _Sampler:
         encoded, reasons = [], []
         for prompt in prompts:
             try:
-                ids, reason = self.encoder.ids(prompt), ""
+                ids, reason = self.encode(prompt), ""
             except TemplateError:
                 ids, reason = [], TEMPLATE_FAILED
             if ids:
@@ -136,7 +154,7 @@ class _Sampler:
         from jinja2 import TemplateError
 
         try:
-            sampled, whole = self.encoder.ids(prompt) + body, self.encoder.ids(prompt, text)
+            sampled, whole = self.encode(prompt) + body, self.encode(prompt, text)
         except TemplateError:
             return False
         after = whole[len(sampled) :]

@@ -11,7 +11,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import atomic_path, file_digest, jsonl, read_json, sweep, value_digest, write_json
 from prefdistill.core.lock import LOCK, locked
 from prefdistill.core.progress import say
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.encode import Truncation
 from prefdistill.evaluation.judges.inputs import read_questions
 from prefdistill.models.identity import model_key
 from prefdistill.models.load import load_model, load_tokenizer, ready

@@ -11,7 +11,7 @@ from typing import Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest
 from prefdistill.core.text import surrogate
-from prefdistill.data import sources
+from prefdistill.data import load as data
 from prefdistill.sampling.files import made_of
 
 
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _packed_rows(path: Path) -> list[Any]:
     """Of the other files that `prefdistill sample` writes."""
-    rows = list(sources.read_rows(str(path)))
+    rows = list(data.read_rows(str(path)))
     if wrong := next((row for row in rows if isinstance(row, UserError)), None):
         raise wrong
     return rows

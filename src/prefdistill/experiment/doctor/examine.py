@@ -13,12 +13,15 @@ import torch
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data import synthetic
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.encode import Truncation
+from prefdistill.experiment.check import check_plan, check_trainings
+from prefdistill.experiment.cost import Shapes
 from prefdistill.experiment.doctor import machine, template, vocabulary
 from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
 from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
 from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, read_pairs, refused
 from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
+from prefdistill.experiment.plan import build_plan
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
 from prefdistill.models.scratch import random_model, texts_of, train_tokenizer
 
@@ -98,15 +101,13 @@ def examine(
     there = [*machine.place(Path(out))]
     checkup.findings += there
     with _refusals(checkup):
-        run = None
+        plan = None
         if recipe is not None:
-            from prefdistill.experiment.pipeline import SeedRun
-
-            run = SeedRun(recipe, Path(out), recipe.seed)
-            run.check_trainings()  # the plan counts with what they say
+            plan = build_plan(recipe, Path(out), recipe.seed)
+            check_trainings(plan)  # the costs depend on them
         _look_at_machine(checkup, recipe, models, None if there else Path(out))
-        if run is not None and checkup.ok:
-            run.check()
+        if plan is not None and checkup.ok:
+            check_plan(plan)
     checkup.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return checkup
 
@@ -279,11 +280,12 @@ def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, o
         for name in ("train", "test")
         if (kept := checkup.facts.get(name, {}).get("kept"))
     }
-    plan = machine.plan_for(recipe, models.shapes, lengths.get("train"), lengths.get("test"), models.judge)
+    shapes: Shapes = {**models.shapes, **({"reward_model": models.judge} if models.judge is not None else {})}
+    needs = machine.needs_of(recipe, shapes, lengths.get("train"), lengths.get("test"))
     device, free, total = machine.memory_there()
-    checkup.facts |= {"memory": plan.memory, "disk": plan.disk}
+    checkup.facts |= {"memory": needs.memory, "disk": needs.disk}
     checkup.facts["machine"] = {"device": device, "memory_free": free, "memory_total": total}
-    checkup.findings += machine.memory(plan, device, free, total)
+    checkup.findings += machine.memory(needs, device, free, total)
     if out is not None:
         space = checkup.facts["machine"]["disk_free"] = machine.disk_there(out)
-        checkup.findings += machine.disk(plan, out, space)
+        checkup.findings += machine.disk(needs, out, space)

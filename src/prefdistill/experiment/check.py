@@ -1,0 +1,142 @@
+"""Check a plan before anything is written: data, names of models, training arguments, what methods need."""
+
+import reprlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say
+from prefdistill.data.columns import SIDES
+from prefdistill.data.load import prompt_text
+from prefdistill.evaluation.reward_model import check_judged
+from prefdistill.experiment.plan import Plan, reference_bf16
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.user_data import UserData
+from prefdistill.methods import Method, sampled
+from prefdistill.models.load import check_model, check_reward_model
+from prefdistill.models.scratch import check_shape
+from prefdistill.training.options import Training
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def check_plan(plan: Plan) -> None:
+    """Check everything that can be wrong with a recipe besides the weights of its models.
+
+    Raises:
+        UserError: on the first error.
+    """
+    recipe = plan.context.recipe
+    if plan.user_data is not None:
+        _check_data(plan.user_data, recipe)
+    named = plan.tokenizer.made_by is None
+    if named:
+        _ = plan.tokenizer.tokenizer
+    _ = plan.context.truncation
+    _check_samples(plan)
+    if recipe.model.scratch:
+        check_shape(recipe.model.scratch.teacher)
+        check_shape(recipe.model.scratch.student)
+    if recipe.reward_model and recipe.reward_model.name:
+        trust = recipe.model.trust_remote_code
+        check_reward_model(recipe.reward_model.name, trust_remote_code=trust)
+        if plan.reward_model:
+            check_judged(
+                recipe.reward_model.name,
+                plan.reward_model.test.rows,
+                str(recipe.data.test),
+                plan.tokenizer.tokenizer if named else None,
+                limit=recipe.evaluate.prompts,
+                trust_remote_code=trust,
+            )
+    elif recipe.reward_model:
+        check_shape(recipe.reward_model.model or {}, {"num_labels": 1})
+    check_trainings(plan)
+    for name, method in plan.methods.items():
+        _check_method(plan, f"methods.{name}", method)
+    if len(reference_bf16(recipe, plan.methods)) > 1:
+        raise UserError("training.bf16 differs between methods, but they share one reference, which is read once")
+    for name, run in recipe.methods.items():
+        if run.rounds > 1 and "student_response" not in plan.methods[name].responses:
+            raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+
+def check_trainings(plan: Plan) -> None:
+    """Check the arguments of every training; this needs neither data nor models."""
+    from trl import DPOConfig, RewardConfig, SFTConfig
+
+    from prefdistill.training.arguments import training_arguments
+    from prefdistill.training.factory import arguments_class
+
+    recipe = plan.context.recipe
+    trainings: list[tuple[Training, type[Any]]] = [
+        (run.training, arguments_class(plan.methods[name])) for name, run in recipe.methods.items()
+    ]
+    trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
+    trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
+    if recipe.reward_model and not recipe.reward_model.name:
+        trainings.append((recipe.reward_model.training, RewardConfig))
+    for training, kind in trainings:
+        training_arguments(training, plan.context.root, seed=0, data_seed=0, kind=kind)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Check that the models that the recipe names can be loaded; this downloads those of the Hub."""
+    names = recipe.model
+    for name in filter(None, (names.teacher, names.teacher_reference, names.student)):
+        check_model(name, trust_remote_code=names.trust_remote_code)
+
+
+def _check_data(data: UserData, recipe: Recipe) -> None:
+    _ = data.train
+    if recipe.data.test is not None:
+        _ = data.test
+    elif recipe.reward_model:
+        say("note: without data.test there are no responses to score: reward_model is not used")
+
+
+def _check_samples(plan: Plan) -> None:
+    recipe = plan.context.recipe
+    columns = {response for method in plan.methods.values() for response in sampled(method)}
+    if columns and recipe.sampling.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("sampling.engine=vllm: vLLM is not installed; `pip install vllm`, or leave it out")
+    if plan.user_data and (ignored := sorted(columns.intersection(plan.user_data.train.column_names))):
+        say(f"note: the data's own {', '.join(ignored)} is not used; a recipe samples what its methods learn from")
+
+
+def _check_method(plan: Plan, where: str, method: Method) -> None:
+    """Check that this recipe makes the signals that a method needs."""
+    recipe = plan.context.recipe
+    for need in method.needs:
+        for name, value in need.settings.items():
+            if (actual := getattr(recipe.signals, name)) != value:
+                raise UserError(f"{where} needs signals.{name}={value}, but it is {actual}; change one of them")
+        if need.role == "teacher_reference" and recipe.teacher.dpo is None and recipe.model.teacher_reference is None:
+            raise UserError(
+                f"{where} needs the model the teacher's DPO started from: name it as model.teacher_reference, or "
+                "let the recipe do teacher.dpo"
+            )
+        if need.role == "data" and plan.user_data is not None:
+            _check_scores(where, need.kind, plan.user_data)
+        if recipe.sampling.n > 1 and sampled(method) and not set(SIDES).isdisjoint(need.responses):
+            raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
+
+
+def _check_scores(where: str, column: str, data: UserData) -> None:
+    if column not in data.train.column_names:
+        raise UserError(f"{where} needs a column {column!r}, a score for every pair; the data has none")
+    parts: list[tuple[str, Dataset]] = [("train", data.train)]
+    parts += [("test", data.test)] if data.recipe.data.test is not None else []
+    for part, pairs in parts:
+        if column not in pairs.column_names:
+            continue
+        missing = np.flatnonzero(~np.isfinite(np.array(pairs[column][:], dtype=np.float64)))
+        if len(missing):
+            prompt = prompt_text(pairs["prompt"][int(missing[0])])
+            raise UserError(
+                f"{where} needs a number in {column!r} for every pair; {len(missing)} of data.{part} have none, "
+                f"the first of them with the prompt {reprlib.repr(prompt)}; add it, or leave these pairs out"
+            )

@@ -1,0 +1,440 @@
+"""The plan of a run: every step that a recipe needs, known before anything runs.
+
+    plan = build_plan(load_recipe("recipe.yaml"), Path("runs/x"), seed=0)
+    [(step.name, step.kind) for step in plan.steps]
+
+`run.py` executes the plan, `show_plan.py` and the doctor price it, and studies compare the keys of its steps. Building
+it reads neither data nor models; the keys of its steps do, when they are first asked for.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import value_digest
+from prefdistill.data.columns import SIDES
+from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.recipe import MethodRun, Recipe
+from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer
+from prefdistill.experiment.steps.models import Dpo, Init, Sft
+from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
+from prefdistill.experiment.steps.signals import ReadSignals, Sample
+from prefdistill.experiment.steps.students import Distill, Evaluate
+from prefdistill.experiment.steps.synthetic import Language, Pairs
+from prefdistill.experiment.user_data import UserData, named_tokenizer
+from prefdistill.methods import Method, make_method, sampled
+from prefdistill.models.identity import tokenizer_identity
+from prefdistill.models.load import load_tokenizer
+from prefdistill.models.scratch import texts_of, train_tokenizer
+from prefdistill.signals import Need
+from prefdistill.training.options import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnyStep = TypeVar("AnyStep", bound=Step)
+TEACHER, START = "teacher", "start"  # the names under which they are evaluated beside the methods
+TRAIN = "train"
+STUDENT_RESPONSE = "student_response"
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A model that students start from, with what is made of it alone."""
+
+    name: str  # part of the names of these steps
+    model: Model
+    users: frozenset[str]  # the methods that start from it
+    round: int = 1
+
+
+@dataclass
+class Plan:
+    """The steps of one seed in the order in which they run. Each stands behind the steps that it reads."""
+
+    context: Context
+    methods: dict[str, Method]  # by the name of the run
+    user_data: UserData | None  # None for the built-in task
+    tokenizer: Tokenizer
+    train: Rows = field(init=False)
+    test: Rows | None = None
+    steps: list[Step] = field(default_factory=list)
+    evaluations: dict[str, list[Evaluate]] = field(default_factory=dict)  # by model or method, one per data order
+    test_signals: list[ReadSignals] = field(default_factory=list)
+    reward_model: EvaluateRewardModel | None = None
+
+    def add(self, step: AnyStep) -> AnyStep:
+        if any(other.name == step.name for other in self.steps):
+            raise UserError(f"two steps of this run would be named {step.name}; rename a method")
+        self.steps.append(step)
+        return step
+
+
+def build_plan(recipe: Recipe, out: Path, seed: int, sources: Sources | None = None) -> Plan:
+    """Return the plan of one seed of a recipe; its steps write into `OUT/seed-N`.
+
+    Args:
+        recipe: what to run.
+        out: the run directory.
+        seed: one of the recipe's seeds.
+        sources: the user's data and models, to share between plans what is read of them.
+    """
+    return _Builder(Context(recipe, seed, out / f"seed-{seed}"), sources or Sources()).build()
+
+
+def build_plans(recipe: Recipe, out: Path, sources: Sources | None = None) -> list[Plan]:
+    """Return the plan of every seed of a recipe."""
+    sources = sources or Sources()
+    return [build_plan(recipe, out, seed, sources) for seed in range(recipe.seed, recipe.seed + recipe.seeds)]
+
+
+class _Builder:
+    def __init__(self, context: Context, sources: Sources) -> None:
+        self.context, self.recipe, self.sources = context, context.recipe, sources
+        self.methods = {name: make_method(run.method, run.options) for name, run in self.recipe.methods.items()}
+        self.users = {
+            name: frozenset(other for other, run in self.recipe.methods.items() if run.start == name)
+            for name in (None, *self.recipe.methods)
+        }
+        self.samples: dict[tuple[Model, str], Sample] = {}
+        self.signals: dict[tuple[Model, Rows | Sample, str, tuple[str, ...]], ReadSignals] = {}
+        self.roles: dict[str, Model] = {}
+        self.starts: dict[tuple[str, int] | None, Start] = {}  # by method and order; None: the student's start
+
+    def build(self) -> Plan:
+        recipe = self.recipe
+        user_data = None if recipe.data.synthetic else UserData(recipe, self.context.seed, self.sources)
+        self.user_data = user_data
+        language = Language(context=self.context, name="data") if user_data is None else None
+        if user_data is not None:
+            self.train = Rows(name=TRAIN, compute_key=user_data.train_key, read=lambda: user_data.train)
+        init = self._init(language)
+        self.tokenizer = self._tokenizer(init)
+        self.plan = Plan(self.context, self.methods, user_data, self.tokenizer)
+        for step in filter(None, (language, init)):
+            self.plan.add(step)
+        teacher, start = self._base("teacher", init), self._base("student", init)
+        if language is not None:
+            demonstrations = language.demonstrations()
+        elif user_data is not None:
+            demonstrations = Rows(
+                name="demonstrations",
+                compute_key=user_data.demonstrations_key,
+                read=lambda: user_data.demonstrations,
+            )
+        if recipe.teacher.sft:
+            teacher = self._train(Sft, "teacher", teacher, demonstrations, recipe.teacher.sft)
+        reference = teacher if recipe.teacher.dpo else None
+        if recipe.teacher.dpo is None and recipe.model.teacher_reference:
+            reference = self._named("teacher-reference", recipe.model.teacher_reference, "teacher_reference")
+        teacher_pairs, test = self._pairs(language, reference or teacher)
+        if recipe.teacher.dpo:
+            teacher = self._train(Dpo, "teacher", teacher, teacher_pairs, recipe.teacher.dpo)
+        if recipe.student.sft:
+            start = self._train(Sft, "student", start, demonstrations, recipe.student.sft)
+        self.roles = {"teacher": teacher, "teacher_reference": reference or teacher}
+        self.starts[None] = Start("start", start, self.users[None])
+        self.plan.train, self.plan.test = self.train, test
+        if test is not None:
+            self._test_signals(test, reference is not None)
+        reward_model = self._reward_model(test)
+        evaluate = functools.partial(
+            Evaluate,
+            context=self.context,
+            tokenizer=self.tokenizer,
+            language=language,
+            test=None if language else test,
+            reward_model=reward_model,
+        )
+        if language is not None or (test is not None and max(recipe.evaluate.prompts, recipe.evaluate.samples)):
+            for name, model in ((TEACHER, teacher), (START, start)):
+                step = evaluate(name=f"evaluate-{name}", role=name, model=model, reference=None)
+                self.plan.evaluations[name] = [self.plan.add(step)]
+        compared = next((step for step in self.plan.test_signals if step.role == "reference"), None)
+        for name, run in recipe.methods.items():
+            self.plan.evaluations[name] = []
+            for order in range(run.first_order, run.first_order + recipe.orders):
+                student = self._distill(name, run, order)
+                step = evaluate(
+                    name=f"evaluate-{name}-{order}",
+                    role="student",
+                    method=name,
+                    order=order,
+                    model=student,
+                    reference=compared,
+                    test=test if compared is not None else None,
+                )
+                self.plan.evaluations[name].append(self.plan.add(step))
+        return self.plan
+
+    # -- data and models ----------------------------------------------------------------------------------------------
+
+    def _init(self, language: Language | None) -> Init | None:
+        recipe = self.recipe
+        named = {"teacher": recipe.model.teacher, "student": recipe.model.student}
+        roles: list[ModelRole] = [role for role in ("teacher", "student") if named[role] is None]
+        if not roles:
+            return None
+        if any(named.values()):  # with the tokens of the model that is named
+            tokens = self._named_tokenizer
+            return Init(
+                context=self.context,
+                name="init",
+                roles=tuple(roles),
+                sources=(tokens,),
+                build_tokenizer=lambda: tokens.tokenizer,
+            )
+
+        source = language or self.train
+
+        def build_tokenizer() -> "PreTrainedTokenizerBase":
+            if isinstance(source, Language):
+                return load_tokenizer(str(source.tokenizer_directory))
+            assert recipe.model.scratch is not None
+            return train_tokenizer(texts_of(source.rows), recipe.model.scratch.vocab_size)
+
+        return Init(
+            context=self.context, name="init", roles=tuple(roles), sources=(source,), build_tokenizer=build_tokenizer
+        )
+
+    @functools.cached_property
+    def _named_tokenizer(self) -> Tokenizer:
+        def read() -> "PreTrainedTokenizerBase":
+            tokenizer = named_tokenizer(self.recipe)
+            assert tokenizer is not None
+            return tokenizer
+
+        def key() -> str:
+            identity = tokenizer_identity(named.tokenizer)
+            return value_digest([identity["sha256"], identity["template_sha256"]])
+
+        named = Tokenizer(name="tokenizer", compute_key=key, read=read)
+        return named
+
+    def _tokenizer(self, init: Init | None) -> Tokenizer:
+        if init is None or len(init.roles) == 1:
+            return self._named_tokenizer
+        return Tokenizer(
+            name="tokenizer",
+            compute_key=init.tokenizer_key,
+            made_by=init,
+            read=lambda: load_tokenizer(str(init.directory / "tokenizer")),
+        )
+
+    def _named(self, name: str, place: str, role: ModelRole) -> Model:
+        """A model of the user's, as it is read with this run's tokenizer."""
+
+        def key() -> str:
+            code = self.recipe.model.trust_remote_code
+            parts = {"model": self.sources.model_key(place), "code": code, "tokens": self.tokenizer.key}
+            return value_digest(parts)
+
+        return Model(name=name, compute_key=key, named_models=frozenset({place}), role=role, place=place)
+
+    def _base(self, role: ModelRole, init: Init | None) -> Model:
+        name: str | None = getattr(self.recipe.model, role)
+        if name is not None:
+            return self._named(f"{role}-base", name, role)
+        assert init is not None
+        return init.model(role)
+
+    def _train(self, kind: type[Sft], role: ModelRole, start: Model, rows: Rows, training: Training) -> Model:
+        step = kind(
+            context=self.context,
+            name=f"{role}-{kind.kind}",
+            role=role,
+            output_role=role,
+            start=start,
+            rows=rows,
+            tokenizer=self.tokenizer,
+            training=training,
+        )
+        return self.plan.add(step).output
+
+    def _pairs(self, language: Language | None, sampled_from: Model) -> tuple[Rows, Rows | None]:
+        """Set `train`; return the pairs of the teacher's DPO and the test pairs."""
+        task = self.recipe.data.synthetic
+        if language is not None and task is not None:
+            pairs = self.plan.add(
+                Pairs(
+                    context=self.context,
+                    name="pairs",
+                    language=language,
+                    model=sampled_from,
+                    tokenizer=self.tokenizer,
+                )
+            )
+            self.train = pairs.part(TRAIN, TRAIN, limit=task.pairs)
+            return pairs.part("teacher_pairs", TRAIN, label_noise=task.teacher_label_noise), pairs.part("test", "test")
+        user_data = self.user_data
+        if user_data is None or self.recipe.data.test is None:
+            return self.train, None
+        return self.train, Rows(name="test", compute_key=user_data.test_key, read=lambda: user_data.test)
+
+    def _reward_model(self, test: Rows | None) -> Model | None:
+        section, user_data = self.recipe.reward_model, self.user_data
+        if section is None or test is None or user_data is None:
+            return None
+        if section.name:
+            model = self._named("reward-model", section.name, "reward_model")
+        else:
+            pairs = Rows(
+                name="reward-model-pairs",
+                compute_key=user_data.reward_pairs_key,
+                read=lambda: user_data.reward_pairs,
+            )
+            step = TrainRewardModel(context=self.context, name="reward-model", pairs=pairs, tokenizer=self.tokenizer)
+            model = self.plan.add(step).output
+        self.plan.reward_model = self.plan.add(
+            EvaluateRewardModel(context=self.context, name="evaluate-reward-model", model=model, test=test)
+        )
+        return model
+
+    # -- samples and signals ------------------------------------------------------------------------------------------
+
+    def _test_signals(self, test: Rows, teacher_reference: bool) -> None:
+        """Read the held-out pairs: the terms that the methods use, and those that they are compared with."""
+        wanted = held_out(self.methods.values(), teacher_reference)
+        for role, kinds in sorted(wanted.items()):
+            self.plan.test_signals.append(self._read(role, kinds, SIDES, test, self.starts[None]))
+
+    def _sample(self, column: str, start: Start) -> Sample:
+        own = column == STUDENT_RESPONSE
+        model = start.model if own else self.roles["teacher"]
+        if (model, column) not in self.samples:
+            step = Sample(
+                context=self.context,
+                name=f"sample-{start.name}" if own else "sample-teacher",
+                role="student" if own else "teacher",
+                round=start.round if own else None,
+                model=model,
+                data=self.train,
+                tokenizer=self.tokenizer,
+                column=column,
+            )
+            self.samples[model, column] = self.plan.add(step)
+        return self.samples[model, column]
+
+    def _extract(self, need: Need, start: Start) -> ReadSignals:
+        """The store of a need, with all else that the run needs of the same model and the same responses."""
+        own = source(need) == STUDENT_RESPONSE or need.role == "reference"  # read of this start alone
+        alike = [
+            other
+            for name, method in self.methods.items()
+            if name in start.users or not own
+            for other in split_needs(method.needs)
+            if other.role == need.role and source(other) == source(need)
+        ]
+        reach = {kind: _union(n.responses for n in alike if n.kind == kind) for kind in {n.kind for n in alike}}
+        responses = reach[need.kind]
+        kinds = {kind for kind, of in reach.items() if of == responses}
+        data = self.train if source(need) == TRAIN else self._sample(source(need), start)
+        return self._read(need.role, kinds, responses, data, start)
+
+    def _read(
+        self, role: str, kinds: set[str], responses: tuple[str, ...], data: Rows | Sample, start: Start
+    ) -> ReadSignals:
+        model = start.model if role == "reference" else self.roles[role]
+        if (model, data, role, responses) in self.signals:
+            return self.signals[model, data, role, responses]
+        sample = data if isinstance(data, Sample) else None
+        name = f"signals-{role}-{sample.column if sample else data.name}"
+        if (sample and sample.column == STUDENT_RESPONSE) or (role == "reference" and start is not self.starts[None]):
+            name += f"-{start.name}"
+        if set(responses) < set(SIDES):
+            name += f"-{responses[0]}"
+        ids_from = None
+        if "topk" in kinds and role != "teacher":
+            ids_from = self._extract(Need("teacher", "topk", responses), start)
+        step = ReadSignals(
+            context=self.context,
+            name=name,
+            role=role,
+            model=model,
+            data=data,
+            kinds=tuple(sorted(kinds)),
+            responses=responses,
+            tokenizer=self.tokenizer,
+            ids_from=ids_from,
+            bf16=role == "reference" and True in reference_bf16(self.recipe, self.methods),
+            held_out=data is self.plan.test,
+        )
+        self.signals[model, data, role, responses] = self.plan.add(step)
+        return step
+
+    # -- students -----------------------------------------------------------------------------------------------------
+
+    def _distill(self, name: str, run: MethodRun, order: int) -> Model:
+        """Train the student with one method and one order of the data, in as many rounds as the recipe says."""
+        start = self.starts[(run.start, order) if run.start else None]
+        method = self.methods[name]
+        for number in range(1, run.rounds + 1):
+            trained = f"{name}-{order}" + (f"-round-{number}" if number < run.rounds else "")
+            samples = [self._sample(response, start) for response in sampled(method)]
+            stores = list(dict.fromkeys(self._extract(need, start) for need in split_needs(method.needs)))
+            step = Distill(
+                context=self.context,
+                name=f"distill-{trained}",
+                role="student",
+                method=name,
+                order=order,
+                round=number,
+                algorithm=method,
+                start=start.model,
+                train=self.train,
+                samples=tuple(samples),
+                signals=tuple(stores),
+                tokenizer=self.tokenizer,
+            )
+            start = Start(trained, self.plan.add(step).output, frozenset({name}), number + 1)
+        self.starts[name, order] = Start(start.name, start.model, self.users[name])
+        return start.model
+
+
+def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:
+    """Return the values of training.bf16 of the methods that need the reference."""
+    return {
+        recipe.methods[name].training.bf16
+        for name, method in methods.items()
+        if any(need.role == "reference" for need in method.needs)
+    }
+
+
+def held_out(methods: Iterable[Method], teacher_reference: bool) -> dict[str, set[str]]:
+    """Return the kinds of signals to read of the held-out pairs, by role.
+
+    Args:
+        methods: of the run.
+        teacher_reference: whether there is a model that the teacher's DPO started from.
+    """
+    needs = [need for method in methods for need in method.needs]
+    kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
+    wanted = {"reference": {"logps"}}  # every student is compared with its start
+    if any(n.role == "teacher" for n in needs):
+        wanted["teacher"] = kinds | {"values", "logps", "q"}
+        if teacher_reference:
+            wanted["teacher_reference"] = {"logps"}
+    return wanted
+
+
+def split_needs(needs: Iterable[Need]) -> list[Need]:
+    """Split the needs of signals by where the responses come from: the pairs, or samples of teacher or student."""
+    return [
+        Need(need.role, need.kind, part)
+        for need in needs
+        if need.role != "data"
+        for part in (tuple(r for r in need.responses if r in SIDES), *((r,) for r in need.responses if r not in SIDES))
+        if part
+    ]
+
+
+def source(need: Need) -> str:
+    """Return "train" for responses of the pairs, else the column of the sampled responses."""
+    return TRAIN if need.responses[0] in SIDES else need.responses[0]
+
+
+def _union(several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(sorted({response for responses in several for response in responses}))

@@ -1,0 +1,168 @@
+"""Steps of a plan, and the data and models that they read."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from prefdistill.core.stages import stage_key
+from prefdistill.data.encode import Truncation
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.models.device import default_dtype
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+ModelRole = Literal["teacher", "teacher_reference", "student", "reward_model"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The recipe, the seed and the directory that all steps of a plan share."""
+
+    recipe: Recipe
+    seed: int
+    root: Path
+
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.recipe.data.max_length, self.recipe.data.max_prompt_length)
+
+    def load_options(self, role: ModelRole) -> dict[str, Any]:
+        """Return the dtype and quantization in which a model of this role is read: a teacher as the section `signals`
+        says, a student as it is trained."""
+        if role == "student":
+            return {"dtype": self.recipe.model.dtype, "quantization": None}
+        signals = self.recipe.signals
+        return {"dtype": signals.dtype or default_dtype(role), "quantization": signals.quantization}
+
+
+@dataclass(eq=False, kw_only=True)
+class Input:
+    """Something that a step reads. It is one particular thing: two inputs from the same place are not the same input.
+
+    `key` changes with the content. It is computed on first use and never needs a step to have run: where a step makes
+    the input, it follows from the key of that step or from a part of its request.
+    """
+
+    name: str
+    compute_key: Callable[[], str]
+    made_by: "Step | None" = None
+    named_models: frozenset[str] = frozenset()  # the user's models that this is read or made from
+
+    @functools.cached_property
+    def key(self) -> str:
+        return self.compute_key()
+
+    @property
+    def models(self) -> frozenset[str]:
+        return self.named_models | (self.made_by.models if self.made_by else frozenset())
+
+
+@dataclass(eq=False, kw_only=True)
+class Rows(Input):
+    """A data set."""
+
+    read: Callable[[], "Dataset"]
+
+    @functools.cached_property
+    def rows(self) -> "Dataset":
+        return self.read()
+
+
+@dataclass(eq=False, kw_only=True)
+class Model(Input):
+    """A model with the role that it has in this run; `place` is its directory or Hub name."""
+
+    role: ModelRole
+    place: str
+
+
+@dataclass(eq=False, kw_only=True)
+class Tokenizer(Input):
+    """The tokenizer of a run."""
+
+    read: Callable[[], "PreTrainedTokenizerBase"]
+
+    @functools.cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.read()
+
+
+@dataclass(eq=False, kw_only=True)
+class Step:
+    """One unit of work that ends in a directory. A step is identified by the object, not by its name or its place."""
+
+    kind: ClassVar[str]
+    context: Context
+    name: str  # of its directory, unique in a plan
+    role: str | None = None  # teacher, teacher_reference, reference, start or student
+    method: str | None = None  # the name of the run in the recipe
+    order: int | None = None
+    round: int | None = None
+
+    @property
+    def inputs(self) -> "tuple[Input | Step, ...]":
+        """What the step reads."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return what the result depends on besides the inputs and the seed."""
+        raise NotImplementedError
+
+    def make(self, out: Path) -> None:
+        """Do the work, or resume it, in the directory `out`."""
+        raise NotImplementedError
+
+    def repair(self) -> None:
+        """Check the result of a finished step and make damaged parts again, where the step can tell."""
+
+    @property
+    def directory(self) -> Path:
+        return self.context.root / self.name
+
+    @functools.cached_property
+    def request(self) -> dict[str, Any]:
+        """Everything that the result depends on. Inputs stand in it by their keys, so directories may be moved."""
+        inputs = {one.name: one.key for one in self.inputs}
+        return {**self.options, "seed": self.context.seed, "inputs": inputs}
+
+    @property
+    def key(self) -> str:
+        return stage_key(self.request)
+
+    @functools.cached_property
+    def models(self) -> frozenset[str]:
+        """The user's models that the result is made from, directly or through other steps."""
+        return frozenset().union(*(one.models for one in self.inputs))
+
+    @property
+    def after(self) -> "list[Step]":
+        """The steps whose output this one reads, each once."""
+        return list(dict.fromkeys(self._makers()))
+
+    def _makers(self) -> "Iterator[Step]":
+        for one in self.inputs:
+            maker = one if isinstance(one, Step) else one.made_by
+            if maker is not None:
+                yield maker
+
+
+@dataclass(eq=False, kw_only=True)
+class Trained(Step):
+    """A step whose output is a model."""
+
+    output_role: ModelRole = field(default="student")
+
+    @functools.cached_property
+    def output(self) -> Model:
+        return Model(
+            name=self.name,
+            compute_key=lambda: self.key,
+            made_by=self,
+            role=self.output_role,
+            place=str(self.directory),
+        )

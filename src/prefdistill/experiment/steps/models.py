@@ -1,0 +1,119 @@
+"""Steps that make teacher and student: random weights, SFT and DPO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prefdistill.core.files import value_digest
+from prefdistill.core.progress import say
+from prefdistill.experiment.step import Input, Model, ModelRole, Rows, Step, Tokenizer, Trained
+from prefdistill.models.scratch import random_model
+from prefdistill.training.options import Training
+from prefdistill.training.trl import train_dpo, train_sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(eq=False, kw_only=True)
+class Init(Step):
+    """Make the models that the recipe does not name from random weights, and a tokenizer where none is named."""
+
+    kind: ClassVar[str] = "init"
+    roles: tuple[ModelRole, ...]  # of the models to make
+    sources: tuple[Input | Step, ...]  # of the tokenizer: that of a named model, or data
+    build_tokenizer: "Callable[[], PreTrainedTokenizerBase]"
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return self.sources
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"scratch": self._scratch, "made": list(self.roles)}
+
+    @property
+    def _scratch(self) -> dict[str, Any]:
+        scratch = self.context.recipe.model.scratch
+        assert scratch is not None
+        return scratch.model_dump()
+
+    def make(self, out: Path) -> None:
+        tokenizer = self.build_tokenizer()
+        tokenizer.save_pretrained(out / "tokenizer")
+        for role in self.roles:
+            model = random_model(tokenizer, self._scratch[role], seed=self.context.seed)
+            model.save_pretrained(out / role)
+            tokenizer.save_pretrained(out / role)
+            say(f"init: {role} of {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+    def model(self, role: ModelRole) -> Model:
+        """Return one of the models. Its key does not depend on the shape of the other."""
+        shape = {key: value for key, value in self._scratch.items() if key == role or key not in ("teacher", "student")}
+        return Model(
+            name=f"{role}-base",
+            compute_key=lambda: self._part_key({"role": role, "shape": shape}),
+            made_by=self,
+            role=role,
+            place=str(self.directory / role),
+        )
+
+    def tokenizer_key(self) -> str:
+        return self._part_key({"vocab_size": self._scratch["vocab_size"]})
+
+    def _part_key(self, options: dict[str, Any]) -> str:
+        parts = {"seed": self.context.seed, "sources": [source.key for source in self.sources]}
+        return value_digest({**options, **parts})
+
+
+@dataclass(eq=False, kw_only=True)
+class Sft(Trained):
+    """Supervised fine-tuning through TRL."""
+
+    kind: ClassVar[str] = "sft"
+    start: Model
+    rows: Rows
+    tokenizer: Tokenizer
+    training: Training
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return (self.start, self.rows)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        truncation = self.context.truncation
+        return {
+            "training": self.training.cache_key(),
+            "truncation": [truncation.max_length, truncation.max_prompt_length],
+            "dtype": self.context.recipe.model.dtype,
+        }
+
+    def make(self, out: Path) -> None:
+        self._train(train_sft, out)
+
+    def _train(self, train: Callable[..., None], out: Path) -> None:
+        names = self.context.recipe.model
+        train(
+            self.start.place,
+            self.rows.rows,
+            self.tokenizer.tokenizer,
+            self.training,
+            out,
+            truncation=self.context.truncation,
+            dtype=names.dtype,
+            trust_remote_code=names.trust_remote_code,
+            seed=self.context.seed,
+            what=self.name,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class Dpo(Sft):
+    """DPO through TRL, with the model it starts from as the reference."""
+
+    kind: ClassVar[str] = "dpo"
+
+    def make(self, out: Path) -> None:
+        self._train(train_dpo, out)

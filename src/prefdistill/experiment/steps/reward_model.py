@@ -1,0 +1,75 @@
+"""Steps of the reward model: train it on prompts of its own, and measure its accuracy on the held-out pairs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prefdistill.core.files import read_json, write_json
+from prefdistill.data.encode import without_refused
+from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.reward_model import RewardModel
+from prefdistill.experiment.step import Context, Input, Model, ModelRole, Rows, Step, Tokenizer, Trained
+from prefdistill.training.trl import train_reward
+
+
+@dataclass(eq=False, kw_only=True)
+class TrainRewardModel(Trained):
+    """Train a reward model from random weights."""
+
+    kind: ClassVar[str] = "reward_model"
+    output_role: ModelRole = "reward_model"
+    pairs: Rows
+    tokenizer: Tokenizer
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return (self.pairs, self.tokenizer)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        section = self.context.recipe.reward_model
+        assert section is not None
+        return {"shape": section.model, "training": section.training.cache_key()}
+
+    def make(self, out: Path) -> None:
+        section = self.context.recipe.reward_model
+        assert section is not None
+        assert section.model is not None
+        train_reward(
+            section.model,
+            self.pairs.rows,
+            self.tokenizer.tokenizer,
+            section.training,
+            out,
+            seed=self.context.seed,
+            what=self.name,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class EvaluateRewardModel(Step):
+    """Measure the accuracy of the reward model on the held-out pairs."""
+
+    kind: ClassVar[str] = "evaluate_reward_model"
+    model: Model
+    test: Rows
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return (self.model, self.test)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def make(self, out: Path) -> None:
+        reward_model = load_reward_model(self.context, self.model)
+        pairs = without_refused(self.test.rows, reward_model.tokenizer, self.name)
+        write_json(out / "evaluation.json", reward_model.judge_pairs(pairs).__dict__)
+
+    def measured(self) -> Measured:
+        return Measured(**read_json(self.directory / "evaluation.json"))
+
+
+def load_reward_model(context: Context, model: Model) -> RewardModel:
+    return RewardModel(model.place, trust_remote_code=context.recipe.model.trust_remote_code)

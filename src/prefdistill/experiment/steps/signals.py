@@ -1,0 +1,145 @@
+"""Steps that make what methods learn from: sampled responses, and signals of teacher and reference."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prefdistill.core.progress import say
+from prefdistill.data.columns import SCORES, SIDES, ended_column
+from prefdistill.data.load import load_pairs
+from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer
+from prefdistill.models.device import default_dtype
+from prefdistill.sampling.files import sample_responses
+from prefdistill.signals import Signals, extract_signals
+from prefdistill.signals.reading import VALUES
+from prefdistill.signals.repair import set_aside
+from prefdistill.signals.store import DamagedSignals
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAMPLING_SEED = 7_001  # of a student's first round; later rounds use multiples of it
+
+
+@dataclass(eq=False, kw_only=True)
+class Sample(Step):
+    """Sample responses of a model to the training prompts."""
+
+    kind: ClassVar[str] = "sample"
+    model: Model
+    data: Rows
+    tokenizer: Tokenizer
+    column: str  # of the responses
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return (self.data, self.model)
+
+    @property
+    def _seed(self) -> int:
+        return self.context.seed + SAMPLING_SEED * (self.round or 0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "truncation": str(self.context.truncation),
+            "sampling": self.context.recipe.sampling.model_dump(),
+            "sampling_seed": self._seed,
+            **self.context.load_options(self.model.role),
+        }
+
+    def make(self, out: Path) -> None:
+        train = self.data.rows
+        columns = ("prompt", *SIDES, *SCORES, *(ended_column(side) for side in SIDES))
+        sample_responses(
+            self.model.place,
+            train.select_columns([name for name in columns if name in train.column_names]),
+            self.tokenizer.tokenizer,
+            out / "responses.jsonl",
+            column=self.column,
+            truncation=self.context.truncation,
+            seed=self._seed,
+            trust_remote_code=self.context.recipe.model.trust_remote_code,
+            **self.context.load_options(self.model.role),
+            **self.context.recipe.sampling.model_dump(),
+        )
+
+    @functools.cached_property
+    def rows(self) -> "Dataset":
+        return load_pairs(str(self.directory / "responses.jsonl"), responses=(self.column,))
+
+
+@dataclass(eq=False, kw_only=True)
+class ReadSignals(Step):
+    """Score the responses of a data set with a model and store the signals."""
+
+    kind: ClassVar[str] = "signals"
+    model: Model
+    data: Rows | Sample
+    kinds: tuple[str, ...]
+    responses: tuple[str, ...]
+    tokenizer: Tokenizer
+    ids_from: "ReadSignals | None"  # the store whose token ids a "topk" signal is read at
+    bf16: bool = False  # autocast
+    held_out: bool = False  # the test pairs
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return (self.data, self.model, *filter(None, (self.ids_from,)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "kinds": list(self.kinds),
+            "responses": list(self.responses),
+            "truncation": str(self.context.truncation),
+            **self.reading,
+        }
+
+    @functools.cached_property
+    def reading(self) -> dict[str, Any]:
+        """The options of `extract_signals` that have an effect on these kinds."""
+        section = self.context.recipe.signals
+        kinds = set(self.kinds)
+        # the terms of the held-out pairs are compared with each other, which takes the values of all states
+        endpoints = section.positions == "endpoints" and kinds == {"values"} and not self.held_out
+        unused = set() if endpoints else {"positions"}
+        unused |= {"value_dtype"} if endpoints or not kinds.intersection(VALUES) else set()
+        unused |= set() if "topk" in kinds and self.ids_from is None else {"k", "p", "topk_coding"}
+        options: dict[str, Any] = section.model_dump(exclude=unused)
+        if self.role == "reference":  # read as the student is trained: same weights, same precision
+            loading = self.context.load_options("student")
+        else:
+            loading = {"dtype": section.dtype or default_dtype(str(self.role))}
+        return {**options, **loading, "bf16": self.bf16}
+
+    def make(self, out: Path) -> None:
+        extract_signals(
+            self.model.place,
+            self.data.rows,
+            self.tokenizer.tokenizer,
+            kinds=self.kinds,
+            out=out / "store",
+            role=str(self.role),
+            responses=self.responses,
+            truncation=self.context.truncation,
+            ids_from=self.ids_from.store if self.ids_from else None,
+            trust_remote_code=self.context.recipe.model.trust_remote_code,
+            **self.reading,
+        )
+
+    @functools.cached_property
+    def store(self) -> Signals:
+        return Signals.open(self.directory / "store")
+
+    def repair(self) -> None:
+        store = self.directory / "store"
+        if not (store / "manifest.json").is_file():
+            self.make(self.directory)  # an earlier repair was interrupted
+        try:
+            _ = self.store
+        except DamagedSignals as error:
+            say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
+            set_aside(store)
+            self.make(self.directory)

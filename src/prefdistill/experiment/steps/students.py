@@ -1,0 +1,151 @@
+"""Steps of the students: train one with a method, and evaluate a model."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prefdistill.core.files import read_json, write_json
+from prefdistill.data import synthetic
+from prefdistill.evaluation.generations import RESPONSE, measure_answers, measure_rewards, unique_prompts
+from prefdistill.evaluation.measure import Measured, measure_pairs
+from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer, Trained
+from prefdistill.experiment.steps.reward_model import load_reward_model
+from prefdistill.experiment.steps.signals import ReadSignals, Sample
+from prefdistill.experiment.steps.synthetic import Language, load_student, respond
+from prefdistill.methods import Method
+from prefdistill.models.load import load_model
+from prefdistill.sampling.files import sample_responses
+from prefdistill.sampling.sampler import Response
+from prefdistill.training.factory import make_trainer
+from prefdistill.training.loop import fit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(eq=False, kw_only=True)
+class Distill(Trained):
+    """Train a student with one method and one order of the data."""
+
+    kind: ClassVar[str] = "distill"
+    method: str
+    order: int
+    algorithm: Method
+    start: Model
+    train: Rows
+    samples: tuple[Sample, ...]
+    signals: tuple[ReadSignals, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return (self.train, self.start, *self.samples, *self.signals)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        run, truncation = self.context.recipe.methods[self.method], self.context.truncation
+        return {
+            "method": run.method,
+            "options": run.options,
+            "order": self.order,
+            "training": run.training.cache_key(),
+            "truncation": [truncation.max_length, truncation.max_prompt_length],
+            "dtype": self.context.recipe.model.dtype,
+        }
+
+    def make(self, out: Path) -> None:
+        names, seed = self.context.recipe.model, self.context.seed
+        load = functools.partial(
+            load_model, self.start.place, dtype=names.dtype, trust_remote_code=names.trust_remote_code
+        )
+        trainer = make_trainer(
+            self.algorithm,
+            load,
+            side_by_side([sample.rows for sample in self.samples]) if self.samples else self.train.rows,
+            self.tokenizer.tokenizer,
+            self.context.recipe.methods[self.method].training,
+            out,
+            signals=[step.store for step in self.signals],
+            truncation=self.context.truncation,
+            seed=seed,
+            data_seed=seed * 1_000 + self.order,
+        )
+        fit(trainer, out, self.name)
+
+
+def side_by_side(samples: "Sequence[Dataset]") -> "Dataset":
+    """Return samples of the same prompts as one data set with a column for each."""
+    first, *others = samples
+    for other in others:
+        if first["prompt"][:] != other["prompt"][:]:
+            raise RuntimeError("teacher and student were sampled at different prompts")
+        for column in set(other.column_names) - set(first.column_names):
+            first = first.add_column(column, other[column][:], feature=other.features[column])
+    return first
+
+
+@dataclass(eq=False, kw_only=True)
+class Evaluate(Step):
+    """Evaluate one model: its responses to the test prompts and, of a student, how it orders the held-out pairs."""
+
+    kind: ClassVar[str] = "evaluate"
+    model: Model
+    tokenizer: Tokenizer
+    language: Language | None  # of the built-in task, whose reward is known
+    test: Rows | None
+    reward_model: Model | None
+    reference: ReadSignals | None  # of the start on the test pairs, to compare a student with
+
+    @property
+    def inputs(self) -> tuple[Input | Step, ...]:
+        return tuple(filter(None, (self.model, self.language, self.reference, self.test, self.reward_model)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self._loading | self.context.recipe.evaluate.model_dump(exclude={"length_ranges"})
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        # the pairs of the built-in task are responses of the teacher in the dtype of training
+        return self.context.load_options("student" if self.language else self.model.role)
+
+    def make(self, out: Path) -> None:
+        measured, section = Measured(), self.context.recipe.evaluate
+        if self.language is not None:
+            model, prompts = load_student(self.context, self.model), self.language.prompts()["test"]
+
+            def answer(temperature: float, what: str) -> list[Response]:
+                return respond(self.context, model, self.tokenizer, prompts, temperature, self.context.seed, what)
+
+            measure_rewards(measured, prompts, answer, synthetic.reward, samples=section.samples)
+        elif self.test is not None and max(section.prompts, section.samples):
+            responses = self._sample(self.test, out)
+            reward_model = load_reward_model(self.context, self.reward_model) if self.reward_model else None
+            measure_answers(
+                measured, responses, self.test.rows, reward_model, prompts=section.prompts, samples=section.samples
+            )
+        if self.reference is not None and self.test is not None:
+            student = load_student(self.context, self.model)
+            measure_pairs(measured, student, self.test.rows, self.tokenizer.tokenizer, self.reference.store)
+        write_json(out / "evaluation.json", measured.__dict__)
+
+    def _sample(self, test: Rows, out: Path) -> "Dataset":
+        section = self.context.recipe.evaluate
+        return sample_responses(
+            self.model.place,
+            unique_prompts(test.rows, max(section.prompts, section.samples)).select_columns("prompt"),
+            self.tokenizer.tokenizer,
+            out / "responses.jsonl",
+            column=RESPONSE,
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.batch_size,
+            seed=self.context.seed,
+            learnt_from=False,
+            trust_remote_code=self.context.recipe.model.trust_remote_code,
+            **self._loading,
+        )
+
+    def measured(self) -> Measured:
+        return Measured(**read_json(self.directory / "evaluation.json"))

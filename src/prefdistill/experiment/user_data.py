@@ -1,0 +1,133 @@
+"""The rows of a recipe on the user's own data, and its tokenizer."""
+
+import functools
+import random
+from typing import TYPE_CHECKING
+
+from prefdistill.core.errors import UserError
+from prefdistill.data.load import data_fingerprint, prompt_text
+from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.models.load import load_tokenizer
+from prefdistill.models.vocabulary import check_same_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class UserData:
+    """The pairs of one seed: `train` and `test`, those set aside to train a reward model on, and demonstrations."""
+
+    def __init__(self, recipe: Recipe, seed: int, sources: Sources) -> None:
+        self.recipe = recipe
+        self.seed = seed
+        self.sources = sources
+
+    @property
+    def splits_prompts(self) -> bool:
+        """Whether a share of the training prompts is set aside for the reward model."""
+        section = self.recipe.reward_model
+        return section is not None and section.name is None and self.recipe.data.test is not None
+
+    @functools.cached_property
+    def _split(self) -> "tuple[Dataset, Dataset]":
+        assert self.recipe.reward_model is not None
+        return split_prompts(self._all_pairs, self.recipe.reward_model.share, self.seed)
+
+    @property
+    def _all_pairs(self) -> "Dataset":
+        assert self.recipe.data.train is not None
+        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train)
+
+    @property
+    def train(self) -> "Dataset":
+        return self._split[0] if self.splits_prompts else self._all_pairs
+
+    def train_key(self) -> str:
+        if self.splits_prompts:
+            return data_fingerprint(self.train)
+        assert self.recipe.data.train is not None
+        return self.sources.pairs_fingerprint(self.recipe.data.train, self.recipe.data.max_train)
+
+    @property
+    def reward_pairs(self) -> "Dataset":
+        """What the run's own reward model is trained on: prompts that are not in `train`."""
+        return self._split[1]
+
+    def reward_pairs_key(self) -> str:
+        return data_fingerprint(self.reward_pairs)
+
+    @property
+    def test(self) -> "Dataset":
+        assert self.recipe.data.test is not None
+        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test)
+
+    def test_key(self) -> str:
+        assert self.recipe.data.test is not None
+        return self.sources.pairs_fingerprint(self.recipe.data.test, self.recipe.data.max_test)
+
+    @functools.cached_property
+    def demonstrations(self) -> "Dataset":
+        if self.recipe.data.sft is None:
+            return self.train.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+        rows = self.sources.messages(self.recipe.data.sft)
+        return without_prompts(rows, self.reward_pairs) if self.splits_prompts else rows
+
+    def demonstrations_key(self) -> str:
+        if self.recipe.data.sft is None:
+            return self.train_key()
+        if self.splits_prompts:
+            return data_fingerprint(self.demonstrations.rename_column("completion", "chosen"))
+        return self.sources.messages_fingerprint(self.recipe.data.sft)
+
+
+def split_prompts(pairs: "Dataset", share: float, seed: int) -> "tuple[Dataset, Dataset]":
+    """Split pairs into those of the students and, for a random share of the prompts, those of the reward model. No
+    prompt is in both.
+
+    Raises:
+        UserError: if there are too few prompts for two parts.
+    """
+    texts = [prompt_text(prompt) for prompt in pairs["prompt"][:]]
+    prompts = list(dict.fromkeys(texts))
+    count = round(share * len(prompts))
+    if not 0 < count < len(prompts):
+        raise UserError(
+            f"reward_model.share={share} of {len(prompts)} training prompts leaves none for one side; change it, or "
+            "turn the reward model off with reward_model=null"
+        )
+    drawn = set(random.Random(f"reward model {seed}").sample(prompts, count))
+    rows: tuple[list[int], list[int]] = ([], [])
+    for row, text in enumerate(texts):
+        rows[text in drawn].append(row)
+    return pairs.select(rows[0]), pairs.select(rows[1])
+
+
+def without_prompts(rows: "Dataset", others: "Dataset") -> "Dataset":
+    """Return the rows whose prompt is not in `others`."""
+    excluded = {prompt_text(prompt) for prompt in others["prompt"][:]}
+    return rows.select([row for row, prompt in enumerate(rows["prompt"][:]) if prompt_text(prompt) not in excluded])
+
+
+def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase | None":
+    """Load the tokenizer of the student that the recipe names, or else of the teacher; None if it names neither.
+
+    A student without a chat template gets the teacher's.
+
+    Raises:
+        UserError: if the models that the recipe names do not have the same tokens.
+    """
+    names = recipe.model
+    load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
+    if names.student is None and names.teacher is None:
+        return None
+    tokenizer = load(str(names.student or names.teacher))
+    if names.student and names.teacher:
+        of_teacher = load(names.teacher)
+        check_same_tokens(tokenizer, of_teacher)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = of_teacher.chat_template
+    if names.teacher_reference:
+        check_same_tokens(tokenizer, load(names.teacher_reference))
+    return tokenizer
