@@ -177,8 +177,11 @@ class Artifact(ABC):
             return Inspection(State.UNFINISHED, seal or {}, note)
         return Inspection(State.STALE, seal or {}, note or {}, listed(self.changes(before)))
 
-    def prepare(self) -> dict[str, Any] | None:
+    def prepare(self, *, reuse: bool = True) -> dict[str, Any] | None:
         """Decide what to do, say so, and clear the way for it.
+
+        Args:
+            reuse: whether finished work is reused; not if it is quickly derived again from its parts.
 
         Returns:
             The seal of finished work, which is reused; None if the work is to be done, in whole or in part.
@@ -195,7 +198,7 @@ class Artifact(ABC):
             self._refuse(found)
             if main and found.state is not State.FINISHED and self.fetch():
                 found = self.inspect()
-            if found.state is State.FINISHED:
+            if found.state is State.FINISHED and reuse:
                 if main:
                     self.tidy()
                     say(f"{self.name}: reused")
@@ -228,19 +231,20 @@ class Artifact(ABC):
             say(f"{self.name}: rebuilding: {found.reason} is missing or damaged")
             self.unseal(found.seal)
         elif found.state is State.STALE:
-            changes = f" ({found.reason})" if found.reason else ""
-            say(f"{self.name}: rebuilding: its inputs changed{changes}")
+            changes = f"its inputs changed ({found.reason})" if found.reason else "it is of an unknown earlier request"
+            say(f"{self.name}: rebuilding: {changes}")
             self.clear()
 
     @contextmanager
-    def session(self, *, lock: bool = True) -> Iterator[dict[str, Any] | None]:
+    def session(self, *, lock: bool = True, reuse: bool = True) -> Iterator[dict[str, Any] | None]:
         """Hold the lock, decide, and yield what `prepare` returns; work that was refused leaves nothing.
 
         Args:
             lock: whether to lock the place; not if the caller holds the lock already.
+            reuse: see `prepare`.
         """
         with self.lock() if lock else nullcontext():
-            seal = self.prepare()
+            seal = self.prepare(reuse=reuse)
             if seal is not None:
                 yield seal
                 return
@@ -437,6 +441,12 @@ class RecordArtifact(Artifact):
     def __init__(self, name: str, place: Path, request: dict[str, Any], verb: str, mark: str = "key") -> None:
         super().__init__(name, place, request, replace=True)
         self.verb, self.mark = verb, mark
+
+    def lock(self) -> Any:
+        return locked(self.place.parent)
+
+    def sweep(self) -> None:
+        sweep(self.place.parent, self.place.name)
 
     def read_note(self) -> dict[str, Any] | None:
         return None

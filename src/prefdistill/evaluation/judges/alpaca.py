@@ -1,7 +1,7 @@
-"""AlpacaEval: which of two outputs to an instruction is better, in both orders.
+"""AlpacaEval: which of two outputs to an instruction is better, asked in both orders.
 
-The words and the rule for reading the verdict are those of an evaluator of the installed `alpaca_eval` package, whose
-files are read and whose code is not run (it imports pkg_resources, which setuptools has no more), or the user's file.
+The prompt and the parser come from an evaluator of the installed `alpaca_eval` package, whose files are read but whose
+code is not run (it imports pkg_resources, which setuptools has dropped), or from the user's prompt file.
 """
 
 import importlib.util
@@ -18,35 +18,34 @@ import numpy as np
 import yaml
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import value_digest, write_json
-from prefdistill.core.lock import locked
+from prefdistill.core.files import file_digest, value_digest, write_json
 from prefdistill.core.progress import say
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs, read_text
-from prefdistill.evaluation.judges.ledger import Ledger, summary
+from prefdistill.evaluation.judges.ledger import Ledger, judged_results, summary
 from prefdistill.evaluation.stats import estimate
 
-PLACES = ("instruction", "output_1", "output_2")
+FIELD_NAMES = ("instruction", "output_1", "output_2")
 DEFAULT = "weighted_alpaca_eval_gpt4_turbo"  # of AlpacaEval 2.0
-LABELS = ("m", "M")  # of a prompt file that says no others
+LABELS = ("m", "M")  # default for a prompt file
 ORDERS = ("first", "second")
-RIDGE = 0.1  # in nats: keeps the fit finite where one side won everything, and is lost in hundreds of comparisons
+RIDGE = 0.1  # in nats: keeps the fit finite if one side wins everything; negligible over hundreds of comparisons
 RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """How to ask and how to read: messages with places, fields of the request, reply -> preference of the second."""
+    """Messages with fields to fill, request fields, and a parser: reply -> preference for the second output."""
 
     name: str
     messages: tuple[dict[str, str], ...]
     fields: dict[str, Any]
     read: Callable[[Reply], float | None]
 
-    def question(self, about: dict[str, Any], **places: str) -> Question:
-        # messages are split before they are filled: an output that holds <|im_end|> stays inside of its own
-        return Question([message | {"content": fill(message["content"], places)} for message in self.messages], about)
+    def question(self, about: dict[str, Any], **fields: str) -> Question:
+        # messages are split before they are filled: an output with <|im_end|> in it stays inside its message
+        return Question([message | {"content": fill(message["content"], fields)} for message in self.messages], about)
 
 
 def judge_alpaca_eval(
@@ -61,24 +60,24 @@ def judge_alpaca_eval(
     price_in: float | None = None,
     price_out: float | None = None,
 ) -> dict[str, Any]:
-    """Win rate of outputs against others to the same instructions, both orders asked, their mean taken.
+    """Compute the win rate of outputs against others to the same instructions, the mean of both orders.
 
-    `OUT/verdicts.jsonl` keeps every reply, `OUT/annotations.json` has the comparisons as `alpaca_eval` writes them, and
-    `OUT/results.json` is returned.
+    Writes `OUT/verdicts.jsonl` (every reply), `OUT/annotations.json` (the comparisons in `alpaca_eval`'s format) and
+    `OUT/results.json`, which is returned.
 
     Args:
         endpoint: the judge; its fields win over the evaluator's.
-        out: a directory; what is in it already is not asked again.
+        out: a directory; verdicts that are in it already are reused.
         answers, against: outputs of AlpacaEval's form, or files of `prefdistill sample`.
-        prompt: an evaluator of the `alpaca_eval` package, or a text file with places for {instruction}, {output_1} and
-            {output_2}, in ChatML or plain.
-        labels: what a prompt file has the judge say for the first output, the second and, if it can, for a tie;
-            default: `LABELS`.
-        max_questions: as many instructions, evenly from the whole file.
+        prompt: an evaluator of the `alpaca_eval` package, or a text file with {instruction}, {output_1} and {output_2},
+            in ChatML or plain text.
+        labels: the replies that a prompt file asks for: first output, second output and, optionally, a tie; default:
+            `LABELS`.
+        max_questions: limit of the instructions, evenly spaced over the file.
         price_in, price_out: money per million tokens.
 
     Raises:
-        UserError: if a file lacks something, or the endpoint refuses.
+        UserError: if a file is incomplete, or the endpoint refuses.
         RuntimeError: if no request is answered.
 
     Example:
@@ -87,30 +86,46 @@ def judge_alpaca_eval(
     begun = time.monotonic()
     evaluator = read_evaluator(prompt, labels)
     endpoint = replace(endpoint, fields=evaluator.fields | endpoint.fields)
-    ours, theirs = read_outputs(answers), read_outputs(against)
-    asked = [instruction for instruction in ours if instruction in theirs]
-    if len(asked) < len(ours):
-        lacking = next(instruction for instruction in ours if instruction not in theirs)
-        raise UserError(f"{against}: no output to {len(ours) - len(asked)} instructions of {answers}: {lacking[:80]!r}")
-    if max_questions is not None and max_questions < len(asked):
-        asked = [asked[place * len(asked) // max_questions] for place in range(max_questions)]
+    answer_texts, against_texts = read_outputs(answers), read_outputs(against)
+    shared = [instruction for instruction in answer_texts if instruction in against_texts]
+    if len(shared) < len(answer_texts):
+        first = next(instruction for instruction in answer_texts if instruction not in against_texts)
+        count = len(answer_texts) - len(shared)
+        raise UserError(f"{against}: no output to {count} instructions of {answers}: {first[:80]!r}")
+    if max_questions is not None and max_questions < len(shared):
+        shared = [shared[place * len(shared) // max_questions] for place in range(max_questions)]
 
     def questions(order: str) -> list[Question]:
-        shown = (ours, theirs) if order == "first" else (theirs, ours)
+        shown = (answer_texts, against_texts) if order == "first" else (against_texts, answer_texts)
         about = {"prompt": evaluator.name, "ours_shown": order}
         return [
             evaluator.question(about | {"instruction": i}, instruction=i, output_1=shown[0][i], output_2=shown[1][i])
-            for i in asked
+            for i in shared
         ]
 
-    with locked(out):
+    prompt_digest = value_digest(list(evaluator.messages))
+    artifact = judged_results(
+        "alpaca-eval",
+        out,
+        endpoint,
+        {
+            "prompt": prompt_digest,
+            "labels": None if labels is None else list(labels),
+            "instructions": value_digest(shared),
+            "answers": file_digest(answers),
+            "against": file_digest(against),
+            "price_in": price_in,
+            "price_out": price_out,
+        },
+    )
+    with artifact.session(reuse=False):
         ledger = Ledger(out / "verdicts.jsonl")
         both = [question for order in ORDERS for question in questions(order)]
         rows = ledger.ask(endpoint, both, evaluator.read, what="comparing")
-        first, second = rows[: len(asked)], rows[len(asked) :]
-        lengths = [(len(ours[i]), len(theirs[i])) for i in asked]
-        results: dict[str, Any] = {"task": "alpaca-eval", "questions": len(asked), "prompt": evaluator.name}
-        results["pair"] = preferences(first, second, lengths)
+        shown_first, shown_second = rows[: len(shared)], rows[len(shared) :]
+        lengths = [(len(answer_texts[i]), len(against_texts[i])) for i in shared]
+        results: dict[str, Any] = {"task": "alpaca-eval", "questions": len(shared), "prompt": evaluator.name}
+        results["pair"] = preferences(shown_first, shown_second, lengths)
         results |= summary(rows, endpoint, price_in, price_out)
         answered = [row for row in rows if row["error"] is None]
         if endpoint.body.get("logprobs") and all(row["first_token"] is None for row in answered):
@@ -119,23 +134,24 @@ def judge_alpaca_eval(
                 "alpaca_eval_clf_gpt4_turbo and alpaca_eval_gpt4 do without"
             )
         results["answers"] = {
-            who: provenance(path) | {"characters": estimate([len(said[i]) for i in asked])}
-            for who, path, said in (("answers", answers, ours), ("against", against, theirs))
+            who: provenance(path) | {"characters": estimate([len(outputs[i]) for i in shared])}
+            for who, path, outputs in (("answers", answers, answer_texts), ("against", against, against_texts))
         }
-        results["files"] = {"prompt": {"file": Path(prompt).name, "sha256": value_digest(list(evaluator.messages))}}
+        results["files"] = {"prompt": {"file": Path(prompt).name, "sha256": prompt_digest}}
         results["seconds"] = round(time.monotonic() - begun, 3)
         results["asked_now"] = ledger.asked
         for warning in results["warnings"]:
             say(f"warning: {warning}")
-        write_json(out / "annotations.json", _annotations(asked, ours, theirs, first, second, results))
-        write_json(out / "results.json", results)
+        annotations = _annotations(shared, answer_texts, against_texts, shown_first, shown_second, results)
+        write_json(out / "annotations.json", annotations)
+        artifact.seal(results)
     return results
 
 
 def preferences(
     shown_first: Sequence[dict[str, Any]], shown_second: Sequence[dict[str, Any]], lengths: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
-    """How much our outputs are preferred, the mean of both orders; a tie is one half.
+    """Return how much our outputs are preferred, the mean of both orders; a tie is one half.
 
     Args:
         shown_first, shown_second: rows of the same instructions with our output first and second; "verdict" is the
@@ -144,18 +160,18 @@ def preferences(
 
     Returns:
         `win_rate`, `length_controlled` (see there), counts of wins, ties and losses, `consistency` (the share in which
-        both orders lean to the same output, or neither leans) and `first_preferred` (the mean preference for the output
-        shown first, one half for a judge without a leaning).
+        both orders prefer the same output, or neither does) and `first_preferred` (the mean preference for the output
+        shown first, one half for a judge without position bias).
     """
     pairs = list(zip(shown_first, shown_second, lengths, strict=True))
     both = [(1 - a["verdict"], b["verdict"], n) for a, b, n in pairs if None not in (a["verdict"], b["verdict"])]
-    worth = [(first + second) / 2 for first, second, _ in both]
-    decided = [np.sign(value - 0.5) for value in worth]
+    scores = [(first + second) / 2 for first, second, _ in both]
+    decided = [np.sign(score - 0.5) for score in scores]
     rows = [row for a, b, _ in pairs for row in (a, b)]
     errors = sum(row["error"] is not None for row in rows)
     return {
-        "win_rate": estimate(worth) if worth else None,
-        "length_controlled": length_controlled(worth, [ours - theirs for _, _, (ours, theirs) in both]),
+        "win_rate": estimate(scores) if scores else None,
+        "length_controlled": length_controlled(scores, [a - b for _, _, (a, b) in both]),
         "wins": decided.count(1),
         "ties": decided.count(0),
         "losses": decided.count(-1),
@@ -168,28 +184,30 @@ def preferences(
     }
 
 
-def length_controlled(worth: Sequence[float], longer: Sequence[float], *, seed: int = 0) -> dict[str, Any] | None:
-    r"""The win rate that a logistic regression expects of outputs as long as those they are compared with.
+def length_controlled(
+    scores: Sequence[float], extra_length: Sequence[float], *, seed: int = 0
+) -> dict[str, Any] | None:
+    r"""Return the win rate that a logistic regression predicts for outputs of equal length.
 
     .. math:: P(\text{ours}) = \sigma(\theta + \varphi \tanh(\Delta / s_\Delta)), \qquad \text{result} = \sigma(\theta)
 
-    The idea and the features are those of AlpacaEval's length-controlled win rate; its third feature, the difficulty of
-    an instruction, is known for its own 805 instructions alone, and its own baselines are no part of the fit. So the
-    number is not that of its leaderboard.
+    The idea and the features are those of AlpacaEval's length-controlled win rate. Its third feature, the difficulty of
+    an instruction, is known only for its own 805 instructions, and its baselines are not part of this fit: the number is
+    not comparable with its leaderboard.
 
     Args:
-        worth: preference for our output in each comparison, 0 to 1.
-        longer: characters of our output less those of the other.
+        scores: preference for our output in each comparison, 0 to 1.
+        extra_length: characters of our output minus those of the other.
 
     Returns:
-        An estimate with an interval from a bootstrap over comparisons; None for fewer than ten, or if all lengths
-        differ by the same.
+        An estimate with an interval from a bootstrap over comparisons; None for fewer than ten, or if all length
+        differences are equal.
 
     Example:
         >>> round(length_controlled([1, 1, 0, 0] * 5, [9, 9, -9, -9] * 5)["mean"], 3)
         0.5
     """
-    y, delta = np.asarray(worth, dtype=np.float64), np.asarray(longer, dtype=np.float64)
+    y, delta = np.asarray(scores, dtype=np.float64), np.asarray(extra_length, dtype=np.float64)
     if len(y) < 10 or delta.std() == 0:
         return None
     x = np.stack([np.ones_like(y), np.tanh(delta / delta.std(ddof=1))], axis=1)
@@ -202,7 +220,7 @@ def length_controlled(worth: Sequence[float], longer: Sequence[float], *, seed: 
 
 
 def _rate(x: np.ndarray, y: np.ndarray) -> float:
-    """Newton's steps to the ridge-penalised likelihood's maximum; it is strictly concave in two unknowns."""
+    """Return the win rate at equal length: Newton's method on the ridge-penalised likelihood, strictly concave."""
     weights = np.zeros(2)
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ weights))
@@ -218,15 +236,15 @@ def _rate(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluator:
-    """An evaluator of the `alpaca_eval` package by its name, or made of a prompt file and its labels.
+    """Return an evaluator of the `alpaca_eval` package by its name, or one built from a prompt file and its labels.
 
     Raises:
-        UserError: if it is neither, or an evaluator whose verdicts cannot be read here, or one with labels.
+        UserError: if it is neither, an evaluator whose verdicts cannot be parsed here, or an evaluator with labels.
     """
     if Path(prompt).is_file():
         labels = LABELS if labels is None else labels
         if len(labels) not in (2, 3) or len(set(labels)) < len(labels) or not all(labels):
-            raise UserError(f"--labels takes two or three different words with commas between, got {','.join(labels)}")
+            raise UserError(f"--labels takes two or three different words, comma-separated, got {','.join(labels)}")
         text = read_text(Path(prompt))
         return Evaluator(prompt, _messages(text, prompt), dict(FIELDS), partial(_by_label, labels=labels))
     if labels is not None:
@@ -236,16 +254,16 @@ def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluato
     if "/" in prompt or not config_path.is_file():
         raise UserError(f"--prompt {prompt} is neither a file nor an evaluator of alpaca_eval, such as {DEFAULT}")
     config = next(iter(yaml.safe_load(config_path.read_text(encoding="utf-8")).values()))
-    asked = {key: value for key, value in config["completions_kwargs"].items() if key != "model_name"}
+    fields = {key: value for key, value in config["completions_kwargs"].items() if key != "model_name"}
     read = _reader(config)
     known = {"max_tokens", "temperature", "top_p", "logprobs", "top_logprobs"}
-    if read is None or config.get("batch_size", 1) != 1 or asked.keys() - known:
+    if read is None or config.get("batch_size", 1) != 1 or fields.keys() - known:
         raise UserError(f"--prompt {prompt}: only evaluators that name the better output, or rank both, can be used")
     if read.func is _by_label:
-        # The package asks which of two tokens is likelier. That is what a greedy reply says, without log-probabilities.
-        asked = {key: value for key, value in asked.items() if "logprobs" not in key} | {"temperature": 0}
+        # the package asks which of two tokens is likelier; a greedy reply says the same without log-probabilities
+        fields = {key: value for key, value in fields.items() if "logprobs" not in key} | {"temperature": 0}
     text = (directory / config["prompt_template"]).read_text(encoding="utf-8")
-    return Evaluator(prompt, _messages(text, prompt), asked, read)
+    return Evaluator(prompt, _messages(text, prompt), fields, read)
 
 
 def _reader(config: dict[str, Any]) -> "partial[float | None] | None":
@@ -275,46 +293,46 @@ def _by_ranking(reply: Reply, first: str) -> float | None:
 
 
 def _package() -> Path:
-    found = importlib.util.find_spec("alpaca_eval")  # finds it without running it
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("alpaca_eval")  # does not run it
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "evaluators come with the alpaca_eval package: pip install 'prefdistill[alpaca]', or name a prompt file"
         )
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _messages(text: str, where: str) -> tuple[dict[str, str], ...]:
-    """The messages of a ChatML text, or plain text as one message of the user."""
-    if missing := [name for name in PLACES if f"{{{name}}}" not in text]:
-        raise UserError(f"{where}: no place for {{{missing[0]}}}")
-    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, flags=re.DOTALL)
-    if not found:
+    """Return the messages of a ChatML text, or plain text as one user message."""
+    if missing := [name for name in FIELD_NAMES if f"{{{name}}}" not in text]:
+        raise UserError(f"{where}: the prompt has no {{{missing[0]}}}")
+    messages = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, flags=re.DOTALL)
+    if not messages:
         return ({"role": "user", "content": text.strip()},)
-    return tuple({"role": role, "content": content.strip()} for role, content in found)
+    return tuple({"role": role, "content": content.strip()} for role, content in messages)
 
 
 def _annotations(
-    asked: Sequence[str],
-    ours: dict[str, str],
-    theirs: dict[str, str],
-    first: Sequence[dict[str, Any]],
-    second: Sequence[dict[str, Any]],
+    instructions: Sequence[str],
+    answer_texts: dict[str, str],
+    against_texts: dict[str, str],
+    shown_first: Sequence[dict[str, Any]],
+    shown_second: Sequence[dict[str, Any]],
     results: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """As `alpaca_eval` writes them: output_2 is ours, the preference goes from 1 (theirs) to 2 (ours)."""
-    names = {who: ", ".join(made["models"]) or made["file"] for who, made in results["answers"].items()}
+    """Return the comparisons in `alpaca_eval`'s format: output_2 is of --answers, which preference 2 is for."""
+    names = {who: ", ".join(source["models"]) or source["file"] for who, source in results["answers"].items()}
     rows = []
-    for i, a, b in zip(asked, first, second, strict=True):
-        known = None not in (a["verdict"], b["verdict"])
+    for i, a, b in zip(instructions, shown_first, shown_second, strict=True):
+        parsed = None not in (a["verdict"], b["verdict"])
         rows.append(
             {
                 "instruction": i,
-                "output_1": theirs[i],
+                "output_1": against_texts[i],
                 "generator_1": names["against"],
-                "output_2": ours[i],
+                "output_2": answer_texts[i],
                 "generator_2": names["answers"],
                 "annotator": results["judge"]["model"],
-                "preference": 1 + (1 - a["verdict"] + b["verdict"]) / 2 if known else None,
+                "preference": 1 + (1 - a["verdict"] + b["verdict"]) / 2 if parsed else None,
             }
         )
     return rows

@@ -1,7 +1,7 @@
-"""Questions to an OpenAI-compatible endpoint, many at a time, through the `openai` package.
+"""Send questions to an OpenAI-compatible endpoint, concurrently, through the `openai` package.
 
-Retries (429, 5xx, timeouts, broken connections) with exponential back-off, jitter and Retry-After are the package's.
-What is added here: a limit to the bytes and the seconds of a reply, and a failure that is a row like any other.
+The package retries (429, 5xx, timeouts, broken connections) with exponential back-off, jitter and Retry-After. Added
+here: a limit of the bytes and the seconds of a reply, and a failure is a row like any other.
 """
 
 import asyncio
@@ -21,26 +21,24 @@ if TYPE_CHECKING:
 
 KEY_VARIABLES = ("PREFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 SECRET = re.compile(r"api.?key|authorization|password|secret|(^|_)(access_|auth_)?token$", re.IGNORECASE)
-NOT_OURS_TO_SET = ("messages", "model", "stream", "n")
-REFUSED = (401, 403, 404)  # the same for every request: no use in asking on
-GIVE_UP_AFTER = 8  # requests that failed one after another, with none answered before
+RESERVED_FIELDS = ("messages", "model", "stream", "n")
+REFUSED = (401, 403, 404)  # the same for every request: retrying is useless
+GIVE_UP_AFTER = 8  # failed requests, if none was answered before
 ERROR_CHARACTERS = 300
 FIELDS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 2048}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a judge answers, and how it is asked. The key is in the environment alone and no part of this.
+    """A judge's address and request options. The key is in the environment only.
 
     Args:
         url: base URL, such as http://localhost:8000/v1; credentials in it are refused.
-        model: the judge's name there.
-        fields: of every request beside its messages. They win over those of an evaluator and, where there is none, over
-            `FIELDS`.
-        timeout: seconds that may pass without a byte, after which there is another attempt; one that takes twice as
-            long, though bytes trickle in, is given up.
-        retries: further attempts after a failure that may pass.
-        concurrency: requests under way together.
+        model: the judge's name at the endpoint.
+        fields: request fields besides the messages. They override those of an evaluator, or `FIELDS` without one.
+        timeout: read timeout in seconds, then retry; a reply that takes twice as long in all is given up.
+        retries: further attempts after a transient failure.
+        concurrency: concurrent requests.
         max_bytes: of one reply.
     """
 
@@ -59,37 +57,37 @@ class Endpoint:
         except ValueError:
             whole = False
         if not whole:
-            raise UserError("--url is no http:// or https:// address; give the base, e.g. http://localhost:8000/v1")
+            raise UserError("--url is not an http:// or https:// URL; give the base, e.g. http://localhost:8000/v1")
         if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: it may hold a secret
             raise UserError(
                 f"--url holds more than an address (user, query or fragment); keys go into {' or '.join(KEY_VARIABLES)}"
             )
         if secret := [name for name in self.fields if SECRET.search(name)]:
             raise UserError(f"{secret[0]} would be written into the results; keys go into {' or '.join(KEY_VARIABLES)}")
-        if taken := [name for name in NOT_OURS_TO_SET if name in self.fields]:
-            raise UserError(f"{taken[0]} is no field to set: it is made for each request")
+        if taken := [name for name in RESERVED_FIELDS if name in self.fields]:
+            raise UserError(f"{taken[0]} cannot be set: it differs between requests")
 
     @property
     def body(self) -> dict[str, Any]:
-        """The fields that are sent; null leaves out what would be sent otherwise."""
+        """The fields that are sent; null removes a default."""
         return {name: value for name, value in self.fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One request: messages for the judge, and what is to be written beside its reply."""
+    """One request: messages for the judge, and labels to write beside its reply."""
 
     messages: list[dict[str, str]]
     about: dict[str, Any]
 
     def key(self, endpoint: Endpoint) -> str:
-        """The same for the same words to the same judge, asked in the same way."""
+        """Return the cache key: a digest of the messages, the judge's model and the request fields."""
         return value_digest({"messages": self.messages, "model": endpoint.model, "fields": endpoint.body})
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: `reply` is None where nothing did, and `error` says why."""
+    """A judge's reply; if there is none, `reply` is None and `error` says why."""
 
     reply: str | None = None
     error: str | None = None
@@ -105,65 +103,65 @@ class Reply:
 
 
 def judge_key() -> tuple[str | None, str]:
-    """The variable that holds a key, and the key; local servers need none."""
+    """Return the name of the environment variable that holds a key, and the key; local servers need none."""
     for name in KEY_VARIABLES:
         if key := os.environ.get(name, "").strip():
             if not (key.isascii() and key.isprintable()):
-                raise UserError(f"{name} holds characters that no key has; set it again")
+                raise UserError(f"{name} holds characters that are not valid in a key; set it again")
             return name, key
     return None, "none"
 
 
-def ask_all(endpoint: Endpoint, questions: Iterable[Question], keep: Callable[[Question, Reply], None]) -> None:
-    """Ask every question and `keep` each reply as it comes; an interruption loses only those under way.
+def ask_all(endpoint: Endpoint, questions: Iterable[Question], record: Callable[[Question, Reply], None]) -> None:
+    """Ask every question and `record` each reply as it comes; an interruption loses only the requests in flight.
 
     Raises:
         UserError: if the endpoint refuses the key, the address or the model before anything was answered.
         RuntimeError: if nothing is answered at all.
     """
-    asyncio.run(_ask_all(endpoint, list(questions), keep))
+    asyncio.run(_ask_all(endpoint, list(questions), record))
 
 
-async def _ask_all(endpoint: Endpoint, questions: list[Question], keep: Callable[[Question, Reply], None]) -> None:
+async def _ask_all(endpoint: Endpoint, questions: list[Question], record: Callable[[Question, Reply], None]) -> None:
     variable, key = judge_key()
-    left, answered, failed = iter(questions), 0, 0
+    remaining, answered, failed = iter(questions), 0, 0
 
     async def work(client: "AsyncOpenAI") -> None:
         nonlocal answered, failed
-        for question in left:  # shared by all workers
-            found = _fit_to_write(await _ask(client, endpoint, question), key if variable else None)
-            keep(question, found)
-            answered, failed = answered + (found.error is None), failed + (found.error is not None)
-            if answered == 0 and found.status in REFUSED:
-                raise UserError(_refusal(endpoint, found, variable))
+        for question in remaining:  # shared by all workers
+            reply = _safe_to_write(await _ask(client, endpoint, question), key if variable else None)
+            record(question, reply)
+            answered, failed = answered + (reply.error is None), failed + (reply.error is not None)
+            if answered == 0 and reply.status in REFUSED:
+                raise UserError(_refusal(endpoint, reply, variable))
             if answered == 0 and failed >= min(len(questions), max(GIVE_UP_AFTER, 2 * endpoint.concurrency)):
                 raise RuntimeError(
-                    f"none of {failed} requests to {endpoint.url} was answered, the last one: {found.error}"
+                    f"none of {failed} requests to {endpoint.url} was answered, the last one: {reply.error}"
                 )
 
     async with _client(endpoint, key) as client:
         await asyncio.gather(*(work(client) for _ in range(min(endpoint.concurrency, len(questions)))))
 
 
-def _refusal(endpoint: Endpoint, found: Reply, variable: str | None) -> str:
-    if found.status == 404:
+def _refusal(endpoint: Endpoint, reply: Reply, variable: str | None) -> str:
+    if reply.status == 404:
         fix = f"is {endpoint.model!r} a model there, and does the address end as it should (often in /v1)?"
     else:
         fix = f"the key came from {variable}" if variable else f"set {' or '.join(KEY_VARIABLES)} in the environment"
-    return f"{endpoint.url} refuses: {found.error}; {fix}"
+    return f"{endpoint.url} refuses: {reply.error}; {fix}"
 
 
 def _client(endpoint: Endpoint, key: str) -> "AsyncOpenAI":
     try:
         import openai
     except ImportError as error:
-        raise UserError("judges are asked through the openai package: pip install 'prefdistill[judges]'") from error
+        raise UserError("judges need the openai package: pip install 'prefdistill[judges]'") from error
 
-    class TooMuch(openai.OpenAIError):
-        """Of the package's own kind, which it passes on without trying again."""
+    class LimitExceeded(openai.OpenAIError):
+        """The package raises its own errors without a retry."""
 
     class Limited(openai.DefaultAsyncHttpxClient):
-        """Reads no more of a body than `max_bytes`, and not for long; the package limits neither."""
+        """Limits the bytes and the seconds of a reply; the package limits neither."""
 
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             try:
@@ -174,9 +172,9 @@ def _client(endpoint: Endpoint, key: str) -> "AsyncOpenAI":
                     finally:
                         await response.aclose()
             except TimeoutError:
-                raise TooMuch(f"the reply is not whole after {2 * endpoint.timeout:g} s") from None
+                raise LimitExceeded(f"the reply is incomplete after {2 * endpoint.timeout:g} s") from None
             if body is None:
-                raise TooMuch(f"the reply is longer than {endpoint.max_bytes:,} bytes")
+                raise LimitExceeded(f"the reply is longer than {endpoint.max_bytes:,} bytes")
             headers = [
                 (k, v) for k, v in response.headers.multi_items() if k not in ("content-encoding", "content-length")
             ]
@@ -192,7 +190,7 @@ def _client(endpoint: Endpoint, key: str) -> "AsyncOpenAI":
 
 
 async def _read(chunks: AsyncIterator[bytes], most: int) -> bytes | None:
-    """None if there are more than `most` bytes."""
+    """Return the bytes; None if there are more than `most`."""
     body = bytearray()
     async for chunk in chunks:
         body += chunk
@@ -211,24 +209,26 @@ async def _ask(client: "AsyncOpenAI", endpoint: Endpoint, question: Question) ->
             messages=cast(Any, question.messages),
             extra_body=endpoint.body,
         )
-        found = asdict(_parse(raw.parse())) | {"retries": raw.retries_taken}
+        fields = asdict(_parse(raw.parse())) | {"retries": raw.retries_taken}
     except openai.APIStatusError as error:
-        found = {
+        fields = {
             "error": f"status {error.status_code}: {error.response.text}",
             "status": error.status_code,
             "retries": int(error.request.headers.get("x-stainless-retry-count", 0)),
         }
     except openai.APIConnectionError as error:
-        late = isinstance(error, openai.APITimeoutError)
-        told = f"no reply within {endpoint.timeout:g} s" if late else f"no connection ({error.__cause__ or error})"
-        found = {"error": told, "retries": endpoint.retries}
-    except (openai.OpenAIError, ValueError, RecursionError) as error:  # too much; not JSON; nested without end
-        found = {"error": f"no chat completion: {error}"}
-    return Reply(**found | {"seconds": round(time.monotonic() - begun, 3)})
+        timed_out = isinstance(error, openai.APITimeoutError)
+        reason = (
+            f"no reply within {endpoint.timeout:g} s" if timed_out else f"no connection ({error.__cause__ or error})"
+        )
+        fields = {"error": reason, "retries": endpoint.retries}
+    except (openai.OpenAIError, ValueError, RecursionError) as error:  # too long; not JSON; nested too deeply
+        fields = {"error": f"no chat completion: {error}"}
+    return Reply(**fields | {"seconds": round(time.monotonic() - begun, 3)})
 
 
 def _parse(completion: Any) -> Reply:
-    """What we need of a completion, which the package builds of whatever JSON it gets, or leaves as text."""
+    """Read a completion, which the package builds from any JSON without validation, or leaves as text."""
     try:
         choice = completion.choices[0]
         text = choice.message.content
@@ -244,28 +244,28 @@ def _parse(completion: Any) -> Reply:
     return Reply(
         reply=text,
         first_token=first,
-        finish=_given(str, choice, "finish_reason"),
-        served_as=_given(str, completion, "model"),
-        fingerprint=_given(str, completion, "system_fingerprint"),
-        tokens_in=_given(int, usage, "prompt_tokens"),
-        tokens_out=_given(int, usage, "completion_tokens"),
+        finish=_field(str, choice, "finish_reason"),
+        served_as=_field(str, completion, "model"),
+        fingerprint=_field(str, completion, "system_fingerprint"),
+        tokens_in=_field(int, usage, "prompt_tokens"),
+        tokens_out=_field(int, usage, "completion_tokens"),
     )
 
 
-def _given(kind: type, of: Any, name: str) -> Any:
-    """None where a server leaves out what others say, or says something else in its place."""
-    value = getattr(of, name, None)
+def _field(kind: type, part: Any, name: str) -> Any:
+    """Return an optional field; None if a server omits it or sends another type."""
+    value = getattr(part, name, None)
     return value if isinstance(value, kind) else None
 
 
-def _fit_to_write(found: Reply, key: str | None) -> Reply:
-    """Without the key, which servers quote in their errors, and without halves of characters, which no file takes."""
+def _safe_to_write(reply: Reply, key: str | None) -> Reply:
+    """Remove the key, which servers quote in their errors, and lone surrogates, which cannot be encoded."""
 
-    def fit(text: str) -> str:
-        whole = text.encode(errors="replace").decode()
-        return whole.replace(key, "***") if key else whole
+    def clean(text: str) -> str:
+        encodable = text.encode(errors="replace").decode()
+        return encodable.replace(key, "***") if key else encodable
 
-    texts: dict[str, Any] = {name: fit(value) for name, value in asdict(found).items() if isinstance(value, str)}
-    if found.error is not None:  # cut only now: half a key would not have been found
+    texts: dict[str, Any] = {name: clean(value) for name, value in asdict(reply).items() if isinstance(value, str)}
+    if reply.error is not None:  # truncated last: half a key would not be recognised
         texts["error"] = " ".join(texts["error"].split())[:ERROR_CHARACTERS]
-    return replace(found, **texts)
+    return replace(reply, **texts)

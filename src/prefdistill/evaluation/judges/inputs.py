@@ -1,4 +1,4 @@
-"""The files a judgement is made from: FastChat's questions, prompts and answers, AlpacaEval's outputs."""
+"""Read the inputs of a judge: FastChat's questions, prompts and answers, AlpacaEval's outputs."""
 
 import json
 import re
@@ -8,40 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefdistill.core.artifact import made_of
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest
 from prefdistill.core.text import surrogate
 from prefdistill.data import load as data
-from prefdistill.sampling.files import made_of
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Words for a judge, with {names} for what is judged."""
+    """A prompt for a judge, with {fields} for what is judged."""
 
     name: str
     system: str
     template: str
 
     def messages(self, fields: Mapping[str, str]) -> list[dict[str, str]]:
-        """As a system message, if there are words for one, and a user message."""
+        """Return a system message, unless it is empty, and a user message."""
         system = [{"role": "system", "content": fill(self.system, fields)}] if self.system.strip() else []
         return [*system, {"role": "user", "content": fill(self.template, fields)}]
 
     def require(self, names: Sequence[str], where: Path | str) -> None:
         if missing := [name for name in names if f"{{{name}}}" not in self.template]:
-            raise UserError(f"{where}: the prompt {self.name!r} has no place for {{{missing[0]}}}")
+            raise UserError(f"{where}: the prompt {self.name!r} has no {{{missing[0]}}}")
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with each {name} replaced, in one pass: braces in an answer, or elsewhere in the template, stay.
+    """Return the template with each {name} replaced, in one pass: other braces, as in an answer, stay.
 
     Example:
         >>> fill("{question} {x}: {answer}", {"question": "Why?", "answer": "{question}"})
         'Why? {x}: {question}'
     """
     names = "|".join(map(re.escape, fields))
-    return re.sub(rf"\{{({names})\}}", lambda found: fields[found[1]], template)
+    return re.sub(rf"\{{({names})\}}", lambda match: fields[match[1]], template)
 
 
 def read_text(path: Path) -> str:
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl, .jsonl.gz or .parquet file, or of a JSON file that holds a list of them."""
+    """Return the objects of a .jsonl, .jsonl.gz or .parquet file, or of a JSON file that holds a list of them."""
     rows = _packed_rows(path) if path.name.endswith((".jsonl.gz", ".parquet")) and path.is_file() else _json_rows(path)
     if not rows:
         raise UserError(f"{path}: there are no rows in it")
@@ -61,12 +61,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {place}: not a JSON object")
         if surrogate(json.dumps(row, ensure_ascii=False, default=str)) is not None:
-            raise UserError(f"{path}, row {place}: there is half a character in it (\\ud800 to \\udfff); fix it")
+            raise UserError(f"{path}, row {place}: it holds half a surrogate pair (\\ud800 to \\udfff); fix the text")
     return rows
 
 
 def _packed_rows(path: Path) -> list[Any]:
-    """Of the other files that `prefdistill sample` writes."""
+    """Return the rows of the other file types that `prefdistill sample` writes."""
     rows = list(data.read_rows(str(path)))
     if wrong := next((row for row in rows if isinstance(row, UserError)), None):
         raise wrong
@@ -75,22 +75,22 @@ def _packed_rows(path: Path) -> list[Any]:
 
 def _json_rows(path: Path) -> list[Any]:
     text = read_text(path)
-    # not str.splitlines: it also parts at characters that JSON allows inside of a text
+    # not str.splitlines: it also splits at characters that JSON allows inside strings
     pieces = [(0, text)] if text.lstrip().startswith("[") else list(enumerate(text.split("\n")))
     rows: list[Any] = []
     for line, piece in pieces:
         try:
-            found = json.loads(piece) if piece.strip() else []
+            value = json.loads(piece) if piece.strip() else []
         except (ValueError, RecursionError) as error:
-            found_at, reason = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, str(error))
-            raise UserError(f"{path}, line {line + found_at}: not valid JSON ({reason})") from error
-        rows += found if isinstance(found, list) else [found]
+            within, reason = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, str(error))
+            raise UserError(f"{path}, line {line + within}: not valid JSON ({reason})") from error
+        rows += value if isinstance(value, list) else [value]
     return rows
 
 
 def read_questions(path: Path, most: int | None = None) -> list[dict[str, Any]]:
-    """Questions with `question_id`, `category`, `turns`, and `required_temperature` if they have one; where `most` are
-    asked for, evenly from the whole file.
+    """Return questions with `question_id`, `category`, `turns` and, optionally, `required_temperature`; at most `most`,
+    evenly spaced over the file.
     """
     rows = read_rows(path)
     seen: set[Any] = set()
@@ -117,45 +117,45 @@ def read_questions(path: Path, most: int | None = None) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: Path, names: Sequence[str]) -> dict[str, Prompt]:
-    """The named prompts of a file with `name`, `system_prompt` and `prompt_template`."""
-    found = {}
+    """Return the named prompts of a file with `name`, `system_prompt` and `prompt_template`."""
+    prompts = {}
     for place, row in enumerate(read_rows(path)):
         name, system, template = row.get("name"), row.get("system_prompt") or "", row.get("prompt_template")
         if not (isinstance(name, str) and isinstance(system, str) and isinstance(template, str)):
             raise UserError(
                 f"{path}, row {place}: a prompt has `name`, `prompt_template` and, if any, `system_prompt`, all text"
             )
-        found[name] = Prompt(name, system, template)
-    if missing := [name for name in names if name not in found]:
-        raise UserError(f"{path}: no prompt {missing[0]!r}; it has {', '.join(found)}")
-    return {name: found[name] for name in names}
+        prompts[name] = Prompt(name, system, template)
+    if missing := [name for name in names if name not in prompts]:
+        raise UserError(f"{path}: no prompt {missing[0]!r}; it has {', '.join(prompts)}")
+    return {name: prompts[name] for name in names}
 
 
 def read_answers(path: Path, questions: Sequence[dict[str, Any]], what: str) -> dict[Any, list[str]]:
-    """The first choice's turns for each question, from FastChat's answer files."""
-    found: dict[Any, list[str]] = {}
+    """Return the turns of the first choice for each question, from FastChat's answer files."""
+    answers: dict[Any, list[str]] = {}
     for place, row in enumerate(read_rows(path)):
         try:
             turns = row["choices"][0]["turns"]
-            found[row["question_id"]] = turns
+            answers[row["question_id"]] = turns
             if not (isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
                 raise TypeError
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(
                 f'{path}, row {place}: an answer is {{"question_id": ..., "choices": [{{"turns": ["...", "..."]}}]}}'
             ) from error
-    missing = [q["question_id"] for q in questions if len(found.get(q["question_id"], [])) < len(q["turns"])]
+    missing = [q["question_id"] for q in questions if len(answers.get(q["question_id"], [])) < len(q["turns"])]
     if missing:
         listed = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{path}: no {what} to all turns of {len(missing)} questions ({listed})")
-    return found
+    return answers
 
 
 def read_outputs(path: Path) -> dict[str, str]:
-    """Instruction -> output, of AlpacaEval's files (`instruction`, `output`) or `prefdistill sample`'s (`prompt`,
-    `completion`).
+    """Return instruction -> output, from AlpacaEval's files (`instruction`, `output`) or those of `prefdistill sample`
+    (`prompt`, `completion`).
     """
-    found: dict[str, str] = {}
+    outputs: dict[str, str] = {}
     for place, row in enumerate(read_rows(path)):
         if "instruction" in row and "output" in row:
             instruction, output = row["instruction"], row["output"]
@@ -167,24 +167,24 @@ def read_outputs(path: Path) -> dict[str, str]:
             raise UserError(
                 f"{path}, row {place}: give `instruction` and `output`, or `prompt` and `completion`, one message each"
             )
-        if instruction in found:
+        if instruction in outputs:
             raise UserError(f"{path}, row {place}: a second output to the same instruction; keep one")
-        found[instruction] = output
-    return found
+        outputs[instruction] = output
+    return outputs
 
 
 def _text(value: Any) -> Any:
-    """Plain text, or the text of a conversation of one message."""
+    """Return plain text, or the text of a conversation of one message."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         return value[0].get("content")
     return value
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    """What a file of answers is: its digest, who it says answered, and how, if it is as `prefdistill` wrote it."""
+    """Return the digest of an answer file, the models it names and, if `prefdistill` wrote it, its request."""
     rows = read_rows(path)
     names = {str(row[key]) for row in rows for key in ("model_id", "generator") if row.get(key)}
-    found: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "models": sorted(names)}
-    if made := made_of(path):
-        found["made_from"] = made.get("request")
-    return found
+    source: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "models": sorted(names)}
+    if seal := made_of(path):
+        source["made_from"] = seal.get("request")
+    return source

@@ -1,7 +1,7 @@
-"""MT-Bench: grades of single answers and comparisons of two, turn by turn.
+"""MT-Bench: grades of single answers and pairwise comparisons, turn by turn.
 
-A grade is a number from 1 to 10. A comparison is asked in both orders, and won only where both orders say so: anything
-else is a tie, so that a judge with a preference for the first answer decides nothing.
+A grade is a number from 1 to 10. A comparison is asked in both orders and counts as a win only if both orders agree;
+otherwise it is a tie, so that a judge that prefers the first answer shown decides nothing.
 """
 
 import time
@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import file_digest, write_json
-from prefdistill.core.lock import locked
+from prefdistill.core.files import file_digest, value_digest
 from prefdistill.core.progress import say
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import Prompt, provenance, read_answers, read_prompts, read_questions
-from prefdistill.evaluation.judges.ledger import Ledger, summary
+from prefdistill.evaluation.judges.ledger import Ledger, judged_results, summary
 from prefdistill.evaluation.stats import estimate
 
-WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose answers are right or wrong
-ORDERS = ("first", "second")  # the place at which our answer is shown
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories with a reference answer
+ORDERS = ("first", "second")  # the position at which our answer is shown
 KINDS = ("single", "pair")
 FOR_THE_FIRST = {"A": 1.0, "B": 0.0, "C": 0.5}
-# (kind, has a reference, turn) -> the prompt's name in FastChat's file, and what it must have a place for
+# (kind, has a reference, turn) -> the prompt's name in FastChat's file, and the fields it must have
 PROMPTS = {
     ("single", False, 1): ("single-v1", ("question", "answer")),
     ("single", True, 1): ("single-math-v1", ("question", "answer", "ref_answer_1")),
@@ -61,17 +60,17 @@ def judge_mt_bench(
     price_in: float | None = None,
     price_out: float | None = None,
 ) -> dict[str, Any]:
-    """Have the answers to MT-Bench's questions judged; `OUT/verdicts.jsonl` keeps every reply, `OUT/results.json` is
-    returned.
+    """Have the answers to MT-Bench's questions judged; write `OUT/verdicts.jsonl` (every reply) and `OUT/results.json`,
+    and return the latter.
 
     Args:
         endpoint: the judge.
-        out: a directory; what is in it already is not asked again.
+        out: a directory; verdicts that are in it already are reused.
         questions, prompts, references: FastChat's question.jsonl, judge_prompts.jsonl and reference answers.
         answers: FastChat's answer file, or that of `prefdistill judge answers`.
-        against: another one, to compare with.
+        against: another answer file to compare with.
         kinds: "single" grades each file, "pair" compares them; default: all that the files allow.
-        max_questions: as many, evenly from the whole file.
+        max_questions: limit, evenly spaced over the file.
         price_in, price_out: money per million tokens.
 
     Returns:
@@ -79,7 +78,7 @@ def judge_mt_bench(
         every estimate is over questions.
 
     Raises:
-        UserError: if a file lacks something, or the endpoint refuses.
+        UserError: if a file is incomplete, or the endpoint refuses.
         RuntimeError: if no request is answered.
 
     Example:
@@ -93,32 +92,49 @@ def judge_mt_bench(
         raise UserError(f"unknown kind {unknown[0]!r}; known: {', '.join(KINDS)}")
     if "pair" in kinds and against is None:
         raise UserError("--kind pair compares two files of answers; give the other one with --against")
-    asked = read_questions(questions, max_questions)
-    worded = _prompts(prompts, kinds)
-    told = _references(references, asked)
+    question_rows = read_questions(questions, max_questions)
+    judge_prompts = _prompts(prompts, kinds)
+    reference_answers = _references(references, question_rows)
     files = {"answers": answers} | ({"against": against} if against else {})
-    said = {who: read_answers(path, asked, "answer") for who, path in files.items()}
-    results: dict[str, Any] = {"task": "mt-bench", "questions": len(asked)}
-    used: list[dict[str, Any]] = []
-    with locked(out):
+    turns = {who: read_answers(path, question_rows, "answer") for who, path in files.items()}
+    artifact = judged_results(
+        "mt-bench",
+        out,
+        endpoint,
+        {
+            "kinds": list(kinds),
+            "questions": value_digest(question_rows),
+            "prompts": file_digest(prompts),
+            "references": file_digest(references),
+            **{who: file_digest(path) for who, path in files.items()},
+            "price_in": price_in,
+            "price_out": price_out,
+        },
+    )
+    results: dict[str, Any] = {"task": "mt-bench", "questions": len(question_rows)}
+    verdict_rows: list[dict[str, Any]] = []
+    with artifact.session(reuse=False):
         ledger = Ledger(out / "verdicts.jsonl")
         if "single" in kinds:
-            graded = [(who, q) for who in files for q in _single(asked, worded, told, said[who])]
+            graded = [
+                (who, q) for who in files for q in _single(question_rows, judge_prompts, reference_answers, turns[who])
+            ]
             rows = ledger.ask(endpoint, [q for _, q in graded], _rating, what="grading")
             by_who = {who: [r for r, (w, _) in zip(rows, graded, strict=True) if w == who] for who in files}
             results["single"] = {who: grades(own) for who, own in by_who.items()}
             if against:
                 results["single"]["difference"] = grade_difference(by_who["answers"], by_who["against"])
-            used += rows
+            verdict_rows += rows
         if "pair" in kinds:
-            shown = {order: _pair(asked, worded, told, said, order) for order in ORDERS}
+            shown = {order: _pair(question_rows, judge_prompts, reference_answers, turns, order) for order in ORDERS}
             rows = ledger.ask(endpoint, [q for order in ORDERS for q in shown[order]], _winner, what="comparing")
             half = len(rows) // 2
             results["pair"] = comparisons(rows[:half], rows[half:])
-            used += rows
-        results |= summary(used, endpoint, price_in, price_out)
+            verdict_rows += rows
+        results |= summary(verdict_rows, endpoint, price_in, price_out)
         results["answers"] = {
-            who: provenance(path) | {"characters": _characters(said[who], asked)} for who, path in files.items()
+            who: provenance(path) | {"characters": _characters(turns[who], question_rows)}
+            for who, path in files.items()
         }
         results["files"] = {
             name: {"file": path.name, "sha256": file_digest(path)}
@@ -128,12 +144,12 @@ def judge_mt_bench(
         results["asked_now"] = ledger.asked
         for warning in results["warnings"]:
             say(f"warning: {warning}")
-        write_json(out / "results.json", results)
+        artifact.seal(results)
     return results
 
 
 def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The mean rating of all turns, of each turn and of each category; replies without a rating are left out.
+    """Return the mean rating of all turns, of each turn and of each category; replies without a rating are left out.
 
     Args:
         rows: `{"question_id", "turn", "category", "verdict": rating or None, "error"}` each.
@@ -148,27 +164,28 @@ def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def grade_difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Mean of our rating less theirs where both have one; the rows are of the same turns, in order."""
-    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a["verdict"] is not None and b["verdict"] is not None]
+def grade_difference(answers: Sequence[dict[str, Any]], against: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the mean difference of the ratings where both exist; the rows are of the same turns, in order."""
+    pairs = zip(answers, against, strict=True)
+    both = [(a, b) for a, b in pairs if a["verdict"] is not None and b["verdict"] is not None]
     return _mean([a | {"verdict": a["verdict"] - b["verdict"]} for a, b in both])
 
 
 def comparisons(shown_first: Sequence[dict[str, Any]], shown_second: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Wins, ties and losses of our answers, each comparison asked in both orders.
+    """Count wins, ties and losses of our answers, each comparison asked in both orders.
 
     Args:
         shown_first, shown_second: rows of the same turns, with our answer as A and as B; "verdict" is A, B, C or None.
 
     Returns:
-        `win_rate` counts a tie one half. `consistency` is the share of comparisons in which both orders name the same
-        answer, or both a tie; `first_preferred` the share of all decided verdicts that name the answer shown first,
-        one half for a judge without a preference.
+        `win_rate` counts a tie as one half. `consistency` is the share of comparisons in which both orders name the
+        same answer, or both a tie; `first_preferred` is the share of all decided verdicts that name the answer shown
+        first, one half for a judge without position bias.
     """
     pairs = list(zip(shown_first, shown_second, strict=True))
     both = [(a, b) for a, b in pairs if a["verdict"] is not None and b["verdict"] is not None]
     as_ours = [(FOR_THE_FIRST[a["verdict"]], 1 - FOR_THE_FIRST[b["verdict"]]) for a, b in both]
-    worth = [
+    scores = [
         a | {"verdict": first if first == second else 0.5}
         for (a, _), (first, second) in zip(both, as_ours, strict=True)
     ]
@@ -176,14 +193,14 @@ def comparisons(shown_first: Sequence[dict[str, Any]], shown_second: Sequence[di
     decided = [
         row | {"verdict": float(row["verdict"] == "A")} for pair in both for row in pair if row["verdict"] != "C"
     ]
-    counts = Counter(row["verdict"] for row in worth)
+    counts = Counter(row["verdict"] for row in scores)
     return {
-        "win_rate": _mean(worth),
+        "win_rate": _mean(scores),
         "wins": counts[1.0],
         "ties": counts[0.5],
         "losses": counts[0.0],
-        "turns": _by(worth, "turn"),
-        "categories": _by(worth, "category"),
+        "turns": _by(scores, "turn"),
+        "categories": _by(scores, "category"),
         "consistency": _mean(agreed),
         "first_preferred": _mean(decided),
         "left_out": len(pairs) - len(both),
@@ -192,7 +209,7 @@ def comparisons(shown_first: Sequence[dict[str, Any]], shown_second: Sequence[di
 
 
 def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """An estimate over questions: the turns of one are not independent."""
+    """Return an estimate over questions: the turns of one question are not independent."""
     if not rows:
         return None
     return estimate([row["verdict"] for row in rows], [str(row["question_id"]) for row in rows])
@@ -207,10 +224,10 @@ def _left_out(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {"verdicts": len(rows), "unparsable": sum(r["verdict"] is None for r in rows) - errors, "errors": errors}
 
 
-def _characters(answers: dict[Any, list[str]], asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Length of the judged turns: judges like long answers."""
-    told = [(q["question_id"], turn) for q in asked for turn in answers[q["question_id"]][: len(q["turns"])]]
-    return estimate([len(turn) for _, turn in told], [str(name) for name, _ in told])
+def _characters(answers: dict[Any, list[str]], questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean length of the judged turns: judges prefer long answers."""
+    turns = [(q["question_id"], turn) for q in questions for turn in answers[q["question_id"]][: len(q["turns"])]]
+    return estimate([len(turn) for _, turn in turns], [str(question_id) for question_id, _ in turns])
 
 
 def _rating(reply: Reply) -> float | None:
@@ -222,23 +239,26 @@ def _winner(reply: Reply) -> str | None:
 
 
 def _prompts(path: Path, kinds: Sequence[str]) -> dict[tuple[str, bool, int], Prompt]:
-    wanted = {key: value for key, value in PROMPTS.items() if key[0] in kinds}
-    found = read_prompts(path, [name for name, _ in wanted.values()])
-    for name, places in wanted.values():
-        found[name].require(places, path)
-    return {key: found[name] for key, (name, _) in wanted.items()}
+    required = {key: value for key, value in PROMPTS.items() if key[0] in kinds}
+    prompts = read_prompts(path, [name for name, _ in required.values()])
+    for name, fields in required.values():
+        prompts[name].require(fields, path)
+    return {key: prompts[name] for key, (name, _) in required.items()}
 
 
-def _references(path: Path, asked: Sequence[dict[str, Any]]) -> dict[Any, list[str]]:
-    needed = [q for q in asked if q["category"] in WITH_REFERENCE]
+def _references(path: Path, questions: Sequence[dict[str, Any]]) -> dict[Any, list[str]]:
+    needed = [q for q in questions if q["category"] in WITH_REFERENCE]
     return read_answers(path, needed, "reference answer") if needed else {}
 
 
 def _turns(
-    asked: Sequence[dict[str, Any]], prompts: dict[tuple[str, bool, int], Prompt], kind: str, references: dict[Any, Any]
+    questions: Sequence[dict[str, Any]],
+    prompts: dict[tuple[str, bool, int], Prompt],
+    kind: str,
+    references: dict[Any, Any],
 ) -> Iterable[tuple[dict[str, Any], Prompt, dict[str, str], dict[str, Any]]]:
-    """Each turn of each question with its prompt, the fields that do not depend on answers, and what to write down."""
-    for q in asked:
+    """Yield each turn of each question with its prompt, the fields that do not depend on answers, and its labels."""
+    for q in questions:
         reference = references[q["question_id"]] if q["category"] in WITH_REFERENCE else []
         for turn in range(1, len(q["turns"]) + 1):
             prompt = prompts[kind, bool(reference), turn]
@@ -250,32 +270,33 @@ def _turns(
 
 
 def _single(
-    asked: Sequence[dict[str, Any]],
+    questions: Sequence[dict[str, Any]],
     prompts: dict[tuple[str, bool, int], Prompt],
     references: dict[Any, list[str]],
     answers: dict[Any, list[str]],
 ) -> list[Question]:
-    made = []
-    for q, prompt, fields, about in _turns(asked, prompts, "single", references):
-        own = answers[q["question_id"]]
-        told = {"answer": own[0]} | {f"answer_{n}": text for n, text in enumerate(own, start=1)}
-        made.append(Question(prompt.messages(fields | told), about))
-    return made
+    requests = []
+    for q, prompt, fields, about in _turns(questions, prompts, "single", references):
+        turns = answers[q["question_id"]]
+        answer_fields = {"answer": turns[0]} | {f"answer_{n}": text for n, text in enumerate(turns, start=1)}
+        requests.append(Question(prompt.messages(fields | answer_fields), about))
+    return requests
 
 
 def _pair(
-    asked: Sequence[dict[str, Any]],
+    questions: Sequence[dict[str, Any]],
     prompts: dict[tuple[str, bool, int], Prompt],
     references: dict[Any, list[str]],
-    said: dict[str, dict[Any, list[str]]],
+    answers: dict[str, dict[Any, list[str]]],
     order: str,
 ) -> list[Question]:
     names = ("answers", "against") if order == "first" else ("against", "answers")
-    made = []
-    for q, prompt, fields, about in _turns(asked, prompts, "pair", references):
-        told: dict[str, str] = {}
+    requests = []
+    for q, prompt, fields, about in _turns(questions, prompts, "pair", references):
+        answer_fields: dict[str, str] = {}
         for letter, who in zip("ab", names, strict=True):
-            own = said[who][q["question_id"]]
-            told |= {f"answer_{letter}": own[0]} | {f"answer_{letter}_{n}": t for n, t in enumerate(own, start=1)}
-        made.append(Question(prompt.messages(fields | told), about | {"ours_shown": order}))
-    return made
+            turns = answers[who][q["question_id"]]
+            answer_fields[f"answer_{letter}"] = turns[0]
+            answer_fields |= {f"answer_{letter}_{n}": text for n, text in enumerate(turns, start=1)}
+        requests.append(Question(prompt.messages(fields | answer_fields), about | {"ours_shown": order}))
+    return requests
