@@ -163,7 +163,7 @@ MISTAKES = [
     ([*SAMPLE, "out.jsonl", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
     ([*SAMPLE, "out.jsonl", "--top-p", "0"], "top_p must be greater than 0, got 0.0"),
     ([*SAMPLE, "out.jsonl", "--column", "chosen"], "pairs.jsonl has a column 'chosen' already; name another"),
-    ([*SAMPLE, "out.jsonl", "--engine", "magic"], "engine must be 'transformers' or 'vllm', got 'magic'"),
+    ([*SAMPLE, "out.jsonl", "--engine", "magic"], "unknown engine 'magic'; known: transformers, vllm"),
     ([*SAMPLE, "out.jsonl", "--dtype", "int8"], "dtype must be 'auto', 'float32'"),
     ([*SAMPLE, "out.jsonl", "--max-length", "3"], "No prompt is left: dropped 24 rows: the prompt leaves no room"),
     ([*SAMPLE, "pairs.jsonl"], "pairs.jsonl is there and is not as `prefdistill sample` wrote it; give another --out"),
@@ -505,9 +505,12 @@ def test_sampled_responses_are_data_like_any_other(place, capfd, name):
     assert rows["completion"][::2] != rows["completion"][1::2]
     again, err = call(capfd, *sample, "--max-length", "60", "--seed", "3")
     assert again == found | {"reused": True}
-    assert f"{name} reused" in err
+    assert "sample: reused" in err
     assert main([*sample, "--max-length", "60", "--seed", "4"]) == 2
-    assert f"{name} holds responses of another request (seed is 3, not 4); give another --out" in capfd.readouterr().err
+    assert (
+        f"{name} holds work of another request (seed is 4, was 3); delete it or give another --out"
+        in capfd.readouterr().err
+    )
     call(capfd, "sft", *MODEL, "--data", name, "--out", "sft", *FAST)
     assert main([*SAMPLE, "other.jsonl", "--max-new-tokens", "2"]) == 0
     assert "24 responses" in capfd.readouterr().out

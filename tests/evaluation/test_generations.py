@@ -286,7 +286,7 @@ def test_responses_are_sampled_once_and_scored(place, reward_model, capfd):
     assert main(scored) == 0
     assert (place / "e.generations.jsonl").stat().st_mtime_ns == before
     assert main([*scored, "--seed", "1"]) == 2
-    assert "holds responses of another request" in told(capfd)
+    assert "holds work of another request" in told(capfd)
 
 
 def refuse_system(model):

@@ -164,7 +164,7 @@ def test_a_judge_that_never_rates_gives_no_score(judge, bench, tmp_path):
     found = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "out", **bench)
     assert found["single"]["answers"]["score"] is found["single"]["difference"] is found["pair"]["win_rate"] is None
     assert found["requests"]["unparsable"] == found["requests"]["unparsable_at_token_limit"] == 24
-    assert "24 of them cut off at the limit of tokens" in found["warnings"][0]
+    assert "24 of them truncated at the token limit" in found["warnings"][0]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_body_that_never_ends_is_left(judge, bench, tmp_path):
 
     server = judge(None)
     server.RequestHandlerClass = Dripping
-    with pytest.raises(RuntimeError, match=r"none of 2 requests .* was answered, .* not whole after 0.8 s"):
+    with pytest.raises(RuntimeError, match=r"none of 2 requests .* was answered, .* incomplete after 0.8 s"):
         judge_mt_bench(
             Endpoint(server.url, "j", timeout=0.4, retries=0), tmp_path / "out", **single(bench), max_questions=1
         )
@@ -268,7 +268,7 @@ def test_a_server_may_say_no_more_than_the_verdict(judge, bench, tmp_path):
     found = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "out", **single(bench), price_in=1, price_out=1)
     assert found["single"]["answers"]["score"]["mean"] == 5
     assert (found["tokens"], found["cost"], found["judge"]["served_as"]) == ({"in": 0, "out": 0}, 0, [])
-    assert found["warnings"] == ["6 replies came without a count of tokens: tokens and cost are too low"]
+    assert found["warnings"] == ["6 replies came without token counts: tokens and cost are too low"]
 
 
 def test_lone_surrogates_can_be_written(judge, bench, tmp_path):
@@ -311,10 +311,10 @@ def test_verdicts_of_another_address_are_kept_and_said_to_be(judge, bench, tmp_p
     first, second = judge(lambda *_: "[[5]]"), judge(lambda *_: "[[6]]")
     for url in (first.url, first.url):
         judge_mt_bench(Endpoint(url, "j"), tmp_path / "out", **single(bench))
-    assert "are kept" not in capsys.readouterr().err
+    assert "are reused" not in capsys.readouterr().err
     judge_mt_bench(Endpoint(second.url, "j"), tmp_path / "out", **single(bench))
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"6 verdicts are kept that {first.url} gave, not {second.url}; for new ones give another --out" in line
+    assert f"6 verdicts are reused that {first.url} gave, not {second.url}; for new ones give another --out" in line
     assert second.seen == []
 
 
@@ -365,7 +365,9 @@ def test_the_judge_s_own_key_comes_first_and_none_is_needed(judge, bench, tmp_pa
     judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "own", **single(bench))
     assert server.keys == {f"Bearer {KEY}"}
     monkeypatch.setenv("PREFDISTILL_JUDGE_KEY", f"{KEY}é")
-    with pytest.raises(UserError, match=r"^PREFDISTILL_JUDGE_KEY holds characters that no key has") as caught:
+    with pytest.raises(
+        UserError, match=r"^PREFDISTILL_JUDGE_KEY holds characters that are not valid in a key"
+    ) as caught:
         judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "bad", **single(bench))
     assert KEY not in str(caught.value)
 
@@ -438,13 +440,13 @@ def test_mistakes(bench, tmp_path, capsys):
         prompts=jsonl(tmp_path / "p.jsonl", [{"name": "x", "prompt_template": ""}])
     )
     bad = [{"name": name, "prompt_template": "{question}"} for name, _ in PROMPTS.values()]
-    assert "has no place for {answer}" in said(prompts=jsonl(tmp_path / "q.jsonl", bad))
+    assert "has no {answer}" in said(prompts=jsonl(tmp_path / "q.jsonl", bad))
     assert "cannot be read: No such file" in said(questions=tmp_path / "none.jsonl")
     (tmp_path / "broken.jsonl").write_text('{"question_id": 1}\n{"a"\n')
     assert "broken.jsonl, line 2: not valid JSON" in said(questions=tmp_path / "broken.jsonl")
     assert "--kind pair compares two files" in said("--kind=pair")
     assert "unknown kind 'triple'" in said("--kind=triple")
-    assert "messages is no field to set" in said("messages=1")
+    assert "messages cannot be set" in said("messages=1")
     assert not (tmp_path / "out").exists()
 
 

@@ -118,7 +118,7 @@ def test_mistakes_in_outputs(outputs, tmp_path, capsys):
     two = [{"prompt": [{"role": "user", "content": "x"}] * 2, "completion": "y"}]
     assert "row 0: give `instruction` and `output`" in said(answers=jsonl(tmp_path / "c", two))
     (tmp_path / "d.txt").write_text("{instruction} {output_1}")
-    assert "d.txt: no place for {output_2}" in said(prompt=tmp_path / "d.txt")
+    assert "d.txt: the prompt has no {output_2}" in said(prompt=tmp_path / "d.txt")
 
 
 def test_the_length_controlled_rate_is_that_of_a_logistic_regression():

@@ -148,7 +148,7 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
     assert not out.exists()
     stop = None
     assert main([*command, "--seed=1"]) == 2
-    told = f"{out}.parts holds unfinished answers of another request (seed is 0, not 1); give another --out or delete"
+    told = f"{out} holds work of another request (seed is 1, was 0); delete it or give another --out"
     assert told in capsys.readouterr().err
     asked.clear()
     assert main([*command, "--json"]) == 0
@@ -170,7 +170,7 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
     assert main([*command, "--seed=1"]) == 2
     assert "seed is" in capsys.readouterr().err
     assert main([*command, "--batch-size=1"]) == 2  # other draws
-    assert "batch_size is 16, not 1" in capsys.readouterr().err
+    assert "batch_size is 1, was 16" in capsys.readouterr().err
     out.write_text("mine")
     assert main(command) == 2
     assert "is not as `prefdistill judge answers` wrote it" in capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
 
 def test_answers_are_there_when_what_they_were_made_from_is(model, tmp_path, monkeypatch):
     """Killed between the two files, the same command goes on."""
-    from prefdistill.evaluation.judges import answers as module
+    from prefdistill.core import artifact as module
 
     path, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["the small teacher"]}) + "\n")

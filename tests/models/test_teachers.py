@@ -12,10 +12,11 @@ import torch
 import transformers as tf
 from datasets import Dataset
 
+from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json
 from prefdistill.models.load import load_model
-from prefdistill.sampling.files import sample_responses, sidecar
+from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import extract_signals
 
 quantised = pytest.mark.skipif(

@@ -17,10 +17,11 @@ from scipy.stats import chisquare
 from transformers import PreTrainedTokenizerFast
 
 from conftest import sentence
+from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import Truncation, encode_pairs
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
-from prefdistill.sampling.files import sample_responses, sidecar
+from prefdistill.sampling.files import sample_responses
 from prefdistill.sampling.sampler import Response, sample
 from support.tokenizer_styles import make_tokenizer
 
@@ -480,19 +481,19 @@ def test_a_finished_file_is_reused_and_anything_else_refused(model, tokenizer, r
             sample_responses(model, dataset, tokenizer, out, **(ASK | change))
 
     refused(
-        r"a.jsonl holds responses of another request \(seed is 0, not 1; temperature is 1.0, not 2.0\); give",
+        r"a.jsonl holds work of another request \(seed is 1, was 0; temperature is 2.0, was 1.0\); delete it or give",
         seed=1,
         temperature=2,
     )
-    refused(r"\(another data\.fingerprint; data\.rows is 11, not 10\)", dataset=rows.select(range(10)))
-    refused(r"\(another data\.fingerprint\)", dataset=rows.rename_column("id", "name"))
-    refused(r"\(max_length is None, not 200\)", truncation=Truncation(200))
+    refused(r"\(data\.fingerprint differs .*; data\.rows is 10, was 11\)", dataset=rows.select(range(10)))
+    refused(r"\(data\.fingerprint differs \(\w+\.\.\., was \w+\.\.\.\)\)", dataset=rows.rename_column("id", "name"))
+    refused(r"\(max_length is 200, was None\)", truncation=Truncation(200))
     model.lm_head.weight.data[0, 0] += 1
-    refused(r"\(another model\.weights_sha256\)")
+    refused(r"\(model\.weights_sha256 differs \(")
     model.lm_head.weight.data[0, 0] -= 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == made
     out.write_text(out.read_text() + "\n")
-    refused("is there and is not as `prefdistill sample` wrote it")
+    refused("is not as `prefdistill sample` wrote it")
     out.unlink()
     out.mkdir()
     refused("is a directory")
@@ -504,14 +505,14 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(model, tokenizer, rows, tm
     with pytest.raises(ZeroDivisionError):
         sample_responses(model, rows, tokenizer, out, **ASK)
     monkeypatch.setattr(model, "generate", generate)
-    with pytest.raises(UserError, match=r"a.jsonl.parts holds responses of another request \(n is \d, not \d\)"):
+    with pytest.raises(UserError, match=r"a.jsonl holds work of another request \(n is 1, was 2\)"):
         sample_responses(model, rows, tokenizer, out, **(ASK | {"n": 1}))
     (tmp_path / "b.jsonl.parts").mkdir()
     (tmp_path / "b.jsonl.parts" / "thesis.tex").write_text("all of it")
-    with pytest.raises(UserError, match=r"b.jsonl.parts is not empty and holds no responses"):
+    with pytest.raises(UserError, match=r"b.jsonl.parts is not empty and was not made by `prefdistill sample`"):
         sample_responses(model, rows, tokenizer, tmp_path / "b.jsonl", **ASK)
     out.write_text("mine")
-    with pytest.raises(UserError, match="is there and is not as"):
+    with pytest.raises(UserError, match="is not as"):
         sample_responses(model, rows, tokenizer, out, **ASK)
     assert out.read_text() == "mine"
 
@@ -538,7 +539,7 @@ def test_prompts_without_room_are_left_out_and_counted(model, tokenizer, rows, t
         ({"column": "chosen"}, "a data set in memory has a column 'chosen' already; name another with --column"),
         ({"column": "prompt"}, "has a column 'prompt' already"),
         ({"column": "a b"}, "column='a b': use letters, digits and _"),
-        ({"engine": "magic"}, "engine must be 'transformers' or 'vllm', got 'magic'"),
+        ({"engine": "magic"}, "unknown engine 'magic'; known: transformers, vllm"),
         ({"engine": "vllm"}, "vLLM loads a model itself: give its Hub name or directory"),
         ({"shard_rows": 0}, "shard_rows must be greater than 0"),
         ({"top_p": 2}, "top_p must be less than or equal to 1"),
@@ -556,7 +557,7 @@ def test_mistakes_are_found_before_anything_is_made(model, tokenizer, rows, tmp_
 def test_columns_that_json_cannot_hold_ask_for_parquet(model, tokenizer, tmp_path):
     when = datetime(2020, 1, 2)
     rows = Dataset.from_list([{"prompt": PROMPTS[0], "when": when}])
-    with pytest.raises(UserError, match=r"row 0 of the data holds what JSON cannot .* ends in .parquet"):
+    with pytest.raises(UserError, match=r"row 0 of the data cannot be written as JSON .* ends in .parquet"):
         sample_responses(model, rows, tokenizer, tmp_path / "a.jsonl", max_new_tokens=2)
     written = sample_responses(model, rows, tokenizer, tmp_path / "a.parquet", max_new_tokens=2)
     assert written["when"][0] == when

@@ -29,7 +29,7 @@ from prefdistill.core.files import disk_full
 from prefdistill.core.lock import locked
 from prefdistill.data.load import load_pairs
 from prefdistill.evaluation.judges.mt_bench import PROMPTS
-from prefdistill.sampling.files import _write_rows, sample_responses
+from prefdistill.sampling.files import sample_responses, write_rows
 from prefdistill.signals import Signals
 from prefdistill.training.checkpoints import WHOLE
 from support.judges import Judge, answers, jsonl
@@ -251,7 +251,7 @@ def test_responses_as_parquet_on_a_full_disk_do_not_abort_the_process(room, plac
 
     def write():
         try:
-            _write_rows(responses, Path("made.parquet"), "made.parquet")
+            write_rows(responses, Path("made.parquet"), "made.parquet")
         except OSError as error:
             return 1 if disk_full(error) else 3
         return 0

@@ -222,9 +222,10 @@ def sample(
     Example: prefdistill sample --model my/student --data pairs.jsonl --out own.jsonl --column student_response
     """
     _one_process("sample")
+    from prefdistill.core.artifact import sidecar
     from prefdistill.core.files import read_json
     from prefdistill.data.encode import Truncation
-    from prefdistill.sampling.files import sample_responses, sidecar
+    from prefdistill.sampling.files import sample_responses
 
     reused = out.exists()  # what is there is taken as it is, or refused
     sample_responses(

@@ -395,7 +395,7 @@ class FileArtifact(Artifact):
             return f"{self.parts} is not empty and was not made by `prefdistill {self.verb}`; give another --out"
         return None
 
-    def seal(self, write: Callable[[Path], None], about: dict[str, Any]) -> dict[str, Any]:
+    def seal(self, write: Callable[[Path], Any], about: dict[str, Any]) -> dict[str, Any]:
         """Finish the work.
 
         Args:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefdistill.core.artifact import made_of
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import Truncation, without_refused
@@ -22,7 +23,7 @@ from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
 from prefdistill.evaluation.reward_model import RewardModel, check_judged, judge_of
 from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
-from prefdistill.sampling.files import made_of, sample_responses
+from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals
 
 if TYPE_CHECKING:

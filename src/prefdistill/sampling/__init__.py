@@ -1,1 +1,12 @@
 """Responses from a model, in memory or as a data file."""
+
+from prefdistill.core.registry import Registry
+
+ENGINES = Registry(
+    "engine",
+    "engines",
+    {
+        "transformers": "prefdistill.sampling.engines:TransformersEngine",
+        "vllm": "prefdistill.sampling.engines:VLLMEngine",
+    },
+)

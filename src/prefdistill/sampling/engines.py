@@ -1,84 +1,134 @@
-"""TODO docstring."""
+"""Engines: what generates responses. A new engine is a class and its entry in `prefdistill.sampling.ENGINES`."""
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
-from prefdistill.data.encode import (
-    end_token_ids,
-)
+from prefdistill.data.encode import end_token_ids
+from prefdistill.models.load import load_model, ready
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.sampling.options import SampleRequest, Sampling
 
-if TYPE_CHECKING:
-    pass
+
+class Engine(ABC):
+    """Generates the tokens of responses to tokenized prompts."""
+
+    @classmethod
+    def check(cls, model: Any, options: SampleRequest) -> None:
+        """Check that the engine can run a model (loaded, or a Hub name or directory), before any data is read.
+
+        Raises:
+            UserError: if it cannot.
+        """
+        if options.quantization is not None and not isinstance(model, str):
+            raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
+
+    @classmethod
+    @abstractmethod
+    def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
+        """Return an engine for a model, which is loaded here if it is a name."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
+        """Return the new tokens of n responses per prompt, consecutive; tokens after an end token are ignored.
+
+        Args:
+            prompts: token ids.
+            limits: maximum new tokens of each prompt.
+            seed: of the draws.
+            progress: counts responses.
+
+        Raises:
+            NotFiniteLogits: if nothing can be drawn.
+        """
 
 
-# Prompts (token ids), the most new tokens of each, a seed -> the new tokens of n responses per prompt, consecutive,
-# which may go on after an end token.
-_Engine = Callable[[list[list[int]], list[int], int, Progress], list[list[int]]]
+class NotFiniteLogits(Exception):
+    """The logits after a prompt are not finite.
 
+    Args:
+        prompt: its index.
+    """
 
-class _NotFinite(Exception):
     def __init__(self, prompt: int) -> None:
         super().__init__(prompt)
         self.prompt = prompt
 
 
-class _Finite(LogitsProcessor):
-    """Stops at logits from which nothing can be drawn, where generation goes on with any token. -inf is a fair one."""
+class TransformersEngine(Engine):
+    """`generate` of transformers, prompts of similar length batched together.
+
+    Args:
+        model: a causal language model, on its device, in eval mode.
+        tokenizer: its tokenizer.
+        sampling: how to draw.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+
+    @classmethod
+    def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
+        if isinstance(model, str):
+            model = load_model(
+                model,
+                dtype=options.dtype,
+                quantization=options.quantization,
+                trust_remote_code=options.trust_remote_code,
+            )
+        return cls(ready(model), tokenizer, options)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
+        model, sampling = self.model, self.sampling
+        prompt_of = [prompt for prompt in range(len(prompts)) for _ in range(sampling.n)]
+        by_length = sorted(range(len(prompt_of)), key=lambda place: -len(prompts[prompt_of[place]]))
+        responses: dict[int, list[int]] = {}
+        check_ids(max(map(max, prompts), default=0), model, self.tokenizer)
+        draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
+        devices = [model.device] if model.device.type == "cuda" else []
+        with _neutral_generation_config(model), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(by_length), sampling.batch_size):
+                places = by_length[start : start + sampling.batch_size]
+                ids = [prompts[prompt_of[place]] for place in places]
+                batch = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+                out = model.generate(
+                    **batch.to(model.device),
+                    **(draws if sampling.temperature > 0 else {"do_sample": False}),
+                    max_new_tokens=max(limits[prompt_of[place]] for place in places),
+                    eos_token_id=sorted(end_token_ids(self.tokenizer)),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    use_cache=True,
+                    logits_processor=LogitsProcessorList([_RaiseNotFinite([prompt_of[place] for place in places])]),
+                )
+                responses.update(zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
+                progress.update(len(places))
+        return [responses[place] for place in range(len(prompt_of))]
+
+
+class _RaiseNotFinite(LogitsProcessor):
+    """Stops at logits that are not finite; `generate` would continue with any token. A single -inf is valid."""
 
     def __init__(self, prompts: list[int]) -> None:
         self.prompts = prompts
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        highest = scores.amax(-1)  # not a number where any is not
+        highest = scores.amax(-1)  # NaN if any is
         if not bool(torch.isfinite(highest).all()):
-            raise _NotFinite(self.prompts[int((~torch.isfinite(highest)).nonzero()[0])])
+            raise NotFiniteLogits(self.prompts[int((~torch.isfinite(highest)).nonzero()[0])])
         return scores
 
 
-def _transformers(model: Any, tokenizer: Any, settings: Sampling) -> _Engine:
-    drawing = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": settings.top_p}
-    ends = sorted(end_token_ids(tokenizer))
-
-    @torch.no_grad()
-    def generate(prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
-        asked = [prompt for prompt in range(len(prompts)) for _ in range(settings.n)]
-        order = sorted(range(len(asked)), key=lambda place: -len(prompts[asked[place]]))
-        found: dict[int, list[int]] = {}
-        check_ids(max(map(max, prompts), default=0), model, tokenizer)
-        devices = [model.device] if model.device.type == "cuda" else []
-        with _no_habits(model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), settings.batch_size):
-                places = order[start : start + settings.batch_size]
-                ids = [prompts[asked[place]] for place in places]
-                batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-                out = model.generate(
-                    **batch.to(model.device),
-                    **(drawing if settings.temperature > 0 else {"do_sample": False}),
-                    max_new_tokens=max(limits[asked[place]] for place in places),
-                    eos_token_id=ends,
-                    pad_token_id=tokenizer.pad_token_id,
-                    use_cache=True,
-                    logits_processor=LogitsProcessorList([_Finite([asked[place] for place in places])]),
-                )
-                found.update(zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
-                progress.update(len(places))
-        return [found[place] for place in range(len(asked))]
-
-    return generate
-
-
 @contextmanager
-def _no_habits(model: Any) -> Iterator[None]:
-    """Without the generation settings a model comes with, such as a repetition penalty or min_p."""
+def _neutral_generation_config(model: Any) -> Iterator[None]:
+    """Disable the model's own generation settings, such as a repetition penalty or min_p, inside the block."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -86,39 +136,51 @@ def _no_habits(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _vllm(model: str, tokenizer: Any, settings: SampleRequest) -> _Engine:
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise UserError("vLLM is not installed: `pip install vllm`, or take the engine transformers") from error
-    # "vllm": with its own neutral settings, not those that the model comes with
-    llm = LLM(
-        model=model,
-        tokenizer=tokenizer.name_or_path or model,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        seed=settings.seed,
-        generation_config="vllm",
-    )
-    ends = sorted(end_token_ids(tokenizer))
+class VLLMEngine(Engine):
+    """vLLM, which loads the model itself."""
 
-    def generate(prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
-        # Prompts with one seed would share their random numbers; vLLM counts on from it for the n of a prompt.
+    def __init__(self, llm: Any, tokenizer: Any, sampling: Sampling) -> None:
+        self.llm, self.tokenizer, self.sampling = llm, tokenizer, sampling
+
+    @classmethod
+    def check(cls, model: Any, options: SampleRequest) -> None:
+        if not isinstance(model, str):
+            raise UserError("vLLM loads a model itself: give its Hub name or directory, or use the engine transformers")
+
+    @classmethod
+    def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError("vLLM is not installed: `pip install vllm`, or use the engine transformers") from error
+        llm = LLM(
+            model=model,
+            tokenizer=tokenizer.name_or_path or model,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            seed=options.seed,
+            generation_config="vllm",  # vLLM's neutral settings instead of the model's own
+        )
+        return cls(llm, tokenizer, options)
+
+    def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        sampling = self.sampling
+        # prompts with one seed would share their random numbers; vLLM adds 0 .. n-1 to it for the n of a prompt
         params = [
             SamplingParams(
-                n=settings.n,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
+                n=sampling.n,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 max_tokens=limit,
-                seed=seed + place * settings.n,
-                stop_token_ids=ends,
-                ignore_eos=True,  # what ends a response is said above; the engine may have read another token
+                seed=seed + place * sampling.n,
+                stop_token_ids=sorted(end_token_ids(self.tokenizer)),
+                ignore_eos=True,  # `stop_token_ids` decides; the engine may have read another end token
                 detokenize=False,
             )
             for place, limit in enumerate(limits)
         ]
-        found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        progress.update(len(prompts) * settings.n)
-        return [list(answer.token_ids) for request in found for answer in request.outputs]
-
-    return generate
+        requests = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        progress.update(len(prompts) * sampling.n)
+        return [list(output.token_ids) for request in requests for output in request.outputs]

@@ -1,13 +1,21 @@
 """Options of sampling: how responses are drawn from a model."""
 
-from typing import Literal
+from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from prefdistill.core.options import Section
 from prefdistill.models.options import QuantizedLoading
+from prefdistill.sampling import ENGINES
 
-Engine = Literal["transformers", "vllm"]
+
+def _check_engine(name: str) -> str:
+    if name not in ENGINES and "." not in name:
+        raise ValueError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
+    return name
+
+
+Engine = Annotated[str, AfterValidator(_check_engine)]
 
 
 class Sampling(Section):
@@ -28,7 +36,7 @@ class Sampling(Section):
 
 
 class SampleRequest(Sampling, QuantizedLoading):
-    """What `sample_responses` is asked for, but the model, the data and the file."""
+    """Options of `sample_responses`, without the model, the data and the file."""
 
     column: str = Field(
         "completion", description="Column for the responses, e.g. student_response or teacher_response."

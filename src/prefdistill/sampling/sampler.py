@@ -1,8 +1,8 @@
-"""TODO docstring."""
+"""Sample responses in memory: prompts to tokens, tokens to responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
@@ -16,24 +16,17 @@ from prefdistill.data.encode import (
     rendered,
 )
 from prefdistill.data.load import without_nulls
-
-if TYPE_CHECKING:
-    pass
-
-from prefdistill.sampling.engines import _Engine, _NotFinite, _transformers
+from prefdistill.sampling.engines import Engine, NotFiniteLogits, TransformersEngine
 from prefdistill.sampling.options import Sampling
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered: the text without special tokens, the tokens with the end token, whether it wrote one."""
+    """A model's response: the text without special tokens, the token count with the end token, whether it ended."""
 
     text: str
     tokens: int
     ended: bool
-
-
-# ---- In memory ----------------------------------------
 
 
 def sample(
@@ -50,28 +43,28 @@ def sample(
     seed: int = 0,
     what: str = "sampling",
 ) -> list[Response]:
-    """Responses in the order of the prompts, the `n` of a prompt one after another.
+    """Sample responses, in the order of the prompts, the `n` of a prompt consecutive.
 
     Args:
         model: a causal language model, on its device, in eval mode.
         tokenizer: its tokenizer.
         prompts: messages (through the chat template) or plain text, each.
         n: responses per prompt, drawn independently.
-        temperature: of the whole vocabulary's distribution; 0 is greedy.
-        top_p: draw from the most likely tokens that together have this probability; 1 cuts nothing off.
-        max_new_tokens: a response that has not ended by then is returned as it is, with `ended=False`.
-        truncation: prompts are cut as `encode_pairs` does, and responses end where it would cut them.
-        batch_size: responses to prompts of like length generated together.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: nucleus sampling: draw from the most likely tokens with this total probability; 1 keeps all.
+        max_new_tokens: a response that has not ended by then is returned with `ended=False`.
+        truncation: prompts and responses are truncated as `encode_pairs` does.
+        batch_size: responses generated together, to prompts of similar length.
         seed: of the draws; the same seed, prompts and batch size give the same responses on the same machine.
         what: name on the progress bar.
 
     Raises:
-        UserError: on a setting out of its range, or a prompt that cannot be answered.
+        UserError: on an option out of range, or a prompt that cannot be answered.
 
     Example:
         >>> sample(model, tokenizer, ["Once upon a time"], n=2, top_p=0.9)             # doctest: +SKIP
     """
-    settings = Sampling.of(
+    sampling = Sampling.of(
         "sample",
         n=n,
         temperature=temperature,
@@ -79,28 +72,28 @@ def sample(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    sampler = _Sampler(tokenizer, settings, truncation)
+    sampler = Sampler(tokenizer, sampling, truncation)
     encoded, dropped = sampler.encode_all(prompts)
     for reason, first in dropped.first_rows.items():
         raise UserError(f"prompt {first}: {reason}. Leave such prompts out, or change the template or the lengths.")
+    engine = TransformersEngine(model, tokenizer, sampling)
     with Progress(what, n * len(prompts), "response") as progress:
-        rows = range(len(prompts))
-        found = sampler.respond(_transformers(model, tokenizer, settings), encoded, rows, seed, progress)
-    return [response for response, _ in found]
+        responses = sampler.respond(engine, encoded, range(len(prompts)), seed, progress)
+    return [response for response, _ in responses]
 
 
-class _Sampler:
-    """From prompts to tokens, exactly as `encode_pairs` makes them, and from new tokens to responses."""
+class Sampler:
+    """Encodes prompts exactly as `encode_pairs` does, and decodes new tokens to responses."""
 
-    def __init__(self, tokenizer: Any, settings: Sampling, truncation: Truncation | None) -> None:
-        self.tokenizer, self.settings, self.truncation = tokenizer, settings, truncation or Truncation(None)
+    def __init__(self, tokenizer: Any, sampling: Sampling, truncation: Truncation | None) -> None:
+        self.tokenizer, self.sampling, self.truncation = tokenizer, sampling, truncation or Truncation(None)
         self.ends = end_token_ids(tokenizer)
         if not self.ends:
             raise UserError("the tokenizer has no end token, so no response would ever end; set tokenizer.eos_token")
         self.appends_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
     def encode(self, prompt: Any, answer: str | None = None) -> list[int]:
-        """The tokens of a prompt, uncut, or of a prompt and its answer."""
+        """Return the tokens of a prompt, not truncated, or of a prompt and its answer."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
             return ids[:-1] if self.appends_eos else ids
@@ -111,7 +104,7 @@ class _Sampler:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:
-        """The tokens of each prompt, cut; none of one that cannot be answered."""
+        """Return the truncated tokens of each prompt; none for one that cannot be answered."""
         from jinja2 import TemplateError
 
         encoded, reasons = [], []
@@ -128,20 +121,20 @@ class _Sampler:
         return encoded, Dropped.from_reasons(reasons)
 
     def respond(
-        self, generate: _Engine, encoded: list[list[int]], rows: Sequence[int], seed: int, progress: Progress
+        self, engine: Engine, encoded: list[list[int]], rows: Sequence[int], seed: int, progress: Progress
     ) -> list[tuple[Response, list[int]]]:
-        """Responses, each with its tokens without the end token; `rows` are the prompts' numbers for who reads."""
-        most = self.settings.max_new_tokens
+        """Return responses, each with its tokens without the end token; `rows` number the prompts in messages."""
+        most = self.sampling.max_new_tokens
         rooms = [self.truncation.room_after(ids) for ids in encoded]
         limits = [most if room is None else min(most, room) for room in rooms]
         try:
-            found = generate(encoded, limits, seed, progress)
-        except _NotFinite as error:
+            new_tokens = engine.generate(encoded, limits, seed, progress)
+        except NotFiniteLogits as error:
             raise UserError(
                 f"the model's logits are not finite after the prompt of row {rows[error.prompt]} of the data; its "
                 "weights may be damaged, or its dtype too narrow: try --dtype float32"
             ) from error
-        return [self._response(new[: limits[place // self.settings.n]]) for place, new in enumerate(found)]
+        return [self._response(new[: limits[place // self.sampling.n]]) for place, new in enumerate(new_tokens)]
 
     def _response(self, new: list[int]) -> tuple[Response, list[int]]:
         stop = next((place for place, token in enumerate(new) if token in self.ends), None)
@@ -149,8 +142,8 @@ class _Sampler:
         text = self.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Response(text, len(body) + (stop is not None), stop is not None), body
 
-    def same_tokens_again(self, prompt: Any, text: str, body: list[int]) -> bool:
-        """Whether the text of a response, after its prompt, is made into the very tokens that were sampled."""
+    def round_trips(self, prompt: Any, text: str, body: list[int]) -> bool:
+        """Return whether the text of a response, after its prompt, is tokenized into the tokens that were sampled."""
         from jinja2 import TemplateError
 
         try:

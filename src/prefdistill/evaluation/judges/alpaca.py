@@ -144,7 +144,7 @@ def judge_alpaca_eval(
             say(f"warning: {warning}")
         annotations = _annotations(shared, answer_texts, against_texts, shown_first, shown_second, results)
         write_json(out / "annotations.json", annotations)
-        artifact.seal(results)
+        results = artifact.seal(results)
     return results
 
 
@@ -192,7 +192,7 @@ def length_controlled(
     .. math:: P(\text{ours}) = \sigma(\theta + \varphi \tanh(\Delta / s_\Delta)), \qquad \text{result} = \sigma(\theta)
 
     The idea and the features are those of AlpacaEval's length-controlled win rate. Its third feature, the difficulty of
-    an instruction, is known only for its own 805 instructions, and its baselines are not part of this fit: the number is
+    an instruction, is known only for its own 805 instructions, and its baselines are not in this fit: the number is
     not comparable with its leaderboard.
 
     Args:

@@ -144,7 +144,7 @@ def judge_mt_bench(
         results["asked_now"] = ledger.asked
         for warning in results["warnings"]:
             say(f"warning: {warning}")
-        artifact.seal(results)
+        results = artifact.seal(results)
     return results
 
 
