@@ -144,8 +144,7 @@ def judge_alpaca_eval(
             say(f"warning: {warning}")
         annotations = _annotations(shared, answer_texts, against_texts, shown_first, shown_second, results)
         write_json(out / "annotations.json", annotations)
-        results = artifact.seal(results)
-    return results
+        return artifact.seal(results)
 
 
 def preferences(

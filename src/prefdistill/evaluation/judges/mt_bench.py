@@ -144,8 +144,7 @@ def judge_mt_bench(
         results["asked_now"] = ledger.asked
         for warning in results["warnings"]:
             say(f"warning: {warning}")
-        results = artifact.seal(results)
-    return results
+        return artifact.seal(results)
 
 
 def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
