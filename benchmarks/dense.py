@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import Truncation
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -99,7 +99,7 @@ def make(
 
     from prefdistill import extract_signals
     from prefdistill.core.files import write_jsonl
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
 
     where = Path(directory)
     write_jsonl(where / "pairs.jsonl", make_pairs(pairs, shape["vocab_size"], source=source))

@@ -34,7 +34,8 @@ class Pass:
     ) -> None:
         from datasets import Dataset
 
-        from prefdistill.data.encode import Truncation, encode_pairs
+        from prefdistill.data.encode import encode_pairs
+        from prefdistill.data.truncation import Truncation
 
         self.shape, self.batch, self.budget = shape, batch, budget
         self.tokenizer = make_tokenizer(shape["vocab_size"])

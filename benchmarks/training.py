@@ -117,7 +117,7 @@ def _trainer(
     from transformers import TrainingArguments
 
     from prefdistill import METHODS, PrefDistillTrainer
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
     from prefdistill.signals import Signals
 
     data = load(str(directory))

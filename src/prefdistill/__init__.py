@@ -7,10 +7,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prefdistill.core.errors import UserError as UserError
-    from prefdistill.data.encode import Truncation as Truncation
     from prefdistill.data.encode import encode_pairs as encode_pairs
-    from prefdistill.data.load import data_fingerprint as data_fingerprint
+    from prefdistill.data.fingerprint import data_fingerprint as data_fingerprint
     from prefdistill.data.load import load_pairs as load_pairs
+    from prefdistill.data.truncation import Truncation as Truncation
     from prefdistill.evaluation.pairs import margin_accuracy as margin_accuracy
     from prefdistill.methods import METHODS as METHODS
     from prefdistill.models.load import load_model as load_model
@@ -24,9 +24,9 @@ _HOME = {
     "METHODS": "methods",
     "PrefDistillTrainer": "training.trainer",
     "Signals": "signals.store",
-    "Truncation": "data.encode",
+    "Truncation": "data.truncation",
     "UserError": "core.errors",
-    "data_fingerprint": "data.load",
+    "data_fingerprint": "data.fingerprint",
     "encode_pairs": "data.encode",
     "extract_signals": "signals.extract",
     "load_model": "models.load",

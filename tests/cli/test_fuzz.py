@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import prefdistill
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_json, write_sealed
-from prefdistill.data.encode import Truncation
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe, _read, load_recipe
 from prefdistill.experiment.study import Study, load_study
 from prefdistill.signals import Signals, extract_signals

@@ -14,10 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefdistill.core.errors import UserError
-from prefdistill.data import encode as encoding
+from prefdistill.data import truncation as reasons
 from prefdistill.data.batches import PairCollator
-from prefdistill.data.encode import Truncation, encode_pairs, end_token_ids
-from prefdistill.data.load import data_fingerprint, load_messages, load_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.load import load_messages, load_pairs
+from prefdistill.data.template import end_token_ids
+from prefdistill.data.truncation import Truncation
 from support.tokenizer_styles import STYLES, make_tokenizer
 
 UNLIMITED = Truncation(max_length=None)
@@ -389,7 +392,7 @@ def test_any_conversation_is_its_own_tokens_or_is_refused(style, data):
             refused.append(index)
     assert sorted({*range(len(rows))} - {row["row"] for row in encoded}) == refused
     assert len(dropped) == len(refused)
-    assert set(dropped.counts) <= {encoding.TOKENS_MERGE}
+    assert set(dropped.counts) <= {reasons.TOKENS_MERGE}
     if style in ("llama3", "gemma"):  # these trim the content, so nothing can merge
         assert not dropped
 
@@ -451,7 +454,7 @@ def test_template_without_an_end_token_gives_responses_that_have_not_ended():
     assert tokenizer.decode(row["chosen_ids"]) == "Paris"
     assert tokenizer.decode(row["rejected_ids"]) == "Rome\n"
     assert row["chosen_ended"] is row["rejected_ended"] is False
-    assert (dropped.counts, dropped.first_rows) == ({encoding.RESPONSE_EMPTY: 1}, {encoding.RESPONSE_EMPTY: 1})
+    assert (dropped.counts, dropped.first_rows) == ({reasons.RESPONSE_EMPTY: 1}, {reasons.RESPONSE_EMPTY: 1})
 
 
 def test_rows_are_refused_where_the_response_cannot_be_told_from_the_prompt():
@@ -465,7 +468,7 @@ def test_rows_are_refused_where_the_response_cannot_be_told_from_the_prompt():
     rows = [conversation("Q", "A", "B"), conversation("Q", "A", "\nB"), conversation("Q", "\n\nA", "B")]
     encoded, dropped = encode(rows, tokenizer)
     assert [row["row"] for row in encoded] == [0]
-    assert (len(dropped), dropped.first_rows) == (2, {encoding.TOKENS_MERGE: 1})
+    assert (len(dropped), dropped.first_rows) == (2, {reasons.TOKENS_MERGE: 1})
     assert str(dropped) == "dropped 2 rows: the tokenizer merges tokens across the end of the prompt (2, first row 1)"
     system = {**conversation("Q", "A", "B"), "prompt": [{"role": "system", "content": "s"}, user("Q")]}
     encoded, dropped = encode([system, rows[0]], make_tokenizer("gemma"))
@@ -502,7 +505,7 @@ def test_plain_text_gets_the_tokenizers_special_tokens_and_one_eos():
         assert [tokenizer.decode(row["rejected_ids"]) for row in encoded] == [" of France</s>", "</s>"]
         assert all(row["chosen_ended"] and row["rejected_ended"] for row in encoded)
         assert encoded[0]["chosen_offsets"][-2:] == [len(" of France"), len(" of France</s>")]
-        assert (dropped.counts, dropped.first_rows) == ({encoding.TOKENS_MERGE: 1}, {encoding.TOKENS_MERGE: 2})
+        assert (dropped.counts, dropped.first_rows) == ({reasons.TOKENS_MERGE: 1}, {reasons.TOKENS_MERGE: 2})
 
 
 def test_plain_prompt_that_ends_with_eos_keeps_it():
@@ -514,7 +517,7 @@ def test_plain_prompt_that_ends_with_eos_keeps_it():
 def test_plain_prompt_without_tokens_is_dropped():
     encoded, dropped = encode([plain("", "x", "y"), plain("Q", "x", "y")], make_tokenizer("chatml"))
     assert [row["row"] for row in encoded] == [1]
-    assert dropped.counts == {encoding.PROMPT_EMPTY: 1}
+    assert dropped.counts == {reasons.PROMPT_EMPTY: 1}
 
 
 @pytest.mark.parametrize("form", [conversation, plain])
@@ -597,8 +600,8 @@ def test_a_response_that_was_cut_may_be_cut_again_and_one_without_tokens_is_drop
     tokenizer = make_tokenizer("chatml")
     rows = [answered("one two three four", False), answered("one two three four", True), answered("", False)]
     whole, dropped = encode_answers(rows, tokenizer)
-    assert dropped.counts == {encoding.RESPONSE_EMPTY: 1}
-    assert dropped.first_rows == {encoding.RESPONSE_EMPTY: 2}
+    assert dropped.counts == {reasons.RESPONSE_EMPTY: 1}
+    assert dropped.first_rows == {reasons.RESPONSE_EMPTY: 2}
     room = len(whole[0]["prompt_ids"]) + len(whole[0]["ids"])
     for less, kept, ended in ((0, 0, False), (1, 1, False), (-1, 0, True)):
         found, _ = encode_answers(rows[:2], tokenizer, Truncation(max_length=room - less))
@@ -719,8 +722,8 @@ def test_truncation_drops_only_the_rows_without_room():
     encoded, dropped = encode(rows, make_tokenizer("zephyr"), Truncation(4))
     assert [row["row"] for row in encoded] == [1]
     assert (dropped.counts, dropped.first_rows) == (
-        {encoding.PROMPT_TOO_LONG: 2},
-        {encoding.PROMPT_TOO_LONG: 0},
+        {reasons.PROMPT_TOO_LONG: 2},
+        {reasons.PROMPT_TOO_LONG: 0},
     )
 
 
@@ -774,7 +777,7 @@ def test_processes_and_batches_do_not_change_the_result():
     two, two_dropped = encode_pairs(dataset, tokenizer, Truncation(32), num_proc=2)
     assert one.to_dict() == two.to_dict()
     assert one_dropped == two_dropped
-    assert (len(one_dropped), one_dropped.first_rows) == (240, {encoding.TOKENS_MERGE: 4})
+    assert (len(one_dropped), one_dropped.first_rows) == (240, {reasons.TOKENS_MERGE: 4})
     assert one["row"][:5] == [0, 1, 2, 3, 5]
 
 

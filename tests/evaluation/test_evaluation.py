@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation import (
     estimate,
     gauge_flips,

@@ -12,8 +12,9 @@ from rouge_score import rouge_scorer
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import judged_ids
-from prefdistill.data.load import load_prompts, prompt_text
+from prefdistill.data.encoder import reward_model_ids
+from prefdistill.data.load import load_prompts
+from prefdistill.data.messages import prompt_text
 from prefdistill.evaluation import estimate, pair_wins
 from prefdistill.evaluation.generations import (
     Generations,
@@ -161,9 +162,9 @@ def test_a_response_is_read_as_trl_trains_on_it(tokenizer, pairs, tmp_path):
         theirs = trained_on(rows)
         for row, both in zip(rows, theirs, strict=True):
             for side in ("chosen", "rejected"):
-                assert judged_ids(tokenizer, row["prompt"], row[side]) == both[f"{side}_ids"]
+                assert reward_model_ids(tokenizer, row["prompt"], row[side]) == both[f"{side}_ids"]
     row = few[0]
-    assert judged_ids(tokenizer, row["prompt"], row["chosen"][0]["content"]) == trained_on(few)[0]["chosen_ids"]
+    assert reward_model_ids(tokenizer, row["prompt"], row["chosen"][0]["content"]) == trained_on(few)[0]["chosen_ids"]
 
 
 def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
@@ -173,7 +174,7 @@ def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
     found = judge.score(prompts, responses)
     lengths = []
     for prompt, response, score in zip(prompts, responses, found, strict=True):
-        ids = judged_ids(tokenizer, prompt, response)
+        ids = reward_model_ids(tokenizer, prompt, response)
         lengths.append(len(ids))
         with torch.no_grad():
             alone = judge.model(input_ids=torch.tensor([ids[:24]])).logits[0, 0]
@@ -207,7 +208,7 @@ def test_what_a_judge_is_worth(reward_model, pairs, tokenizer):
     scores = [judge.score(pairs["prompt"][:], pairs[side][:]) for side in ("chosen", "rejected")]
     assert worth.items["accuracy"] == pair_wins(*scores).tolist()
     longer = [
-        pair_wins(*([len(judged_ids(tokenizer, row["prompt"], row[side]))] for side in ("chosen", "rejected")))[0]
+        pair_wins(*([len(reward_model_ids(tokenizer, row["prompt"], row[side]))] for side in ("chosen", "rejected")))[0]
         for row in pairs
     ]
     assert worth.items["longer_is_better"] == longer

@@ -25,7 +25,7 @@ from transformers import (
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment import cost
 from prefdistill.experiment.doctor import as_text, examine, machine

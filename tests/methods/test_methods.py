@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from prefdistill import METHODS, PrefDistillTrainer
 from prefdistill.core.errors import UserError
 from prefdistill.data.batches import PADDING
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.methods import TRLMethod, make_method, sampled
 from prefdistill.methods.tvkd import _other_rows
 from prefdistill.models.identity import weights_digest

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import end_token_ids
+from prefdistill.data.template import end_token_ids
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import (
     computing_config,

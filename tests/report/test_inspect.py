@@ -18,8 +18,10 @@ from datasets import Dataset
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation, encode_pairs
-from prefdistill.data.load import data_fingerprint, load_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.load import load_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.losses import shaping_return
 from prefdistill.methods import METHODS
 from prefdistill.models.identity import tokenizer_identity

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import sentence
 from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.sampling.files import sample_responses
 from prefdistill.sampling.sampler import Response, sample

@@ -11,8 +11,9 @@ from datasets import Dataset
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_sealed
 from prefdistill.core.lock import locked
-from prefdistill.data.encode import Truncation, encode_pairs
-from prefdistill.data.load import data_fingerprint
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation import gauge_flips, mean_and_error, pair_terms
 from prefdistill.signals import Need, Signals, SignalSet, extract_signals
 from prefdistill.signals.gauge import DIRECTIONS, gauge_directions

@@ -169,7 +169,7 @@ def write_damaged_models(place: Path) -> None:
 
 
 def write_stores(place: Path) -> None:
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
     from prefdistill.signals import extract_signals
 
     def store(name: str, model: str = "model", data: str = "pairs.jsonl", **options: Any) -> None:

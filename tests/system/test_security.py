@@ -16,7 +16,7 @@ import prefdistill
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, read_sealed, write_json, write_sealed
-from prefdistill.data.encode import Truncation
+from prefdistill.data.truncation import Truncation
 from prefdistill.methods import METHODS
 from prefdistill.models.load import load_model
 from prefdistill.report.study import write_study

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from prefdistill import METHODS, PrefDistillTrainer
 from prefdistill.core.errors import UserError
 from prefdistill.core.stages import run_stage
-from prefdistill.data.encode import Truncation
+from prefdistill.data.truncation import Truncation
 from prefdistill.signals import extract_signals
 from prefdistill.training.checkpoints import WHOLE
 from prefdistill.training.factory import make_trainer

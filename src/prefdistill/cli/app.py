@@ -154,7 +154,8 @@ def sft(
 
     Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft learning_rate=2e-5 epochs=3
     """
-    from prefdistill.data.load import demonstrations_fingerprint, load_messages
+    from prefdistill.data.fingerprint import demonstrations_fingerprint
+    from prefdistill.data.load import load_messages
     from prefdistill.training.options import Training
     from prefdistill.training.trl import train_sft
 
@@ -181,7 +182,8 @@ def dpo(
 
     Example: prefdistill dpo --model models/teacher-sft --data pairs.jsonl --out models/teacher beta=0.01
     """
-    from prefdistill.data.load import data_fingerprint, load_pairs
+    from prefdistill.data.fingerprint import data_fingerprint
+    from prefdistill.data.load import load_pairs
     from prefdistill.training.options import DPOTraining
     from prefdistill.training.trl import train_dpo
 
@@ -224,7 +226,7 @@ def sample(
     _one_process("sample")
     from prefdistill.core.artifact import sidecar
     from prefdistill.core.files import read_json
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
     from prefdistill.sampling.files import sample_responses
 
     reused = out.exists()  # what is there is taken as it is, or refused
@@ -318,7 +320,7 @@ def signals(
     Example: prefdistill signals --model my/teacher --data pairs.jsonl --out signals/teacher --kind topk --k 50
     or, where a file of it is damaged: prefdistill signals --repair --out signals/teacher
     """
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
     from prefdistill.evaluation import gauge_flips
     from prefdistill.signals import Signals, extract_signals, repair_signals
 
@@ -399,8 +401,9 @@ def distill(
     """
     from prefdistill.core.files import file_digest
     from prefdistill.core.progress import say
-    from prefdistill.data.encode import Truncation
-    from prefdistill.data.load import data_fingerprint, load_pairs
+    from prefdistill.data.fingerprint import data_fingerprint
+    from prefdistill.data.load import load_pairs
+    from prefdistill.data.truncation import Truncation
     from prefdistill.evaluation.shaping import drowning
     from prefdistill.methods import METHODS, make_method
     from prefdistill.models.load import load_model, load_tokenizer
@@ -679,7 +682,7 @@ def doctor(
     """
     _one_process("doctor")
     from prefdistill.core.options import Override
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
     from prefdistill.experiment.doctor import as_text, examine
     from prefdistill.experiment.recipe import load_recipe
 
@@ -763,7 +766,7 @@ def _teach(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """One of TRL's trainings."""
-    from prefdistill.data.encode import Truncation
+    from prefdistill.data.truncation import Truncation
     from prefdistill.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])

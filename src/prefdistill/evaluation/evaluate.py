@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.artifact import made_of
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation, without_refused
+from prefdistill.data.encode import drop_refused
 from prefdistill.data.load import check_pairs, load_pairs, load_prompts
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
 from prefdistill.evaluation.generations import (
     RESPONSE,
@@ -139,7 +140,7 @@ def _judge(request: EvaluateRequest, measured: Measured, ours: Generations, data
     told: dict[str, Any] = {}
     others = None
     if data is not None and set(SIDES) <= set(data.column_names):
-        pairs = without_refused(data, judge.tokenizer, "judge")
+        pairs = drop_refused(data, judge.tokenizer, "judge")
         worth = judge.judge_pairs(pairs)
         told["judge"] = judge_of(str(request.reward_model), [worth])
         others = by_prompt(pairs["prompt"][:], worth.items["chosen_score"])

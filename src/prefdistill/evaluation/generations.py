@@ -10,7 +10,7 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import tokens_column
-from prefdistill.data.load import prompt_text
+from prefdistill.data.messages import prompt_text
 from prefdistill.evaluation.measure import Measured, numbered
 from prefdistill.evaluation.pairs import pair_wins
 from prefdistill.sampling.sampler import Response

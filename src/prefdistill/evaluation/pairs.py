@@ -8,8 +8,9 @@ import numpy as np
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation, encode_pairs
-from prefdistill.data.load import prompt_text
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.messages import prompt_text
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.signals.needs import Need
 from prefdistill.signals.reading import score_pairs

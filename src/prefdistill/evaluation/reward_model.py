@@ -8,7 +8,7 @@ import torch
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import judged_ids, takes
+from prefdistill.data.encoder import accepts_prompt, reward_model_ids
 from prefdistill.evaluation.generations import first_rows
 from prefdistill.evaluation.measure import Measured, mean_of, numbered
 from prefdistill.evaluation.pairs import pair_wins, prompts_of
@@ -47,7 +47,7 @@ class RewardModel:
 
     def score(self, prompts: list[Any], responses: list[Any], *, what: str = "judging") -> np.ndarray:
         """The score of each response to its prompt, [B]; texts of like length are read together."""
-        ids = [judged_ids(self.tokenizer, *both) for both in zip(prompts, responses, strict=True)]
+        ids = [reward_model_ids(self.tokenizer, *both) for both in zip(prompts, responses, strict=True)]
         if self.positions and (long := sum(len(text) > self.positions for text in ids)):
             say(f"{what}: {long} of {len(ids)} texts are cut at the {self.positions} tokens the reward model can read")
         ids = [text[: self.positions] for text in ids]
@@ -84,7 +84,7 @@ class RewardModel:
         sides = {side: pairs[side][:] for side in SIDES}
         scores = {side: self.score(prompts, responses, what="judging pairs") for side, responses in sides.items()}
         lengths = [
-            [len(judged_ids(self.tokenizer, *both)) for both in zip(prompts, responses, strict=True)]
+            [len(reward_model_ids(self.tokenizer, *both)) for both in zip(prompts, responses, strict=True)]
             for responses in sides.values()
         ]
         groups = numbered(prompts_of(pairs, range(len(pairs))))
@@ -118,9 +118,9 @@ def check_judged(
     judge, prompts = load_tokenizer(name, trust_remote_code=trust_remote_code), rows["prompt"][:]
     for row in first_rows(prompts, limit):
         try:
-            judged_ids(judge, prompts[row], "an answer")
+            reward_model_ids(judge, prompts[row], "an answer")
         except UserError as error:
-            if tokenizer is None or takes(tokenizer, prompts[row]):
+            if tokenizer is None or accepts_prompt(tokenizer, prompts[row]):
                 raise UserError(f"{where}, row {row}: {error}") from error
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
-from prefdistill.data.load import prompt_text
+from prefdistill.data.messages import prompt_text
 from prefdistill.evaluation.reward_model import check_judged
 from prefdistill.experiment.plan import Plan, reference_bf16
 from prefdistill.experiment.recipe import Recipe

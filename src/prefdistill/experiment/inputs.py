@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.processes import processes
 from prefdistill.core.stages import empty_stage
-from prefdistill.data.load import data_fingerprint, demonstrations_fingerprint, first_rows, load_messages, load_pairs
+from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
+from prefdistill.data.load import first_rows, load_messages, load_pairs
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.identity import model_key
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prefdistill.core.stages import stage_key
-from prefdistill.data.encode import Truncation
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
 

@@ -5,7 +5,8 @@ import random
 from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.load import data_fingerprint, prompt_text
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.messages import prompt_text
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.load import load_tokenizer

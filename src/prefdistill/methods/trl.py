@@ -59,7 +59,7 @@ class SimPO(TRLMethod):
         return {**loss, "remove_unused_columns": False}
 
     def rows(self, encoded: "Dataset") -> "Dataset":
-        from prefdistill.data.load import NO_CACHE
+        from prefdistill.data.sources import NO_CACHE
 
         def row(pair: dict[str, list[int]]) -> dict[str, list[int]]:
             found = {}

@@ -10,7 +10,8 @@ import numpy as np
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.columns import SCORES, SIDES
-from prefdistill.data.encode import Truncation, encode_pairs, render_pairs
+from prefdistill.data.encode import encode_pairs, render_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.methods.tvkd import VALUES
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
 from prefdistill.signals.needs import ROLES, Need

@@ -11,8 +11,9 @@ from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.paths import check_file
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation, end_token_ids
 from prefdistill.data.load import load_pairs
+from prefdistill.data.template import end_token_ids
+from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_tokenizer
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
-from prefdistill.data.encode import end_token_ids
+from prefdistill.data.template import end_token_ids
 from prefdistill.models.load import load_model, ready
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.sampling.options import SampleRequest, Sampling

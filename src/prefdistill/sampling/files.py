@@ -24,8 +24,9 @@ from prefdistill.core.options import takes
 from prefdistill.core.parts import Parts
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import ended_column, tokens_column
-from prefdistill.data.encode import Truncation
-from prefdistill.data.load import FILE_TYPES, load_prompts, without_nulls
+from prefdistill.data.load import load_prompts
+from prefdistill.data.messages import without_nulls
+from prefdistill.data.truncation import Truncation
 from prefdistill.models.identity import model_identity, model_key, tokenizer_identity
 from prefdistill.models.load import load_tokenizer
 from prefdistill.sampling import ENGINES
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OTHER_TOKENS = 0.05  # share of responses that tokenize otherwise than sampled, above which there is a warning
+OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 DRAWING = ("n", "temperature", "top_p", "max_new_tokens", "batch_size")  # options of the draws
 
 
@@ -134,8 +136,8 @@ def sample_responses(
 
 
 def _check_place(out: Path) -> None:
-    if not out.name.endswith(FILE_TYPES):
-        raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(FILE_TYPES)}.")
+    if not out.name.endswith(OUTPUT_SUFFIXES):
+        raise UserError(f"{out}: unknown file type. Give --out a name that ends in {', '.join(OUTPUT_SUFFIXES)}.")
     if out.is_dir():
         raise UserError(f"{out} is a directory; --out names the file for the responses")
 

@@ -6,16 +6,9 @@ from typing import Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
-from prefdistill.data.encode import (
-    PROMPT_EMPTY,
-    PROMPT_TOO_LONG,
-    TEMPLATE_FAILED,
-    Dropped,
-    Truncation,
-    end_token_ids,
-    rendered,
-)
-from prefdistill.data.load import without_nulls
+from prefdistill.data.encoder import Encoder
+from prefdistill.data.template import end_token_ids
+from prefdistill.data.truncation import PROMPT_EMPTY, PROMPT_TOO_LONG, TEMPLATE_FAILED, Dropped, Truncation
 from prefdistill.sampling.engines import Engine, NotFiniteLogits, TransformersEngine
 from prefdistill.sampling.options import Sampling
 
@@ -90,18 +83,7 @@ class Sampler:
         self.ends = end_token_ids(tokenizer)
         if not self.ends:
             raise UserError("the tokenizer has no end token, so no response would ever end; set tokenizer.eos_token")
-        self.appends_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-
-    def encode(self, prompt: Any, answer: str | None = None) -> list[int]:
-        """Return the tokens of a prompt, not truncated, or of a prompt and its answer."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
-            return ids[:-1] if self.appends_eos else ids
-        if not self.tokenizer.chat_template:
-            raise UserError("The data are conversations but the tokenizer has no chat template. Set one, or use text.")
-        messages = without_nulls(prompt) + ([] if answer is None else [{"role": "assistant", "content": answer}])
-        text = rendered(self.tokenizer, messages, generate=answer is None)
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self.encoder = Encoder(tokenizer)
 
     def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:
         """Return the truncated tokens of each prompt; none for one that cannot be answered."""
@@ -110,7 +92,7 @@ class Sampler:
         encoded, reasons = [], []
         for prompt in prompts:
             try:
-                ids, reason = self.encode(prompt), ""
+                ids, reason = self.encoder.ids(prompt), ""
             except TemplateError:
                 ids, reason = [], TEMPLATE_FAILED
             if ids:
@@ -147,7 +129,7 @@ class Sampler:
         from jinja2 import TemplateError
 
         try:
-            sampled, whole = self.encode(prompt) + body, self.encode(prompt, text)
+            sampled, whole = self.encoder.ids(prompt) + body, self.encoder.ids(prompt, text)
         except TemplateError:
             return False
         after = whole[len(sampled) :]

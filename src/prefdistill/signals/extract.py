@@ -21,8 +21,10 @@ from prefdistill.core.paths import check_place
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.batches import layout_for
-from prefdistill.data.encode import Dropped, Truncation, encode_pairs, nothing_left
-from prefdistill.data.load import check_pairs, data_fingerprint, load_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.load import check_pairs, load_pairs
+from prefdistill.data.truncation import Dropped, Truncation, nothing_left
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
@@ -84,7 +86,7 @@ def extract_signals(
             "logps" (log-probability of the response), "q" (sum of its tokens' raw logits), "topk" (the most likely
             tokens of s_0 .. s_{T-1} and the mass of all others). In nats, float32 but where said.
         out: directory of the store.
-        truncation: see `prefdistill.data.encode.Truncation`.
+        truncation: see `prefdistill.data.truncation.Truncation`.
         ids_from: compute "topk" at the token ids of this teacher's store, so that the two can be compared.
         options: fields of `prefdistill.signals.options.SignalRequest`, see docs/options.md.
 

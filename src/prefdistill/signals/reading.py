@@ -13,7 +13,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.batches import Document, Layout, layout_for, make_batch
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import highest_id
+from prefdistill.data.encode import highest_token_id
 from prefdistill.losses.value import soft_value
 from prefdistill.models.logprobs import (
     emittable_ids,
@@ -108,7 +108,7 @@ def score_pairs(
     Raises:
         UserError: if a model's logits are not finite, naming the rows, or it has no embedding for a token.
     """
-    check_ids(highest_id(rows), model, tokenizer)
+    check_ids(highest_token_id(rows), model, tokenizer)
     reading = _Reading(
         tuple(kind for kind in KINDS if kind in set(kinds)),
         positions,

@@ -8,8 +8,8 @@ from prefdistill.core.files import read_sealed, write_sealed
 from prefdistill.core.lock import locked
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
-from prefdistill.data.encode import Truncation
-from prefdistill.data.load import FILE_TYPES
+from prefdistill.data.formats import suffixes
+from prefdistill.data.truncation import Truncation
 from prefdistill.signals.extract import IN_MEMORY, extract_signals
 from prefdistill.signals.shards import is_whole, read_checksum, write_checksum
 from prefdistill.signals.store import SCHEMA, Signals
@@ -134,7 +134,7 @@ def set_aside(out: Path) -> list[str]:
 def _moved(name: str) -> bool:
     """Whether the name of data is that of a file or directory which is not there: a name of the Hub is no such name."""
     path = Path(name.partition("#")[0]).expanduser()
-    return (path.is_absolute() or name.endswith(FILE_TYPES)) and not path.exists()
+    return (path.is_absolute() or name.endswith(suffixes())) and not path.exists()
 
 
 def _request(out: Path) -> dict[str, Any]:

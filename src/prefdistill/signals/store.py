@@ -21,7 +21,7 @@ import numpy as np
 from prefdistill.core.differences import differences
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, read_sealed, value_digest
-from prefdistill.data.load import data_fingerprint
+from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.needs import Need

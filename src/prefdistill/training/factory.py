@@ -12,7 +12,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, TRLMethod
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments

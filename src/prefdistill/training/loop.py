@@ -16,7 +16,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
-from prefdistill.data.encode import highest_id
+from prefdistill.data.encode import highest_token_id
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint
 from prefdistill.training.nan_guard import check_weights
@@ -37,7 +37,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     """
     from transformers import PrinterCallback
 
-    check_ids(highest_id(trainer.train_dataset), trainer.model, trainer.processing_class)
+    check_ids(highest_token_id(trainer.train_dataset), trainer.model, trainer.processing_class)
     last = last_checkpoint(Path(str(trainer.args.output_dir)))
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))

@@ -12,7 +12,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.batches import Layout, PairCollator
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import Truncation, encode_pairs
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method
 from prefdistill.signals.needs import Need
 from prefdistill.signals.store import Signals, SignalSet, TopK

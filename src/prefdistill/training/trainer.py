@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.batches import layout_for
-from prefdistill.data.encode import Truncation
+from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, Student, TRLMethod
 from prefdistill.models.load import load_model
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows

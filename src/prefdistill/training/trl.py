@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
-from prefdistill.data.encode import Truncation, judged_ids, without_refused
+from prefdistill.data.columns import SIDES
+from prefdistill.data.encode import drop_refused
+from prefdistill.data.encoder import reward_model_ids
+from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.scratch import random_model
 from prefdistill.training.arguments import adapter_config, training_arguments
@@ -36,7 +39,7 @@ def train_sft(
     """Supervised fine-tuning on `prompt`/`completion` rows, the loss on completions only; the model ends in `out`."""
     from trl import SFTConfig, SFTTrainer
 
-    demonstrations = without_refused(demonstrations, tokenizer, what, ("completion",))
+    demonstrations = drop_refused(demonstrations, tokenizer, what, ("completion",))
     args = training_arguments(
         training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
@@ -68,7 +71,7 @@ def train_dpo(
     """DPO with the model itself as the reference; the model ends in `out`."""
     from trl import DPOConfig, DPOTrainer
 
-    pairs = without_refused(pairs, tokenizer, what)
+    pairs = drop_refused(pairs, tokenizer, what)
     args = training_arguments(
         training,
         out / CHECKPOINTS,
@@ -108,11 +111,11 @@ def train_reward(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    pairs = without_refused(pairs, tokenizer, what)
+    pairs = drop_refused(pairs, tokenizer, what)
     model = random_model(tokenizer, shape, seed, reward=True)
     positions = model.config.max_position_embeddings
     ids = [
-        {f"{side}_ids": judged_ids(tokenizer, row["prompt"], row[side])[:positions] for side in ("chosen", "rejected")}
+        {f"{side}_ids": reward_model_ids(tokenizer, row["prompt"], row[side])[:positions] for side in SIDES}
         for row in pairs
     ]
     args = training_arguments(

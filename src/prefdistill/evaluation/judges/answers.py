@@ -9,7 +9,7 @@ from datasets import Dataset
 from prefdistill.core.artifact import FileArtifact, made_of
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import jsonl, value_digest
-from prefdistill.data.encode import Truncation
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.judges.inputs import read_questions
 from prefdistill.models.identity import model_key
 from prefdistill.models.load import load_model, load_tokenizer, ready

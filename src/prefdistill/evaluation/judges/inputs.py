@@ -12,7 +12,7 @@ from prefdistill.core.artifact import made_of
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest
 from prefdistill.core.text import surrogate
-from prefdistill.data import load as data
+from prefdistill.data import sources
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _packed_rows(path: Path) -> list[Any]:
     """Return the rows of the other file types that `prefdistill sample` writes."""
-    rows = list(data.read_rows(str(path)))
+    rows = list(sources.read_rows(str(path)))
     if wrong := next((row for row in rows if isinstance(row, UserError)), None):
         raise wrong
     return rows

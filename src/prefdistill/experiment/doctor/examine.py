@@ -13,7 +13,7 @@ import torch
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data import synthetic
-from prefdistill.data.encode import Truncation
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.check import check_plan, check_trainings
 from prefdistill.experiment.cost import Shapes
 from prefdistill.experiment.doctor import machine, template, vocabulary

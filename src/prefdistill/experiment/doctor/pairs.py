@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
 from prefdistill.data.columns import SIDES
-from prefdistill.data.load import check_roles, form_of, load_pairs, prompt_text, read_rows, split_off_start
+from prefdistill.data.load import load_pairs
+from prefdistill.data.messages import check_roles, form_of, prompt_text, split_shared_prompt
+from prefdistill.data.sources import read_rows
 from prefdistill.experiment.doctor.findings import Finding, found
 from prefdistill.experiment.doctor.text import around
 
@@ -165,7 +167,7 @@ def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
         raise _NoPair("data.mixed", "its columns are of both forms")
     if not has_prompt:
         with _as("data.prompt"):
-            row = {**row, **split_off_start(row, number, "here")}
+            row = {**row, **split_shared_prompt(row, number, "here")}
     with _as("data.roles"):
         for name in COLUMNS if forms == {"conversational"} else ():
             check_roles(row[name], name, "here")

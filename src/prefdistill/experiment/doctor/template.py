@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import end_token_ids, rendered, template_ending
+from prefdistill.data.template import end_token_ids, render_messages, template_ending
 from prefdistill.experiment.doctor.findings import Finding
 
 if TYPE_CHECKING:
@@ -110,6 +110,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], ge
         return None
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return rendered(tokenizer, messages, generate=generate)
+        return render_messages(tokenizer, messages, generation_prompt=generate)
     except TemplateError:
         return None

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefdistill.core.errors import UserError
-from prefdistill.data import encode
+from prefdistill.data import truncation as reasons
 from prefdistill.data.columns import SIDES, ended_column
-from prefdistill.data.encode import Truncation, encode_whole, end_token_ids
+from prefdistill.data.encode import encode_untruncated
+from prefdistill.data.template import end_token_ids
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.doctor.findings import Finding, Severity, found, once_a_row
 
 if TYPE_CHECKING:
@@ -24,17 +26,17 @@ if TYPE_CHECKING:
 BATCH = 256
 # Why a row would be left out: the check, and what to do.
 DROPPED = {
-    encode.TEMPLATE_FAILED: ("template.refused", "Bring roles and turns into the order that the template asks for."),
-    encode.TEMPLATE_DIFFERS: (
+    reasons.TEMPLATE_FAILED: ("template.refused", "Bring roles and turns into the order that the template asks for."),
+    reasons.TEMPLATE_DIFFERS: (
         "template.differs",
         "Use a template whose generation prompt is the start of an answer (some open a thinking block there).",
     ),
-    encode.TOKENS_MERGE: (
+    reasons.TOKENS_MERGE: (
         "tokens.merge",
         "End the prompt where a token ends: not with a space, or use a template with special tokens around turns.",
     ),
-    encode.PROMPT_EMPTY: ("tokens.prompt-empty", "Give these rows a prompt."),
-    encode.RESPONSE_EMPTY: ("tokens.response-empty", "Remove these rows."),
+    reasons.PROMPT_EMPTY: ("tokens.prompt-empty", "Give these rows a prompt."),
+    reasons.RESPONSE_EMPTY: ("tokens.response-empty", "Remove these rows."),
 }
 
 
@@ -75,7 +77,7 @@ def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progre
         batch = data.pairs[start : start + BATCH]
         try:
             for pair, (texts, row) in zip(
-                batch, encode_whole([pair.columns for pair in batch], tokenizer), strict=True
+                batch, encode_untruncated([pair.columns for pair in batch], tokenizer), strict=True
             ):
                 ids = {name: np.array(row.get(f"{name}_ids") or [], np.int32) for name in ("prompt", *SIDES)}
                 ended = {name: bool(row.get(f"{name}_ended")) for name in SIDES}
@@ -268,7 +270,7 @@ def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
         "error" if len(no_room) == len(data.pairs) else "warning",
         data.where,
         no_room,
-        f"{encode.PROMPT_TOO_LONG} ({longest}); such rows are left out",
+        f"{reasons.PROMPT_TOO_LONG} ({longest}); such rows are left out",
         "Raise max_length, or lower max_prompt_length.",
     )
     yield from found(

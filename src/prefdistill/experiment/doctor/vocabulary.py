@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.encode import encode_whole
+from prefdistill.data.encode import encode_untruncated
 from prefdistill.experiment.doctor.findings import FIRST_ROWS, Finding, excerpt
 from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.models.vocabulary import token_conflicts
@@ -82,7 +82,7 @@ def same_reading(
     if not rows or token_conflicts(student, teacher):
         return
     try:
-        whole = encode_whole([pair.columns for pair in rows], student)
+        whole = encode_untruncated([pair.columns for pair in rows], student)
         read = [(pair, texts[1]) for pair, (texts, _) in zip(rows, whole, strict=True) if texts]
     except UserError:
         return  # the student's tokenizer cannot read them; that is another finding

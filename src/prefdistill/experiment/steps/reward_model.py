@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
-from prefdistill.data.encode import without_refused
+from prefdistill.data.encode import drop_refused
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel
 from prefdistill.experiment.step import Context, Input, Model, ModelRole, Rows, Step, Tokenizer, Trained
@@ -64,7 +64,7 @@ class EvaluateRewardModel(Step):
 
     def make(self, out: Path) -> None:
         reward_model = load_reward_model(self.context, self.model)
-        pairs = without_refused(self.test.rows, reward_model.tokenizer, self.name)
+        pairs = drop_refused(self.test.rows, reward_model.tokenizer, self.name)
         write_json(out / "evaluation.json", reward_model.judge_pairs(pairs).__dict__)
 
     def measured(self) -> Measured:

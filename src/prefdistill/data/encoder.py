@@ -1,0 +1,156 @@
+"""Turn prompts and responses into text and into token ids, the same way for pairs, sampling and reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.core.errors import UserError
+from prefdistill.data.messages import without_nulls
+from prefdistill.data.template import NO_TEMPLATE, Ending, render_messages, template_ending
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Encoder:
+    """Text and token ids of a prompt, alone or with a response, for one tokenizer.
+
+    A prompt is text, or messages for the chat template. A response is text or messages; text after messages is the
+    content of an assistant message.
+
+    Example:
+        >>> Encoder(tokenizer).ids("Once upon a time")                                 # doctest: +SKIP
+        >>> Encoder(tokenizer).ids([{"role": "user", "content": "Hi"}], "Hello!")      # doctest: +SKIP
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def ending(self) -> Ending:
+        """What the chat template writes after a response."""
+        return template_ending(self.tokenizer)
+
+    @cached_property
+    def appends_eos(self) -> bool:
+        """Whether the tokenizer itself puts EOS after plain text, where a response may still follow."""
+        return self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
+
+    # ---- Text
+
+    def text(self, prompt: Any, response: Any = None) -> str:
+        """Return a prompt to respond to, or a prompt with its response, as the template writes it.
+
+        Raises:
+            UserError: on messages without a chat template.
+            jinja2.TemplateError: if the template refuses the messages.
+        """
+        if isinstance(prompt, str):
+            return prompt + (response or "")
+        if not self.tokenizer.chat_template:
+            raise UserError(NO_TEMPLATE)
+        # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
+        messages = without_nulls(prompt)
+        if response is None:
+            return render_messages(self.tokenizer, messages, generation_prompt=True)
+        reply = [{"role": "assistant", "content": response}] if isinstance(response, str) else without_nulls(response)
+        return render_messages(self.tokenizer, messages + reply)
+
+    def texts(self, prompt: Any, *responses: Any) -> tuple[str, ...] | None:
+        """Return the texts of a prompt, and of it with each response; None if the chat template refuses."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.text(prompt), *(self.text(prompt, response) for response in responses)
+        except TemplateError:
+            return None
+
+    def ended_texts(self, prompt: Any, *responses: Any, cut: list[bool]) -> tuple[str, ...] | None:
+        """Return `texts` with each response up to its end token: EOS after plain text, or the template's end token.
+
+        A response that was `cut` while sampling gets no end token, because the model did not write one.
+        """
+        if isinstance(prompt, str):
+            ended = (text if was_cut else self.with_eos(text) for text, was_cut in zip(responses, cut, strict=True))
+            return self.texts(prompt, *ended)
+        texts = self.texts(prompt, *responses)
+        if texts is None:
+            return None
+        _, before, after = self.ending
+        # Matched at the end of the text, so that an end token inside the content does not end the response.
+        full = (text.removesuffix(after) if text.endswith(before + after) else text for text in texts[1:])
+        return texts[0], *(
+            text.removesuffix(before) if was_cut else text for text, was_cut in zip(full, cut, strict=True)
+        )
+
+    def with_eos(self, text: str) -> str:
+        """Return a text that ends with EOS."""
+        eos = str(self.tokenizer.eos_token)
+        return text if text.endswith(eos) else text + eos
+
+    # ---- Tokens
+
+    def ids(self, prompt: Any, response: Any = None) -> list[int]:
+        """Return the token ids of `text`; errors as there."""
+        plain = isinstance(prompt, str)
+        ids = self.tokenizer(self.text(prompt, response), add_special_tokens=plain, verbose=False)["input_ids"]
+        return ids[: self._end(plain)]
+
+    def ids_and_ends(self, texts: list[str], *, plain: bool) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield for each text its token ids, and the character of the text at which each of them ends.
+
+        Args:
+            texts: of plain data, or from a chat template.
+            plain: whether the tokenizer adds its special tokens; a chat template writes its own.
+        """
+        if not texts:
+            return
+        tokens = self.tokenizer(texts, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
+        stop = self._end(plain)
+        for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            yield ids[:stop], [end for _, end in spans[:stop]]
+
+    def _end(self, plain: bool) -> int | None:
+        return -1 if plain and self.appends_eos else None
+
+
+def accepts_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> bool:
+    """Return whether a prompt is text, or messages that the chat template renders."""
+    if isinstance(prompt, str):
+        return True
+    return bool(tokenizer.chat_template) and Encoder(tokenizer).texts(prompt) not in (None, ("",))
+
+
+def reward_model_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) -> list[int]:
+    """Return the token ids that a reward model scores, the same that TRL's RewardTrainer trains on.
+
+    These are of plain text with EOS after it, or of the whole conversation, with what the template writes at its end.
+
+    Args:
+        tokenizer: the reward model's.
+        prompt, response: as for `Encoder`.
+
+    Raises:
+        UserError: on messages if the tokenizer has no chat template, or one that refuses them.
+    """
+    from jinja2 import TemplateError
+
+    encoder = Encoder(tokenizer)
+    if isinstance(prompt, str):
+        return tokenizer(encoder.with_eos(prompt + response))["input_ids"]
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the reward model {tokenizer.name_or_path} has no chat template, and the data are conversations; choose "
+            "one that has, or set tokenizer.chat_template"
+        )
+    try:
+        return encoder.ids(prompt, response)
+    except TemplateError as error:
+        messages = [*prompt, *([{"role": "assistant"}] if isinstance(response, str) else response)]
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template of the reward model {tokenizer.name_or_path} refuses messages of {roles} ({error}); "
+            "choose another, or change the data"
+        ) from error

@@ -1,0 +1,64 @@
+"""Render messages through a chat template, and find the token with which the template ends a response."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefdistill.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_TEMPLATE = "The data are conversations but the tokenizer has no chat template. Set one, or use text."
+
+
+class Ending(NamedTuple):
+    """What the chat template writes after an assistant message: `before` up to and with the end token, then `after`."""
+
+    token: int | None = None
+    before: str = ""
+    after: str = ""
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, generation_prompt: bool = False
+) -> str:
+    """Return messages as text, with the header of an assistant turn at the end if `generation_prompt`.
+
+    Raises:
+        jinja2.TemplateError: whatever goes wrong in the template, which is a program and may raise anything.
+    """
+    from jinja2 import TemplateError, TemplateRuntimeError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
+    """Find the end token of the chat template: the first special token it writes after an assistant message."""
+    if not tokenizer.chat_template:
+        return Ending()
+    from jinja2 import TemplateError
+
+    response = "probe answer"
+    conversation = [{"role": "user", "content": "probe question"}, {"role": "assistant", "content": response}]
+    try:
+        text = render_messages(tokenizer, conversation)
+    except TemplateError as error:
+        raise UserError(f"The chat template refuses a user and an assistant message ({error}). Fix it.") from error
+    _, separator, tail = text.rpartition(response)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if separator else []:
+        if token in special:
+            before, end_text, after = tail.partition(str(tokenizer.convert_ids_to_tokens(token)))
+            return Ending(token, before + end_text, after)
+    return Ending()
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end a response: the tokenizer's EOS, and the end token of its chat template."""
+    return {tokenizer.eos_token_id, template_ending(tokenizer).token} - {None}

@@ -1,0 +1,79 @@
+"""Truncate encoded pairs, and count the rows that encoding drops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefdistill.core.errors import UserError
+
+# Why `encode_pairs` drops a row.
+TEMPLATE_FAILED = "the chat template refuses its messages"
+TEMPLATE_DIFFERS = "the chat template renders the prompt differently when a response follows"
+TOKENS_MERGE = "the tokenizer merges tokens across the end of the prompt"
+PROMPT_EMPTY = "the prompt has no tokens"
+PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
+RESPONSE_EMPTY = "a response has no tokens"
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How long an encoded pair may be, in tokens; None is no limit.
+
+    A prompt longer than `max_prompt_length` keeps its end, and its BOS token if it starts with one. Each response is
+    then cut on the right so that prompt and response fit `max_length`; a cut response has not ended.
+    """
+
+    max_length: int | None = 1024
+    max_prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}. Give at least 1, or none for no limit.")
+        if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length ({self.max_prompt_length}) leaves no room for a response: "
+                f"give less than max_length ({self.max_length})."
+            )
+
+    def cut_prompt(self, ids: list[int], bos: int | None) -> list[int]:
+        """Return a prompt's tokens, cut on the left to `max_prompt_length`."""
+        limit = self.max_prompt_length
+        if limit is None or len(ids) <= limit:
+            return ids
+        head = ids[:1] if ids[0] == bos else []
+        return head + ids[len(ids) - limit + len(head) :]
+
+    def room_after(self, prompt_ids: list[int]) -> int | None:
+        """Return how many response tokens fit after a prompt that was cut; None is no limit."""
+        return None if self.max_length is None else max(0, self.max_length - len(prompt_ids))
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The rows that `encode_pairs` dropped: how many for each reason, and the first of them. `len()` is the total."""
+
+    counts: dict[str, int]
+    first_rows: dict[str, int]
+
+    @classmethod
+    def from_reasons(cls, reasons: Sequence[str], first: int = 0) -> Dropped:
+        """Count reasons, one per row from row `first` on; an empty reason is a row that was kept."""
+        counts = Counter(reason for reason in reasons if reason)
+        return cls(dict(counts.most_common()), {reason: first + reasons.index(reason) for reason in counts})
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        total = f"dropped {len(self)} row{'' if len(self) == 1 else 's'}"
+        reasons = (f"{reason} ({n}, first row {self.first_rows[reason]})" for reason, n in self.counts.items())
+        return f"{total}: {'; '.join(reasons)}" if self.counts else total
+
+
+def nothing_left(dropped: Dropped) -> str:
+    """Return the error message for data of which every row was dropped."""
+    return f"No row is left: {dropped}. Change the data, the chat template or the lengths."
