@@ -19,6 +19,7 @@ from prefdistill.data.batches import PairCollator
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import load_messages, load_pairs
+from prefdistill.data.messages import pair_texts
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
 from support.tokenizer_styles import STYLES, make_tokenizer
@@ -319,6 +320,20 @@ def test_importing_the_module_is_cheap():
     code = "import sys, prefdistill.data.load; print({'torch', 'datasets', 'transformers', 'trl'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_pair_texts_yields_texts_of_plain_and_conversational_pairs():
+    message = {"role": "user", "content": "q"}
+    rows = [
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+        {
+            "prompt": [message],
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "completion": "of no part",
+            "rejected": None,
+        },
+    ]
+    assert list(pair_texts(rows)) == ["p", "c", "r", "q", "a"]
 
 
 # ---- Tokenising: what a response is

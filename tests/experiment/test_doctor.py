@@ -27,6 +27,7 @@ from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment import cost
 from prefdistill.experiment.doctor import as_text, examine, machine
 from prefdistill.experiment.doctor.findings import excerpt
@@ -692,7 +693,7 @@ def test_weights_that_are_not_whole_are_a_finding(tmp_path, tokenizer, damage, m
         assert found(examine(**{role: whole})) == set()
         finding = the(examine(**{role: damaged}), "model.weights")
         assert finding.severity == "error"
-        assert finding.message.startswith(f"{role}: {damaged} is there but holds no model")
+        assert finding.message.startswith(f"{role}: {damaged} exists but holds no model")
         assert message in finding.message
     recipe = recipe_for(tmp_path, tokenizer, f"model.student={damaged}")
     assert found(examine(recipe=recipe)) == {"model.weights"}

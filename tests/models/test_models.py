@@ -23,7 +23,7 @@ from prefdistill.models.identity import (
     weights_digest,
 )
 from prefdistill.models.load import load_model, load_tokenizer, ready
-from prefdistill.models.scratch import random_model, texts_of, train_tokenizer
+from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -74,14 +74,14 @@ def test_dtypes_that_are_none(saved, dtype):
 @pytest.mark.parametrize(("load", "what"), [(load_model, "model"), (load_tokenizer, "tokenizer")])
 def test_a_name_that_is_nothing(name, load, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"no {what} at {name!r}: neither a directory here nor a name the Hub") as error:
+    with pytest.raises(UserError, match=f"no {what} at {name!r}: it is not a local directory, and loading it") as error:
         load(name)
     assert "\n" not in str(error.value)
 
 
 def test_a_directory_that_holds_no_model(tmp_path):
     for load, what in ((load_model, "model"), (load_tokenizer, "tokenizer")):
-        with pytest.raises(UserError, match=f"is there but holds no {what}") as error:
+        with pytest.raises(UserError, match=f"exists but holds no {what}") as error:
             load(str(tmp_path))
         assert "\n" not in str(error.value)
         assert str(tmp_path) in str(error.value)
@@ -93,7 +93,7 @@ def test_a_directory_that_holds_no_model(tmp_path):
 )
 def test_a_damaged_model_directory(saved, tmp_path, name, content):
     (tmp_path / "model" / name).write_text(content)
-    with pytest.raises(UserError, match="is there but holds no model"):
+    with pytest.raises(UserError, match="exists but holds no model"):
         load_model(saved)
 
 
@@ -101,7 +101,7 @@ def test_a_model_that_is_no_causal_language_model(tmp_path):
     from transformers import T5Config, T5Model
 
     T5Model(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is there but holds no model"):
+    with pytest.raises(UserError, match="exists but holds no model"):
         load_model(str(tmp_path))
 
 
@@ -192,7 +192,7 @@ def test_quantizations_that_are_none(saved):
     ("error", "message"),
     [
         (ImportError("it requires bitsandbytes"), r'needs bitsandbytes: pip install "prefdistill\[quantized\]"$'),
-        (RuntimeError("None of the devices\nis good"), r"read quantised \(bitsandbytes\) here: None of the devices$"),
+        (RuntimeError("None of the devices\nis good"), r"loaded quantised \(bitsandbytes\) here: None of the devices$"),
     ],
 )
 def test_quantisation_that_this_machine_cannot_do(saved, monkeypatch, error, message):
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_a_quantisation_whose_package_is_not_here(saved, tmp_pat
     path = tmp_path / "model" / "config.json"
     settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
-    with pytest.raises(UserError, match=r"model cannot be read quantised \(awq\) here: .*gptqmodel"):
+    with pytest.raises(UserError, match=r"model cannot be loaded quantised \(awq\) here: .*gptqmodel"):
         load_model(saved)
     with pytest.raises(UserError, match=r"is stored quantised already \(awq\); leave the quantization 4bit out"):
         load_model(saved, quantization="4bit")
@@ -220,7 +220,7 @@ def test_a_quantised_checkpoint_stays_what_it_is(saved, tmp_path, capsys):
     model = ready(load_model(saved, quantization="4bit"))
     model.save_pretrained(tmp_path / "stored")
     found = ready(load_model(str(tmp_path / "stored"), dtype="bfloat16"))
-    assert "is stored quantised (bitsandbytes) and read as it is, not in bfloat16" in capsys.readouterr().err
+    assert "is stored quantised (bitsandbytes) and loaded as it is, not in bfloat16" in capsys.readouterr().err
     assert found.dtype == torch.float32
     assert torch.equal(logits(found), logits(model))
 
@@ -265,7 +265,7 @@ def test_4bit_products_are_those_of_the_weights_read_back(saved):
 def test_a_4bit_model_that_was_run_on_a_cpu_before_is_refused(saved):
     model = load_model(saved, quantization="4bit")
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(UserError, match=r"this 4-bit model has been run on the CPU.*; load it anew"):
+    with pytest.raises(UserError, match=r"this 4-bit model has been run on the CPU.*; load it again"):
         ready(model)
 
 
@@ -582,17 +582,3 @@ def test_shapes_that_are_none(tokenizer, change, message):
     with pytest.raises(UserError, match=message) as error:
         random_model(tokenizer, SHAPE | change, 0)
     assert "\n" not in str(error.value)
-
-
-def test_texts_of_plain_and_conversational_pairs():
-    message = {"role": "user", "content": "q"}
-    rows = [
-        {"prompt": "p", "chosen": "c", "rejected": "r"},
-        {
-            "prompt": [message],
-            "chosen": [{"role": "assistant", "content": "a"}],
-            "completion": "of no part",
-            "rejected": None,
-        },
-    ]
-    assert list(texts_of(rows)) == ["p", "c", "r", "q", "a"]

@@ -21,11 +21,12 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import load_pairs
+from prefdistill.data.messages import pair_texts
 from prefdistill.data.truncation import Truncation
 from prefdistill.losses import shaping_return
 from prefdistill.methods import METHODS
 from prefdistill.models.identity import tokenizer_identity
-from prefdistill.models.scratch import random_model, texts_of, train_tokenizer
+from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.report.packed import MISSING, Pieces, finest, quantised, quantised_steps, width_of
 from prefdistill.report.token_data import Weights, _scale, _token_logps, token_psi
 from prefdistill.report.tokens import write_token_view
@@ -696,7 +697,7 @@ def test_the_list_of_5_000_is_drawn_where_it_is_looked_at(large, open_page):
 def test_real_pairs(data_dir, make_model, tmp_path):
     """Chat text with code, tables and other scripts: what the page says is the text of the data."""
     data = load_pairs(str(data_dir / "alpacaeval_pairs" / "test.jsonl.gz")).select(range(60))
-    tokenizer = train_tokenizer(texts_of(data), vocab_size=2_000)
+    tokenizer = train_tokenizer(pair_texts(data), vocab_size=2_000)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     store = extract_signals(random_model(tokenizer, shape, 0), data, tokenizer, out=tmp_path / "s")
     write_token_view(data, [store], tmp_path / "p.html", tokenizer)

@@ -171,7 +171,7 @@ def test_loading_pickled_weights_runs_no_code(workdir, capsys):
     (workdir / "model" / "model.safetensors").unlink()
     torch.save(Evil(workdir / "ran"), workdir / "model" / "pytorch_model.bin")
     assert main(["sample", "--model", "model", "--data", "pairs.jsonl", "--out", "o.jsonl"]) == 2
-    assert "model is there but holds no model" in capsys.readouterr().err
+    assert "model exists but holds no model" in capsys.readouterr().err
     assert not (workdir / "ran").exists()
 
 
@@ -185,7 +185,7 @@ def test_loading_a_pickled_adapter_runs_no_code(workdir, make_model, capsys):
     (workdir / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Evil(workdir / "ran"), workdir / "adapter" / "adapter_model.bin")
     assert main(["sample", "--model", "adapter", "--data", "pairs.jsonl", "--out", "o.jsonl"]) == 2
-    assert "adapter is there but holds no model" in capsys.readouterr().err
+    assert "adapter exists but holds no model" in capsys.readouterr().err
     assert not (workdir / "ran").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -85,3 +86,14 @@ def split_last_turn(row: dict[str, Any], index: int, source: str) -> dict[str, A
     if not completion or len(completion) == len(messages):
         raise UserError(f"{where}: 'messages' must be a prompt and then an assistant message. Fix or remove the row.")
     return {"prompt": messages[: -len(completion)], "completion": messages[-len(completion) :]}
+
+
+def pair_texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield every text of preference pairs, such as to train a tokenizer on."""
+    for row in rows:
+        for column in ("prompt", *SIDES):
+            value = row.get(column)
+            if isinstance(value, str):
+                yield value
+            elif value:
+                yield from (message["content"] for message in value)

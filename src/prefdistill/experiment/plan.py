@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.data.columns import SIDES
+from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import MethodRun, Recipe
 from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer
@@ -28,7 +29,7 @@ from prefdistill.experiment.user_data import UserData, named_tokenizer
 from prefdistill.methods import Method, make_method, sampled
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
-from prefdistill.models.scratch import texts_of, train_tokenizer
+from prefdistill.models.scratch import train_tokenizer
 from prefdistill.signals import Need
 from prefdistill.training.options import Training
 
@@ -194,7 +195,7 @@ class _Builder:
             if isinstance(source, Language):
                 return load_tokenizer(str(source.tokenizer_directory))
             assert recipe.model.scratch is not None
-            return train_tokenizer(texts_of(source.rows), recipe.model.scratch.vocab_size)
+            return train_tokenizer(pair_texts(source.rows), recipe.model.scratch.vocab_size)
 
         return Init(
             context=self.context, name="init", roles=tuple(roles), sources=(source,), build_tokenizer=build_tokenizer

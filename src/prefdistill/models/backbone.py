@@ -1,4 +1,4 @@
-"""What all language models share behind their many names: backbone, attention, inputs."""
+"""Find the parts of any transformers language model: its backbone, attention kernel and inputs."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ DOCUMENT = 1024  # segments are numbered document * 1024 + response; 0 is the pr
 
 
 def model_inputs(batch: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The keyword arguments of a model's forward, from a batch on its device."""
+    """Return the keyword arguments of a model's forward, from a batch on its device."""
     names = ("input_ids", "attention_mask", "position_ids")
     inputs: dict[str, Tensor] = {name: batch[name] for name in names if name in batch}
     if "segments" in batch:
@@ -19,28 +19,28 @@ def model_inputs(batch: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers model inside whatever wraps it (data parallel, PEFT)."""
+    """Return the transformers model inside its wrappers (data parallel, PEFT)."""
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def backbone_of(model: Any) -> Any:
-    """The part of a causal language model that ends in the last hidden state."""
+    """Return the part of a causal language model that ends in the last hidden state."""
     lm = causal_lm(model)
-    found = lm.get_decoder()
-    if found is lm or not isinstance(found, PreTrainedModel):  # some families name themselves, or a layer of their head
-        found = getattr(lm, "model", found)
-    return found
+    decoder = lm.get_decoder()
+    if decoder is lm or not isinstance(decoder, PreTrainedModel):  # some families return themselves, or a layer
+        decoder = getattr(lm, "model", decoder)
+    return decoder
 
 
 def attention_of(model: Any) -> str:
-    """transformers' name of the attention kernel, e.g. "sdpa"."""
-    return str(causal_lm(model).config.get_text_config()._attn_implementation)  # it has no public name
+    """Return transformers' name of the attention kernel, e.g. "sdpa"."""
+    return str(causal_lm(model).config.get_text_config()._attn_implementation)  # there is no public attribute
 
 
 def visible_mask(segments: Tensor, model: nn.Module) -> Tensor:
-    """The mask [N, 1, L, L] under which a token sees what stands before it of its own segment and of its prompt.
+    """Return the mask [N, 1, L, L] under which a token sees the earlier tokens of its own segment and of its prompt.
 
     Padding sees itself, so that no row of the softmax is empty.
     """

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Identity of models and tokenizers: what tells two of them apart, with or without loading them."""
 
 import functools
 import hashlib
@@ -16,28 +16,26 @@ from prefdistill.core.files import file_digest, value_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefdistill.models.hub import _base_of, _fetched, hub_revision
+from prefdistill.models.hub import adapter_base, fetch_hub_file, hub_revision
 
-# Of a configuration: where it comes from, how it is stored, what is for training or other tasks or set in use.
+# Settings of a configuration that do not change what a model computes: origin, storage, training, other tasks, usage.
 NOT_COMPUTING = re.compile(
     r"_.*|architectures|transformers_version|(torch_)?dtype|quantization_config|.*dropout.*|.*pdrop|output_.*|use_cache|"
     r"return_dict|.*_token_id|num_labels|id2label|label2id|problem_type|max_length"
 )
-# Say which weights are missing or have another shape, in place of warnings and a bare error: `_check_weights` refuses.
-LOOKED_AT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-# Files of a directory that loading a model and its tokenizer may read, by their names in transformers and PEFT.
-LOADED = (
+# Patterns of the files that transformers and PEFT may read to load a model and its tokenizer.
+LOADED_FILES = (
     "*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "custom_generate/*.py",
     "*token*.json", "*vocab*.json", "*vocab*.txt", "*merges*.txt", "*template*.json", "*.jinja",
     "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.codes", "*.tiktoken", "*.tokenizer", "tekken.json",
     "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json",
 )  # fmt: skip
-UNLOADED = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
+NOT_LOADED = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
 
 
 def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
-    """What makes two models the same for us: name, Hub revision, architecture, dtype, a digest of every weight, and how
-    they are quantised, if they are."""
+    """Return what identifies a loaded model: name, Hub revision, architecture, dtype, a digest of every weight, the
+    configuration, and how it is quantised if it is."""
     identity = {
         "name": name or model.name_or_path,
         "revision": hub_revision(name),
@@ -49,28 +47,28 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
     if getattr(model, "is_quantized", False):
         settings = model.config.quantization_config
         settings = settings if isinstance(settings, dict) else settings.to_dict()
-        told = {key: value for key, value in settings.items() if not key.startswith("_")}
-        identity["quantization"] = json.loads(json.dumps(told, default=str))
+        named = {key: value for key, value in settings.items() if not key.startswith("_")}
+        identity["quantization"] = json.loads(json.dumps(named, default=str))
     return identity
 
 
 def computing_config(model: "PreTrainedModel") -> dict[str, Any]:
-    """What a configuration says of how a model computes, in JSON's terms; what is not set, or off, is left out."""
+    """Return the settings of a configuration that change what a model computes; unset and false ones are left out."""
 
-    def kept(config: dict[Any, Any]) -> dict[str, Any]:
-        said = {str(key): value for key, value in config.items() if value is not None and value is not False}
+    def computing(config: dict[Any, Any]) -> dict[str, Any]:
+        settings = {str(key): value for key, value in config.items() if value is not None and value is not False}
         return {
-            key: kept(value) if isinstance(value, dict) else value
-            for key, value in said.items()
+            key: computing(value) if isinstance(value, dict) else value
+            for key, value in settings.items()
             if not NOT_COMPUTING.fullmatch(key)
         }
 
-    found: dict[str, Any] = json.loads(json.dumps(kept(model.config.to_diff_dict()), default=str))
-    return found
+    config: dict[str, Any] = json.loads(json.dumps(computing(model.config.to_diff_dict()), default=str))
+    return config
 
 
 def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
-    """sha256 of every weight: of those in the model's own dtype, as they are in another one, if that is named."""
+    """Return the SHA-256 of every weight; those in the model's own dtype are cast to `dtype` first if it is given."""
     import torch
 
     digest = hashlib.sha256()
@@ -87,18 +85,18 @@ def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
 
 
 def fits_in(model: "PreTrainedModel", dtype: str) -> bool:
-    """Whether no weight loses bits in another dtype."""
+    """Return whether casting the weights to `dtype` loses no bits."""
     import torch
 
-    narrow = getattr(torch, dtype)
-    if torch.promote_types(model.dtype, narrow) == narrow:  # the usual case costs no pass over the weights
+    target = getattr(torch, dtype)
+    if torch.promote_types(model.dtype, target) == target:  # the usual case costs no pass over the weights
         return True
-    of_its_own = (tensor for tensor in model.state_dict().values() if tensor.dtype == model.dtype)
-    return all(bool(((tensor.to(narrow).to(tensor.dtype) == tensor) | tensor.isnan()).all()) for tensor in of_its_own)
+    weights = (tensor for tensor in model.state_dict().values() if tensor.dtype == model.dtype)
+    return all(bool(((tensor.to(target).to(tensor.dtype) == tensor) | tensor.isnan()).all()) for tensor in weights)
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A weight, or the tensors that a quantised one is made of."""
+    """Yield a weight, or the tensors that a quantised weight consists of."""
     if not hasattr(value, "__tensor_flatten__"):
         yield key, value
         return
@@ -107,41 +105,42 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def model_key(name: str | None, *, above: tuple[str, ...] = ()) -> Any:
-    """What tells two states of a model apart without loading it: digests of the files of a directory that loading it
-    may read, wherever it lies and whatever else is there, or name and revision on the Hub; and the key of an adapter's
-    base.
+    """Return a cache key of a model without loading it, including the key of an adapter's base.
+
+    Of a directory: digests of the files that loading it may read, independent of its path and of other files. Of a
+    model on the Hub: name and revision.
 
     Args:
-        above: adapters whose base it is; one of them as its base in turn is for the loader to refuse.
+        above: adapters whose base this model is, to end at a cycle, which the loader refuses.
     """
     if name is None:
         return None
     if Path(name).is_dir():
         files = _loaded_files(Path(name))
-        with ThreadPoolExecutor() as pool:  # hashing many gigabytes lets go of the interpreter
-            found: dict[str, Any] = dict(zip(files, pool.map(_digest, files.values()), strict=True))
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            key: dict[str, Any] = dict(zip(files, pool.map(_digest, files.values()), strict=True))
     else:
-        config = _fetched(name, "config.json") or _fetched(name, "adapter_config.json")
-        found = {"hub": name, "revision": config.parent.name if config else None}
+        config = fetch_hub_file(name, "config.json") or fetch_hub_file(name, "adapter_config.json")
+        key = {"hub": name, "revision": config.parent.name if config else None}
     try:
-        base = _base_of(name)
+        base = adapter_base(name)
     except (ValueError, KeyError, TypeError):
-        base = name  # whoever loads it says what is wrong
-    return found if base in (name, *above) else found | {"base": model_key(base, above=(*above, name))}
+        base = name  # loading the model reports what is wrong
+    return key if base in (name, *above) else key | {"base": model_key(base, above=(*above, name))}
 
 
 def _loaded_files(directory: Path) -> dict[str, Path]:
-    """By their names relative to the directory."""
-    found = {path for pattern in LOADED for path in directory.glob(pattern)}
+    """Return the files that loading a model may read, by their path relative to the directory."""
+    files = {path for pattern in LOADED_FILES for path in directory.glob(pattern)}
     for index in directory.glob("*.index.json"):
-        # whoever loads it says what is wrong
+        # loading the model reports what is wrong
         with suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            found.update(path for shard in shards if (path := directory / shard).is_file())
+            files.update(path for shard in shards if (path := directory / shard).is_file())
     return {
         os.path.relpath(path, directory): path
-        for path in sorted(found)
-        if path.is_file() and path.name not in UNLOADED and not path.name.startswith(".")
+        for path in sorted(files)
+        if path.is_file() and path.name not in NOT_LOADED and not path.name.startswith(".")
     }
 
 
@@ -152,16 +151,16 @@ def _digest(path: Path) -> str:
 
 @functools.cache
 def _digest_of(path: Path, state: tuple[int, ...]) -> str:
-    """Computed once in a process for each state of the file, whose ctime cannot be set by hand."""
+    """Return the digest of a file, computed once in a process for each state of it; ctime cannot be set by hand."""
     return file_digest(path)
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Digests of the token map and rules, and of the chat template."""
+    """Return what identifies a tokenizer: digests of its token map and rules, and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     split = getattr(tokenizer, "split_special_tokens", False)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("truncation", "padding"):  # set by use, not part of what the tokenizer is
+    for state in ("truncation", "padding"):  # set by calls of the tokenizer
         rules.pop(state, None)
     return {
         "name": tokenizer.name_or_path,

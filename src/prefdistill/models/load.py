@@ -1,4 +1,4 @@
-"""Models and tokenizers: load them by Hub name or directory, make small ones from scratch, tell them apart."""
+"""Load models and tokenizers by Hub name or directory, and check before a long run that they can be loaded."""
 
 import logging
 from collections.abc import Iterator
@@ -14,38 +14,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefdistill.models.device import DTYPES, default_device
-from prefdistill.models.hub import _base_of
-from prefdistill.models.identity import LOOKED_AT
-from prefdistill.models.quantize import QUANTIZATIONS, _bitsandbytes, _say_unquantised, _stored_quantization
+from prefdistill.models.hub import adapter_base
+from prefdistill.models.quantize import (
+    QUANTIZATIONS,
+    bitsandbytes_config,
+    report_unquantized_experts,
+    stored_quantization,
+)
+
+# `from_pretrained` then returns which weights are missing or have another shape, for `_check_weights` to refuse.
+WITH_LOADING_INFO = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def ready(model: Any) -> "PreTrainedModel":
-    """The model in eval mode on the accelerator, where there is one; a quantised one stays where it was loaded.
+    """Return the model in eval mode on the accelerator if there is one; a quantised model stays where it was loaded.
 
     Raises:
-        UserError: if bitsandbytes has packed a 4-bit model anew.
+        UserError: if bitsandbytes has repacked a 4-bit model.
     """
     for module in model.modules():
-        # In its first forward on a CPU, bitsandbytes packs 4-bit weights for products of single tokens: slower for
-        # whole batches, in bf16 whatever was asked for, and a state dict read afterwards spoils them (as of 0.50.2).
+        # In its first forward on a CPU, bitsandbytes repacks 4-bit weights for products of single tokens: slower for
+        # whole batches, always in bf16, and reading the state dict afterwards corrupts them (as of 0.50.2).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise UserError(
-                    "this 4-bit model has been run on the CPU, which packs its weights in a way that cannot be read "
-                    "back; load it anew and hand it over before its first forward, or give its name"
+                    "this 4-bit model has been run on the CPU, which repacks its weights in a way that cannot be read "
+                    "back; load it again and pass it before its first forward, or pass its name"
                 )
             module.support_avx512bf16_for_cpu = False
     return (model if getattr(model, "is_quantized", False) else model.to(default_device())).eval()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Tokenizer of a Hub name or directory; one without a padding token pads with its end token."""
+    """Return the tokenizer of a Hub name or directory; one without a padding token pads with its end token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _refused("tokenizer", name, error) from error
+        raise _load_error("tokenizer", name, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token (eos_token); set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -56,23 +63,23 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
 def load_model(
     name: str, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """Causal language model of a Hub name or directory.
+    """Return the causal language model of a Hub name or directory.
 
-    A PEFT adapter is merged into its base, or stays beside it where the base is quantised: merging would round it. A
-    checkpoint that is stored quantised is read as it is, whatever the dtype.
+    A PEFT adapter is merged into its base, or stays beside it if the base is quantised: merging would round it. A
+    checkpoint that is stored quantised is loaded as it is, whatever the dtype.
 
     Args:
         name: Hub name or directory.
         dtype: "auto" (as the checkpoint is stored), "float32", "bfloat16" or "float16".
-        quantization: "4bit" (NF4) or "8bit" (LLM.int8) by bitsandbytes, on the accelerator where there is one. The
-            dtype is that of everything else and of 4-bit products; "auto" multiplies in bfloat16 where that is fast,
-            else in float32. In 8 bits a large activation changes how its whole batch is rounded, so what is said of a
-            sequence depends a little on those beside it.
-        trust_remote_code: let the model's repository run its own code. Off unless asked for.
+        quantization: "4bit" (NF4) or "8bit" (LLM.int8) by bitsandbytes, on the accelerator if there is one. The dtype
+            is that of everything else and of 4-bit products; "auto" multiplies in bfloat16 where that is fast, else in
+            float32. In 8 bits a large activation changes how its whole batch is rounded, so the outputs for a sequence
+            depend a little on the others in its batch.
+        trust_remote_code: let the model's repository run its own code.
 
     Raises:
-        UserError: if there is no such model, it cannot be loaded as a causal language model, or what its quantisation
-            needs is not here.
+        UserError: if there is no such model, it cannot be loaded as a causal language model, or a package or hardware
+            that its quantisation needs is missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,11 +88,11 @@ def load_model(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UserError(f"quantization must be {' or '.join(QUANTIZATIONS)}, got {quantization!r}")
-    stored = _stored_quantization(name)
+    stored = stored_quantization(name)
     if stored and quantization:
         raise UserError(f"{name} is stored quantised already ({stored}); leave the quantization {quantization} out")
     if stored and dtype != "auto":
-        say(f"{name} is stored quantised ({stored}) and read as it is, not in {dtype}")
+        say(f"{name} is stored quantised ({stored}) and loaded as it is, not in {dtype}")
         dtype = "auto"
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
@@ -94,39 +101,39 @@ def load_model(
     method = stored or (quantization and "bitsandbytes")
     try:
         if method:
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every 8-bit product
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about every 8-bit product
             options["device_map"] = {"": default_device()}
         if quantization:
-            options["quantization_config"] = _bitsandbytes(quantization, dtype)
-        if _base_of(name) != name:
+            options["quantization_config"] = bitsandbytes_config(quantization, dtype)
+        if adapter_base(name) != name:
             from peft import AutoPeftModelForCausalLM
 
             adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
-            # PEFT has frozen the base
+            # PEFT freezes the base
             return adapted if method else adapted.merge_and_unload().requires_grad_(True)
         with _without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **LOOKED_AT)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **WITH_LOADING_INFO)
     except Exception as error:
-        # of a quantised one these speak of a package or hardware that it needs
+        # of a quantised model these errors are about a package or hardware that it needs
         if not method or not isinstance(error, (ImportError, NameError, RuntimeError)):
-            raise _refused("model", name, error) from error
+            raise _load_error("model", name, error) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if isinstance(error, ImportError) and "bitsandbytes" in str(error):
             raise UserError(f'{name} needs bitsandbytes: pip install "prefdistill[quantized]"') from error
-        raise UserError(f"{name} cannot be read quantised ({method}) here: {_first_line(error)}") from error
-    model, found = loaded
-    _check_weights("model", name, found)
+        raise UserError(f"{name} cannot be loaded quantised ({method}) here: {_first_line(error)}") from error
+    model, loading_info = loaded
+    _check_weights("model", name, loading_info)
     if quantization:
-        _say_unquantised(model, name)
+        report_unquantized_experts(model, name)
     return model
 
 
 def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base.
+    """Return the model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base.
 
     Args:
-        reward: a sequence classifier in place of a language model.
+        reward: return a sequence classifier, not a language model.
 
     Raises:
         UserError: if there is no such model, or it is not of this kind.
@@ -136,23 +143,24 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
 
     base = name
     try:
-        base = _base_of(name)
+        base = adapter_base(name)
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         with torch.device("meta"):
             return kind.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _refused("reward model" if reward else "model", base, error) from error
+        raise _load_error("reward model" if reward else "model", base, error) from error
 
 
 def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = True) -> None:
-    """Whether a causal language model can be loaded, by the names and shapes of its weights, of which none is read:
-    before anything long begins. Of a PEFT adapter, its base; what is stored quantised is found out when it is loaded.
+    """Check before a long run that a causal language model can be loaded, by the names and shapes of its weights.
+
+    No weight is read. Of a PEFT adapter its base is checked; a model that is stored quantised is not checked.
 
     Args:
         name: Hub name or directory.
         trust_remote_code: let the model's repository run its own code.
-        fetch: look at a model of the Hub too, whose weights are fetched for it.
+        fetch: check a model on the Hub too, which fetches its weights.
 
     Raises:
         UserError: if there is no such model, it is no causal language model, or weights are missing or do not fit.
@@ -161,20 +169,20 @@ def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = Tru
 
     base = name
     try:
-        base = _base_of(name)
-        if _stored_quantization(base) or not (fetch or Path(base).exists()):
+        base = adapter_base(name)
+        if stored_quantization(base) or not (fetch or Path(base).exists()):
             return
         with _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, device_map="meta", trust_remote_code=trust_remote_code, **LOOKED_AT
+                base, device_map="meta", trust_remote_code=trust_remote_code, **WITH_LOADING_INFO
             )
     except Exception as error:
-        raise _refused("model", base, error) from error
+        raise _load_error("model", base, error) from error
     _check_weights("model", base, loaded[1])
 
 
 def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
-    """Whether a model is a sequence classifier with one label, by its configuration: before anything long begins.
+    """Check before a long run that a model is a sequence classifier with one label, by its configuration.
 
     Raises:
         UserError: if there is no such model, or it is a language model or has several labels.
@@ -184,9 +192,9 @@ def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _refused("reward model", name, error) from error
-    if language := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
-        raise UserError(_not_loaded("reward model", name, f"it is a language model, {language[0]}"))
+        raise _load_error("reward model", name, error) from error
+    if language_models := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
+        raise UserError(_not_loaded("reward model", name, f"it is a language model, {language_models[0]}"))
     if config.num_labels != 1:
         raise UserError(f"{name} has {config.num_labels} labels; a reward model has one, the score of a response")
 
@@ -194,7 +202,7 @@ def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
 def load_reward_model(
     name: str, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Sequence classifier with one label, which scores a text, and its own tokenizer.
+    """Return a sequence classifier with one label, which scores a text, and its tokenizer.
 
     Raises:
         UserError: see `check_reward_model`; also if weights are missing, such as a head that was never trained.
@@ -207,62 +215,62 @@ def load_reward_model(
     check_reward_model(name, trust_remote_code=trust_remote_code)
     try:
         with _without_report():
-            model, found = AutoModelForSequenceClassification.from_pretrained(
+            model, loading_info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
-                **LOOKED_AT,
+                **WITH_LOADING_INFO,
             )
     except Exception as error:
-        raise _refused("reward model", name, error) from error
-    _check_weights("reward model", name, found)
+        raise _load_error("reward model", name, error) from error
+    _check_weights("reward model", name, loading_info)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     text_config = model.config.get_text_config()
-    if text_config.pad_token_id is None:  # by which a classifier finds the last token
+    if text_config.pad_token_id is None:  # a classifier finds the last token by it
         text_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that are missing or do not fit: `_check_weights` says it in a line."""
+    """Suppress transformers' table of missing and mismatched weights, which `_check_weights` reports in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def others(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    logger.addFilter(others)  # a level of ERROR would have it speak of tensor parallelism
+    logger.addFilter(others)  # a level of ERROR would log notes on tensor parallelism
     try:
         yield
     finally:
         logger.removeFilter(others)
 
 
-def _check_weights(what: str, name: str, found: dict[str, Any]) -> None:
-    """transformers makes up weights that are missing, or of another shape than the configuration says."""
-    if missing := sorted(found["missing_keys"]):
+def _check_weights(what: str, name: str, loading_info: dict[str, Any]) -> None:
+    """Refuse a checkpoint with missing or mismatched weights, which transformers would initialise at random."""
+    if missing := sorted(loading_info["missing_keys"]):
         raise UserError(_not_loaded(what, name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
-    if other := sorted(found["mismatched_keys"]):
-        key, stored, configured = other[0]
+    if mismatched := sorted(loading_info["mismatched_keys"]):
+        key, stored, configured = mismatched[0]
         shapes = f"{key} has the shape {list(stored)}, its config.json says {list(configured)}"
-        raise UserError(_not_loaded(what, name, f"{len(other)} weights do not fit, the first is {shapes}"))
+        raise UserError(_not_loaded(what, name, f"{len(mismatched)} weights do not fit, the first is {shapes}"))
 
 
-def _refused(what: str, name: str, error: Exception) -> Exception:
-    """What to raise for an error of a loader: what strange files make it raise has no narrower class than Exception."""
+def _load_error(what: str, name: str, error: Exception) -> Exception:
+    """Return the error to raise for an error of a loader, which raises anything on strange files."""
     import torch
 
     if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or disk_full(error):
         return error
-    plain = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    readable = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
     reason = _first_line(error)
-    return UserError(_not_loaded(what, name, reason if plain else f"{type(error).__name__}: {reason}"))
+    return UserError(_not_loaded(what, name, reason if readable else f"{type(error).__name__}: {reason}"))
 
 
 def _not_loaded(what: str, name: str, reason: str) -> str:
     if name and Path(name).exists():
-        return f"{name} is there but holds no {what} that transformers can load: {reason}"
-    return f"no {what} at {name!r}: neither a directory here nor a name the Hub gave us ({reason})"
+        return f"{name} exists but holds no {what} that transformers can load: {reason}"
+    return f"no {what} at {name!r}: it is not a local directory, and loading it from the Hub failed ({reason})"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,41 +1,30 @@
-"""TODO docstring."""
+"""Quantised models: detect a checkpoint that is stored quantised, quantise others with bitsandbytes."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefdistill.core.progress import say
-
-if TYPE_CHECKING:
-    pass
-
 from prefdistill.models.device import fast_bf16
-from prefdistill.models.hub import _base_of
+from prefdistill.models.hub import adapter_base
 
 QUANTIZATIONS = ("4bit", "8bit")
 
 
-def _stored_quantization(name: str) -> str | None:
-    """The method that a checkpoint, or the base of an adapter's, is stored quantised with."""
+def stored_quantization(name: str) -> str | None:
+    """Return the method with which a checkpoint, or the base of an adapter, is stored quantised; None if it is not."""
     from transformers import PreTrainedConfig
 
     try:
-        config, _ = PreTrainedConfig.get_config_dict(_base_of(name))
+        config, _ = PreTrainedConfig.get_config_dict(adapter_base(name))
     except Exception:
-        return None  # whoever loads it says what is wrong
+        return None  # loading the model reports what is wrong
     if not isinstance(config, dict):
         return None
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    return str(found.get("quant_method", "bitsandbytes")) if found else None
+    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return str(settings.get("quant_method", "bitsandbytes")) if settings else None
 
 
-def _say_unquantised(model: Any, name: str) -> None:
-    """bitsandbytes quantises linear layers; experts that are one tensor are none."""
-    experts = [p for key, p in model.named_parameters() if ".experts." in key and p.is_floating_point()]
-    if experts:
-        kept, dtype = sum(p.numel() for p in experts), str(model.dtype).removeprefix("torch.")
-        say(f"{name}: its experts ({kept:,} weights) stay in {dtype}: bitsandbytes quantises linear layers only")
-
-
-def _bitsandbytes(quantization: str, dtype: str) -> Any:
+def bitsandbytes_config(quantization: str, dtype: str) -> Any:
+    """Return the settings that load a model in "4bit" or "8bit"; `dtype` is that of 4-bit products."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -46,3 +35,11 @@ def _bitsandbytes(quantization: str, dtype: str) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
+
+
+def report_unquantized_experts(model: Any, name: str) -> None:
+    """Say which weights bitsandbytes left as they are: it quantises linear layers, not experts in a single tensor."""
+    experts = [p for key, p in model.named_parameters() if ".experts." in key and p.is_floating_point()]
+    if experts:
+        weights, dtype = sum(p.numel() for p in experts), str(model.dtype).removeprefix("torch.")
+        say(f"{name}: its experts ({weights:,} weights) stay in {dtype}: bitsandbytes quantises linear layers only")

@@ -1,8 +1,8 @@
-"""TODO docstring."""
+"""Make a small tokenizer and model from scratch: byte-level BPE and a randomly initialised Llama."""
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
+# Arguments of a configuration that come from the tokenizer.
+TOKEN_ARGUMENTS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 # Every role marker is a special token and nothing follows the end token, so no token can merge across the boundary
 # between prompt and response, and a training conversation ends where a generated one does.
@@ -23,11 +24,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
-    """Byte-level BPE tokenizer with a chat template, trained on `texts`.
+    """Train a byte-level BPE tokenizer with a chat template.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: ids in all, at least 256 bytes and the special tokens.
+        texts: to learn the merges from.
+        vocab_size: number of ids, at least the 256 bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -56,37 +57,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 def random_model(
     tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], seed: int, *, reward: bool = False
 ) -> "PreTrainedModel":
-    """A randomly initialised Llama with the tokenizer's vocabulary.
+    """Return a randomly initialised Llama with the tokenizer's vocabulary.
 
     Args:
-        tokenizer: its length is the vocabulary.
+        tokenizer: its length is the size of the vocabulary.
         shape: `LlamaConfig` arguments: hidden_size, num_hidden_layers, ...
         seed: of the weights.
-        reward: a sequence classifier with one label in place of a language model.
+        reward: make a sequence classifier with one label, not a language model.
 
     Raises:
-        UserError: on an argument that `LlamaConfig` does not have, or a shape that does not fit together.
+        UserError: on an argument that `LlamaConfig` does not have, or sizes that do not fit together.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-    ours: dict[str, Any] = {
+    fixed: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         **({"num_labels": 1} if reward else {}),
     }
-    check_shape(shape, ours)
-    config = LlamaConfig(**shape, **ours)
+    check_shape(shape, fixed)
+    config = LlamaConfig(**shape, **fixed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         return kind.from_config(config, dtype=torch.float32)
 
 
-def check_shape(shape: dict[str, Any], ours: dict[str, Any] | None = None) -> None:
-    """Whether a model from scratch can have this shape; `ours` are the arguments that are not the user's.
+def check_shape(shape: dict[str, Any], fixed: dict[str, Any] | None = None) -> None:
+    """Check that a model from scratch can have this shape; `fixed` are the arguments that the user does not choose.
 
     Raises:
         UserError: as `random_model` does.
@@ -94,27 +95,16 @@ def check_shape(shape: dict[str, Any], ours: dict[str, Any] | None = None) -> No
     import torch
     from transformers import LlamaConfig, LlamaModel
 
-    ours = ours or {}
-    known = inspect.signature(LlamaConfig).parameters.keys() - {*ours, *TOKEN_ARGUMENTS}
-    if unknown := [key for key in shape if key not in known]:  # transformers would take them and do nothing
+    fixed = fixed or {}
+    known = inspect.signature(LlamaConfig).parameters.keys() - {*fixed, *TOKEN_ARGUMENTS}
+    if unknown := [key for key in shape if key not in known]:  # transformers would accept and ignore them
         close = difflib.get_close_matches(str(unknown[0]), sorted(known), n=1)
         hint = f"did you mean {close[0]!r}?" if close else "it has hidden_size, num_hidden_layers, ..."
         raise UserError(f"the shape of a model from scratch has no {unknown[0]!r}; {hint}")
     try:
         with torch.device("meta"):
-            LlamaModel(LlamaConfig(**shape, **ours))
-    except Exception as error:  # what strange values make it raise has no narrower class
+            LlamaModel(LlamaConfig(**shape, **fixed))
+    except Exception as error:  # it may raise anything on strange values
         reason = " ".join(str(error).split())
         reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
         raise UserError(f"a model of this shape cannot be made: {reason}") from error
-
-
-def texts_of(dataset: Any) -> Iterator[str]:
-    """Every text of preference pairs, to train a tokenizer on."""
-    for row in dataset:
-        for column in ("prompt", "chosen", "rejected"):
-            value = row.get(column)
-            if isinstance(value, str):
-                yield value
-            elif value:
-                yield from (message["content"] for message in value)

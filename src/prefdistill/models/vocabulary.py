@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Compare the vocabularies of tokenizers, and of a tokenizer and a model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,37 +9,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def token_conflicts(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> list[str]:
-    """Tokens of ours that have another id in theirs, or whose id is another token's there."""
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    taken = set(b.values())
-    moved = [token for token in sorted(a.keys() & b.keys()) if a[token] != b[token]]
-    return moved + [token for token, i in a.items() if token not in b and i in taken]
+def token_conflicts(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the tokens of one tokenizer with another id in the other one, or whose id is another token's there."""
+    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
+    used = set(other_ids.values())
+    moved = [token for token in sorted(ids.keys() & other_ids.keys()) if ids[token] != other_ids[token]]
+    return moved + [token for token, number in ids.items() if token not in other_ids and number in used]
 
 
-def check_same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> None:
-    """Two models can speak of the same tokens only if no id means two things; ids that one of them lacks are trimmed.
+def check_same_tokens(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> None:
+    """Check that no id stands for different tokens in two tokenizers. Either may have ids that the other one lacks.
 
     Raises:
         UserError: naming the first token that has two ids.
     """
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    if clash := token_conflicts(ours, theirs):
+    tokens, other_tokens = tokenizer.get_vocab().keys(), other.get_vocab().keys()
+    name, other_name = tokenizer.name_or_path, other.name_or_path
+    if conflicts := token_conflicts(tokenizer, other):
         raise UserError(
-            f"{ours.name_or_path} and {theirs.name_or_path} have different tokenizers: {len(clash)} of {len(a)} tokens "
-            f"differ, e.g. {clash[0]!r}; choose a teacher and a student of one family"
+            f"{name} and {other_name} have different tokenizers: {len(conflicts)} of {len(tokens)} tokens differ, "
+            f"e.g. {conflicts[0]!r}; choose a teacher and a student of one family"
         )
-    if len(a) != len(b):
-        shared = len(a.keys() & b.keys())
-        say(f"{ours.name_or_path} has {len(a)} tokens, {theirs.name_or_path} {len(b)}; the {shared} they share agree")
+    if len(tokens) != len(other_tokens):
+        shared = len(tokens & other_tokens)
+        say(f"{name} has {len(tokens)} tokens, {other_name} {len(other_tokens)}; the {shared} they share agree")
 
 
 def check_ids(highest: int, model: Any, tokenizer: Any) -> None:
-    """Whether a model can be given tokens up to this id, and padding: an id without an embedding ends in an IndexError,
-    or on a GPU in the loss of the whole process.
+    """Check that a model has an embedding for the tokens up to this id, and for padding.
+
+    An id without one raises a bare IndexError, or on a GPU aborts the process.
 
     Raises:
-        UserError: naming the token that the model has no row for.
+        UserError: naming the token without an embedding.
     """
     top, rows = max(highest, tokenizer.pad_token_id or 0), model.get_input_embeddings().weight.shape[0]
     if top >= rows:

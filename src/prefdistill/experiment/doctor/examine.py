@@ -13,6 +13,7 @@ import torch
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data import synthetic
+from prefdistill.data.messages import pair_texts
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.check import check_plan, check_trainings
 from prefdistill.experiment.cost import Shapes
@@ -23,7 +24,7 @@ from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, read_pairs, re
 from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
 from prefdistill.experiment.plan import build_plan
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
-from prefdistill.models.scratch import random_model, texts_of, train_tokenizer
+from prefdistill.models.scratch import random_model, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,7 @@ class _Models:
             if own is None and recipe.data.synthetic:
                 own = synthetic.build_tokenizer()
             elif own is None and train and train.pairs:
-                own = train_tokenizer(texts_of(pair.columns for pair in train.pairs), scratch.vocab_size)
+                own = train_tokenizer(pair_texts(pair.columns for pair in train.pairs), scratch.vocab_size)
             for role, name in (("student", student), ("teacher", teacher)):
                 if own is not None and name is None:
                     self.tokenizers[role] = own
