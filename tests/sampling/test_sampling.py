@@ -21,6 +21,7 @@ from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
+from prefdistill.data.truncation import Truncation
 from prefdistill.sampling.files import sample_responses
 from prefdistill.sampling.sampler import Response, sample
 from support.tokenizer_styles import make_tokenizer
