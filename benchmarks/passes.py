@@ -69,7 +69,7 @@ class Pass:
     def grouped(self, *, layout: Any) -> Iterator[dict[str, Any]]:
         """Yield batches as extraction does: texts of similar length, up to a number of tokens."""
         from prefdistill.data.batches import make_batch
-        from prefdistill.signals.reading import _batches
+        from prefdistill.signals.scoring import _batches
 
         for documents, _ in _batches(self.rows, SIDES, layout, self.budget):
             yield self.on_device(make_batch(layout.rows(documents), self.tokenizer.pad_token_id))
@@ -81,7 +81,7 @@ class Pass:
 def ours(kinds: list[str], positions: str = "all", **common: Any) -> Prepared:
     """Extract signals in memory: everything but tokenizing and writing."""
     from prefdistill.data.batches import layout_for
-    from prefdistill.signals.reading import score_pairs
+    from prefdistill.signals.scoring import score_pairs
 
     task = Pass(**common)
     layout = layout_for(task.model, task.truncation.max_length)

@@ -486,7 +486,7 @@ def test_a_model_is_never_made_over_itself(place, capfd):
 def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatch):
     signals = ["signals", *MODEL, *PAIRS, "--out", "out"]
     first, _ = call(capfd, *signals)
-    monkeypatch.setattr("prefdistill.signals.extract.score_pairs", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("prefdistill.signals.request.score_pairs", lambda *_, **__: 1 / 0)
     assert call(capfd, *signals)[0] == first
     assert main([*signals, "--max-length", "20"]) == 2
     assert "holds signals of another request (truncation.max_length is" in capfd.readouterr().err

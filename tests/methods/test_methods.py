@@ -26,7 +26,6 @@ from prefdistill.methods.tvkd import _other_rows
 from prefdistill.models.identity import weights_digest
 from prefdistill.models.scratch import random_model
 from prefdistill.signals import Need, SignalSet, extract_signals
-from prefdistill.signals.store import TopK
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Lora, Training
 from support.stores import store_by_hand
@@ -487,10 +486,9 @@ def test_a_row_without_tokens_is_finite_and_has_no_gradient(case, trainer_of):
         for row in rows[kept:]:
             row |= {f"{name}_ids": [] for name in trainer.method.responses}
         batch = trainer.data_collator(rows)
-        first = batch_of(trainer, ROWS[2 : 2 + kept])["features"]["topk"] if kept else {}
-        for key, states in batch["features"]["topk"].items():
-            n = len(first[key].rest) if kept else 0
-            batch["features"]["topk"][key] = TopK(states.ids[:n], states.logps[:n], states.rest[:n])
+        first = batch_of(trainer, ROWS[2 : 2 + kept])["features"]["states"] if kept else {}
+        states = batch["features"]["states"]
+        batch["features"]["states"] = {name: x[: len(first[name]) if kept else 0] for name, x in states.items()}
         return batch
 
     _, alone = value_and_gradient(trainer, batch_of(trainer, ROWS[2:3]))
@@ -696,7 +694,7 @@ MISSING = [  # method, options, the signals at hand, what is said
     ("tvkd", {}, ["reference"], "TVKD lacks teacher.values of chosen, rejected. Make it with `prefdistill signals"
      " --role teacher --kind values --model TEACHER --data"),
     ("tvkd", {"values_from": "logprobs", "value_temperature": 2.0}, ["reference"],
-     "--kind logprob_values --value-temperature B --model"),
+     "--kind logprob_values --value-temperature 2.0 --model"),
     ("tvkd", {"shaping": "q"}, ["reference"], "--kind q --model TEACHER"),
     ("tvkd", {"potential": "implicit_reward"}, ["reference"], "TVKD lacks teacher.logps of chosen, rejected;"
      f" teacher_reference.logps of chosen, rejected. {LOGPS} --model TEACHER --data"),

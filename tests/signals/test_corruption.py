@@ -9,8 +9,7 @@ from benchmarks.corruption import parts_of_manifest, parts_of_shard, try_flips, 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_json, write_jsonl, write_sealed
-from prefdistill.signals import Signals, extract_signals, repair_signals
-from prefdistill.signals import extract as extraction
+from prefdistill.signals import Signals, extract_signals, repair_signals, request
 
 KINDS = ("values", "logps", "q", "topk")
 
@@ -135,8 +134,8 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_only_what_is_damaged_is_made_again_to_the_last_byte(damage, store, made, monkeypatch):
     harm, expected = DAMAGE[damage]
-    whole, calls, real = contents(store), [], extraction.score_pairs
-    monkeypatch.setattr(extraction, "score_pairs", lambda *args, **given: calls.append(1) or real(*args, **given))
+    whole, calls, real = contents(store), [], request.score_pairs
+    monkeypatch.setattr(request, "score_pairs", lambda *args, **given: calls.append(1) or real(*args, **given))
     harm(store)
     found, damaged = repair_signals(store)
     assert set(damaged) == expected
@@ -146,7 +145,7 @@ def test_only_what_is_damaged_is_made_again_to_the_last_byte(damage, store, made
 
 
 def test_a_repair_that_is_interrupted_goes_on(store, monkeypatch):
-    whole, real = contents(store), extraction.score_pairs
+    whole, real = contents(store), request.score_pairs
     shutil.rmtree(store / "shards")
     calls = []
 
@@ -156,7 +155,7 @@ def test_a_repair_that_is_interrupted_goes_on(store, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **given)
 
-    monkeypatch.setattr(extraction, "score_pairs", second)
+    monkeypatch.setattr(request, "score_pairs", second)
     with pytest.raises(KeyboardInterrupt):
         repair_signals(store)
     with pytest.raises(UserError, match="are unfinished"):

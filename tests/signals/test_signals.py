@@ -15,7 +15,7 @@ from prefdistill.data.encode import encode_pairs
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation import gauge_flips, mean_and_error, pair_terms
-from prefdistill.signals import Need, Signals, SignalSet, extract_signals
+from prefdistill.signals import Need, Signals, SignalSet, extract_signals, request
 from prefdistill.signals.gauge import DIRECTIONS, gauge_directions
 
 EXACT = {"topk_coding": "float32"}
@@ -135,12 +135,11 @@ def test_dropped_rows_are_named_and_have_no_signals(tmp_path, make_model, pairs,
 
 
 def test_a_finished_store_is_opened_not_made_again(store, tmp_path, make_model, pairs, tokenizer, monkeypatch):
-    import prefdistill.signals.extract as extract
 
     def forbidden(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(extract, "score_pairs", forbidden)
+    monkeypatch.setattr(request, "score_pairs", forbidden)
     again = extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "store", shard_rows=10)
     assert again.row(1)["chosen"]["logps"] == store.row(1)["chosen"]["logps"]
 
@@ -149,7 +148,6 @@ def test_a_finished_store_is_opened_not_made_again(store, tmp_path, make_model, 
 def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
     kinds, tmp_path, make_model, pairs, tokenizer, monkeypatch
 ):
-    import prefdistill.signals.extract as extract
 
     ask = {"kinds": kinds, "shard_rows": 10} | ({"p": 0.8} if kinds == ("topk",) else {})
     if "at ids" in kinds:
@@ -158,7 +156,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
     extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "store", **ask)
 
     calls = []
-    real = extract.score_pairs
+    real = request.score_pairs
 
     def once(*args, **kwargs):
         calls.append(1)
@@ -166,7 +164,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(extract, "score_pairs", once)
+    monkeypatch.setattr(request, "score_pairs", once)
     with pytest.raises(KeyboardInterrupt):
         extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "again", **ask)
     with pytest.raises(UserError, match="unfinished"):
@@ -187,7 +185,7 @@ def test_another_request_does_not_overwrite_a_store(store, tmp_path, make_model,
         extract_signals(same_weights, pairs, tokenizer, out=tmp_path / "store", shard_rows=10)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds no signals"):
+    with pytest.raises(UserError, match="was not made by prefdistill"):
         extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
@@ -444,13 +442,13 @@ def test_ids_that_do_not_fit_are_refused(extract, make_model, pairs, sampled, to
             extract(make_model(0), "topk", **({"role": "reference", "ids_from": store} | options))
         return str(refusal.value)
 
-    assert "has no teacher.topk of chosen, rejected; make it with --kind topk" in at(extract(make_model(5), "logps"))
+    assert "has no teacher.topk of chosen, rejected; extract it with --kind topk" in at(extract(make_model(5), "logps"))
     assert "the teacher signals were made from other data" in at(teacher, data=pairs.select(range(20)))
     assert "this has 24 too, in another order" in at(teacher, data=pairs.select(range(23, -1, -1)))
     half = extract(make_model(5), "topk", responses=("rejected",))
-    assert "has no teacher.topk of chosen; make" in at(half)
-    assert "truncated otherwise" in at(teacher, truncation=Truncation(max_length=30))
-    assert "cannot be read at those of a teacher" in at(teacher, role="teacher")
+    assert "has no teacher.topk of chosen; extract" in at(half)
+    assert "another truncation" in at(teacher, truncation=Truncation(max_length=30))
+    assert "a teacher cannot be scored at the ids of a teacher" in at(teacher, role="teacher")
     own = extract(make_model(0), "topk", role="reference", k=6)
     assert "a teacher_reference cannot be read at those of a reference" in at(own, role="teacher_reference")
     other = copy.deepcopy(tokenizer)
@@ -650,11 +648,10 @@ def test_gauge_flips_are_the_pairs_that_other_gauges_order_otherwise(extract, ma
 
 def test_a_shard_holds_no_more_numbers_than_fit_into_memory(tmp_path, make_model, pairs, tokenizer, monkeypatch):
     """With many ids a state, shards are of fewer rows; what is in them stays the same, and so does resuming."""
-    import prefdistill.signals.extract as extract
 
     cut = {"truncation": Truncation(max_length=40)}
     whole = extract_signals(make_model(), pairs, tokenizer, ("topk",), tmp_path / "whole", k=9, **cut)
-    monkeypatch.setattr(extract, "SHARD_NUMBERS", 2_500)
+    monkeypatch.setattr(request, "SHARD_NUMBERS", 2_500)
     small = extract_signals(make_model(), pairs, tokenizer, ("topk",), tmp_path / "small", k=9, **cut)
     assert [shard["rows"] for shard in whole.manifest["shards"]] == [24]
     # 40 tokens of two responses at most, 9 ids and the rest for each
@@ -676,7 +673,7 @@ def test_ids_of_a_store_that_lacks_rows_are_refused_before_the_pass(tmp_path, ma
     ids = extract_signals(make_model(5), data, tokenizer, ("topk",), tmp_path / "ids", responses=both)
     assert 2 not in ids.rows
     ask = {"kinds": ("topk",), "role": "teacher_reference", "ids_from": ids}
-    with pytest.raises(UserError, match=r"has no row 2 .*read --responses teacher_response,student_response as that"):
+    with pytest.raises(UserError, match=r"has no row 2 .*score --responses teacher_response,student_response, as that"):
         extract_signals(make_model(), data, tokenizer, out=tmp_path / "s", responses=("student_response",), **ask)
     assert not (tmp_path / "s").exists()
     made = extract_signals(make_model(), data, tokenizer, out=tmp_path / "s", responses=both, **ask)
@@ -745,7 +742,7 @@ def test_endpoints_are_what_tvkd_needs_and_no_more_than_16_bytes_a_pair(extract,
             a, b = (shaping_returns(s, side, discount=1.0, terminal=terminal) for s in both)
             np.testing.assert_allclose(a, b, atol=1e-5)
         for asked in ({"discount": 0.9, "terminal": "last"}, {"discount": 1.0, "terminal": "bootstrap"}):
-            with pytest.raises(UserError, match=r"endpoints that these signals hold: .*--positions all"):
+            with pytest.raises(UserError, match=r"endpoints in these signals: .*--positions all"):
                 shaping_returns(both[1], side, **asked)
     row = ends.row(3)
     assert (
@@ -851,7 +848,8 @@ def test_the_page_on_stores_shows_how_to_read_one_without_us(tmp_path, make_mode
 
 def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
     """All columns of a shard but the texts' offsets and lengths, with ids that nothing compresses."""
-    from prefdistill.signals.extract import _columns
+    from prefdistill.signals.kinds import Settings, make_kinds
+    from prefdistill.signals.request import shard_columns
     from prefdistill.signals.shards import Shard, write_shard
 
     rng = np.random.default_rng(0)
@@ -868,8 +866,8 @@ def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
         found["chosen_topk_counts"].append(np.full(tokens, 50, np.int32))
         states += tokens
     rows = {"row": list(range(24)), "chosen_ids": [[0]] * 24, "chosen_ended": [True] * 24, "chosen_offsets": [[1]] * 24}
-    request = {"positions": "all", "value_dtype": "float32", "topk": {"coding": "packed", "id_bits": 17}}
-    columns, errors = _columns(rows, ("chosen",), found, request)
+    settings = Settings(topk={"k": 50, "vocabulary": 128_256, "coding": "packed", "id_bits": 17})
+    columns, errors = shard_columns(rows, ("chosen",), found, make_kinds(["topk"], settings))
     write_shard(tmp_path / "s.parquet", columns, {"kept": 24})
     assert (tmp_path / "s.parquet").stat().st_size / states <= 128
     assert np.mean(errors) < 1e-3

@@ -13,7 +13,7 @@ from prefdistill.data.messages import prompt_text
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.signals.needs import Need
-from prefdistill.signals.reading import score_pairs
+from prefdistill.signals.scoring import score_pairs
 from prefdistill.signals.shaping import shaping_returns
 from prefdistill.signals.store import Signals, SignalSet
 

@@ -31,7 +31,8 @@ class Student:
     Per row: `logps` of the whole response and its `tokens`, [B] each. Per state s_0 .. s_{T-1}, the rows' states one
     after another: `topk`, the student's log-probabilities at the ids of the teacher's "topk" signal [states, k], and
     `rest`, the log of its mass elsewhere [states]; `likeliest`, its own most likely token and that one's
-    log-probability, [states] each, for methods that ask for it.
+    log-probability, [states] each, for methods that set `reads_likeliest`; `token_logps`, the log-probability of each
+    realised token [states], for methods that set `reads_token_logps`.
     """
 
     logps: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Student:
     topk: dict[str, Tensor] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
     likeliest: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    token_logps: dict[str, Tensor] = field(default_factory=dict)
 
     def mean_over_tokens(self, response: str, per_state: Tensor) -> Tensor:
         """Return the mean of a quantity over the states of each response: [states] -> [B]; 0 without tokens."""
@@ -78,14 +80,20 @@ class Method:
     def needs(self) -> tuple[Need, ...]:
         """The signals it needs, with the settings they must have been extracted with.
 
-        A "topk" need puts `ROLE_RESPONSE_topk` [states, k], `ROLE_RESPONSE_rest` [states] and `RESPONSE_ids` among the
-        signals of a batch, and has the student read at those ids.
+        A kind with a number per token, such as "token_logps", puts `ROLE_RESPONSE_KIND` [states] among the signals of a
+        batch. "topk" puts `ROLE_RESPONSE_topk` [states, k], `ROLE_RESPONSE_rest` [states] and `RESPONSE_ids` there, and
+        has the student read at those ids.
         """
         return ()
 
     @property
     def reads_likeliest(self) -> bool:
         """Whether it needs the student's own most likely token of each state."""
+        return False
+
+    @property
+    def reads_token_logps(self) -> bool:
+        """Whether it needs the student's log-probability of each realised token."""
         return False
 
     def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
@@ -97,7 +105,7 @@ class Method:
 
         Args:
             student: the student's outputs.
-            signals: the batch's part of `row_signals` [B], and the "topk" signals of its states.
+            signals: the batch's part of `row_signals` [B], and the signals of its states (see `needs`).
         """
         raise NotImplementedError
 

@@ -6,16 +6,18 @@ from prefdistill.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prefdistill.signals.extract import extract_signals
+    from prefdistill.signals.kinds import KINDS, Kind
     from prefdistill.signals.needs import ROLES, Need
     from prefdistill.signals.repair import repair_signals
-    from prefdistill.signals.store import KINDS, Signals, SignalSet
+    from prefdistill.signals.store import Signals, SignalSet
 
-__all__ = ["KINDS", "ROLES", "Need", "SignalSet", "Signals", "extract_signals", "repair_signals"]
+__all__ = ["KINDS", "ROLES", "Kind", "Need", "SignalSet", "Signals", "extract_signals", "repair_signals"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "KINDS": "store",
+        "KINDS": "kinds",
+        "Kind": "kinds",
         "ROLES": "needs",
         "Need": "needs",
         "SignalSet": "store",

@@ -1,4 +1,4 @@
-"""What a signal manifest must say for the store to be read: it may come from anywhere, and anything may be in it."""
+"""Validate a signal manifest before the store is read: it may come from anywhere, and anything may be in it."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from prefdistill.core.errors import UserError
+from prefdistill.signals.kinds import KINDS
 
 
 class _Part(BaseModel):
@@ -41,7 +42,7 @@ class _Shard(_Part):
 
 class _Manifest(_Part):
     role: Literal["teacher", "teacher_reference", "reference", "student"]
-    kinds: list[Literal["values", "logprob_values", "logps", "q", "topk"]] = Field(min_length=1)
+    kinds: list[str] = Field(min_length=1)
     responses: list[str] = Field(min_length=1)
     positions: Literal["all", "endpoints"]
     value_temperature: PositiveFloat
@@ -55,18 +56,20 @@ class _Manifest(_Part):
 
 
 def check_manifest(manifest: dict[str, Any], directory: Path) -> None:
-    """Raises a UserError if a manifest lacks what is read of it, or names a shard outside of its directory."""
+    """Raise a UserError if a manifest lacks what is read of it, or names a shard outside of its directory."""
     where = f"{directory}/manifest.json"
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where} is damaged ({key}: {first['msg']}); make the signals again") from error
+        raise UserError(f"{where} is damaged ({key}: {first['msg']}); extract the signals again") from error
+    if unknown := [kind for kind in manifest["kinds"] if kind not in KINDS]:
+        raise UserError(f"{where} has the signal kind {unknown[0]!r}, which no installed package registers")
     shards = directory / "shards"
     for shard in manifest["shards"]:
         name = shard["file"]
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
-            raise UserError(f"{where} names the shard {name!r}, which is no file of the store; make the signals again")
+            raise UserError(f"{where} names the shard {name!r}, which is no file of the store; extract it again")
         if not (shards / name).resolve().is_relative_to(directory.resolve()):
             raise UserError(f"{shards / name} is a link that leads out of the store; put the file itself there")

@@ -4,11 +4,12 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.options import Section
 from prefdistill.models.options import Dtype, Quantization, QuantizedLoading
+from prefdistill.signals.kinds import KINDS, Settings, make_kinds
 
 Role = Literal["teacher", "teacher_reference", "reference", "student"]
-VALUE_KINDS = frozenset({"values", "logprob_values"})
 
 
 class SignalOptions(Section):
@@ -46,7 +47,7 @@ class SignalRequest(SignalOptions):
     """What `extract_signals` is asked for, but the model, the data and the place."""
 
     kinds: tuple[str, ...] = Field(
-        ("values", "logps"), strict=False, description="Comma-separated: values, logprob_values, logps, q, topk."
+        ("values", "logps"), strict=False, description=f"Comma-separated: {', '.join(KINDS)}."
     )
     role: Role = Field(
         "teacher",
@@ -64,25 +65,26 @@ class SignalRequest(SignalOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SignalRequest":
-        kinds, values = set(self.kinds), VALUE_KINDS.intersection(self.kinds)
-        if not kinds:
+        if not self.kinds:
             raise ValueError("kinds is empty; name at least one, e.g. values")
         if not self.responses or len(set(self.responses)) < len(self.responses):
             names = ", ".join(self.responses) or "none"
             raise ValueError(f"responses must name columns of the data, each once, got {names}")
-        if "logprob_values" in kinds and self.value_temperature == 1:
-            raise ValueError(
-                "logprob_values at value_temperature 1 is 0 everywhere, because probabilities sum to 1; give another "
-                "value_temperature"
-            )
-        if self.positions == "endpoints" and kinds != {"values"}:
-            others = ", ".join(sorted(kinds - {"values"})) or "no values"
+        try:
+            kinds = make_kinds(self.kinds, Settings(value_temperature=self.value_temperature))
+            for kind in kinds:
+                kind.check()
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        used = {option for kind in kinds for option in kind.uses}
+        if self.positions == "endpoints" and set(self.kinds) != {"values"}:
+            others = ", ".join(sorted({*self.kinds} - {"values"})) or "no values"
             raise ValueError(f"positions=endpoints stores values alone, not {others}; use another store for them")
-        if self.value_dtype == "float16" and (self.positions == "endpoints" or not values):
+        if self.value_dtype == "float16" and (self.positions == "endpoints" or "value_dtype" not in used):
             raise ValueError("value_dtype applies to values of all states; leave it out")
-        if (self.k, self.p) != (50, None) and "topk" not in kinds:
+        if (self.k, self.p) != (50, None) and not {"k", "p"} <= used:
             raise ValueError("k and p apply to the kind topk; leave them out without it")
-        if self.topk_coding is not None and "topk" not in kinds:
+        if self.topk_coding is not None and "topk_coding" not in used:
             raise ValueError("topk_coding applies to the kind topk; leave it out without it")
         if self.quantization is not None and self.role == "reference":
             raise ValueError("a reference is scored as the student is trained; leave quantization out")

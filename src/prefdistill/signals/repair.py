@@ -10,7 +10,8 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.formats import suffixes
 from prefdistill.data.truncation import Truncation
-from prefdistill.signals.extract import IN_MEMORY, extract_signals
+from prefdistill.signals.extract import extract_signals
+from prefdistill.signals.request import IN_MEMORY
 from prefdistill.signals.shards import is_whole, read_checksum, write_checksum
 from prefdistill.signals.store import SCHEMA, Signals
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,65 +12,52 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefdistill.core.files import atomic_path, file_digest, write_text
+from prefdistill.signals.kinds import Column
 
 # Bytes of a row group, the least that is read at once: small enough to pick single pairs out of a file of many.
 GROUP_BYTES = 2**18
 GROUPS_KEPT = 32
 NOTES = b"prefdistill"
-# How columns are stored, by the end of their names: type, and Parquet's encoding where the default is not the best.
-TYPES: dict[str, tuple[pa.DataType, str | None]] = {
-    "row": (pa.int64(), "DELTA_BINARY_PACKED"),
-    "tokens": (pa.int32(), "DELTA_BINARY_PACKED"),
-    "ended": (pa.bool_(), None),
-    "offsets": (pa.list_(pa.int32()), "DELTA_BINARY_PACKED"),
-    "gauge": (pa.list_(pa.float32()), None),
-    "logps": (pa.float32(), None),
-    "q": (pa.float32(), None),
-    "start_value": (pa.float32(), None),
-    "end_value": (pa.float32(), None),
-    "values": (pa.list_(pa.float32()), "BYTE_STREAM_SPLIT"),
-    "logprob_values": (pa.list_(pa.float32()), "BYTE_STREAM_SPLIT"),
-    "topk_counts": (pa.list_(pa.int32()), None),
-    "topk_ids": (pa.list_(pa.int32()), "DELTA_BINARY_PACKED"),
-    "topk_logps": (pa.list_(pa.float32()), "BYTE_STREAM_SPLIT"),
-    "topk_rest": (pa.list_(pa.float32()), "BYTE_STREAM_SPLIT"),
-    "topk_levels": (pa.binary(), None),
-    "topk_gap": (pa.list_(pa.float16()), "BYTE_STREAM_SPLIT"),
-    "topk_span": (pa.list_(pa.float16()), "BYTE_STREAM_SPLIT"),
-    "topk_odds": (pa.list_(pa.float16()), "BYTE_STREAM_SPLIT"),
-}
+# The columns of every store, beside those of its kinds.
+ROW = Column("int64", encoding="DELTA_BINARY_PACKED")
+TOKENS = Column("int32", encoding="DELTA_BINARY_PACKED")
+ENDED = Column("bool")
+OFFSETS = Column("int32", ragged=True, encoding="DELTA_BINARY_PACKED")
+ShardColumns = Mapping[str, tuple[Column, Sequence[Any]]]
 
 
-def write_shard(path: Path, columns: dict[str, Sequence[Any]], notes: dict[str, Any]) -> None:
-    """Write columns of rows, and some notes on how they were made, into a file that is whole or not there.
+def write_shard(path: Path, columns: ShardColumns, notes: dict[str, Any]) -> None:
+    """Write columns of rows, and notes on them, into a file that is whole or not there.
 
-    Its checksum is written first, as sha256sum would: a file that does not fit it is not what was written. The type of
-    a column goes by the end of its name (`TYPES`), where it is not an Arrow array already.
+    Its checksum is written first, as sha256sum would: a file that does not fit it is damaged.
     """
-    arrays: dict[str, pa.Array] = {}
-    encodings: dict[str, str] = {}
-    dictionaries: list[str] = []
-    for name, values in columns.items():
-        type_, encoding = TYPES[next(end for end in sorted(TYPES, key=len, reverse=True) if name.endswith(end))]
-        array = arrays[name] = values if isinstance(values, pa.Array) else pa.array(values, type_)
-        leaf = f"{name}.list.element" if pa.types.is_list(array.type) else name
-        if name.endswith("topk_counts"):  # often the same number throughout
-            dictionaries.append(leaf)
-        elif encoding is not None and not pa.types.is_binary(array.type):
-            encodings[leaf] = encoding
-    table = pa.table(arrays).replace_schema_metadata({NOTES: json.dumps(notes).encode()})
-    rows = max(1, round(GROUP_BYTES * table.num_rows / max(1, table.nbytes)))
     with atomic_path(path) as temporary:
-        pq.write_table(
-            table,
-            temporary,
-            compression="zstd",
-            row_group_size=rows,
-            use_dictionary=dictionaries,
-            column_encoding=encodings,
-            write_statistics=False,  # nobody searches these files by value
-        )
+        _write_table(temporary, columns, notes)
         write_checksum(path, file_digest(temporary))
+
+
+def memory_shard(columns: ShardColumns, notes: dict[str, Any]) -> "Shard":
+    """Return a shard that is in memory, with the bytes that its file would have."""
+    sink = pa.BufferOutputStream()
+    _write_table(sink, columns, notes)
+    return Shard(sink.getvalue())
+
+
+def _write_table(where: Any, columns: ShardColumns, notes: dict[str, Any]) -> None:
+    arrays = {name: pa.array(values, column.type) for name, (column, values) in columns.items()}
+    leaves = {name: f"{name}.list.element" if column.ragged else name for name, (column, _) in columns.items()}
+    encodings = {leaves[name]: column.encoding for name, (column, _) in columns.items() if column.encoding}
+    dictionaries = [leaf for leaf, encoding in encodings.items() if encoding == "DICTIONARY"]
+    table = pa.table(arrays).replace_schema_metadata({NOTES: json.dumps(notes).encode()})
+    pq.write_table(
+        table,
+        where,
+        compression="zstd",
+        row_group_size=max(1, round(GROUP_BYTES * table.num_rows / max(1, table.nbytes))),
+        use_dictionary=dictionaries,
+        column_encoding={leaf: encoding for leaf, encoding in encodings.items() if leaf not in dictionaries},
+        write_statistics=False,  # nobody searches these files by value
+    )
 
 
 def checksum_file(shard: Path) -> Path:
@@ -82,7 +69,7 @@ def write_checksum(shard: Path, digest: str) -> None:
 
 
 def read_checksum(shard: Path) -> str | None:
-    """What was noted when a shard was written; None where there is no such note that can be read."""
+    """Return the checksum that was noted when a shard was written; None if there is none that can be read."""
     try:
         line = checksum_file(shard).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
@@ -92,19 +79,19 @@ def read_checksum(shard: Path) -> str | None:
 
 
 def is_whole(shard: Path, digest: str | None = None) -> bool:
-    """Whether a shard is there, with the checksum it should have: by default the one that was noted beside it."""
+    """Return whether a shard has the checksum it should have: by default the one that was noted beside it."""
     digest = digest or read_checksum(shard)
     return digest is not None and shard.is_file() and file_digest(shard) == digest
 
 
 class Shard:
-    """One file of a store. Nothing of it stays in memory but the row groups that were read last."""
+    """One file of a store, or a buffer. Only the row groups that were read last stay in memory."""
 
     def __init__(self, source: Path | pa.Buffer) -> None:
         self.source = source
         self._groups: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # to another process: what is open or read stays here
+    def __reduce__(self) -> tuple[Any, ...]:  # to another process, without open files and row groups
         return Shard, (self.source,)
 
     @cached_property
@@ -129,12 +116,12 @@ class Shard:
         return self.file.read(columns=[name]).column(name)
 
     def rows(self, places: Iterable[int], columns: tuple[str, ...]) -> pa.Table:
-        """These columns of some rows, in the order asked for."""
-        found = []
+        """Return these columns of some rows, in the order of `places`."""
+        slices = []
         for place in places:
             group = int(np.searchsorted(self.starts, place, side="right")) - 1
-            found.append(self._group(group, columns).slice(place - self.starts[group], 1))
-        return pa.concat_tables(found)
+            slices.append(self._group(group, columns).slice(place - self.starts[group], 1))
+        return pa.concat_tables(slices)
 
     def _group(self, number: int, columns: tuple[str, ...]) -> pa.Table:
         key = (number, columns)

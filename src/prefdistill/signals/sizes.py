@@ -1,11 +1,10 @@
-"""How large a signal store will be, before anything is read (docs/signals.md has the table)."""
+"""Estimate how large a signal store will be, before anything is extracted (docs/signals.md has the table)."""
 
 from collections.abc import Collection
 from typing import Literal
 
-from prefdistill.signals.gauge import DIRECTIONS
-from prefdistill.signals.packing import MOST, id_bits
-from prefdistill.signals.reading import VALUES
+from prefdistill.signals.kinds import Settings, make_kinds
+from prefdistill.signals.packing import id_bits
 
 
 def store_bytes(
@@ -20,34 +19,21 @@ def store_bytes(
     packed: bool = True,
     own_ids: bool = True,
 ) -> int:
-    """The most bytes that a store takes, footers aside: Parquet's own compression saves up to half of it.
+    """Return the most bytes that a store takes, footers aside: Parquet's compression saves up to half of it.
 
     Args:
         kinds: of `KINDS`.
-        tokens, responses: how many the store tells of.
+        tokens, responses: how many the store covers.
         vocabulary: rows of the model's head.
         positions, value_dtype, k, packed: as for `extract_signals`; `packed` is its topk_coding.
-        own_ids: False for a store that is read at another's ids.
+        own_ids: False for a store at another store's token ids.
 
     Example:
         >>> store_bytes(["topk"], 1_000, 0, 128_256) - store_bytes([], 1_000, 0, 128_256)   # 126 a token
         126250
     """
-    if positions == "endpoints":
-        return 8 * responses
-    states = tokens + responses
-    total = 2 * responses + tokens  # lengths, and where each token ends
-    for kind in set(VALUES).intersection(kinds):
-        total += states * (2 if value_dtype == "float16" else 4)
-        total += 4 * DIRECTIONS * responses if kind == "values" else 0
-    total += 4 * responses * len({"logps", "q"}.intersection(kinds))
-    if "topk" in kinds:
-        most = vocabulary if k == "vocab" else min(k, vocabulary)
-        if packed and own_ids:
-            bits = most * id_bits(vocabulary) + most + min(MOST, max(0, 16 * most - 47)) + 3 * 16
-        elif packed:
-            bits = 8 * most + 2 * 16
-        else:
-            bits = most * (32 + (id_bits(vocabulary) if own_ids else 0)) + 32
-        total += tokens * bits // 8
-    return total
+    topk = {"k": k, "vocabulary": vocabulary, "coding": "packed" if packed else "float32"}
+    topk |= {"id_bits": id_bits(vocabulary)} | ({} if own_ids else {"ids_from": "another store"})
+    settings = Settings(positions=positions, value_dtype=value_dtype, topk=topk)
+    lengths = 0 if settings.endpoints else 2 * responses + tokens  # number of tokens, and where each token ends
+    return lengths + sum(kind.stored_bytes(tokens, responses) for kind in make_kinds(kinds, settings))

@@ -1,17 +1,17 @@
-"""A signal store: Parquet shards and a manifest that says where they came from. Written last, the manifest is the proof
-that the store is whole.
+"""A signal store: Parquet shards and a manifest with their provenance. The manifest is written last: a store that has
+one is complete.
 
     DIR/manifest.json        provenance, row counts, a checksum per shard and of itself
-    DIR/request.json         what was asked for; an interrupted extraction goes on only if it is asked for the same
-    DIR/checksums/*.sha256   of each shard as it was written: an interrupted extraction and a repair go by them
+    DIR/request.json         the request; an interrupted extraction resumes only for the same one
+    DIR/checksums/*.sha256   of each shard as it was written, for resuming and repairing
     DIR/shards/00000.parquet one line per row of the data: row, and for each response (chosen_, rejected_, ...): tokens,
-                             ended, offsets, and what the kinds are made of, see `KINDS`
+                             ended, offsets, and the columns of the kinds, see `signals.kinds`
 """
 
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,11 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, read_sealed, value_digest
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.models.identity import tokenizer_identity
+from prefdistill.signals.kinds import Settings, make_kinds
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.needs import Need
-from prefdistill.signals.packing import unpack_sorted, unpack_unsorted
 from prefdistill.signals.shards import Shard
+from prefdistill.signals.topk import TopK, TopKKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,36 +35,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCHEMA = 5
-# What can be asked of a model about a response of T tokens, in nats, and the columns it is stored in.
-#   values          soft value of s_0 .. s_T, and its last one under other gauges (signals/gauge.py); of endpoints only,
-#                   `start_value` of s_0, one for the row, and `end_value` of the last state before the end token, or of
-#                   s_T where there is none
-#   logprob_values  the same of log-probabilities in place of logits
-#   logps           log-probability of the response
-#   q               sum of the raw logits of its tokens
-#   topk            the most likely tokens of s_0 .. s_{T-1}: how many in each state, then ids and log-probabilities of
-#                   all, one state after another, and the log of the remaining mass of each; or packed, see packing.py
-KINDS = ("values", "logprob_values", "logps", "q", "topk")
-EXACT = ("counts", "ids", "logps", "rest")
-PACKED = ("counts", "ids", "levels", "gap", "span", "odds")
-PACKED_AT_IDS = ("counts", "levels", "span", "odds")
-PLAIN = ("tokens", "ended", "offsets", "values", "gauge", "end_value", "logprob_values", "logps", "q")
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Token distributions of n states: ids [n, k], -1 where there are fewer, log-probs [n, k], -inf there, rest [n]."""
-
-    ids: np.ndarray
-    logps: np.ndarray
-    rest: np.ndarray
 
 
 class DamagedSignals(UserError):
-    """A store that is not as it was written; `prefdistill.signals.repair` makes it whole."""
+    """A store that is not as it was written; `prefdistill.signals.repair` rebuilds the damaged parts."""
 
     def __init__(self, what: str, directory: Path) -> None:
-        super().__init__(f"{what}; `prefdistill signals --repair --out {directory}` makes that part again")
+        super().__init__(f"{what}; `prefdistill signals --repair --out {directory}` rebuilds that part")
 
 
 def check_same_request(what: str, where: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
@@ -152,23 +130,24 @@ class Signals:
     def __len__(self) -> int:
         return self.manifest["data"]["rows"]
 
+    @cached_property
+    def settings(self) -> Settings:
+        """How the signals were extracted."""
+        return Settings.of(self.manifest)
+
     def row(self, i: int) -> dict[str, dict[str, Any]]:
-        """Signals of row i of the data: `{"chosen": {"tokens": T, "ended": bool, ...}, "rejected": {...}}`."""
+        """Return the signals of row i of the data: `{"chosen": {"tokens": T, "ended": bool, ...}, "rejected": ...}`."""
         if i not in self._place:
             dropped = self.manifest["dropped"]
             why = f"dropped ({', '.join(dropped['reasons'])})" if i in dropped["rows"] else f"of {len(self)} rows"
             raise IndexError(f"row {i} has no signals: {why}")
-        at = np.array([i])
-        found: dict[str, dict[str, Any]] = {}
+        signals: dict[str, dict[str, Any]] = {}
         for response in self.responses:
-            names = {name: f"{response}_{name}" for name in PLAIN} | {"start_value": "start_value"}
-            there = {name: column for name, column in names.items() if column in self.columns}
-            line = self._read(at, tuple(there.values()))
-            found[response] = {name: _plain(line.column(column)) for name, column in there.items()}
-            if "topk" in self.kinds:
-                distributions = zip(EXACT, self._distributions(response, at), strict=True)
-                found[response] |= {f"topk_{name}": part for name, part in distributions if part is not None}
-        return found
+            names = [name for name in ("tokens", "ended", "offsets") if f"{response}_{name}" in self.columns]
+            signals[response] = {name: self.value(f"{response}_{name}", i) for name in names}
+            for kind in make_kinds(self.kinds, self.settings):
+                signals[response] |= kind.read(self, response, i)
+        return signals
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -210,45 +189,26 @@ class Signals:
         return [flat[place] for place in self.places(rows)]
 
     def topk(self, response: str, rows: np.ndarray, ids_from: "Signals | None" = None) -> TopK:
-        """Token distributions at s_0 .. s_{T-1} of each row in turn, as [states, k].
+        """Return the token distributions at s_0 .. s_{T-1} of each row in turn, as [states, k].
 
         Args:
             response: of which response.
             rows: rows of the data.
-            ids_from: the store that holds the ids, for one that was read at another's ids.
+            ids_from: the store that holds the ids, for one that was scored at another store's ids.
         """
-        counts, ids, logps, rest = self._distributions(response, rows)
-        if ids_from is not None:
-            ids = ids_from._distributions(response, rows)[1]
-        assert ids is not None
-        shape = (len(counts), int(counts.max(initial=0)))
-        if (counts == shape[1]).all():
-            return TopK(ids.astype(np.int64).reshape(shape), logps.reshape(shape), rest)
-        there = np.arange(shape[1]) < counts[:, None]
-        padded = TopK(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32), rest)
-        padded.ids[there], padded.logps[there] = ids, logps
-        return padded
+        return TopKKind(self.settings).topk(self, response, rows, ids_from)
 
-    def _distributions(
-        self, response: str, rows: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
-        """Counts [states], ids and log-probabilities [n] and rests [states] of some rows, one state after another."""
-        made = self.manifest["topk"]
-        own = not made.get("ids_from")
-        packed = made["coding"] == "packed"
-        names = (PACKED if own else PACKED_AT_IDS) if packed else tuple(n for n in EXACT if own or n != "ids")
-        table = self._read(rows, tuple(f"{response}_topk_{name}" for name in names))
-        read = {name: table.column(f"{response}_topk_{name}").combine_chunks() for name in names}
-        counts, *others = (_flat(column) for column in read.values())
-        given = dict(zip(names[1:], others, strict=True))
-        if not packed:
-            return counts, given.get("ids"), given["logps"], given["rest"]
-        states = read["counts"].value_lengths().to_numpy()
-        if own:
-            return counts, *unpack_sorted(**given, counts=counts, states=states, bits=made["id_bits"])
-        return counts, None, *unpack_unsorted(**given, counts=counts, states=states)
+    def value(self, column: str, row: int) -> Any:
+        """Return one row's value of a column: a number, or an array."""
+        values = self.table(np.array([row]), (column,)).column(column)
+        return self.flat(column, np.array([row])) if _is_list(values.type) else values[0].as_py()
 
-    def _read(self, rows: np.ndarray, columns: tuple[str, ...]) -> "pa.Table":
+    def flat(self, column: str, rows: np.ndarray) -> np.ndarray:
+        """Return a ragged column of some rows as one array, one row after another."""
+        return self.table(rows, (column,)).column(column).combine_chunks().flatten().to_numpy()
+
+    def table(self, rows: np.ndarray, columns: tuple[str, ...]) -> "pa.Table":
+        """Return some columns of some rows; only the row groups that hold them are read."""
         import pyarrow as pa
 
         places = self.places(rows)
@@ -268,18 +228,10 @@ def _older(manifest: Path) -> bool:
     return isinstance(value, dict) and "sha256" not in value and value.get("schema") in range(1, 4)
 
 
-def _flat(column: Any) -> Any:
-    """A column of lists as one array, of bytes as a list."""
+def _is_list(type_: "pa.DataType") -> bool:
     import pyarrow as pa
 
-    return column.flatten().to_numpy() if pa.types.is_list(column.type) else column.to_pylist()
-
-
-def _plain(column: "pa.ChunkedArray") -> Any:
-    """The one value of a column of one row: a number, or an array."""
-    import pyarrow as pa
-
-    return _flat(column.combine_chunks()) if pa.types.is_list(column.type) else column[0].as_py()
+    return pa.types.is_list(type_)
 
 
 @dataclass(frozen=True)
@@ -346,7 +298,7 @@ class SignalSet:
                 if need.kind not in self.data.column_names:
                     lacking.append(need)
             elif without := tuple(r for r in need.responses if not self._holding(need.role, need.kind, r)):
-                lacking.append(Need(need.role, need.kind, without))
+                lacking.append(replace(need, responses=without))
         return lacking
 
     def check_settings(self, needs: Iterable[Need]) -> None:
@@ -386,6 +338,10 @@ class SignalSet:
         store = self.store(role, "topk", response)
         ids_from = self.store("teacher", "topk", response) if store.manifest["topk"].get("ids_from") else None
         return store.topk(response, self.rows, ids_from)
+
+    def batch(self, role: str, kind: str, response: str) -> dict[str, np.ndarray]:
+        """Return a kind's numbers of every state of these rows, one row after another, by the names methods use."""
+        return make_kinds([kind], self.store(role, kind, response).settings)[0].batch(self, role, response)
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column of the data, e.g. `score_chosen`, for these rows."""

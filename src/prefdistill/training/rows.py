@@ -15,8 +15,10 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method
+from prefdistill.signals.kinds import KINDS
 from prefdistill.signals.needs import Need
-from prefdistill.signals.store import Signals, SignalSet, TopK
+from prefdistill.signals.options import SignalOptions
+from prefdistill.signals.store import Signals, SignalSet
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SignalCollator:
-    """Make a batch of training rows, with the stored token distributions of their states."""
+    """Make a batch of training rows, with the stored signals of their states."""
 
     pairs: PairCollator
     signals: SignalSet
-    topk: tuple[tuple[str, str], ...]  # (role, response)
+    per_state: tuple[tuple[str, str, str], ...]  # (role, kind, response)
 
     def with_layout(self, layout: Layout) -> "SignalCollator":
         return replace(self, pairs=replace(self.pairs, layout=layout))
@@ -37,7 +39,10 @@ class SignalCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.pairs(rows)
         signals = self.signals.at(np.array(batch["features"]["row"]))
-        batch["features"]["topk"] = {key: signals.topk(*key) for key in self.topk}
+        states: dict[str, np.ndarray] = {}
+        for role, kind, response in self.per_state:
+            states |= signals.batch(role, kind, response)
+        batch["features"]["states"] = states
         return batch
 
 
@@ -51,12 +56,7 @@ def feature_tensors(features: dict[str, Any], device: torch.device) -> dict[str,
         for name, values in features.items()
         if name.startswith("feature_")
     }
-    topk: dict[tuple[str, str], TopK] = features["topk"]
-    for (role, response), states in topk.items():
-        tensors[f"{response}_ids"] = torch.as_tensor(states.ids, device=device)
-        tensors[f"{role}_{response}_topk"] = torch.tensor(states.logps, device=device)
-        tensors[f"{role}_{response}_rest"] = torch.tensor(states.rest, device=device)
-    return tensors
+    return tensors | {name: torch.tensor(values, device=device) for name, values in features["states"].items()}
 
 
 def prepare_rows(
@@ -90,8 +90,13 @@ def prepare_rows(
         responses=method.responses,
         features=("row", *(name for name in encoded.column_names if name.startswith("feature_"))),
     )
-    topk = tuple((need.role, r) for need in method.needs if need.kind == "topk" for r in need.responses)
-    return encoded, SignalCollator(collate, available, topk), truncation
+    per_state = tuple(
+        (need.role, need.kind, response)
+        for need in method.needs
+        if need.role != "data" and KINDS[need.kind].in_batch
+        for response in need.responses
+    )
+    return encoded, SignalCollator(collate, available, per_state), truncation
 
 
 def _shared_truncation(
@@ -126,8 +131,8 @@ def _how_to_extract(need: Need) -> str:
     options = "" if need.responses == SIDES else f" --responses {','.join(need.responses)}"
     if need.kind == "topk" and need.role != "teacher":
         options += " --ids-from DIR_OF_THE_TEACHERS"
-    if need.kind == "logprob_values":
-        options += " --value-temperature B"
+    for name, value in need.settings.items():
+        options += "" if value == SignalOptions.model_fields[name].default else f" --{name.replace('_', '-')} {value}"
     return (
         f"Make it with `prefdistill signals --role {need.role} --kind {need.kind}{options} --model {model} --data DATA "
         "--out DIR`"

@@ -47,7 +47,8 @@ def read_student(
     def by_response(per_state: Tensor) -> dict[str, Tensor]:
         return dict(zip(responses, per_state.split(states), strict=True))
 
-    logps = sum_by_response(next(columns), lengths).chunk(len(responses))
+    all_token_logps = next(columns)
+    logps = sum_by_response(all_token_logps, lengths).chunk(len(responses))
     topk: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     likeliest: dict[str, tuple[Tensor, Tensor]] = {}
@@ -60,7 +61,8 @@ def read_student(
         best_ids, best_logps = by_response(next(columns)), by_response(next(columns))
         likeliest = {response: (best_ids[response], best_logps[response]) for response in responses}
     tokens = dict(zip(responses, lengths.chunk(len(responses)), strict=True))
-    return Student(dict(zip(responses, logps, strict=True)), tokens, topk, rest, likeliest)
+    of_tokens = by_response(all_token_logps) if method.reads_token_logps else {}
+    return Student(dict(zip(responses, logps, strict=True)), tokens, topk, rest, likeliest, of_tokens)
 
 
 def _pad_together(ids_by_response: list[Tensor | None], states: list[int], like: Tensor) -> list[Tensor]:

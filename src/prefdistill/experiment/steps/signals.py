@@ -12,7 +12,7 @@ from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer
 from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals, extract_signals
-from prefdistill.signals.reading import VALUES
+from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.repair import set_aside
 from prefdistill.signals.store import DamagedSignals
 
@@ -105,7 +105,8 @@ class ReadSignals(Step):
         # the terms of the held-out pairs are compared with each other, which takes the values of all states
         endpoints = section.positions == "endpoints" and kinds == {"values"} and not self.held_out
         unused = set() if endpoints else {"positions"}
-        unused |= {"value_dtype"} if endpoints or not kinds.intersection(VALUES) else set()
+        rounds_values = any("value_dtype" in kind.uses for kind in make_kinds(kinds))
+        unused |= {"value_dtype"} if endpoints or not rounds_values else set()
         unused |= set() if "topk" in kinds and self.ids_from is None else {"k", "p", "topk_coding"}
         options: dict[str, Any] = section.model_dump(exclude=unused)
         if self.role == "reference":  # read as the student is trained: same weights, same precision

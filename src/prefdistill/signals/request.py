@@ -1,0 +1,249 @@
+"""An extraction: the model, the data and the request that says everything the signals depend on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data.batches import Layout, layout_for
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.load import check_pairs, load_pairs
+from prefdistill.data.truncation import Truncation
+from prefdistill.models.device import default_dtype
+from prefdistill.models.identity import model_identity, tokenizer_identity
+from prefdistill.models.load import load_model, load_tokenizer, ready
+from prefdistill.signals.kinds import Kind, Settings, make_kinds
+from prefdistill.signals.needs import Need
+from prefdistill.signals.options import SignalRequest
+from prefdistill.signals.scoring import score_pairs, topk_manifest
+from prefdistill.signals.shards import ENDED, OFFSETS, ROW, TOKENS, ShardColumns
+from prefdistill.signals.store import SCHEMA, Signals, SignalSet
+from prefdistill.signals.topk import TopKRequest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Numbers of one shard that are in memory before it is written: 2^24 pairs of id and log-probability are 128 MiB.
+SHARD_NUMBERS = 2**24
+IN_MEMORY = "a data set in memory"
+TOKENS_AT_MOST = 4096  # of a response, where truncation sets no limit
+
+DEFAULTS = SignalRequest()
+
+
+def check_request(options: SignalRequest, ids_from: Signals | None, model: "PreTrainedModel | str") -> None:
+    """Raise a UserError if the options do not fit each other; nothing is loaded for it."""
+    if ids_from is not None and "topk" not in options.kinds:
+        raise UserError(f"ids_from applies to the kind topk, not to {', '.join(options.kinds)}; leave it out")
+    if ids_from is not None and (options.k, options.p) != (DEFAULTS.k, DEFAULTS.p):
+        raise UserError("with ids_from, the other store says which tokens are kept; leave k and p out")
+    if options.quantization is not None and not isinstance(model, str):
+        raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Everything that is loaded to extract signals, and the request that goes into the manifest."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    data: "Dataset"
+    truncation: Truncation
+    layout: Layout
+    settings: Settings
+    request: dict[str, Any]
+
+    @classmethod
+    def load(
+        cls,
+        model: "PreTrainedModel | str",
+        data: "Dataset | str",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        options: SignalRequest,
+        truncation: Truncation,
+        ids_from: Signals | None,
+    ) -> "Extraction":
+        """Load what is given by name, and build the request.
+
+        Raises:
+            UserError: on data or a model that cannot be loaded, or ids of a store of other states.
+        """
+        responses, model_name = options.responses, model if isinstance(model, str) else ""
+        data_name = data if isinstance(data, str) else IN_MEMORY
+        if isinstance(data, str):
+            data = load_pairs(data, responses=responses)
+        else:
+            check_pairs(data, "The data set", responses)
+        if tokenizer is None:
+            source = model if isinstance(model, str) else model.name_or_path
+            tokenizer = load_tokenizer(str(source), trust_remote_code=options.trust_remote_code)
+        if isinstance(model, str):
+            model = load_model(
+                model,
+                dtype=options.dtype or default_dtype(options.role),
+                quantization=options.quantization,
+                trust_remote_code=options.trust_remote_code,
+            )
+        model = ready(model)
+        if ids_from is not None:
+            _check_ids(ids_from, options.role, data, tokenizer, truncation, responses)
+        encode_pairs(data, tokenizer, truncation, responses=responses, rows=range(1))  # fails early on unusable data
+        topk = TopKRequest(options.k, options.p, ids_from, options.topk_coding)
+        settings = Settings(
+            options.positions,
+            options.value_dtype,
+            options.value_temperature,
+            topk_manifest(topk, model, tokenizer) if "topk" in options.kinds else {},
+            ids_from,
+        )
+        numbers = 1 + sum(kind.numbers_per_state for kind in make_kinds(options.kinds, settings))
+        layout = layout_for(model, truncation.max_length)
+        request = {
+            "schema": SCHEMA,
+            "role": options.role,
+            "kinds": sorted(options.kinds),
+            "responses": list(responses),
+            "positions": settings.positions,
+            "value_dtype": settings.value_dtype,
+            "value_temperature": settings.value_temperature,
+            "topk": settings.topk,
+            "model": {
+                **model_identity(model, model_name),
+                "bf16": options.bf16,
+                **({"read_in": options.quantization} if options.quantization else {}),
+            },
+            "tokenizer": tokenizer_identity(tokenizer),
+            "data": {"name": data_name, "rows": len(data), "fingerprint": data_fingerprint(data, responses)},
+            "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
+            "shard_rows": min(options.shard_rows, _rows_in_memory(truncation, len(responses), numbers)),
+            "batch_tokens": options.batch_tokens,
+            "layout": layout.kind,
+        }
+        return cls(model, tokenizer, data, truncation, layout, settings, request)
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return tuple(self.request["responses"])
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return make_kinds(self.request["kinds"], self.settings)
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows of the data in each shard."""
+        count, size = self.request["data"]["rows"], self.request["shard_rows"]
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def with_request(self, request: dict[str, Any]) -> "Extraction":
+        return replace(self, request=request)
+
+    def shard(self, part: range, progress: Progress) -> tuple[ShardColumns, dict[str, Any]]:
+        """Extract one shard: its columns, and notes on rows that were dropped and on packing."""
+        rows, dropped = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
+        scores = score_pairs(
+            self.model,
+            rows,
+            self.tokenizer,
+            self.request["kinds"],
+            responses=self.responses,
+            settings=self.settings,
+            bf16=self.request["model"]["bf16"],
+            batch_tokens=self.request["batch_tokens"],
+            layout=self.layout,
+            progress=progress,
+        )
+        progress.update(len(self.responses) * len(dropped))
+        columns, errors = shard_columns(rows, self.responses, scores, self.kinds)
+        notes = {
+            "kept": len(rows),
+            "rows": sorted(set(part).difference(rows["row"][:])),
+            "dropped": dropped.counts,
+            "first_rows": dropped.first_rows,
+            "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
+        }
+        return columns, notes
+
+
+def shard_columns(
+    rows: "Dataset", responses: Sequence[str], scores: dict[str, list[Any]], kinds: Sequence[Kind]
+) -> tuple[ShardColumns, list[float]]:
+    """Return the columns of a shard, and the divergence that packing put into each distribution."""
+    row_numbers = rows["row"][:]
+    columns: dict[str, Any] = {"row": (ROW, row_numbers)}
+    errors: list[float] = []
+    for name in responses:
+        columns[f"{name}_tokens"] = (TOKENS, [len(ids) for ids in rows[f"{name}_ids"]])
+        columns[f"{name}_ended"] = (ENDED, rows[f"{name}_ended"][:])
+        if not all(kind.settings.endpoints for kind in kinds):
+            columns[f"{name}_offsets"] = (OFFSETS, rows[f"{name}_offsets"][:])
+        main: dict[str, Any] = {}  # the columns named as their kind come first
+        others: dict[str, Any] = {}
+        for kind in kinds:
+            packed, kind_errors = kind.pack({c: scores[f"{name}_{c}"] for c in kind.collected}, row_numbers)
+            errors += kind_errors
+            for column, values in packed.items():
+                group = main if column == kind.name else others
+                group[kind.column_name(column, name)] = (kind.columns[column], values)
+        columns |= {key: part for key, part in (main | others).items() if key not in columns}
+    return columns, errors
+
+
+def finished_manifest(
+    request: dict[str, Any], notes: Sequence[dict[str, Any]], shards: Sequence[dict[str, Any]], versions: dict[str, str]
+) -> dict[str, Any]:
+    """Return the manifest of a store from its request, the notes of its shards, and their names and checksums."""
+    reasons: dict[str, int] = {}
+    for note in notes:
+        for reason, count in note["dropped"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    dropped = {
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        "rows": [row for note in notes for row in note["rows"]],
+    }
+    errors = [note["kl_error"] for note in notes]
+    states = sum(error["states"] for error in errors)
+    topk = dict(request["topk"])
+    if states:
+        mean = sum(error["sum"] for error in errors) / states
+        topk["kl_error"] = {"mean": mean, "max": max(error["max"] for error in errors), "states": states}
+    return {**request, "topk": topk, "dropped": dropped, "shards": list(shards), "versions": versions}
+
+
+def _rows_in_memory(truncation: Truncation, responses: int, numbers_per_state: int) -> int:
+    numbers = (truncation.max_length or TOKENS_AT_MOST) * responses * numbers_per_state
+    return max(1, SHARD_NUMBERS // numbers)
+
+
+def _check_ids(
+    ids_from: Signals,
+    role: str,
+    data: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    truncation: Truncation,
+    responses: tuple[str, ...],
+) -> None:
+    """Raise a UserError if another store's ids are not of the very states that are to be scored."""
+    if role == "teacher" or ids_from.role != "teacher":
+        raise UserError(
+            f"ids_from must be a teacher's store: a {role} cannot be scored at the ids of a {ids_from.role}"
+        )
+    available = SignalSet.of([ids_from], data)
+    if missing := available.missing([Need(ids_from.role, "topk", responses)]):
+        raise UserError(f"the store of ids_from has no {missing[0]}; extract it with --kind topk")
+    ids_from.check_tokenizer(tokenizer)
+    if Truncation(**ids_from.manifest["truncation"]) != truncation:
+        raise UserError(f"the store of ids_from has another truncation: {ids_from.manifest['truncation']}")
+    # rows that were dropped there because of another response
+    lacking: list[int] = []
+    if gone := ids_from.manifest["dropped"]["rows"] if set(responses) != set(ids_from.responses) else []:
+        kept, _ = encode_pairs(data.select(gone), tokenizer, truncation, responses=responses, rows=range(len(gone)))
+        lacking = [gone[i] for i in kept["row"][:]]
+    if lacking:
+        raise UserError(
+            f"the store of ids_from has no row {min(lacking)} ({len(lacking)} such rows), because another response of "
+            f"it was dropped there; score --responses {','.join(ids_from.responses)}, as that store does"
+        )
