@@ -18,7 +18,8 @@ from prefdistill.core.files import read_sealed, write_json, write_sealed
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe, _read, load_recipe
-from prefdistill.experiment.study import Study, load_study
+from prefdistill.experiment.study.load import load_study
+from prefdistill.experiment.study.options import Study
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.store import SignalSet
 

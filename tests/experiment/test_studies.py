@@ -1,4 +1,4 @@
-"""Studies: which cells there are, which are run again, and that what they share is the same as if they did not."""
+"""Studies: the cells of a file, which of them are run, and that shared steps give the results of separate runs."""
 
 import json
 import re
@@ -10,16 +10,19 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-import prefdistill.experiment.study as studies
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_jsonl
+from prefdistill.core.options import Override
 from prefdistill.experiment.check import check_plan
 from prefdistill.experiment.inputs import Sources, source_fingerprints
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
-from prefdistill.experiment.study import cells_of, load_study, recipe_of, run_study
+from prefdistill.experiment.study.load import BUILT_IN, load_study, recipe_of
+from prefdistill.experiment.study.options import cells_of
+from prefdistill.experiment.study.results import over_seeds
+from prefdistill.experiment.study.run import CellsFailed, StudyRun, run_study
 from prefdistill.report.study import answers, render_markdown, write_study
 from prefdistill.training.nan_guard import NotFinite
 
@@ -65,7 +68,7 @@ def finished(tmp_path_factory):
 
 
 def made(out, name):
-    """How often a stage has been made, and not taken from another cell."""
+    """Count how often a step has run, and was not taken from the pool."""
     cells = [read_json(path) for path in sorted((out / "cells").iterdir())]
     return sum(not stage["reused"] for cell in cells for stage in cell["stages"] if stage["name"] == name)
 
@@ -86,7 +89,7 @@ def test_every_shipped_study_can_be_run(path, tmp_path):
     assert study.seed != 100, "seed 100 is for choosing settings"
 
 
-def test_the_questions_of_the_paper_have_a_study():
+def test_each_question_of_the_paper_has_a_study():
     asked = {"alpha", "shaping", "value-temperature", "noise", "teachers", "teacher-training", "student-size", "pairs"}
     assert {path.stem for path in FILES} == asked
 
@@ -111,25 +114,25 @@ def test_cells_are_names_times_grid(tmp_path):
     assert cells[0].file(7) == "weak_alpha=0.1_beta=2-seed-7"
 
 
-def test_named_cells_along_x_are_one_line(tmp_path):
+def test_named_cells_along_x_form_one_line(tmp_path):
     cells = {"small": {"data.synthetic.pairs": 10}, "large": {"data.synthetic.pairs": 40}}
     found = cells_of(load_study(write(tmp_path / "s.yaml", cells=cells, grid=..., x="data.synthetic.pairs")))
     assert [(cell.x, cell.group) for cell in found] == [(10, ""), (40, "")]
 
 
-def test_a_cell_wins_over_the_command_line_over_the_study(tmp_path):
+def test_cell_overrides_win_over_the_command_line_and_those_over_the_study(tmp_path):
     path = write(tmp_path / "s.yaml", cells={"a": {"training.max_steps": 5}, "b": {}}, grid=..., x=...)
     study = load_study(path)
     a, b = cells_of(study)
-    given = [studies.Override.parse("teacher.dpo.max_steps=4")]
+    given = [Override.parse("teacher.dpo.max_steps=4")]
     assert recipe_of(study, path, a, given, seed=3).teacher.dpo.max_steps == 4
     assert recipe_of(study, path, a, given, seed=3).methods["tvkd"].training.max_steps == 5
     assert recipe_of(study, path, b, given, seed=3).methods["tvkd"].training.max_steps == 3
     assert recipe_of(study, path, b, given, seed=3).seed == 3
 
 
-def test_a_recipe_file_stands_beside_the_study(tmp_path):
-    (tmp_path / "own.yaml").write_text(studies.BUILT_IN["quickstart"].read_text().replace("orders: 3", "orders: 7"))
+def test_a_recipe_file_is_found_beside_the_study(tmp_path):
+    (tmp_path / "own.yaml").write_text(BUILT_IN["quickstart"].read_text().replace("orders: 3", "orders: 7"))
     path = write(tmp_path / "s.yaml", recipe="own.yaml", overrides={})
     study = load_study(path)
     assert recipe_of(study, path, cells_of(study)[0], [], seed=1).orders == 7
@@ -148,8 +151,8 @@ def test_a_recipe_file_stands_beside_the_study(tmp_path):
         ({"name": "a/b"}, [], "'a/b' names a directory"),
         ({"overrides": {"seed": 3}}, [], "overrides: seed is set by the study"),
         ({"cells": {"a": {"methods.tvkd.alpha": 1}}}, [], "is a key of the grid too"),
-        ({"cells": {"a b": {}, "a, b": {}}, "grid": ..., "x": ...}, [], "two cells would be called"),
-        ({"cells": {"a": {}}, "grid": ..., "x": "orders"}, [], "gives orders no number"),
+        ({"cells": {"a b": {}, "a, b": {}}, "grid": ..., "x": ...}, [], "two cells have the name"),
+        ({"cells": {"a": {}}, "grid": ..., "x": "orders"}, [], "sets no number for orders"),
         ({"x": ..., "grid": {"methods.tvkd.terminal": ["last", "end"]}}, [], "terminal"),
         ({"grid": {"methods.tvkd.alfa": [1]}, "x": ...}, [], "alfa"),
         ({"recipe": "none.yaml"}, [], "no recipe at"),
@@ -163,7 +166,7 @@ def test_a_recipe_file_stands_beside_the_study(tmp_path):
         ({}, ["--seeds", "0"], "--seeds"),
     ],
 )
-def test_mistakes(tmp_path, capsys, changes, arguments, message):
+def test_invalid_studies_are_refused_in_one_line(tmp_path, capsys, changes, arguments, message):
     path = write(tmp_path / "s.yaml", **changes)
     status = main(["study", str(path), "--out", str(tmp_path / "out"), *arguments])
     said = capsys.readouterr().err
@@ -177,7 +180,7 @@ def test_mistakes(tmp_path, capsys, changes, arguments, message):
 @pytest.mark.parametrize(
     ("text", "message"), [("- a", "is not a study"), ("a: [", "not valid YAML"), (None, "no study")]
 )
-def test_files_that_are_no_study(tmp_path, text, message):
+def test_files_that_are_not_a_study(tmp_path, text, message):
     path = tmp_path / "s.yaml"
     if text is not None:
         path.write_text(text)
@@ -188,7 +191,7 @@ def test_files_that_are_no_study(tmp_path, text, message):
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def test_what_cells_share_is_made_once_and_is_what_separate_runs_make(finished, tmp_path):
+def test_shared_steps_run_once_and_give_the_results_of_separate_runs(finished, tmp_path):
     path, out, results = finished
     for stage in ("data", "init", "teacher-sft", "pairs", "teacher-dpo", "student-sft", "distill-dpo-0"):
         assert made(out, stage) == 1, stage
@@ -210,7 +213,7 @@ def test_what_cells_share_is_made_once_and_is_what_separate_runs_make(finished, 
     assert [cell["x"] for cell in results["cells"]] == [-0.5, 0.5]
 
 
-def test_a_cells_file_says_what_it_is_made_from(finished):
+def test_the_record_of_a_cell_holds_its_inputs(finished):
     _, out, _ = finished
     cell = read_json(out / "cells" / "alpha=0.5-seed-1.json")
     assert cell["overrides"] == {**TINY, "methods.tvkd.alpha": 0.5}
@@ -221,26 +224,26 @@ def test_a_cells_file_says_what_it_is_made_from(finished):
     assert cell["seconds"] > 0
 
 
-def test_only_missing_and_stale_cells_are_run(finished, tmp_path, monkeypatch):
+def test_only_missing_and_stale_cells_run(finished, tmp_path, monkeypatch):
     path, before, results = finished
     out = tmp_path / "out"
     shutil.copytree(before, out)
     ran = []
-    real = studies.StudyRun._run_cell
+    real = StudyRun.run_cell
 
     def counted(self, cell, seed, command):
         ran.append((cell.name, seed))
         return real(self, cell, seed, command)
 
-    monkeypatch.setattr(studies.StudyRun, "_run_cell", counted)
+    monkeypatch.setattr(StudyRun, "run_cell", counted)
     assert run_study(path, out) == results
     assert ran == []
-    # one that is missing, whose stages are all there
+    # a missing cell whose steps are all finished
     (out / "cells" / "alpha=0.5-seed-1.json").unlink()
     run_study(path, out)
     assert ran == [("alpha=0.5", 1)]
     assert all(stage["reused"] for stage in read_json(out / "cells" / "alpha=0.5-seed-1.json")["stages"])
-    # words change nothing
+    # texts are not in the key
     reworded = write(tmp_path / "again.yaml", question="What else?", x_label="weight")
     assert run_study(reworded, out)["question"] == "What else?"
     assert len(ran) == 1
@@ -250,19 +253,19 @@ def test_only_missing_and_stale_cells_are_run(finished, tmp_path, monkeypatch):
     assert ran[1:] == [("alpha=1.5", 1), ("alpha=-0.5", 2), ("alpha=0.5", 2), ("alpha=1.5", 2)]
     assert found["seeds"] == [1, 2]
     assert all(cell["seeds"] == [1, 2] for cell in found["cells"])
-    # what every cell is made from
+    # an input of every cell
     run_study(path, out, overrides=["teacher.dpo.max_steps=3"])
     assert ran[5:] == [("alpha=-0.5", 1), ("alpha=0.5", 1)]
 
 
-def test_what_is_made_again_is_not_shown_as_it_was(finished, tmp_path, monkeypatch):
+def test_results_of_stale_cells_are_not_shown(finished, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
     path, before, _ = finished
     out = shutil.copytree(before, tmp_path / "out")
     assert (out / "plot.svg").exists()
-    monkeypatch.setattr(studies.StudyRun, "_run_cell", killed)
+    monkeypatch.setattr(StudyRun, "run_cell", killed)
     with pytest.raises(KeyboardInterrupt):
         run_study(path, out, overrides=["teacher.dpo.max_steps=3"])
     assert [cell["seeds"] for cell in read_json(out / "results.json")["cells"]] == [[], []]
@@ -270,8 +273,8 @@ def test_what_is_made_again_is_not_shown_as_it_was(finished, tmp_path, monkeypat
     assert not (out / "plot.svg").exists()
 
 
-def test_a_study_ends_when_a_model_it_is_given_has_changed(finished, tmp_path, monkeypatch):
-    """The other cells are made from it as well."""
+def test_a_study_stops_if_a_model_changes_while_it_runs(finished, tmp_path, monkeypatch):
+    """The other cells use it as well."""
     from prefdistill.experiment.inputs import ModelChanged
 
     def changed(self, cell, seed, command):
@@ -279,27 +282,27 @@ def test_a_study_ends_when_a_model_it_is_given_has_changed(finished, tmp_path, m
         raise ModelChanged("teacher has been changed")
 
     tried = []
-    monkeypatch.setattr(studies.StudyRun, "_run_cell", changed)
+    monkeypatch.setattr(StudyRun, "run_cell", changed)
     with pytest.raises(ModelChanged):
         run_study(finished[0], tmp_path / "out")
     assert len(tried) == 1
 
 
-def test_a_training_that_diverged_is_a_cell_that_failed(finished, tmp_path, monkeypatch):
-    """Unlike wrong input: what each cell says of it is worth keeping."""
+def test_a_diverged_training_is_a_failed_cell(finished, tmp_path, monkeypatch):
+    """Unlike wrong input, each failure is kept in the results."""
 
     def diverged(self, cell, seed, command):
         raise NotFinite(f"the loss is nan at step 3 of {cell.name}")
 
-    monkeypatch.setattr(studies.StudyRun, "_run_cell", diverged)
-    with pytest.raises(studies.CellsFailed, match=r"\d cells failed, the first .* with the loss is nan at step 3"):
+    monkeypatch.setattr(StudyRun, "run_cell", diverged)
+    with pytest.raises(CellsFailed, match=r"\d cells failed, the first .* with the loss is nan at step 3"):
         run_study(finished[0], tmp_path / "out")
     failed = read_json(tmp_path / "out" / "results.json")["failed"]
     assert failed
     assert not any(one["refused"] for one in failed)
 
 
-def test_an_interrupted_study_goes_on(finished, tmp_path, monkeypatch):
+def test_an_interrupted_study_is_resumed(finished, tmp_path, monkeypatch):
     import prefdistill.experiment.steps.students as students
 
     path, _, results = finished
@@ -334,7 +337,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(finished, tmp_path, capsys):
     assert "bad, seed 1: failed." in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_studies_share_stages_where_they_are_told_to(finished, tmp_path):
+def test_studies_share_the_pool_given_by_stages(finished, tmp_path):
     _, out, _ = finished
     path = write(tmp_path / "s.yaml", grid={"methods.tvkd.beta": [0.2]}, x=...)
     run_study(path, tmp_path / "out", stages=out / "stages")
@@ -343,7 +346,7 @@ def test_studies_share_stages_where_they_are_told_to(finished, tmp_path):
     assert not (tmp_path / "out" / "stages").exists()
 
 
-def test_the_teacher_does_not_depend_on_the_students_size_or_its_pairs(finished, tmp_path):
+def test_the_teacher_is_shared_between_student_sizes_and_numbers_of_pairs(finished, tmp_path):
     """Nor does what the student learns of depend on what its teacher was shown."""
     _, pool, _ = finished
     cells = {
@@ -375,7 +378,7 @@ def test_the_teacher_does_not_depend_on_the_students_size_or_its_pairs(finished,
             assert (tmp_path / name / file).read_bytes() == (out / "work" / f"{name}-seed-1" / file).read_bytes()
 
 
-def test_real_data_are_part_of_the_key(tmp_path, data_dir):
+def test_the_content_of_data_files_is_in_the_key(tmp_path, data_dir):
     pairs = data_dir / "alpacaeval_pairs"
     (tmp_path / "train.jsonl.gz").write_bytes((pairs / "train.jsonl.gz").read_bytes())
     path = write(tmp_path / "s.yaml", recipe=str(ROOT / "recipes" / "local-pairs" / "tvkd.yaml"), overrides={},
@@ -383,10 +386,10 @@ def test_real_data_are_part_of_the_key(tmp_path, data_dir):
     given = [f"data.train={tmp_path / 'train.jsonl.gz'}", f"data.test={pairs / 'test.jsonl.gz'}", "data.max_train=20"]
 
     def keys(*overrides):
-        overrides = [studies.Override.parse(text) for text in (*given, *overrides)]
-        run = studies.StudyRun(load_study(path), path, tmp_path / "out", tmp_path / "pool", overrides)
+        overrides = [Override.parse(text) for text in (*given, *overrides)]
+        run = StudyRun(load_study(path), path, tmp_path / "out", tmp_path / "pool", overrides)
         run.check()
-        return run.keys
+        return {at: artifact.key for at, artifact in run.artifacts.items()}
 
     first = keys()
     assert len(set(first.values())) == 2
@@ -396,7 +399,7 @@ def test_real_data_are_part_of_the_key(tmp_path, data_dir):
     assert keys() != first
 
 
-def test_the_place_of_data_and_models_is_no_part_of_the_key(tmp_path, make_model, tokenizer, pairs):
+def test_the_paths_of_data_and_models_are_not_in_the_key(tmp_path, make_model, tokenizer, pairs):
     write_jsonl(tmp_path / "pairs.jsonl", pairs.to_list())
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -409,15 +412,15 @@ def test_the_place_of_data_and_models_is_no_part_of_the_key(tmp_path, make_model
     def keys(model, data):
         given = [f"data.train={tmp_path / data}", f"data.test={tmp_path / data}"]
         models = [f"model.{role}={tmp_path / model}" for role in ("teacher", "student")]
-        overrides = [studies.Override.parse(text) for text in (*trainings, *given, *models)]
-        run = studies.StudyRun(load_study(path), path, tmp_path / "out", tmp_path / "pool", overrides)
+        overrides = [Override.parse(text) for text in (*trainings, *given, *models)]
+        run = StudyRun(load_study(path), path, tmp_path / "out", tmp_path / "pool", overrides)
         run.check()
-        return run.keys
+        return {at: artifact.key for at, artifact in run.artifacts.items()}
 
     assert keys("model", "pairs.jsonl") == keys("copy", "copy.jsonl")
 
 
-def test_pairs_that_a_judge_is_trained_on_are_part_of_the_key(tmp_path):
+def test_the_pairs_of_the_reward_model_are_in_the_key(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(20)]
     sft = [{"prompt": f"p{i}", "completion": f"good {i}"} for i in range(20)]
     judge = {"share": 0.3, "model": {"hidden_size": 8}, "training": {"max_steps": 1}}
@@ -452,7 +455,7 @@ def three_seeds(finished):
         told = [
             {"d": {"tvkd": {"reward": {"mean": value, "se": 9.0, "n": 5, "over": "test items"}}}} for value in values
         ]
-        cell["differences"] = studies._over_seeds(told, "d")
+        cell["differences"] = over_seeds(told, "d")
     return results
 
 
@@ -467,7 +470,7 @@ def test_over_seeds_is_students_t(three_seeds):
     assert (estimate["n"], estimate["over"], estimate["values"]) == (3, "seeds", [0.3, 0.31, 0.32])
 
 
-def test_one_seed_keeps_its_own_error(finished):
+def test_one_seed_shows_its_own_error(finished):
     _, out, results = finished
     alone = read_json(out / "cells" / "alpha=0.5-seed-1.json")["differences"]["tvkd"]["reward"]
     shown = results["cells"][1]["differences"]["tvkd"]["reward"]
@@ -524,8 +527,8 @@ def test_json_is_the_results(finished, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(results))
 
 
-def test_a_study_of_the_quickstart_uses_its_recipe():
-    assert load_recipe(studies.BUILT_IN["quickstart"]).name == "quickstart"
+def test_the_built_in_recipe_is_the_quickstart():
+    assert load_recipe(BUILT_IN["quickstart"]).name == "quickstart"
 
 
 def script_of(name):

@@ -637,7 +637,7 @@ def study(
     Example: prefdistill study studies/alpha.yaml --seeds 3 --stages runs/studies/stages
     """
     _one_process("study")
-    from prefdistill.experiment.study import run_study
+    from prefdistill.experiment.study.run import run_study
     from prefdistill.report.study import answers
 
     results = run_study(
