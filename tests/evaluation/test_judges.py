@@ -468,7 +468,7 @@ def test_an_interruption_keeps_what_is_done(judge, bench, tmp_path):
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=60)  # less than the two minutes that a request may take
     assert run.returncode == 130
-    assert "the same command goes on from there" in told
+    assert "the same command resumes it" in told
     assert len(rows_of(tmp_path / "out")) == 2
     slow[0] = False
     found = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "out", **single(bench))

@@ -229,7 +229,7 @@ def test_on_the_command_line(made, monkeypatch, capsys, tmp_path):
     assert main(["signals", "--repair", "--out", str(tmp_path / "s"), "--kind", "values"]) == 2
     assert "--repair goes by what the store says of itself: leave --kind out" in capsys.readouterr().err
     assert main(["signals", "--repair", "--out", str(tmp_path / "s")]) == 0
-    assert capsys.readouterr().out == "made again: shards/00000.parquet\n"
+    assert capsys.readouterr().out == "rebuilt: shards/00000.parquet\n"
     assert contents(tmp_path / "s") == whole
     assert main(["signals", "--repair", "--out", str(tmp_path / "s"), "--json"]) == 0
     assert '"damaged": []' in capsys.readouterr().out

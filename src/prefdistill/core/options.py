@@ -15,17 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.yaml import parse_value
 
 Options = dict[str, JsonValue]
 F = TypeVar("F", bound=Callable[..., Any])
-NOT_IN_KEY = "not in the cache key"  # marks a field that changes no result: Annotated[int, NOT_IN_KEY]
+# Marks of a field, as in Annotated[int, NOT_IN_KEY]:
+NOT_IN_KEY = "not in the cache key"  # it changes no result
+NO_FLAG = "not on the command line"
+REPEATED = "one value per flag"  # `--signals A --signals B`; other lists are comma-separated
 # In pydantic's path to a value, but no key: the member of a union.
 UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|str|int|float|bool")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Mark of a field whose flag is not `--its-name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Mark of a field that is a positional argument, with its name in the help."""
+
+    metavar: str
 
 
 class Section(BaseModel):
@@ -64,6 +80,16 @@ class Section(BaseModel):
         """Every option that results depend on: all but those marked `NOT_IN_KEY`."""
         fields = type(self).model_fields.items()
         return {name: _keyed(getattr(self, name)) for name, field in fields if NOT_IN_KEY not in field.metadata}
+
+    def part(self, section: "type[Section]") -> dict[str, Any]:
+        """The options of a section that this one extends."""
+        return {name: getattr(self, name) for name in section.model_fields}
+
+
+class Seeded(Section):
+    """What has a seed."""
+
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order and sampling.")
 
 
 def _keyed(value: Any) -> Any:
@@ -117,6 +143,8 @@ class Override:
         key = key.strip()
         if not equals or not key or not key.isprintable():
             raise UserError(f"{text!r} is not an override; write key=value, e.g. training.learning_rate=1e-6")
+        from prefdistill.core.yaml import parse_value
+
         return cls(key, parse_value(value, key))
 
     def apply(self, raw: dict[str, Any]) -> None:
@@ -147,7 +175,12 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(
-    kind: type[Any], raw: Any, where: str, also: Iterable[str] = (), spelled: Callable[[str], str] = str
+    kind: type[Any],
+    raw: Any,
+    where: str,
+    also: Iterable[str] = (),
+    spelled: Callable[[str], str] = str,
+    strict: bool | None = None,
 ) -> Any:
     """`kind(**raw)`.
 
@@ -157,12 +190,13 @@ def validate(
         where: names the source of `raw` in the message, such as a file.
         also: further keys that are known at the top, for "did you mean".
         spelled: turns the dotted key of an option into what the user wrote, such as a flag.
+        strict: False reads numbers from text, as on a command line; default: as the section says.
 
     Raises:
         UserError: one line with every unknown key and every wrong value.
     """
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(raw, strict=strict)
     except ValidationError as error:
         raise UserError(numbered(problems(kind, error, also, spelled), where)) from error
 
@@ -177,14 +211,16 @@ def problems(
     kind: type[BaseModel], error: ValidationError, also: Iterable[str] = (), spelled: Callable[[str], str] = str
 ) -> list[str]:
     """Everything that is wrong with the options of a section, one message per key."""
-    messages: dict[str, str] = {}
+    by_key: dict[str, list[Any]] = {}
     for part in error.errors():
         key = ".".join(str(name) for name in part["loc"] if not UNION_MEMBER.fullmatch(str(name)))
-        messages.setdefault(key, " ".join(_problem(kind, part, spelled(key), also).split()))
-    return list(messages.values())
+        by_key.setdefault(key, []).append(part)
+    return [" ".join(_problem(kind, parts, spelled(key), also).split()) for key, parts in by_key.items()]
 
 
-def _problem(kind: type[BaseModel], error: Any, key: str, also: Iterable[str]) -> str:
+def _problem(kind: type[BaseModel], errors: list[Any], key: str, also: Iterable[str]) -> str:
+    """The message of one key; several errors are those of the members of a union."""
+    error = errors[0]
     got = reprlib.repr(error["input"])
     if error["type"] == "extra_forbidden":
         known = [*_keys_at(kind, error["loc"][:-1]), *also]
@@ -195,10 +231,10 @@ def _problem(kind: type[BaseModel], error: Any, key: str, also: Iterable[str]) -
         return str(error["ctx"]["error"])
     if error["type"] in ("model_type", "dict_type"):
         return f"{key} must be a mapping of names to values, got {got}"
-    text = error["msg"].replace("Input should be", "must be").replace("input was not", "is not")
-    if text.startswith(("must be", "is not")):
-        return f"{key} {text}, got {got}"
-    return f"{key}: {text[0].lower()}{text[1:]}, got {got}"
+    texts = [re.sub("^Input should be |, unable to parse.*", "", part["msg"]) for part in errors]
+    if all(part["msg"].startswith("Input should be ") for part in errors):
+        return f"{key} must be {' or '.join(dict.fromkeys(texts))}, got {got}"
+    return f"{key}: {texts[0][0].lower()}{texts[0][1:]}, got {got}"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

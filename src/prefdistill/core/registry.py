@@ -86,6 +86,10 @@ class Registry(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name.lower() in self._known()
 
+    def canonical(self, name: str) -> str:
+        """Return the name as it was registered, whatever its case; a dotted name stays as it is."""
+        return name.lower() if name.lower() in self._known() else name
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._known())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from prefdistill.core.options import Options, Section
+from prefdistill.core.options import Options, Section, Seeded
 from prefdistill.models.options import Dtype, Loading
 from prefdistill.sampling.options import Engine, Sampling
 from prefdistill.training.options import Training
@@ -54,7 +54,7 @@ class Evaluation(Section):
     )
 
 
-class EvaluateRequest(Loading):
+class EvaluateRequest(Loading, Seeded):
     """What `evaluate` measures of one model."""
 
     model: str | None = Field(
@@ -90,7 +90,6 @@ class EvaluateRequest(Loading):
     lm_eval_include: Path | None = Field(None, description="Directory with further task files.")
     lm_eval_batch_size: PositiveInt = Field(8, description="Requests of a benchmark per batch.")
     limit: PositiveInt | None = Field(None, description="The first items of each benchmark only.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and of the benchmarks.")
     dtype: Dtype = Loading.redefault("dtype", "float32")
 
     @field_validator("length_ranges")

@@ -1,6 +1,5 @@
 """What the token view shows of each pair: its text in tokens, and what the signals say of them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.encode import encode_pairs, render_pairs
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods.tvkd import VALUES
+from prefdistill.report.options import Weights
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
 from prefdistill.signals.needs import ROLES, Need
 from prefdistill.signals.shaping import shaping_returns
@@ -25,21 +25,6 @@ if TYPE_CHECKING:
 MARGINS = (("teacher", "teacher_reference"), ("student", "reference"))
 LOGP_STEP = -9  # log-probabilities are rounded to 2^-9 nats
 SNIPPET = 140  # characters of a prompt in the list of pairs
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What the page multiplies margins by, and how it adds up psi; the defaults are those of the method "tvkd"."""
-
-    alpha: float = 0.7
-    beta: float = 0.1
-    discount: float = 1.0
-    terminal: str = "last"
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "discount"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} must be a finite number, got {getattr(self, name)}")
 
 
 def has(signals: SignalSet, need: Need) -> bool:

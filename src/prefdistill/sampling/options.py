@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from prefdistill.core.options import Section
+from prefdistill.core.options import NO_FLAG, Section, Seeded
 from prefdistill.models.options import QuantizedLoading
 from prefdistill.sampling import ENGINES
 
@@ -35,16 +35,15 @@ class Sampling(Section):
         return self
 
 
-class SampleRequest(Sampling, QuantizedLoading):
+class SampleRequest(Sampling, QuantizedLoading, Seeded):
     """Options of `sample_responses`, without the model, the data and the file."""
 
     column: str = Field(
         "completion", description="Column for the responses, e.g. student_response or teacher_response."
     )
     max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 512)
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws.")
-    shard_rows: PositiveInt = Field(256, description="Prompts per part, the unit of resuming.")
-    learnt_from: bool = Field(
+    shard_rows: Annotated[PositiveInt, NO_FLAG] = Field(256, description="Prompts per part, the unit of resuming.")
+    learnt_from: Annotated[bool, NO_FLAG] = Field(
         True, description="Warn if the text of the responses is tokenized otherwise than it was sampled."
     )
 

@@ -1,11 +1,11 @@
 """Options of signals: what is stored of a model's outputs, and how."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import Section
+from prefdistill.core.options import NO_FLAG, Flag, Section
 from prefdistill.models.options import Dtype, Quantization, QuantizedLoading
 from prefdistill.signals.kinds import KINDS, Settings, make_kinds
 
@@ -46,7 +46,7 @@ class SignalOptions(Section):
 class SignalRequest(SignalOptions):
     """What `extract_signals` is asked for, but the model, the data and the place."""
 
-    kinds: tuple[str, ...] = Field(
+    kinds: Annotated[tuple[str, ...], Flag("--kind")] = Field(
         ("values", "logps"), strict=False, description=f"Comma-separated: {', '.join(KINDS)}."
     )
     role: Role = Field(
@@ -60,7 +60,7 @@ class SignalRequest(SignalOptions):
         description="Comma-separated columns to score, e.g. student_response of `prefdistill sample`.",
     )
     bf16: bool = Field(False, description="bfloat16 autocast, as in a bf16 training run.")
-    shard_rows: PositiveInt = Field(1_024, description="Pairs per file, the unit of resuming.")
+    shard_rows: Annotated[PositiveInt, NO_FLAG] = Field(1_024, description="Pairs per file, the unit of resuming.")
     trust_remote_code: bool = QuantizedLoading.redefault("trust_remote_code", False)
 
     @model_validator(mode="after")

@@ -1,0 +1,70 @@
+"""`prefdistill doctor`: checks before a run."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from prefdistill.cli.output import one_process, show
+from prefdistill.cli.verbs.common import Overridable
+from prefdistill.core.errors import UserError
+from prefdistill.core.options import Override
+from prefdistill.data.options import Data, Lengths
+from prefdistill.models.options import Loading, Models
+
+
+class DoctorFlags(Overridable):
+    data: str | None = Data.redefault("train", None)
+    test: str | None = Data.redefault("test", None)
+    teacher: str | None = Models.redefault("teacher", None)
+    student: str | None = Models.redefault("student", None)
+    recipe: Path | None = Field(None, description="Recipe (YAML) whose run is planned; the flags win over it.")
+    out: Path = Field(Path("runs"), description="Where the run will write; its disk is checked.")
+    max_length: PositiveInt | None = Field(
+        None, description="Tokens of prompt and response; default: the recipe's, or 1024."
+    )
+    max_prompt_length: PositiveInt | None = Lengths.redefault("max_prompt_length", None)
+    trust_remote_code: bool = Loading.redefault("trust_remote_code", False)
+
+
+def doctor(options: DoctorFlags) -> dict[str, Any]:
+    """Check data, chat template, token boundaries, vocabularies, memory and disk before anything runs. No weights are
+    loaded. Status 2 if something is wrong, 0 if there are only warnings and notes. KEY=VALUE is for the recipe.
+
+    Example: prefdistill doctor --data pairs.jsonl --test test.jsonl --teacher my/teacher --student my/student
+    """
+    one_process("doctor")
+    if options.overrides and options.recipe is None:
+        raise UserError(f"{options.overrides[0]!r} is an override of a recipe; give --recipe with it")
+    if options.recipe is None:
+        from prefdistill.data.truncation import Truncation
+        from prefdistill.experiment.doctor import as_text, examine
+
+        checkup = examine(
+            options.data,
+            options.test,
+            options.teacher,
+            options.student,
+            Truncation(options.max_length or 1024, options.max_prompt_length),
+            out=options.out,
+            trust_remote_code=options.trust_remote_code,
+        )
+    else:
+        from prefdistill.experiment.recipe import load_recipe
+
+        flags = {
+            "data.train": options.data,
+            "data.test": options.test,
+            "data.max_length": options.max_length,
+            "data.max_prompt_length": options.max_prompt_length,
+            "model.teacher": options.teacher,
+            "model.student": options.student,
+            "model.trust_remote_code": options.trust_remote_code or None,
+        }
+        changes = [Override(key, value) for key, value in flags.items() if value is not None]
+        recipe = load_recipe(options.recipe, [*options.overrides, *changes])
+        from prefdistill.experiment.doctor import as_text, examine
+
+        checkup = examine(recipe=recipe, out=options.out)
+    show(as_text(checkup))
+    return checkup.to_json()

@@ -1,0 +1,173 @@
+"""`prefdistill judge answers`, `mt-bench` and `alpaca-eval`: responses compared by a language model."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from prefdistill.cli.flags import key_values
+from prefdistill.cli.output import one_process, show
+from prefdistill.cli.verbs.common import MODEL
+from prefdistill.core.options import Argument, Section, Seeded
+from prefdistill.models.options import Loading
+from prefdistill.sampling.options import Sampling
+
+
+class QuestionFlags(Section):
+    max_questions: PositiveInt | None = Field(None, description="Use only so many, evenly from the whole file.")
+
+
+class AnswersFlags(QuestionFlags, Loading, Seeded):
+    model: str = Field(description=MODEL)
+    questions: Path = Field(description="MT-Bench's question.jsonl.")
+    out: Path = Field(description="The .jsonl file for the responses, in FastChat's format.")
+    name: str | None = Field(None, description="model_id of the responses; default: the model's name.")
+    max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 1024)
+    max_length: PositiveInt | None = Field(None, description="Tokens of conversation and response together.")
+    batch_size: PositiveInt = Sampling.redefault("batch_size", 16)
+
+
+class JudgeFlags(QuestionFlags):
+    fields: Annotated[tuple[str, ...], Argument("KEY=VALUE")] = Field(
+        (),
+        description="Fields of every request, e.g. temperature=1 or max_completion_tokens=2048 max_tokens=null, which "
+        "leaves one out.",
+    )
+    url: str = Field(
+        description="Base URL of the endpoint, e.g. http://localhost:8000/v1. Its key, if it needs one, is read from "
+        "the environment: PREFDISTILL_JUDGE_KEY, else OPENAI_API_KEY."
+    )
+    judge_model: str = Field(description="The judge's name at the endpoint.")
+    out: Path = Field(
+        description="Directory for verdicts.jsonl and results.json; verdicts in it are not requested again."
+    )
+    concurrency: PositiveInt = Field(4, description="Requests at a time.")
+    timeout: float = Field(120.0, ge=0.1, description="Read timeout in seconds, then retry.")
+    retries: NonNegativeInt = Field(5, description="Retries after 429, 5xx, a timeout or a lost connection.")
+    price_in: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's input.")
+    price_out: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's output.")
+
+    def endpoint(self) -> Any:
+        from prefdistill.evaluation.judges import Endpoint
+
+        fields = key_values(self.fields)
+        return Endpoint(self.url, self.judge_model, fields, self.timeout, self.retries, self.concurrency)
+
+
+class MTBenchFlags(JudgeFlags):
+    answers: Path = Field(description="The responses to judge, in FastChat's format.")
+    questions: Path = Field(description="MT-Bench's question.jsonl.")
+    prompts: Path = Field(description="FastChat's judge_prompts.jsonl.")
+    references: Path = Field(description="Reference responses: math, reasoning and coding.")
+    against: Path | None = Field(None, description="Other responses, to compare with.")
+    kind: tuple[Literal["single", "pair"], ...] | None = Field(
+        None, description="Comma-separated: grades from 1 to 10, and comparisons; default: all that can be judged."
+    )
+
+
+class AlpacaEvalFlags(JudgeFlags):
+    answers: Path = Field(description="Responses to judge: instruction and output, or a file of `sample`.")
+    against: Path = Field(description="Responses to compare with, to the same instructions.")
+    prompt: str = Field(
+        "weighted_alpaca_eval_gpt4_turbo",
+        description="An evaluator of the alpaca_eval package, or a text file with {instruction}, {output_1}, "
+        "{output_2}. The default needs log-probabilities of the endpoint; alpaca_eval_clf_gpt4_turbo does not.",
+    )
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="Comma-separated: what the judge writes, by a prompt file, for the first output, the second and, "
+        "if it can, a tie; default: m,M.",
+    )
+
+
+def answers(options: AnswersFlags) -> dict[str, Any]:
+    """Generate a model's two-turn responses to MT-Bench's questions, at the temperature of each category.
+
+    Example: prefdistill judge answers --model models/tvkd --questions question.jsonl --out tvkd.jsonl
+    """
+    one_process("judge answers")
+    from prefdistill.evaluation.judges.answers import answer_questions
+
+    keywords = {name: getattr(options, name) for name in type(options).model_fields}
+    results = answer_questions(keywords.pop("model"), keywords.pop("questions"), keywords.pop("out"), **keywords)
+    ended = f"{results['ended_share']:.0%} ended"
+    show(f"{results['answers']} responses ({ended}), {results['tokens']} tokens in {options.out}")
+    return results
+
+
+def mt_bench(options: MTBenchFlags) -> dict[str, Any]:
+    """Grade every turn of MT-Bench, and compare with --against in both orders. A rerun requests only what is missing.
+
+    Example: prefdistill judge mt-bench --answers tvkd.jsonl --against dpo.jsonl --questions question.jsonl --prompts
+    judge_prompts.jsonl --references reference.jsonl --url http://localhost:8000/v1 --judge-model big --out judged
+    """
+    one_process("judge mt-bench")
+    from prefdistill.evaluation.judges import judge_mt_bench
+
+    results = judge_mt_bench(
+        options.endpoint(),
+        options.out,
+        questions=options.questions,
+        prompts=options.prompts,
+        references=options.references,
+        answers=options.answers,
+        against=options.against,
+        kinds=options.kind or None,
+        max_questions=options.max_questions,
+        price_in=options.price_in,
+        price_out=options.price_out,
+    )
+    for side in ("answers", "against"):
+        if side in results.get("single", {}):
+            _show_estimate(f"{side}: score", results["single"][side]["score"])
+    if "difference" in results.get("single", {}):
+        _show_estimate("difference of the scores", results["single"]["difference"])
+    _show_verdicts(results, options.out)
+    return results
+
+
+def alpaca_eval(options: AlpacaEvalFlags) -> dict[str, Any]:
+    """Compute AlpacaEval's win rate of responses against others, in both orders. A rerun requests only what is missing.
+
+    Example: prefdistill judge alpaca-eval --answers tvkd.jsonl --against dpo.jsonl --url http://localhost:8000/v1
+    --judge-model big --out judged --prompt alpaca_eval_clf_gpt4_turbo
+    """
+    one_process("judge alpaca-eval")
+    from prefdistill.evaluation.judges import judge_alpaca_eval
+
+    results = judge_alpaca_eval(
+        options.endpoint(),
+        options.out,
+        answers=options.answers,
+        against=options.against,
+        prompt=options.prompt,
+        labels=options.labels,
+        max_questions=options.max_questions,
+        price_in=options.price_in,
+        price_out=options.price_out,
+    )
+    _show_verdicts(results, options.out)
+    return results
+
+
+def _show_estimate(name: str, value: dict[str, Any] | None) -> None:
+    if value is None:
+        return show(f"{name:28} -")
+    interval = f"   95 %: {value['low']:.3f} to {value['high']:.3f}" if "low" in value else ""
+    return show(f"{name:28} {value['mean']:.3f}{interval}   ({value['n']} questions)")
+
+
+def _show_verdicts(results: dict[str, Any], out: Path) -> None:
+    if pair := results.get("pair"):
+        _show_estimate("win rate", pair["win_rate"])
+        if "length_controlled" in pair:
+            _show_estimate("win rate at equal length", pair["length_controlled"])
+        _show_estimate("both orders agree", pair["consistency"])
+        _show_estimate("the first shown is preferred", pair["first_preferred"])
+        show(f"{pair['wins']} wins, {pair['ties']} ties, {pair['losses']} losses, {pair['left_out']} left out")
+    requests, tokens = results["requests"], results["tokens"]
+    cost = "" if results["cost"] is None else f", cost {results['cost']:g}"
+    show(
+        f"{requests['verdicts']} verdicts ({requests['unparsable']} unparsable, {requests['errors']} errors), "
+        f"{tokens['in']:,} + {tokens['out']:,} tokens{cost}\nresults  {out / 'results.json'}"
+    )

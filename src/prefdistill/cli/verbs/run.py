@@ -1,0 +1,119 @@
+"""`prefdistill quickstart`, `run` and `study`: whole recipes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
+
+from prefdistill.cli.output import one_process, show
+from prefdistill.cli.verbs.common import Overridable, command_line
+from prefdistill.core.errors import UserError
+from prefdistill.core.options import Argument, Override, Section, Seeded
+
+
+class MethodFlags(Section):
+    methods: tuple[str, ...] | None = Field(
+        None, description="Comma-separated: run only these methods of the recipe and its baseline, or all it has."
+    )
+
+
+class QuickstartFlags(Overridable, MethodFlags, Seeded):
+    out: Path = Field(Path("runs/quickstart"), description="Run directory.")
+    seeds: PositiveInt = Field(1, description="Full runs, each with its own models and data.")
+
+
+def quickstart(options: QuickstartFlags) -> dict[str, Any]:
+    """Run the whole pipeline on a built-in task with a known reward: offline, on a CPU, in minutes.
+
+    Example: prefdistill quickstart --out runs/first --seed 1 --methods all
+    """
+    recipe = Path(__file__).parents[2] / "experiment" / "recipes" / "quickstart.yaml"
+    overrides = [f"seed={options.seed}", f"seeds={options.seeds}", *options.overrides]
+    return _run(recipe, options.out, overrides, fast=False, only=options.methods)
+
+
+class RunFlags(Overridable, MethodFlags):
+    recipe: Annotated[Path, Argument("RECIPE")] = Field(description="Recipe file (YAML).")
+    out: Path | None = Field(
+        None, description="Run directory; default: runs/NAME of the recipe, runs/NAME-fast with --fast."
+    )
+    fast: bool = Field(False, description="Use the recipe's small profile: a quick check that everything runs.")
+
+
+def run(options: RunFlags) -> dict[str, Any]:
+    """Run every stage of a recipe. Finished stages are reused, an interrupted one resumes.
+
+    Example: prefdistill run recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
+    """
+    return _run(options.recipe, options.out, list(options.overrides), fast=options.fast, only=options.methods)
+
+
+def _run(
+    path: Path, out: Path | None, overrides: list[str], *, fast: bool, only: tuple[str, ...] | None
+) -> dict[str, Any]:
+    one_process("run")
+    from prefdistill.experiment.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides, fast=fast, only=None if only is None else list(only))
+    if fast and not recipe.fast:
+        raise UserError(f"{path} has no section `fast`, the overrides of --fast; add one, or leave --fast out")
+    _refuse_unused(overrides, list(recipe.methods))
+    # results of the small profile must not replace those of the whole run
+    out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
+    from prefdistill.core.progress import say
+    from prefdistill.experiment.run import run_recipe
+    from prefdistill.report import method_table, verdict
+
+    results = run_recipe(recipe, out, command=command_line())
+    for warning in results["warnings"]:
+        say(f"warning: {warning}")
+    show(f"{method_table(results)}\n\n{verdict(results)}\n")
+    show(f"results  {out / 'results.json'}\nreport   {out / 'report.html'}")
+    return results
+
+
+def _refuse_unused(overrides: list[str], methods: list[str]) -> None:
+    """Refuse options of a method that does not run: they have no effect, and their values are not checked."""
+    for text in overrides:
+        section, _, rest = Override.parse(text).key.partition(".")
+        name = rest.partition(".")[0]
+        if section == "methods" and name and name not in methods:
+            raise UserError(f"{text}: {name} is not among the methods that run ({', '.join(methods)}); see --methods")
+
+
+class StudyFlags(Overridable):
+    file: Annotated[Path, Argument("FILE")] = Field(
+        description="Study file (YAML); the shipped ones are under studies/."
+    )
+    out: Path | None = Field(None, description="Directory; default: runs/studies/NAME of the study.")
+    seeds: PositiveInt | None = Field(None, description="Seeds of each cell, in place of the file's.")
+    recipe: Path | None = Field(None, description="Recipe to study, in place of the file's.")
+    metric: str | None = Field(None, description="Metric to plot, in place of the file's.")
+    stages: Path | None = Field(
+        None, description="Directory of finished stages that several studies share; default: OUT/stages."
+    )
+
+
+def study(options: StudyFlags) -> dict[str, Any]:
+    """Run a recipe with some of its settings varied: only missing or stale cells are run; a table and a plot.
+
+    Example: prefdistill study studies/alpha.yaml --seeds 3 --stages runs/studies/stages
+    """
+    one_process("study")
+    from prefdistill.experiment.study.run import run_study
+    from prefdistill.report.study import answers
+
+    out = options.out
+    results = run_study(
+        options.file,
+        out,
+        overrides=list(options.overrides),
+        seeds=options.seeds,
+        recipe=options.recipe,
+        metric=options.metric,
+        stages=options.stages,
+        command=command_line(),
+    )
+    show("\n".join([results["question"], *answers(results)]))
+    show(f"page  {(out or Path('runs') / 'studies' / results['study']) / 'study.html'}")
+    return results

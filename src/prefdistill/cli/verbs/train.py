@@ -1,0 +1,183 @@
+"""`prefdistill sft`, `dpo` and `distill`: trainings on their own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
+
+from prefdistill.cli.flags import key_values
+from prefdistill.cli.output import show
+from prefdistill.cli.verbs.common import PAIRS, Overridable
+from prefdistill.core.errors import UserError
+from prefdistill.core.options import REPEATED, Seeded, numbered, validate
+from prefdistill.data.options import Lengths
+from prefdistill.models.options import Dtype, Loading
+from prefdistill.training.options import DPOTraining, Training
+
+WHERE = "command line"
+
+
+class TrainFlags(Overridable, Loading, Seeded):
+    data: str = Field(description=PAIRS)
+    out: Path = Field(description="Directory for the trained model.")
+    dtype: Dtype = Loading.redefault("dtype", "float32")
+
+
+class SFTFlags(TrainFlags):
+    model: str = Field(description="Hub name or directory to start from.")
+    data: str = Field(description="Rows with messages, prompt and completion, or pairs (the chosen).")
+    max_length: PositiveInt = Lengths.redefault("max_length", 1024)
+
+
+class DPOFlags(TrainFlags):
+    model: str = Field(description="Hub name or directory to start from; also the reference.")
+    max_length: PositiveInt = Lengths.redefault("max_length", 1024)
+
+
+class DistillFlags(TrainFlags):
+    student: str = Field(description="Hub name or directory of the student's start.")
+    method: str = Field(
+        "tvkd", description="A method, see docs/methods.md, or the dotted name of one of another package."
+    )
+    signals: Annotated[tuple[Path, ...], REPEATED] = Field((), description="Signal store; repeat for each.")
+    max_length: PositiveInt | None = Field(
+        None, description="Only for methods without signals (1024); others truncate as their signals did."
+    )
+    max_prompt_length: PositiveInt | None = Lengths.redefault("max_prompt_length", None)
+
+
+def sft(options: SFTFlags) -> dict[str, Any]:
+    """Fine-tune a model through TRL: a teacher's or a student's start. KEY=VALUE sets training options.
+
+    Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft training.learning_rate=2e-5 epochs=3
+    """
+    training = validate(Training, key_values(options.overrides, "training"), WHERE)
+    from prefdistill.data.fingerprint import demonstrations_fingerprint
+    from prefdistill.data.load import load_messages
+    from prefdistill.training.trl import train_sft
+
+    rows = load_messages(options.data)
+    return _teach("sft", train_sft, options, rows, demonstrations_fingerprint(rows), training)
+
+
+def dpo(options: DPOFlags) -> dict[str, Any]:
+    """Train a teacher with DPO through TRL. KEY=VALUE sets training options.
+
+    Example: prefdistill dpo --model models/teacher-sft --data pairs.jsonl --out models/teacher beta=0.01
+    training.learning_rate=1e-6
+    """
+    training = validate(DPOTraining, key_values(options.overrides, "training"), WHERE)
+    from prefdistill.data.fingerprint import data_fingerprint
+    from prefdistill.data.load import load_pairs
+    from prefdistill.training.trl import train_dpo
+
+    pairs = load_pairs(options.data)
+    return _teach("dpo", train_dpo, options, pairs, data_fingerprint(pairs), training)
+
+
+def distill(options: DistillFlags) -> dict[str, Any]:
+    """Train the student with a method. KEY=VALUE sets the method's options and the training's.
+
+    Example: prefdistill distill --student my/student --data pairs.jsonl --signals signals/teacher --signals
+    signals/reference --method tvkd --out models/tvkd alpha=0.7 beta=0.1 training.learning_rate=1e-6
+    """
+    name, method, training = _method_and_training(options)
+    from prefdistill.core.files import file_digest
+    from prefdistill.core.progress import say
+    from prefdistill.data.fingerprint import data_fingerprint
+    from prefdistill.data.load import load_pairs
+    from prefdistill.data.truncation import Truncation
+    from prefdistill.evaluation.shaping import drowning
+    from prefdistill.models.load import load_model, load_tokenizer
+    from prefdistill.signals import Signals
+    from prefdistill.training.factory import make_trainer
+    from prefdistill.training.loop import fit
+
+    lengths = (options.max_length, options.max_prompt_length)
+    truncation = Truncation(lengths[0] or 1024, lengths[1]) if any(lengths) else None
+    pairs = load_pairs(options.data, responses=method.responses)
+    stores = [Signals.open(path) for path in options.signals]
+    tokenizer = load_tokenizer(options.student, trust_remote_code=options.trust_remote_code)
+
+    def make(directory: Path) -> None:
+        trainer = make_trainer(
+            method,
+            lambda: load_model(options.student, **options.part(Loading)),
+            pairs,
+            tokenizer,
+            training,
+            directory,
+            signals=stores,
+            truncation=truncation,
+            seed=options.seed,
+        )
+        fit(trainer, directory, name)
+        if text := drowning(name, trainer.state.log_history):
+            say(f"warning: {text}")
+
+    request = {
+        "trust_remote_code": options.trust_remote_code,
+        "data": data_fingerprint(pairs, method.responses),
+        "method": name,
+        "options": repr(method),
+        "training": training.cache_key(),
+        "signals": [file_digest(path / "manifest.json") for path in options.signals],
+        "truncation": str(truncation),
+        "seed": options.seed,
+        "dtype": options.dtype,
+    }
+    return _stage(f"distill {name}", options.out, options.student, request, make)
+
+
+def _method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
+    """The name of the method, the method and the training; every mistake in either is named at once."""
+    from prefdistill.methods import METHODS, make_method, method_options
+
+    raw = key_values(options.overrides, "training", "method")
+    name, known = METHODS.canonical(options.method), method_options(options.method)
+    messages: list[str] = []
+    method = training = None
+    try:
+        method = make_method(name, {key: value for key, value in raw.items() if key in known})
+    except UserError as error:
+        messages.append(str(error))
+    try:
+        training = validate(Training, {key: value for key, value in raw.items() if key not in known}, "", known)
+    except UserError as error:
+        messages.append(str(error))
+    if messages:
+        raise UserError(numbered(messages, WHERE))
+    assert training is not None
+    return name, method, training
+
+
+def _teach(
+    name: str, train: Callable[..., None], options: Any, rows: Any, fingerprint: str, training: Training
+) -> dict[str, Any]:
+    """One of TRL's trainings."""
+    from prefdistill.data.truncation import Truncation
+    from prefdistill.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    loading = {**options.part(Loading), "seed": options.seed}
+    request = {"data": fingerprint, "training": training.cache_key(), **loading, "max_length": options.max_length}
+
+    def make(directory: Path) -> None:
+        truncation = Truncation(options.max_length)
+        train(options.model, rows, tokenizer, training, directory, truncation=truncation, **loading)
+
+    return _stage(name, options.out, options.model, request, make)
+
+
+def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any) -> dict[str, Any]:
+    """Run a training of `model` as a stage: reused if finished, resumed if interrupted."""
+    from prefdistill.core.lock import locked
+    from prefdistill.core.stages import run_stage
+    from prefdistill.experiment.inputs import Sources
+
+    sources = Sources()
+    with locked(out, together=True):
+        stage = run_stage(name, out, {"model": sources.model_key(model), **request}, sources.unchanged([model], make))
+    show(f"{name}: {out}")
+    return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}
