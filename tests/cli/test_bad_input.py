@@ -444,7 +444,7 @@ BAD = [
         answers("list-id.jsonl"),
         "list-id.jsonl, row 0: a question has a `question_id` of its own, a whole number or text",
     ),
-    (answers("half-turn.jsonl"), "half-turn.jsonl, row 0: there is half a character in it"),
+    (answers("half-turn.jsonl"), "half-turn.jsonl, row 0: it holds half a surrogate pair"),
     *(
         (answers(f"temperature-{name}.jsonl"), f"temperature-{name}.jsonl, row 0: `required_temperature` is a finite")
         for name in ("word", "null", "true", "below", "nan", "huge")
@@ -460,15 +460,15 @@ BAD = [
     (mt_bench(references="answers-short"), "answers-short.jsonl, row 0"),
     (mt_bench("--kind", "sing"), "--kind must be 'single' or 'pair', got 'sing'"),
     (mt_bench("--kind", "pair"), "--kind pair compares two files of answers"),
-    (mt_bench("model=x"), "model is no field to set"),
+    (mt_bench("model=x"), "model cannot be set: it differs"),
     (mt_bench("api_key=sk-secret"), "api_key would be written into the results; keys go into PREFDISTILL_JUDGE_KEY"),
-    (mt_bench("--url", "localhost:8000"), "--url is no http:// or https:// address"),
+    (mt_bench("--url", "localhost:8000"), "--url is not an http:// or https:// URL"),
     (mt_bench("--url", "http://me:sk-secret@localhost/v1"), "--url holds more than an address"),
     (alpaca("broken"), "broken.jsonl, line 3: not valid JSON"),
     (alpaca("columns"), "columns.jsonl, row 0"),
     (alpaca("outputs-number"), "outputs-number.jsonl, row 0"),
     (alpaca("outputs", "outputs-other"), "outputs-other.jsonl"),
-    (alpaca("outputs", "outputs", "placeless.txt"), "placeless.txt: no place for {instruction}"),
+    (alpaca("outputs", "outputs", "placeless.txt"), "placeless.txt: the prompt has no {instruction}"),
     (alpaca("outputs", "outputs", "nowhere.txt"), "nowhere.txt is neither a file nor an evaluator"),
     (alpaca("outputs", "outputs", "latin.txt"), "latin.txt cannot be read: not UTF-8 text"),
     (alpaca("outputs", "outputs", "prompt.txt", "--answers", "cut.jsonl.gz"), "cut.jsonl.gz: cannot be read"),

@@ -166,7 +166,7 @@ MISTAKES = [
     ([*SAMPLE, "out.jsonl", "--engine", "magic"], "unknown engine 'magic'; known: transformers, vllm"),
     ([*SAMPLE, "out.jsonl", "--dtype", "int8"], "dtype must be 'auto', 'float32'"),
     ([*SAMPLE, "out.jsonl", "--max-length", "3"], "No prompt is left: dropped 24 rows: the prompt leaves no room"),
-    ([*SAMPLE, "pairs.jsonl"], "pairs.jsonl is there and is not as `prefdistill sample` wrote it; give another --out"),
+    ([*SAMPLE, "pairs.jsonl"], "pairs.jsonl is not as `prefdistill sample` wrote it; give another --out"),
     (["sample", *MODEL, "--data", "columns.jsonl", "--out", "out.jsonl"], "columns.jsonl: no column 'prompt'"),
     (["sample", "--model", "empty", *PAIRS, "--out", "out.jsonl"], "empty exists but holds no tokenizer"),
     (["signals", "--model", "empty", *PAIRS, *OUT], "empty exists but holds no tokenizer"),
