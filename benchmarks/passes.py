@@ -78,7 +78,7 @@ class Pass:
         return {name: x.to(self.model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def ours(kinds: list[str], positions: str = "all", **common: Any) -> Prepared:
+def in_memory(kinds: list[str], positions: str = "all", **common: Any) -> Prepared:
     """Extract signals in memory: everything but tokenizing and writing."""
     from prefdistill.data.batches import layout_for
     from prefdistill.signals.scoring import score_pairs

@@ -7,7 +7,7 @@ All variants train the same random student on the same batches in the same order
 call of `trainer.train()`; its first steps are not timed. Losses are compared to check that variants do the same work.
 
 Tokens and FLOP are those of the pairs, with a prompt counted once per response. Padding that a trainer adds, or prompts
-that it shares, show in its time; "laid out" is the number of tokens in its batches.
+that it shares, show in its time; "in batches" is the number of tokens in its batches.
 
 On a CPU, TRL also computes the logits of prompts and padding, which it skips on a GPU; `trl-dpo-compact` skips them on
 a CPU too.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BASELINE = "dpo"
 # variant -> method, signals
-OURS = {
+METHODS_OF = {
     "dpo": ("dpo", ("reference",)),
     "tvkd": ("tvkd", ("reference", "teacher")),
     "dckd": ("dckd", ("teacher",)),
@@ -83,7 +83,7 @@ def prepare(
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = inner(rows)
-        work.append(_work(rows, max_length, shape) | {"laid_out_tokens": batch["input_ids"].numel()})
+        work.append(_work(rows, max_length, shape) | {"batch_tokens": batch["input_ids"].numel()})
         return batch
 
     inner, trainer.data_collator = trainer.data_collator, collate
@@ -121,8 +121,8 @@ def _trainer(
     from prefdistill.signals import Signals
 
     data = load(str(directory))
-    if variant in OURS:
-        method, stores = OURS[variant]
+    if variant in METHODS_OF:
+        method, stores = METHODS_OF[variant]
         signals = [Signals.open(directory / store) for store in stores]
         return PrefDistillTrainer(
             model, METHODS[method](), TrainingArguments(**options), data, signals, tokenizer,
@@ -190,7 +190,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     shape = SHAPES[args.shape]
-    stores = {store for name in args.variants for store in OURS.get(name, ((), ()))[1]}
+    stores = {store for name in args.variants for store in METHODS_OF.get(name, ((), ()))[1]}
     common = {"shape": shape, "max_length": args.max_length, "bf16": args.bf16}
     with tempfile.TemporaryDirectory(prefix="prefdistill-benchmark-") as directory:
         inputs = {
@@ -257,7 +257,7 @@ def _print(
         f"{responses:.0f} of them in responses; {args.rounds} rounds of {args.steps} steps\n"
     )
     header = ["variant", "s / step", f"x {BASELINE} (min..max)", "peak above loaded, GiB", f"x {BASELINE}"]
-    header += ["loaded, GiB", "data, % of step", "tokens / s", "laid out", "MFU"]
+    header += ["loaded, GiB", "data, % of step", "tokens / s", "in batches", "MFU"]
     rows = []
     for name, entry in entries.items():
         if entry["error"]:
@@ -274,7 +274,7 @@ def _print(
                 harness.gib(memory["loaded"]),
                 f"{100 * entry['data_share']:.2f}",
                 f"{(measured[name].median('tokens') or 0) / seconds:.0f}",
-                f"{measured[name].median('laid_out_tokens') or 0:.0f}",
+                f"{measured[name].median('batch_tokens') or 0:.0f}",
                 f"{mfu:.3f}" if mfu else "",
             ]
         )
