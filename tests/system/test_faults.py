@@ -450,7 +450,7 @@ def test_if_one_rank_is_killed_the_others_end_and_the_next_call_goes_on(place):
     assert not any(rank.is_running() for rank in ranks)
     assert not (place / "out" / "stage.json").exists()
     assert launched(place, "out").wait(timeout=240) == 0
-    assert "going on from step" in (place / "log.txt").read_text()
+    assert "resuming from step" in (place / "log.txt").read_text()
     assert launched(place, "straight").wait(timeout=240) == 0
     a, b = ((place / name / "model.safetensors").read_bytes() for name in ("out", "straight"))
     assert a == b

@@ -107,7 +107,7 @@ def test_a_first_loss_that_is_no_number_is_not_laid_to_the_learning_rate(place, 
     assert main([*VERBS[verb], *DATA, "--out", "out", "batch_size=8", "micro_batch_size=8", "max_steps=2"]) == 2
     (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("prefdistill: "))
     assert "the loss is nan at step 1, " in told
-    assert "no step was taken yet, so that the model's weights may be damaged" in told
+    assert "no step was taken yet, so the model's weights may be damaged" in told
     assert "learning rate" not in told
     if verb == "distill":
         assert "rows [" in told

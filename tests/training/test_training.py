@@ -360,11 +360,11 @@ def test_a_checkpoint_that_has_lost_a_part_is_passed_over(
     with pytest.raises(KeyboardInterrupt):
         fit(again, tmp_path / "cut", "again")
     told = capsys.readouterr().err
-    assert f"{damaged} is passed over and removed: its {name} is missing or not as it was written" in told
-    assert ("again: going on from step 2" in told) is earlier
+    assert f"{damaged} is removed: its {name} is missing or has changed size" in told
+    assert ("again: resuming from step 2" in told) is earlier
     assert not damaged.exists()
     fit(whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every), tmp_path / "cut", "last")
-    assert "last: going on from step 3" in capsys.readouterr().err
+    assert "last: resuming from step 3" in capsys.readouterr().err
     a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "cut"))
     assert a == b
 
@@ -528,13 +528,13 @@ def test_a_reference_of_another_configuration_is_pointed_out(tmp_path, train, ma
     same_weights = make_model(rms_norm_eps=1e-2)
     store = extract_signals(same_weights, pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
     train(METHODS["dpo"](), signals=[store])
-    assert "made from another configuration (rms_norm_eps is 1e-06, was 0.01)" in capsys.readouterr().err
+    assert "computed with another configuration (rms_norm_eps is 1e-06, was 0.01)" in capsys.readouterr().err
 
 
 def test_a_reference_in_another_precision_is_pointed_out(tmp_path, train, make_model, pairs, tokenizer, capsys):
     store = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "s", role="reference", bf16=True)
     train(METHODS["dpo"](), signals=[store])
-    assert "note: the student is trained with bf16=False and its reference signals were read with bf16=True" in (
+    assert "note: the student is trained with bf16=False and its reference signals were computed with bf16=True" in (
         capsys.readouterr().err
     )
 

@@ -1,4 +1,4 @@
-"""From options to what transformers and PEFT take: `TrainingArguments`, `LoraConfig`."""
+"""Convert training options to `TrainingArguments` and `LoraConfig`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -19,7 +19,7 @@ OPTIMIZERS_OF_A_MODEL = ("galore", "lomo", "adalomo", "apollo")  # they need the
 
 
 def adapter_config(training: Training) -> "LoraConfig | None":
-    """The `LoraConfig` of a training with adapters."""
+    """Return the `LoraConfig` of a training with adapters; None without."""
     lora = training.lora
     if lora is None:
         return None
@@ -37,7 +37,7 @@ def adapter_config(training: Training) -> "LoraConfig | None":
 def training_arguments(
     training: Training, out: Path, *, seed: int, data_seed: int, kind: type[Any] = TrainingArguments, **more: Any
 ) -> Any:
-    """The matching `TrainingArguments`, or `kind` of them, such as TRL's SFTConfig.
+    """Return the matching `TrainingArguments`, or `kind` of them, such as TRL's SFTConfig.
 
     Raises:
         UserError: if transformers refuses them, or the batch size does not fit the number of processes.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: which of them can be gone on with, and which are in the way."""
+"""Checkpoints of a training: mark complete ones, discard incomplete ones, find the one to resume from."""
 
 import shutil
 from pathlib import Path
@@ -11,32 +11,32 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.core.stages import checkpoints_in
 
-WHOLE = "whole.json"  # written last, with the size of each file: every process's part of a checkpoint is on the disk
+WHOLE = "whole.json"  # written last, with the size of each file: all parts of the checkpoint are on disk
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that were cut off, or have lost a part since, are removed."""
+    """Return the newest complete checkpoint; remove those that are incomplete or have lost a file since."""
     team = processes()
-    with team.main_process_first():  # it removes them, the others find them gone
-        whole = []
+    with team.main_process_first():  # it removes the incomplete ones before the others look
+        complete = []
         for path in checkpoints_in(directory):
-            wrong = _wrong(path)
-            if wrong is None:
-                whole.append(path)
+            damaged = _first_damaged_file(path)
+            if damaged is None:
+                complete.append(path)
             elif team.is_main_process:
-                if (path / WHOLE).exists():  # else it never was whole
-                    say(f"{path} is passed over and removed: its {wrong} is missing or not as it was written")
+                if (path / WHOLE).exists():  # otherwise it was never complete
+                    say(f"{path} is removed: its {damaged} is missing or has changed size")
                 shutil.rmtree(path, ignore_errors=True)
-        return max(whole, key=_step, default=None)
+        return max(complete, key=_step, default=None)
 
 
-def _wrong(checkpoint: Path) -> str | None:
-    """The first file that is missing or not of the size that the mark of the checkpoint says."""
+def _first_damaged_file(checkpoint: Path) -> str | None:
+    """Return the first file that is missing or has another size than when the checkpoint was marked; None if none."""
     mark = read_sealed(checkpoint / WHOLE) if (checkpoint / WHOLE).is_file() else None
-    made = mark.get("files") if mark else None
-    if not isinstance(made, dict):
+    written_sizes = mark.get("files") if mark else None
+    if not isinstance(written_sizes, dict):
         return WHOLE
-    return first_lost(made, sizes(checkpoint))
+    return first_lost(written_sizes, sizes(checkpoint))
 
 
 def _step(path: Path) -> int:
@@ -44,31 +44,31 @@ def _step(path: Path) -> int:
 
 
 class SealCheckpoints(TrainerCallback):
-    """Marks a checkpoint as whole when all of it is on the disk, and only then lets an old one go.
+    """Mark a checkpoint as complete when all of it is on disk, and only then remove old ones.
 
-    The newest stays, or as many as `save_total_limit` says, which is taken out of the Trainer's hands: it would remove
-    the old ones before the new one is synced.
+    Keeps the newest one, or `save_total_limit` of them. That option is taken from the Trainer, which would remove old
+    checkpoints before the new one is synced.
     """
 
     def __init__(self) -> None:
-        self.kept = 1
+        self.limit = 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.kept, args.save_total_limit = args.save_total_limit or self.kept, None
+        self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         team, directory = processes(), Path(str(args.output_dir))
-        made = directory / f"checkpoint-{state.global_step}"
+        checkpoint = directory / f"checkpoint-{state.global_step}"
         team.wait_for_everyone()  # each process writes its own random state
         if not team.is_main_process:
             return
-        (made / WHOLE).unlink(missing_ok=True)  # the last step may be saved twice, at its end and at that of the epoch
-        sync(made)
-        write_sealed(made / WHOLE, {"files": sizes(made)})
+        (checkpoint / WHOLE).unlink(missing_ok=True)  # the last step of an epoch may be saved twice
+        sync(checkpoint)
+        write_sealed(checkpoint / WHOLE, {"files": sizes(checkpoint)})
         sync(directory, below=False)
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint)
-        for path in sorted(checkpoints_in(directory), key=_step)[: -self.kept]:
+        for path in sorted(checkpoints_in(directory), key=_step)[: -self.limit]:
             if path != best:
                 shutil.rmtree(path)

@@ -17,7 +17,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, TRLMethod
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments
-from prefdistill.training.nan_guard import watched
+from prefdistill.training.nan_guard import with_nan_guard
 from prefdistill.training.trainer import PrefDistillTrainer
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _trl_trainer(
         **method.arguments(),
     )
     with trainer_errors():
-        trainer = watched(trainer_class)(
+        trainer = with_nan_guard(trainer_class)(
             **method.models(load, adapter=training.lora is not None),
             args=args,
             train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),

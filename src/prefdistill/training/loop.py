@@ -1,4 +1,4 @@
-"""A training to its end: gone on with from its last checkpoint, stopped by Ctrl-C, saved when it is done."""
+"""Run a Trainer to completion: resume from the last checkpoint, stop on Ctrl-C, save the model."""
 
 import json
 import shutil
@@ -21,19 +21,19 @@ from prefdistill.models.vocabulary import check_ids
 from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint
 from prefdistill.training.nan_guard import check_weights
 
-ARGUMENTS = "training_args.bin"  # a pickle, which the Trainer leaves beside a model; what is in it is in our own files
+ARGUMENTS = "training_args.bin"  # a pickle that the Trainer writes beside a model; our own files hold the same
 
 
 def fit(trainer: Trainer, out: Path, what: str) -> None:
-    """Train to the end, from the last whole checkpoint if there is one, and save model and tokenizer into `out`.
+    """Run a Trainer to completion, resuming from the last complete checkpoint, and save model and tokenizer in `out`.
 
     Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and
-    stops; the same call later goes on from it. An adapter is saved into `out/adapter`, and merged into its base in
-    `out`: what is trained on top of it needs no other directory.
+    stops; the same call later resumes from it. An adapter is saved in `out/adapter`, and merged into its base in
+    `out`, so that training on top of it needs no other directory.
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
-        UserError: if the loss or the weights are not finite, or the checkpoint holds more than numbers.
+        UserError: if the loss or the weights are not finite, or the checkpoint holds code.
     """
     from transformers import PrinterCallback
 
@@ -42,13 +42,13 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            say(f"{what}: trained, only to be saved")
-            if trainer.is_world_process_zero():  # its last line may be torn
-                write_jsonl(out / "metrics.jsonl", [_kept(logs) for logs in state.log_history])
+            say(f"{what}: already trained, only saving")
+            if trainer.is_world_process_zero():  # its last line may be incomplete
+                write_jsonl(out / "metrics.jsonl", [_resumable_logs(logs) for logs in state.log_history])
             _load_weights(trainer.model, last)
             _save(trainer, out)
             return
-        say(f"{what}: going on from step {state.global_step}")
+        say(f"{what}: resuming from step {state.global_step}")
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
@@ -56,13 +56,13 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
     trainer.add_callback(stop)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except UnpicklingError as error:  # weights only: nothing in it has been run
+    except UnpicklingError as error:  # loaded with weights_only: no code in it has run
         raise UserError(
             f"{last} is damaged, or holds more than the state of a training; delete it to train without it"
         ) from error
     finally:
         stop.restore()
-    if stop.asked:
+    if stop.requested:
         raise KeyboardInterrupt
     _save(trainer, out)
 
@@ -75,7 +75,7 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
 
 
 def _save(trainer: Trainer, out: Path) -> None:
-    logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which go
+    logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which are deleted
     if logs.is_dir() and trainer.is_world_process_zero():
         shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -92,27 +92,27 @@ def _save(trainer: Trainer, out: Path) -> None:
         trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
 
 
-def _kept(logs: dict[str, Any]) -> dict[str, Any]:
-    """A log entry without what the Trainer and TRL count from where a process began: it tells of interruptions."""
+def _resumable_logs(logs: dict[str, Any]) -> dict[str, Any]:
+    """Return a log entry without the totals that start anew when a training is resumed."""
     return {name: value for name, value in logs.items() if name not in ("num_tokens", "train_loss")}
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into: finish this step, save, stop. The second one is immediate."""
+    """On the first Ctrl-C, finish the step, save a checkpoint and stop; the second one stops immediately."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.previous: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._ask)
+            self.previous = signal.signal(signal.SIGINT, self._request_stop)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        say("interrupted: saving a checkpoint after this step (again to stop at once)")
+    def _request_stop(self, *_: Any) -> None:
+        self.requested = True
+        say("interrupted: saving a checkpoint after this step (Ctrl-C again to stop now)")
         self.restore()
 
     def restore(self) -> None:
@@ -122,14 +122,14 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         team = processes()
-        if team.num_processes > 1:  # all stop at the same step, whichever of them heard it
-            self.asked = bool(reduce(torch.tensor(float(self.asked), device=team.device), reduction="sum") > 0)
-        if self.asked:
+        if team.num_processes > 1:  # all stop at the same step, whichever got the signal
+            self.requested = bool(reduce(torch.tensor(float(self.requested), device=team.device), reduction="sum") > 0)
+        if self.requested:
             control.should_save = control.should_training_stop = True
 
 
 class LogCallback(TrainerCallback):
-    """Shows the steps on stderr and appends every log entry to a file."""
+    """Show a progress bar on stderr and append every log entry to a file."""
 
     def __init__(self, what: str, path: Path) -> None:
         self.what, self.path = what, path
@@ -139,8 +139,8 @@ class LogCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            # what was logged after the checkpoint that training goes on from will be logged again
-            write_jsonl(self.path, [_kept(logs) for logs in state.log_history])
+            # the steps after the checkpoint will be logged again
+            write_jsonl(self.path, [_resumable_logs(logs) for logs in state.log_history])
             self.progress = Progress(self.what, state.max_steps, "step", done=state.global_step).__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -157,7 +157,7 @@ class LogCallback(TrainerCallback):
     ) -> None:
         if self.progress is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**_kept(logs or {}), "step": state.global_step}) + "\n")
+                file.write(json.dumps({**_resumable_logs(logs or {}), "step": state.global_step}) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Where training has gone wrong: a loss or weights that are not finite."""
+"""Stop a training whose loss or weights are not finite."""
 
 from typing import Any
 
@@ -9,38 +9,38 @@ from prefdistill.core.errors import UserError
 
 
 class NotFinite(UserError):
-    """A loss or weights became inf or nan while training."""
+    """The loss or the weights became inf or nan in training."""
 
 
 TRY = "try a lower learning rate, max_grad_norm=1, or bf16=false"
-LOADED = (
-    "no step was taken yet, so that the model's weights may be damaged, or their dtype too narrow: try dtype float32 "
-    "or bf16=false"
+TRY_AT_STEP_1 = (
+    "no step was taken yet, so the model's weights may be damaged, or their dtype too narrow: try dtype float32 or "
+    "bf16=false"
 )
-TEXTS, TEXT_CHARACTERS = 3, 60  # that a message shows, and how much of each at its start and at its end
+TEXTS, TEXT_CHARACTERS = 3, 60  # texts in a message, and characters of each at its start and at its end
 
 
 def check_loss(loss: Tensor, step: int, where: str) -> None:
-    """Raises NotFinite if the loss of a step is not finite; `where` names the rows it is of."""
+    """Raise NotFinite if the loss of a step is not finite; `where` names its rows."""
     if not torch.isfinite(loss):
-        raise NotFinite(f"the loss is {loss.item()} at step {step}, {where}: {LOADED if step == 1 else TRY}")
+        raise NotFinite(f"the loss is {loss.item()} at step {step}, {where}: {TRY_AT_STEP_1 if step == 1 else TRY}")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises NotFinite if a weight is not finite: the last step of a training has no loss after it."""
+    """Raise NotFinite if a weight is not finite: no loss is computed after the last step of a training."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise NotFinite(f"the trained weights are not finite, the first of them {name}: {TRY}")
 
 
-def watched(kind: type[Any]) -> type[Any]:
-    """A trainer like `kind`, one of TRL's, that stops where the loss of a step is not finite.
+def with_nan_guard(trainer_class: type[Any]) -> type[Any]:
+    """Return a subclass of one of TRL's trainers that raises NotFinite if the loss of a step is not finite.
 
-    The Trainer itself trains on, with the mean of the losses before in the log. TRL's batches do not say which rows of
-    the data they are made of, so that they are told by their texts.
+    Without it the Trainer continues, and logs the mean of the earlier losses. TRL's batches do not say which rows they
+    hold, so the message quotes their texts.
     """
 
-    class Watched(kind):
+    class Guarded(trainer_class):
         def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **options: Any) -> Tensor:
             loss = super().training_step(model, inputs, *more, **options)
             if not torch.isfinite(loss):
@@ -48,22 +48,22 @@ def watched(kind: type[Any]) -> type[Any]:
                 check_loss(loss, self.state.global_step + 1, f"in the batch with {texts}")
             return loss
 
-    Watched.__name__ = Watched.__qualname__ = kind.__name__
-    return Watched
+    Guarded.__name__ = Guarded.__qualname__ = trainer_class.__name__
+    return Guarded
 
 
 def _texts(inputs: dict[str, Any], tokenizer: Any) -> str:
-    """The texts of a batch, the first few of them, as the model reads them: special tokens part prompt and response.
+    """Quote the first few texts of a batch as the model reads them, special tokens included.
 
-    Of each its start and its end, for texts often start alike.
+    Each by its start and its end, since texts often start alike.
     """
     name = next(name for name in inputs if name.endswith("input_ids"))
     masks = inputs.get(name.replace("input_ids", "attention_mask"), torch.ones_like(inputs[name]))
-    told = []
+    quotes = []
     for ids, mask in zip(inputs[name][:TEXTS], masks, strict=False):
         text = " ".join(tokenizer.decode(ids[mask.bool()]).split())
         if len(text) > 2 * TEXT_CHARACTERS:
             text = f"{text[:TEXT_CHARACTERS]} ... {text[-TEXT_CHARACTERS:]}"
-        told.append(repr(text))
-    others = len(inputs[name]) - len(told)
-    return ", ".join(told) + (f" and {others} more texts" if others else "")
+        quotes.append(repr(text))
+    others = len(inputs[name]) - len(quotes)
+    return ", ".join(quotes) + (f" and {others} more texts" if others else "")

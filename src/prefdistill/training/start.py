@@ -24,8 +24,9 @@ def check_start(student: Any, signals: Sequence[Signals], *, bf16: bool) -> None
         return
     if any(stored["bf16"] != bf16 for stored in references):
         say(
-            f"note: the student is trained with bf16={bf16} and its reference signals were read with bf16={not bf16}: "
-            "rounding alone sets their log-probabilities apart; `prefdistill signals --bf16` reads as bf16=true trains"
+            f"note: the student is trained with bf16={bf16} and its reference signals were computed with "
+            f"bf16={not bf16}: their log-probs differ by rounding; "
+            "`prefdistill signals --bf16` computes them as bf16=true trains"
         )
     dtypes = {stored["dtype"] for stored in references}
     weights = {dtype: weights_digest(student, dtype) for dtype in dtypes}
@@ -33,13 +34,13 @@ def check_start(student: Any, signals: Sequence[Signals], *, bf16: bool) -> None
     config = computing_config(student)
     for stored in references:
         if changed := differences(stored["config"], config):
-            say(f"warning: the reference signals were made from another configuration ({'; '.join(changed)})")
+            say(f"warning: the reference signals were computed with another configuration ({'; '.join(changed)})")
         if weights[stored["dtype"]] == stored["weights_sha256"] and stored["dtype"] not in lossy:
             continue
         dtype = str(student.dtype).removeprefix("torch.")
         name = student.name_or_path or "the student"
         raise UserError(
             f"the reference signals were made from another model ({stored['name'] or 'one in memory'}, in "
-            f"{stored['dtype']}) than the student starts from ({name}, in {dtype}): their weights differ; make them "
-            f"again with `prefdistill signals --role reference --dtype {dtype}` and the student"
+            f"{stored['dtype']}) than the student starts from ({name}, in {dtype}): their weights differ; compute "
+            f"them again with `prefdistill signals --role reference --dtype {dtype}` and the student"
         )

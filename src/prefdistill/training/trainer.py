@@ -31,14 +31,14 @@ REFERENCE_GAP = 0.05
 
 
 class PrefDistillTrainer(Trainer):
-    """Train a student on preference pairs with any method of `METHODS`. Only the student is in memory.
+    """A `transformers.Trainer` for any method of `METHODS`. Only the student is in memory.
 
     Args:
-        model: the student, or the Hub name or directory to load it from (in float32: the small steps of preference
-            training are lost in 16-bit weights; `bf16=True` in `args` makes the products 16-bit, not the weights).
+        model: the student, or the Hub name or directory to load it from (in float32: 16-bit weights lose the
+            small steps of preference training; `bf16=True` in `args` makes the products 16-bit, not the weights).
         method: e.g. `METHODS["tvkd"](alpha=0.7, beta=0.1)`.
         args: any `transformers.TrainingArguments`.
-        train_dataset: preference pairs in TRL's format, with the sampled responses that the method reads, if any.
+        train_dataset: preference pairs in TRL's format, with the sampled responses that the method needs, if any.
         signals: the stores the method needs, each for the rows of `train_dataset`.
         processing_class: the student's tokenizer.
         eval_dataset, eval_signals: held-out pairs and their stores.
@@ -47,7 +47,7 @@ class PrefDistillTrainer(Trainer):
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
-        UserError: if a signal the method needs is missing, or was made from other data, tokens or truncation.
+        UserError: if a signal the method needs is missing, or was computed from other data, tokens or truncation.
 
     Example:
         >>> trainer = PrefDistillTrainer(                                    # doctest: +SKIP
@@ -56,8 +56,8 @@ class PrefDistillTrainer(Trainer):
         >>> trainer.train()                                                  # doctest: +SKIP
     """
 
-    # The loss of a micro-batch is a mean: the Trainer divides it by the accumulation steps. Read by transformers 5.19
-    # and later; before that it goes by `model_accepts_loss_kwargs`.
+    # The loss of a micro-batch is a mean: the Trainer divides it by the accumulation steps. Used by transformers 5.19
+    # and later; earlier versions use `model_accepts_loss_kwargs`.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -96,9 +96,9 @@ class PrefDistillTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            set_seed(args.seed)  # the Trainer does so only when the adapter has its weights
+            set_seed(args.seed)  # the Trainer does so only after the adapter has its weights
             student = get_peft_model(student, peft_config)
-        args.remove_unused_columns = False  # our columns are not the model's arguments
+        args.remove_unused_columns = False  # the columns are not arguments of the model
         super().__init__(
             model=student,
             args=args,
@@ -126,7 +126,7 @@ class PrefDistillTrainer(Trainer):
         inputs = dict(inputs)
         row_features = inputs.pop("features")
         features = feature_tensors(row_features, self.args.device)
-        # accelerate's autocast sits on the model's forward, which `reduce_logits` goes around
+        # accelerate's autocast is on the model's forward, which `reduce_logits` bypasses
         with self.accelerator.autocast():
             student = read_student(model, inputs, self.method, features, emittable=self._emittable)
         loss, metrics = self.method.loss(student, features)
@@ -143,7 +143,9 @@ class PrefDistillTrainer(Trainer):
         if eval_dataset is None or eval_dataset is self.eval_dataset:
             self.data_collator = self._collate_eval or collate
         elif eval_dataset is not self.train_dataset:
-            raise UserError("these rows have no signals: pass them as eval_dataset, with eval_signals, when it is made")
+            raise UserError(
+                "these rows have no signals: pass them to PrefDistillTrainer as eval_dataset, with eval_signals"
+            )
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -172,7 +174,7 @@ class PrefDistillTrainer(Trainer):
         if gap > REFERENCE_GAP:
             say(
                 f"warning: before training, the student and its reference signals differ by {gap:.3f} nats per token; "
-                "they are meant to be the same model (in the same precision)"
+                "they should be the same model (in the same precision)"
             )
 
 

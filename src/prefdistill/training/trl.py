@@ -1,4 +1,4 @@
-"""SFT and DPO of a teacher, SFT of a student's start, a reward model: by TRL's own trainers, under watch."""
+"""Train with TRL's own trainers: SFT, DPO and reward models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from prefdistill.models.scratch import random_model
 from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.factory import trainer_errors
 from prefdistill.training.loop import fit
-from prefdistill.training.nan_guard import watched
+from prefdistill.training.nan_guard import with_nan_guard
 from prefdistill.training.options import DPOTraining, Training
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def train_sft(
     trust_remote_code: bool = False,
     what: str = "sft",
 ) -> None:
-    """Supervised fine-tuning on `prompt`/`completion` rows, the loss on completions only; the model ends in `out`."""
+    """Run supervised fine-tuning on `prompt`/`completion` rows, loss on completions only; save the model in `out`."""
     from trl import SFTConfig, SFTTrainer
 
     demonstrations = drop_refused(demonstrations, tokenizer, what, ("completion",))
@@ -44,14 +44,14 @@ def train_sft(
         training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
     )
     with trainer_errors():
-        trainer = watched(SFTTrainer)(
+        trainer = with_nan_guard(SFTTrainer)(
             model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
             args=args,
             train_dataset=demonstrations.select_columns(["prompt", "completion"]),
             processing_class=tokenizer,
             peft_config=adapter_config(training),
         )
-    _count_dropped(trainer, len(demonstrations), truncation, what)
+    _report_dropped(trainer, len(demonstrations), truncation, what)
     fit(trainer, out, what)
 
 
@@ -68,7 +68,7 @@ def train_dpo(
     trust_remote_code: bool = False,
     what: str = "dpo",
 ) -> None:
-    """DPO with the model itself as the reference; the model ends in `out`."""
+    """Run DPO with the model itself as the reference; save the model in `out`."""
     from trl import DPOConfig, DPOTrainer
 
     pairs = drop_refused(pairs, tokenizer, what)
@@ -82,7 +82,7 @@ def train_dpo(
         beta=training.beta,
     )
     with trainer_errors():
-        trainer = watched(DPOTrainer)(
+        trainer = with_nan_guard(DPOTrainer)(
             model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
             ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
             args=args,
@@ -90,7 +90,7 @@ def train_dpo(
             processing_class=tokenizer,
             peft_config=adapter_config(training),
         )
-    _count_dropped(trainer, len(pairs), truncation, what)
+    _report_dropped(trainer, len(pairs), truncation, what)
     fit(trainer, out, what)
 
 
@@ -104,9 +104,9 @@ def train_reward(
     seed: int = 0,
     what: str = "reward model",
 ) -> None:
-    """A reward model of this shape from random weights, by the loss of Bradley and Terry; the model ends in `out`.
+    """Train a reward model of this shape from random weights with the Bradley-Terry loss; save it in `out`.
 
-    A response is read as `RewardModel` reads it later: whole, or up to the last position that the shape has.
+    A response is scored as `RewardModel` scores it later: whole, or up to the last position of the model.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -122,7 +122,7 @@ def train_reward(
         training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None
     )
     with trainer_errors():
-        trainer = watched(RewardTrainer)(
+        trainer = with_nan_guard(RewardTrainer)(
             model=model,
             args=args,
             train_dataset=Dataset.from_list(ids),
@@ -132,10 +132,10 @@ def train_reward(
     fit(trainer, out, what)
 
 
-def _count_dropped(trainer: Any, rows: int, truncation: Truncation, what: str) -> None:
-    """TRL leaves out rows whose prompt fills max_length; say how many, and stop where that is all of them."""
-    kept = len(trainer.train_dataset)
-    if kept == 0:
+def _report_dropped(trainer: Any, rows: int, truncation: Truncation, what: str) -> None:
+    """Say how many rows TRL dropped because their prompt fills max_length; refuse if none is left."""
+    remaining = len(trainer.train_dataset)
+    if remaining == 0:
         raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
-    if kept < rows:
-        say(f"{what}: dropped {rows - kept} of {rows} rows, whose prompts fill max_length={truncation.max_length}")
+    if remaining < rows:
+        say(f"{what}: dropped {rows - remaining} of {rows} rows, whose prompts fill max_length={truncation.max_length}")
