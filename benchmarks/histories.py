@@ -264,7 +264,7 @@ def _run(out: Path) -> Any:
     found = results(out)
     del found["stages"]  # which of them were made, and which were there
     told = load_run(out)
-    return found | {name: told[name] for name in ("curves", "problems")}
+    return found | {name: told[name] for name in ("curves", "early", "problems")}
 
 
 def _study(out: Path) -> Any:

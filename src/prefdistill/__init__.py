@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prefdistill.data.fingerprint import data_fingerprint as data_fingerprint
     from prefdistill.data.load import load_pairs as load_pairs
     from prefdistill.data.truncation import Truncation as Truncation
-    from prefdistill.evaluation.pairs import margin_accuracy as margin_accuracy
+    from prefdistill.evaluation.stats import margin_accuracy as margin_accuracy
     from prefdistill.methods import METHODS as METHODS
     from prefdistill.models.load import load_model as load_model
     from prefdistill.sampling.files import sample_responses as sample_responses
@@ -31,7 +31,7 @@ _HOME = {
     "extract_signals": "signals.extract",
     "load_model": "models.load",
     "load_pairs": "data.load",
-    "margin_accuracy": "evaluation.pairs",
+    "margin_accuracy": "evaluation.stats",
     "sample_responses": "sampling.files",
 }
 __all__ = [*_HOME, "__version__"]

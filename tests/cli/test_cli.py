@@ -520,7 +520,7 @@ def test_sampled_responses_are_data_like_any_other(place, capfd, name):
 def finished(place):
     """The results of a run."""
     (place / "run").mkdir()
-    results = {"methods": {"dpo": {"reward": {"mean": 1.0, "se": 0.1, "n": 3}}}, "baseline": "dpo"}
+    results = {"methods": {"dpo": {"reward": {"mean": 1.0, "se": 0.1, "n": 3}}}}
     (place / "run" / "results.json").write_text(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""Error bars: by hand, against scipy on the raw data, and by how often the interval holds the truth."""
+"""Error bars: by hand, against scipy on the raw data, and by the coverage of the interval."""
 
 import math
 
@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from prefdistill.evaluation import estimate, mean_and_error, paired_difference
+from prefdistill.evaluation.stats import estimate, mean_and_error, paired_difference
 
 
 def test_mean_and_error_by_hand():
     found = mean_and_error([1, 2, 6])  # mean 3, squares 4 + 1 + 9, s^2 = 7
-    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3}
+    half = 4.302653 * math.sqrt(7 / 3)  # Student's t of 2 degrees of freedom
+    interval = {"low": pytest.approx(3 - half), "high": pytest.approx(3 + half)}
+    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3, **interval}
     assert mean_and_error([5.0]) == {"mean": 5.0, "se": None, "n": 1}
-    assert mean_and_error(np.array([True, True])) == {"mean": 1.0, "se": 0.0, "n": 2}
+    assert mean_and_error(np.array([True, True])) == {"mean": 1.0, "se": 0.0, "n": 2, "low": 1.0, "high": 1.0}
 
 
-def test_every_item_weighs_the_same_whatever_its_group():
+def test_every_item_has_the_same_weight_whatever_its_group():
     found = estimate([1, 1, 1, 0], ["long", "long", "long", "short"])
     assert (found["mean"], found["n"]) == (0.75, 2)
     # the draws are (long, long), (short, short) and twice (long, short), whose ratio of sums is 3/4
@@ -48,16 +50,16 @@ def test_groups_are_drawn_whole():
     assert [found["low"], found["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.15 * found["se"])
 
 
-def test_the_same_numbers_again_and_in_batches(monkeypatch):
+def test_reproducible_and_nearly_equal_in_batches(monkeypatch):
     values, groups = np.arange(50) % 7, [str(i // 3) for i in range(50)]
     once = estimate(values, groups, seed=1)
     assert once == estimate(values, groups, seed=1)
     assert once != estimate(values, groups, seed=2)
-    monkeypatch.setattr("prefdistill.evaluation.stats._AT_ONCE", 100)
+    monkeypatch.setattr("prefdistill.evaluation.stats.BATCH_NUMBERS", 100)
     assert once == pytest.approx(estimate(values, groups, seed=1), rel=0.1)
 
 
-def test_no_interval_where_there_is_none():
+def test_no_interval_for_one_group_or_infinite_values():
     assert estimate([1.0, 3.0], ["a", "a"]) == {"mean": 2.0, "se": None, "n": 1}
     assert estimate([4.0]) == {"mean": 4.0, "se": None, "n": 1}
     assert estimate([1.0, -math.inf]) == {"mean": -math.inf, "se": None, "n": 2}
@@ -68,7 +70,7 @@ def test_no_interval_where_there_is_none():
         estimate([1.0, 2.0], ["a"])
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
+def test_coverage_of_the_interval():
     """Groups of 1 to 14 items that share half of their variance; drawing items alone would be far too sure."""
     rng = np.random.default_rng(2)
     whole = alone = 0
@@ -84,7 +86,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert alone / runs < 0.75
 
 
-def test_a_paired_difference_leaves_out_what_the_pairs_share():
+def test_shared_variation_cancels_in_a_paired_difference():
     shared = np.array([100.0, -50.0, 7.0, 0.0])
     found = paired_difference(shared + np.arange(1, 5), shared)
     assert found == pytest.approx(estimate([1, 2, 3, 4]))

@@ -11,6 +11,8 @@ import pytest
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
 from prefdistill.data.load import load_pairs
+from prefdistill.evaluation.results import Role
+from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.check import check_plan
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
@@ -59,14 +61,17 @@ def test_the_quickstart_has_every_method_and_control(finished):
     assert list(results["methods"]) == ["teacher", "start", *methods]
     assert list(results["differences"]) == [name for name in methods if name != "dpo"]
     for name in methods:
-        for metric in ("reward", "reward_greedy", "win_rate", "reward_accuracy"):
+        for metric in ("reward", "reward_greedy", "win_rate_start", "reward_accuracy"):
             assert results["methods"][name][metric]["n"] == 2, (name, metric)
             assert results["methods"][name][metric]["over"] == "data orders"
-    assert results["methods"]["start"]["win_rate"]["mean"] == 0.5
+    assert results["methods"]["start"]["win_rate_start"]["mean"] == 0.5
     assert {"shaping return", "teacher log-prob", "teacher Q (raw logits)", "teacher implicit reward"} <= set(
         results["margin_accuracy"]
     )
-    assert results["controls"] == controls
+    assert [name for name, role in results["roles"].items() if Role(**role).is_control] == controls
+    assert (results["roles"]["teacher"]["kind"], results["roles"]["start"]["kind"]) == ("teacher", "start")
+    assert results["headline"] == {"metric": "reward", "method": "tvkd"}
+    assert results["verdict"] == verdict_of(results)
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
 
 
@@ -642,7 +647,7 @@ def judged(named, tmp_path):
 def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged, tmp_path):
     out = tmp_path / "run"
     results = run_recipe(load_recipe(judged), out)
-    metrics = ["judge_win_rate", "judge_score", "rouge_l", "exact_match", "response_tokens"]
+    metrics = ["reward_model_win_rate_start", "reward_model_score", "rouge_l", "exact_match", "response_tokens"]
     assert list(results["methods"]) == ["teacher", "start", "dpo"]
     for name in results["methods"]:
         found = results["methods"][name]
@@ -650,17 +655,17 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
         for metric in metrics:
             assert (found[metric]["n"], found[metric]["over"]) == (10, "test prompts")
             assert found[metric]["low"] <= found[metric]["mean"] <= found[metric]["high"]
-        points = results["generations"][name]["points"]
+        points = results["responses"][name]["points"]
         assert len(points) == 10
-        assert sum(score for _, score in points) / 10 == pytest.approx(found["judge_score"]["mean"])
+        assert sum(score for _, score in points) / 10 == pytest.approx(found["reward_model_score"]["mean"])
         assert sum(tokens for tokens, _ in points) / 10 == pytest.approx(found["response_tokens"]["mean"])
-    assert results["methods"]["start"]["judge_win_rate"]["mean"] == 0.5
+    assert results["methods"]["start"]["reward_model_win_rate_start"]["mean"] == 0.5
     assert "reward_accuracy" not in results["methods"]["teacher"]
-    assert results["metrics"]["judge_win_rate"]["label"] == "judged win rate against the start"
-    judge = results["judge"]
-    assert (judge["kind"], judge["pairs"], judge["accuracy"]["n"]) == ("reward_model", 12, 12)
+    assert results["metrics"]["reward_model_win_rate_start"]["label"] == "reward model: win rate against the start"
+    judge = results["reward_model"]
+    assert (judge["pairs"], judge["accuracy"]["n"]) == (12, 12)
     assert judge["name"].startswith("trained on ")
-    assert set(results["by_length"]) == set(metrics)
+    assert set(results["by_length"]) == {*metrics, "response_words"}
     ranges = results["by_length"]["rouge_l"]
     assert {(row["low"], row["high"]) for row in ranges} <= {(0, 3), (4, 5), (6, None)}
     assert sum(row["n"] for row in ranges) == 10
@@ -682,7 +687,7 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     assert len(theirs) == round(0.3 * len(ours | theirs))
     answers = load_prompts(str(out / "seed-0" / "evaluate-dpo-0" / "responses.jsonl"))
     scores = RewardModel(str(out / "seed-0" / "reward-model")).score(answers["prompt"][:], answers["response"][:])
-    assert results["methods"]["dpo"]["judge_score"]["mean"] == pytest.approx(scores.mean(), abs=1e-5)
+    assert results["methods"]["dpo"]["reward_model_score"]["mean"] == pytest.approx(scores.mean(), abs=1e-5)
 
     # reused as it is; another judge is another judge, and the students learn from other pairs
     again = run_recipe(load_recipe(judged), out)
@@ -692,7 +697,7 @@ def test_a_judge_is_trained_on_prompts_of_its_own_and_scores_every_model(judged,
     made = {name for name, reused in stages(longer).items() if not reused}
     assert made == {"reward-model", "evaluate-reward-model", "evaluate-teacher", "evaluate-start", "evaluate-dpo-0"}
     assert longer["methods"]["dpo"]["reward_accuracy"] == results["methods"]["dpo"]["reward_accuracy"]
-    assert longer["methods"]["dpo"]["judge_score"] != results["methods"]["dpo"]["judge_score"]
+    assert longer["methods"]["dpo"]["reward_model_score"] != results["methods"]["dpo"]["reward_model_score"]
 
 
 def refuse_system(*models):
@@ -721,7 +726,7 @@ def test_rows_that_the_chat_template_refuses_are_left_out_of_every_stage(judged,
     judged.write_text(json.dumps(recipe))
     capfd.readouterr()
     results = run_recipe(load_recipe(judged), tmp_path / "run")
-    assert results["judge"]["accuracy"]["n"] == 10
+    assert results["reward_model"]["accuracy"]["n"] == 10
     told = capfd.readouterr().err
     for stage in ("signals", "sample", "evaluate-reward-model"):
         assert f"{stage}: dropped 2 rows: the chat template refuses its messages (2, first row 1)" in told
@@ -732,9 +737,9 @@ def test_a_named_judge_leaves_all_pairs_to_the_students(judged, tmp_path):
     model = tmp_path / "first" / "seed-0" / "reward-model"
     results = run_recipe(load_recipe(judged, [f"reward_model.name={model}", "seeds=2"]), tmp_path / "run")
     assert "reward-model" not in stages(results)
-    assert results["judge"]["name"] == str(model)
-    assert results["judge"]["accuracy"]["mean"] == first["judge"]["accuracy"]["mean"]
-    assert results["judge"]["accuracy"]["over"] == "seeds"
+    assert results["reward_model"]["name"] == str(model)
+    assert results["reward_model"]["accuracy"]["mean"] == first["reward_model"]["accuracy"]["mean"]
+    assert results["reward_model"]["accuracy"]["over"] == "seeds"
     assert results["by_length"]["rouge_l"][0]["methods"]["dpo"]["over"] == "seeds"
 
 
@@ -755,15 +760,15 @@ def test_prompts_that_a_named_judge_cannot_read_are_known_before_anything_is_mad
     check_plan(build_plan(load_recipe(judged, [by_name, "evaluate.prompts=5"]), tmp_path / "run", 0))
     refuse_system(models["teacher"], models["student"])
     results = run_recipe(load_recipe(judged, [by_name]), tmp_path / "run")  # what nobody answers, it need not read
-    assert (results["judge"]["pairs"], results["methods"]["dpo"]["judge_score"]["n"]) == (11, 9)
+    assert (results["reward_model"]["pairs"], results["methods"]["dpo"]["reward_model_score"]["n"]) == (11, 9)
 
 
 def test_without_a_judge_responses_are_still_compared_with_the_references(judged, tmp_path):
     results = run_recipe(load_recipe(judged, ["reward_model=null"]), tmp_path / "run")
     assert {"rouge_l", "response_tokens"} <= results["methods"]["dpo"].keys()
-    assert "judge_score" not in results["methods"]["dpo"]
+    assert "reward_model_score" not in results["methods"]["dpo"]
     assert "judge" not in results
-    assert results["generations"] == {}
+    assert results["responses"] == {}
     bare = run_recipe(load_recipe(judged, ["reward_model=null", "evaluate={}"]), tmp_path / "bare")
     assert list(bare["methods"]) == ["dpo"]
     assert bare["by_length"] == {}

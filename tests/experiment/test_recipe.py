@@ -69,7 +69,7 @@ def needed(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_recipe_loads(path, fast):
     recipe = load_recipe(path, needed(path), fast=fast)
-    assert recipe.methods[recipe.baseline].control is False
+    assert recipe.methods[recipe.baseline].control is None
 
 
 def test_training_defaults_flow_into_every_training_and_give_way(load):
@@ -97,11 +97,14 @@ def test_a_method_that_says_part_of_a_section_keeps_the_rest_of_the_defaults(loa
 
 
 def test_a_method_keeps_its_own_options(load):
-    methods = load(GOOD, "methods.placebo={method: tvkd, potential: shuffled, control: true, label: a placebo}").methods
+    methods = load(
+        GOOD,
+        "methods.placebo={method: tvkd, potential: shuffled, control: {kind: placebo, of: tvkd}, label: a placebo}",
+    ).methods
     assert (methods["dpo"].method, methods["dpo"].options) == ("dpo", {"beta": 0.2})
     assert methods["placebo"].method == "tvkd"
     assert methods["placebo"].options == {"potential": "shuffled"}
-    assert methods["placebo"].control is True
+    assert (methods["placebo"].control.kind, methods["placebo"].control.of) == ("placebo", "tvkd")
 
 
 def test_a_null_stage_is_skipped(load):

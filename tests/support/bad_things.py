@@ -256,7 +256,7 @@ def write_runs(place: Path) -> None:
         "run-empty": '{"methods": {}}',
         "run-scores": '{"methods": {"dpo": 3}}',
         "run-deep": "[" * 100_000,
-        "run-good": '{"methods": {"dpo": {"reward": 1.0}}, "baseline": "dpo"}',
+        "run-good": '{"methods": {"dpo": {"reward": 1.0}}}',
     }.items():
         (place / name).mkdir()
         (place / name / "results.json").write_text(text)

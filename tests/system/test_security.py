@@ -328,8 +328,9 @@ def test_a_study_page_escapes_hostile_text(tmp_path):
     }  # fmt: skip
     results = {
         "study": EVIL, "question": EVIL, "recipe": EVIL, "overrides": {EVIL: EVIL}, "metric": "reward", "x": None,
-        "x_label": EVIL, "x_scale": "linear", "seeds": [1], "methods": [EVIL], "baseline": EVIL, "labels": {EVIL: EVIL},
-        "controls": [], "metrics": {"reward": {"label": EVIL, "higher_is_better": True, "format": ".3f"}},
+        "x_label": EVIL, "x_scale": "linear", "seeds": [1], "methods": [EVIL], "display_names": {EVIL: EVIL},
+        "labels": {EVIL: EVIL}, "roles": {EVIL: {"kind": "baseline", "of": None}},
+        "metrics": {"reward": {"label": EVIL, "higher_is_better": True, "format": ".3f"}},
         "cells": [cell], "failed": [{"cell": EVIL, "seed": 1, "error": EVIL}], "seconds": 1.0,
         "environments": [{EVIL: EVIL}], "data": {EVIL: [{EVIL: EVIL}]},
     }  # fmt: skip

@@ -1,12 +1,12 @@
-"""What is measured on held-out data, with error bars."""
+"""Evaluation of a student on held-out data: metrics, error bars and the verdict on a comparison."""
 
 from typing import TYPE_CHECKING
 
 from prefdistill.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prefdistill.evaluation.pairs import gauge_flips, margin_accuracy, pair_terms, pair_wins
-    from prefdistill.evaluation.stats import estimate, mean_and_error, paired_difference
+    from prefdistill.evaluation.pairs import gauge_flips, pair_terms
+    from prefdistill.evaluation.stats import estimate, margin_accuracy, mean_and_error, pair_wins, paired_difference
 
 __all__ = [
     "estimate",
@@ -18,8 +18,7 @@ __all__ = [
     "paired_difference",
 ]
 
-_PAIRS = ("gauge_flips", "margin_accuracy", "pair_terms", "pair_wins")
+_STATS = ("estimate", "margin_accuracy", "mean_and_error", "pair_wins", "paired_difference")
 __getattr__ = lazy_names(
-    __name__,
-    dict.fromkeys(_PAIRS, "pairs") | dict.fromkeys(("estimate", "mean_and_error", "paired_difference"), "stats"),
+    __name__, dict.fromkeys(("gauge_flips", "pair_terms"), "pairs") | dict.fromkeys(_STATS, "stats")
 )

@@ -1,5 +1,6 @@
-"""`prefdistill evaluate`: one model, and whatever is asked for of it."""
+"""`prefdistill evaluate`: metrics of one model on held-out pairs, its responses and benchmarks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +11,19 @@ from prefdistill.data.encode import drop_refused
 from prefdistill.data.load import check_pairs, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
-from prefdistill.evaluation.generations import (
-    RESPONSE,
-    Generations,
-    by_prompt,
-    measure_scores,
-    measure_texts,
-    references_of,
-    unique_prompts,
-)
-from prefdistill.evaluation.measure import BY_LENGTH, Measured, by_length, mean_of, points
+from prefdistill.evaluation.measure import Measured, by_length, mean_of, points
+from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
-from prefdistill.evaluation.reward_model import RewardModel, check_judged, judge_of
+from prefdistill.evaluation.responses import (
+    RESPONSE,
+    Responses,
+    measure_texts,
+    references_of,
+    scores_by_prompt,
+    unique_prompts,
+)
+from prefdistill.evaluation.reward_model import RewardModel, accuracy_of, check_prompts
 from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
-    """Everything that is asked for; responses are sampled once, into a file beside `out`.
+    """Evaluate a model; responses are sampled once, into a file beside `out`.
 
     Returns:
-        `{"metrics": {name: estimate}}` and, as asked, `margin_accuracy`, `pairs`, `generations`, `by_length`, `judge`,
-        `against`, `benchmarks`; see docs/evaluate.md.
+        `{"metrics": {name: estimate}}` and, as requested, `margin_accuracy`, `pairs`, `responses`, `by_length`,
+        `reward_model`, `against`, `benchmarks`; see docs/evaluate.md.
 
     Raises:
         UserError: if data, models and stores do not fit together.
@@ -46,7 +47,7 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
         known_names(request.lm_eval, request.lm_eval_include)
     if request.reward_model is not None:
         check_reward_model(request.reward_model, trust_remote_code=request.trust_remote_code)
-    # opened and looked at before the responses are sampled, which takes long
+    # checked before responses are sampled, which takes long
     stores = [Signals.open(path) for path in (request.reference, request.teacher) if path]
     data = None
     if request.data:
@@ -60,14 +61,14 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
             assert data is not None
             signals_for(data, tokenizer, stores)
     if request.answers:
-        results |= _evaluate_answers(request, data, out)
+        results |= _evaluate_responses(request, data, out)
     if tokenizer is None:
         return results
     model = ready(load_model(str(request.model), dtype=request.dtype, trust_remote_code=request.trust_remote_code))
     if request.reference:
         assert data is not None
-        found = evaluate_pairs(model, data, tokenizer, stores)
-        results |= found | {"metrics": found["metrics"] | results["metrics"]}
+        on_pairs = evaluate_pairs(model, data, tokenizer, stores)
+        results |= on_pairs | {"metrics": on_pairs["metrics"] | results["metrics"]}
     if request.lm_eval:
         results["benchmarks"] = run_benchmarks(
             model,
@@ -81,38 +82,37 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
     return results
 
 
-def _evaluate_answers(request: EvaluateRequest, data: "Dataset | None", out: Path) -> dict[str, Any]:
-    """Responses, sampled or given: their lengths, how near they are to the references, and what the judge says."""
-    given, trust = request.generations, request.trust_remote_code
-    rows = load_prompts(str(given)) if given else data
+def _evaluate_responses(request: EvaluateRequest, data: "Dataset | None", out: Path) -> dict[str, Any]:
+    """Return the metrics of responses, sampled or read from a file, and the accuracy of the reward model."""
+    trust = request.trust_remote_code
+    rows = load_prompts(str(request.generations)) if request.generations else data
     assert rows is not None
     if request.reward_model:
-        check_judged(
+        check_prompts(
             request.reward_model,
             rows,
-            str(given or request.data),
-            None if given else load_tokenizer(str(request.model), trust_remote_code=trust),
+            str(request.generations or request.data),
+            None if request.generations else load_tokenizer(str(request.model), trust_remote_code=trust),
             limit=request.prompts,
             trust_remote_code=trust,
         )
-    file = given or out.with_name(f"{out.stem}.generations.jsonl")
-    if not given:
+    file = request.generations or out.with_name(f"{out.stem}.generations.jsonl")
+    if not request.generations:
         rows = _sample(request, unique_prompts(rows, request.prompts), file)
     column = request.column if request.generations else RESPONSE
-    ours = Generations.read(rows, column, references_of(data) if data is not None else None)
-    measured = Measured()
-    measure_texts(measured, ours)
-    told: dict[str, Any] = {}
+    responses = Responses.read(rows, column, references_of(data) if data is not None else None)
+    about: dict[str, Any] = {}
     if request.reward_model:
-        told = _judge(request, measured, ours, data)
-    made = made_of(file)
-    shown = {key: made[key] for key in ("ended_share", "tokens_per_second") if key in made}
-    edges = request.length_ranges or None
+        responses, about = _score(request, responses, data)
+    measured = Measured()
+    measure_texts(measured, responses)
+    sampling = made_of(file)
+    shown = {key: sampling[key] for key in ("ended_share", "tokens_per_second") if key in sampling}
     return {
-        "metrics": {metric: mean_of([[measured]], metric) for metric in BY_LENGTH if metric in measured.metrics},
-        "by_length": by_length({"model": [[measured]]}, edges),
-        "generations": {"file": str(file), "responses": len(ours.responses), **shown, "points": points(measured)},
-        **told,
+        "metrics": {name: mean_of([[measured]], name) for name in METRICS if name in measured.metrics},
+        "by_length": by_length({"model": [[measured]]}, request.length_ranges or None),
+        "responses": {"file": str(file), "responses": len(responses.texts), **shown, "points": points(measured)},
+        **about,
     }
 
 
@@ -134,44 +134,43 @@ def _sample(request: EvaluateRequest, prompts: "Dataset", file: Path) -> "Datase
     )
 
 
-def _judge(request: EvaluateRequest, measured: Measured, ours: Generations, data: "Dataset | None") -> dict[str, Any]:
-    """Scores of the judge, the win rate, and what the judge is worth on the data's own pairs."""
-    judge = RewardModel(str(request.reward_model), trust_remote_code=request.trust_remote_code)
-    told: dict[str, Any] = {}
-    others = None
+def _score(request: EvaluateRequest, responses: Responses, data: "Dataset | None") -> tuple[Responses, dict[str, Any]]:
+    """Return the responses with scores and opponents, and the reward model's accuracy on the pairs of the data."""
+    reward_model = RewardModel(str(request.reward_model), trust_remote_code=request.trust_remote_code)
+    about: dict[str, Any] = {}
+    opponents = {}
     if data is not None and set(SIDES) <= set(data.column_names):
-        pairs = drop_refused(data, judge.tokenizer, "judge")
-        worth = judge.judge_pairs(pairs)
-        told["judge"] = judge_of(str(request.reward_model), [worth])
-        others = by_prompt(pairs["prompt"][:], worth.items["chosen_score"])
-        told["against"] = f"the chosen responses of {request.data}"
+        pairs = drop_refused(data, reward_model.tokenizer, "reward model")
+        on_pairs = reward_model.score_pairs(pairs)
+        about["reward_model"] = accuracy_of(str(request.reward_model), [on_pairs])
+        opponents["chosen"] = scores_by_prompt(pairs["prompt"][:], on_pairs.items["chosen_score"])
     if request.against:
-        theirs = Generations.read(load_prompts(str(request.against)), request.column)
-        others = by_prompt(theirs.prompts, judge.score(theirs.prompts, theirs.responses, what="judging the others"))
-        told["against"] = str(request.against)
-    if others is None:
-        say("evaluate: no win rate, for there is nothing to compare with: --against, or data with chosen responses")
-    measure_scores(measured, ours, judge, others)
-    return told
+        others = Responses.read(load_prompts(str(request.against)), request.column)
+        scores = reward_model.score(others.prompts, others.texts, what="scoring --against")
+        opponents = {"against": scores_by_prompt(others.prompts, scores)}
+        about["against"] = str(request.against)
+    if not opponents:
+        say("evaluate: no win rate: nothing to compare with; use --against, or data with chosen responses")
+    return replace(responses.scored(reward_model), opponents=opponents), about
 
 
 def as_text(results: dict[str, Any]) -> str:
-    """The results line by line, for a person."""
+    """Return the results as lines of text."""
     lines = [_line(name, value) for name, value in results["metrics"].items()]
     if against := results.get("against"):
         lines.append(f"  win rate against {against}")
     lines += [_line(name, value) for name, value in results.get("margin_accuracy", {}).items()]
     if "pairs" in results:
         lines.append(f"  accuracies of {results['pairs']} pairs")
-    if judge := results.get("judge"):
-        lines.append(_line("the judge on these pairs", judge["accuracy"]))
-        lines.append(_line("longer is better, likewise", judge["longer_is_better"]))
+    if reward_model := results.get("reward_model"):
+        lines.append(_line("reward model: accuracy", reward_model["accuracy"]))
+        lines.append(_line("accuracy of longer is better", reward_model["longer_is_better"]))
     for name, task in results.get("benchmarks", {}).get("tasks", {}).items():
         for metric, value in task["metrics"].items():
             error = "" if value["se"] is None else f" ± {value['se']:.3f}"
             lines.append(f"{name + ', ' + metric:28} {value['mean']:.3f}{error}   (n = {task['n']})")
-    if made := results.get("generations"):
-        lines.append(f"responses  {made['file']}")
+    if responses := results.get("responses"):
+        lines.append(f"responses  {responses['file']}")
     return "\n".join(lines)
 
 

@@ -1,27 +1,20 @@
-"""What one model gives on held-out data: the numbers per item behind every metric, and the prompts they belong to."""
+"""Measurements of one model on held-out data: the value of every metric for every test item, and their means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from prefdistill.evaluation.pairs import implicit_rewards, pair_wins, prompts_of
-from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
+from prefdistill.evaluation.metrics import METRICS
+from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, pair_wins, paired_difference
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from prefdistill.signals import Signals
-
-# What is shown by the length of the reference response.
-BY_LENGTH = ("judge_score", "judge_win_rate", "rouge_l", "exact_match", "response_tokens", "response_words")
+POINT_SCORES = ("reward", "reward_model_score")  # what the report plots against length: the first that was measured
 
 
 @dataclass
 class Measured:
-    """What one evaluated model gave: means by metric, and the values per test item behind them."""
+    """Measurements of one model: means by metric, and the values per test item behind them."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     items: dict[str, list[float]] = field(default_factory=dict)
@@ -30,29 +23,51 @@ class Measured:
     groups: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, metric: str, values: Any, groups: list[int] | None = None) -> None:
+        """Add the values of a metric per item."""
         self.items[metric] = np.asarray(values, dtype=np.float64).tolist()
         self.metrics[metric] = float(np.mean(self.items[metric]))
         if groups is not None:
             self.groups[metric] = groups
 
+    def add_metrics(self, source: str, evidence: Any) -> None:
+        """Add every registered metric that is computed from this source, such as `Responses` for "responses"."""
+        for name, metric in METRICS.items():
+            if metric.source == source and metric.compute is not None:
+                values = metric.compute(evidence)
+                if values is not None:
+                    self.add(name, values, evidence.groups)
+
     def among(self, metrics: Sequence[str], low: int, high: int | None) -> "Measured":
-        """These metrics on the items whose reference has `low` to `high` words."""
+        """Return these metrics on the items whose reference has `low` to `high` words."""
         words = self.items["reference_words"]
-        places = [place for place, n in enumerate(words) if n >= low and (high is None or n <= high)]
-        kept = Measured()
+        rows = [row for row, n in enumerate(words) if n >= low and (high is None or n <= high)]
+        subset = Measured()
         for metric in metrics:
-            if places and metric in self.items:
+            if rows and metric in self.items:
                 groups = self.groups.get(metric)
-                kept.add(
-                    metric,
-                    [self.items[metric][place] for place in places],
-                    groups and [groups[place] for place in places],
-                )
-        return kept
+                subset.add(metric, [self.items[metric][row] for row in rows], groups and [groups[row] for row in rows])
+        return subset
+
+
+def add_win_rates(models: dict[str, list[Measured]], start: str) -> None:
+    """Add the metrics that compare every model with the student's start on the same prompts.
+
+    Args:
+        models: measurements by name, one entry per data order.
+        start: the name of the student's start; nothing is added where it was not measured.
+    """
+    for name, metric in METRICS.items():
+        score = metric.against_start
+        if score is None or start not in models or score not in models[start][0].items:
+            continue
+        start_scores = models[start][0].items[score]
+        for runs in models.values():
+            for run in runs:
+                run.add(name, pair_wins(run.items[score], start_scores), run.groups.get(score))
 
 
 def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
-    """A metric's mean, its error over the widest variation there is: seeds, else data orders, else test prompts.
+    """Return a metric's mean, with its error over the widest variation there is: seeds, data orders or test prompts.
 
     Args:
         by_seed: for each seed, one entry per data order.
@@ -66,15 +81,29 @@ def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
     return estimate(runs[0].items[metric], runs[0].groups.get(metric)) | {"over": PROMPTS}
 
 
-def by_length(
-    models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None, metrics: Sequence[str] = BY_LENGTH
-) -> dict[str, Any]:
-    """What the responses of each model are worth by range of the reference's length in words.
+def difference_of(runs: list[list[Measured]], baseline: list[list[Measured]], metric: str) -> dict[str, Any]:
+    """Return a metric's mean paired difference to the baseline, with its error over the same variation as `mean_of`.
+
+    Order k is paired with order k of the baseline: same start, same pairs, same test prompts.
+    """
+    by_seed = [
+        [run.metrics[metric] - base.metrics[metric] for run, base in zip(orders, base_orders, strict=True)]
+        for orders, base_orders in zip(runs, baseline, strict=True)
+    ]
+    if len(by_seed) > 1:
+        return mean_and_error([float(np.mean(orders)) for orders in by_seed]) | {"over": "seeds"}
+    if len(by_seed[0]) > 1:
+        return mean_and_error(by_seed[0]) | {"over": "data orders"}
+    run, base = runs[0][0], baseline[0][0]
+    return paired_difference(run.items[metric], base.items[metric], run.groups.get(metric)) | {"over": PROMPTS}
+
+
+def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return the metrics of each model's responses by range of the reference's length in words.
 
     Args:
-        models: by name, what was measured of each, by seed and data order.
+        models: measurements by name, by seed and data order.
         edges: of the ranges, see `length_ranges`; default: quartiles of the references.
-        metrics: of these, those that were measured.
 
     Returns:
         `{metric: [{"low", "high", "n": prompts, "methods": {name: estimate}}, ...]}`, without empty ranges; empty where
@@ -83,21 +112,22 @@ def by_length(
     models = {name: by_seed for name, by_seed in models.items() if "reference_words" in by_seed[0][0].items}
     if not models:
         return {}
+    metrics = [name for name, metric in METRICS.items() if metric.by_length]
     first = next(iter(models.values()))[0][0]
-    found: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     for low, high in length_ranges(first.items["reference_words"], edges):
-        cut = {n: [[run.among(metrics, low, high) for run in runs] for runs in s] for n, s in models.items()}
+        subsets = {n: [[run.among(metrics, low, high) for run in runs] for runs in s] for n, s in models.items()}
         for metric in metrics:
-            shown = {name: mean_of(s, metric) for name, s in cut.items() if metric in s[0][0].items}
-            if shown:
-                sizes = next(s[0][0] for s in cut.values() if metric in s[0][0].items)
-                n = len(set(sizes.groups.get(metric) or range(len(sizes.items[metric]))))
-                found.setdefault(metric, []).append({"low": low, "high": high, "n": n, "methods": shown})
-    return found
+            means = {name: mean_of(s, metric) for name, s in subsets.items() if metric in s[0][0].items}
+            if means:
+                sample = next(s[0][0] for s in subsets.values() if metric in s[0][0].items)
+                n = len(set(sample.groups.get(metric) or range(len(sample.items[metric]))))
+                table.setdefault(metric, []).append({"low": low, "high": high, "n": n, "methods": means})
+    return table
 
 
 def length_ranges(reference_words: Sequence[float], edges: Sequence[int] | None = None) -> list[tuple[int, int | None]]:
-    """Ranges of the reference's length in words, both ends included; the last has no end.
+    """Return ranges of the reference's length in words, both ends included; the last has no end.
 
     Args:
         reference_words: lengths to take quartiles of where there are no edges.
@@ -114,35 +144,20 @@ def length_ranges(reference_words: Sequence[float], edges: Sequence[int] | None 
 
 
 def points(measured: Measured, limit: int = 500) -> list[list[float]]:
-    """`[response_tokens, score]` of the first items, the score the true reward or else a reward model's."""
-    scores = measured.items.get("reward") or measured.items.get("judge_score")
+    """Return `[response_tokens, score]` of the first items; the score is the true reward, else a reward model's."""
+    scores = next((measured.items[name] for name in POINT_SCORES if measured.items.get(name)), None)
     tokens = measured.items.get("response_tokens")
     if not scores or not tokens:
         return []
     return [[n, score] for n, score in zip(tokens[:limit], scores[:limit], strict=True)]
 
 
-def measure_pairs(
-    measured: Measured,
-    student: "PreTrainedModel",
-    pairs: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    reference: "Signals",
-) -> None:
-    """Add how a student orders the held-out pairs by its implicit reward."""
-    reward = implicit_rewards(student, pairs, tokenizer, reference)
-    groups = numbered(prompts_of(pairs, reward["row"]))
-    measured.add("reward_accuracy", pair_wins(reward["chosen"], reward["rejected"]), groups)
-    measured.add("reward_margin", reward["chosen"] - reward["rejected"], groups)
-    measured.add("chosen_logp", reward["chosen_logp"], groups)
-
-
 def numbered(prompts: list[str]) -> list[int]:
-    """The number of each prompt, in the order in which they first come.
+    """Return the number of each prompt, in order of first appearance.
 
     Example:
         >>> numbered(["b", "a", "b"])
         [0, 1, 0]
     """
-    seen: dict[str, int] = {}
-    return [seen.setdefault(prompt, len(seen)) for prompt in prompts]
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]

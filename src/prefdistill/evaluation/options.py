@@ -106,11 +106,11 @@ class EvaluateRequest(Loading, Seeded):
                 "(responses), or --lm-eval (benchmarks)"
             )
         if self.model is None and (self.reference or self.lm_eval or not self.generations):
-            raise ValueError("--model is required: only --generations can be scored without the model")
+            raise ValueError("--model is required: only --generations can be evaluated without a model")
         if self.data is None and (self.reference or (self.answers and not self.generations)):
             raise ValueError("--data is required: the pairs that --reference was extracted from, or prompts")
         if self.generate and self.generations:
-            raise ValueError("--generate samples the responses that --generations gives; leave one of the two out")
+            raise ValueError("--generate samples responses and --generations reads them from a file; use only one")
         sampled = self.answers and not self.generations
         for present, needs, options in (
             (self.reference, "--reference", ("teacher",)),

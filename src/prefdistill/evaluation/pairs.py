@@ -1,6 +1,7 @@
-"""How well a number per response orders held-out preference pairs."""
+"""Held-out preference pairs: the implicit reward of a student, and how well terms of the teacher order them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.messages import prompt_text
 from prefdistill.data.truncation import Truncation
-from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
+from prefdistill.evaluation.measure import Measured, mean_of, numbered
+from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, pair_wins
 from prefdistill.signals.needs import Need
 from prefdistill.signals.scoring import score_pairs
 from prefdistill.signals.shaping import shaping_returns
@@ -22,48 +24,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def pair_wins(chosen: Any, rejected: Any) -> np.ndarray:
-    """1 where the chosen response scores higher, 0 where it scores lower, one half at a tie; [B]."""
-    chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
-    return (chosen > rejected) + 0.5 * (chosen == rejected)
+SHAPING_TERMS = ("shaping return", "value after the end token")  # of `pair_terms`; the others are for comparison
 
 
-def margin_accuracy(chosen: Any, rejected: Any) -> float:
-    r"""Fraction of pairs that a score orders right, a tie counting one half.
-
-    .. math:: \frac1B \sum_i [S(y_w^i) > S(y_l^i)] + \tfrac12 [S(y_w^i) = S(y_l^i)]
+@dataclass(frozen=True)
+class PairRewards:
+    """Log-ratios of a student to its reference on held-out pairs; metrics of pairs are computed from this.
 
     Args:
-        chosen, rejected: scores of the two responses, array-likes of shape [B].
-
-    Example:
-        >>> margin_accuracy([1.0, 2.0], [0.0, 2.0])
-        0.75
+        chosen, rejected: log-ratio of each response, nats, [pairs].
+        chosen_logp: the student's log-probability of the chosen response per token, [pairs].
+        row: the row of each pair in the data, [pairs].
+        groups: the number of each pair's prompt, over which error bars are computed.
     """
-    return float(pair_wins(chosen, rejected).mean())
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_logp: np.ndarray
+    row: np.ndarray
+    groups: list[int]
 
 
 def implicit_rewards(
     student: "PreTrainedModel", pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", reference: Signals
-) -> dict[str, np.ndarray]:
-    r"""Log-ratios of a student to its reference on held-out pairs, the implicit reward of DPO in units of beta.
+) -> PairRewards:
+    r"""Return the implicit reward of DPO, in units of beta, of a student on held-out pairs.
 
     .. math:: r(y) = \log\pi_\theta(y|x) - \log\pi_{ref}(y|x)
 
     Args:
         student: in eval mode, on its device.
-        pairs: the held-out pairs that `reference` was made from.
+        pairs: the held-out pairs that `reference` was computed on.
         tokenizer: the student's.
-        reference: "logps" of the student's starting point.
-
-    Returns:
-        Per kept pair: `chosen` and `rejected` log-ratios (nats), `chosen_logp`, the student's log-probability of the
-        chosen response per token, and `row`, the pair's row in `pairs`.
+        reference: "logps" of the student's start.
     """
     encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**reference.manifest["truncation"]))
     rows = np.asarray(encoded["row"][:])
     with Progress("held-out pairs", len(SIDES) * len(encoded), "response") as progress:
-        found = score_pairs(
+        scores = score_pairs(
             student,
             encoded,
             tokenizer,
@@ -72,22 +70,34 @@ def implicit_rewards(
             batch_tokens=reference.manifest["batch_tokens"],
             progress=progress,
         )
-    logps = {side: np.array(found[f"{side}_logps"], dtype=np.float64) for side in SIDES}
+    logps = {side: np.array(scores[f"{side}_logps"], dtype=np.float64) for side in SIDES}
     ratios = {side: logps[side] - reference.scalar(f"{side}_logps", rows) for side in SIDES}
-    return {**ratios, "chosen_logp": logps["chosen"] / reference.scalar("chosen_tokens", rows), "row": rows}
+    per_token = logps["chosen"] / reference.scalar("chosen_tokens", rows)
+    return PairRewards(**ratios, chosen_logp=per_token, row=rows, groups=numbered(prompts_of(pairs, rows)))
+
+
+def measure_pairs(
+    measured: Measured,
+    student: "PreTrainedModel",
+    pairs: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    reference: Signals,
+) -> None:
+    """Add every metric of held-out pairs."""
+    measured.add_metrics("pairs", implicit_rewards(student, pairs, tokenizer, reference))
 
 
 def prompts_of(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
-    """The prompt of each of these rows as text: what error bars are drawn over, for pairs of one prompt go together."""
+    """Return the prompt of each of these rows as text; error bars are over prompts."""
     prompts = pairs["prompt"][:]
     return [prompt_text(prompts[row]) for row in rows]
 
 
 def signals_for(pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]) -> SignalSet:
-    """The stores together.
+    """Return the stores as one set, checked against the pairs and the tokenizer.
 
     Raises:
-        UserError: if the signals were made from other data or tokens, or lack the reference's logps.
+        UserError: if the signals were computed from other data or tokens, or lack the reference's logps.
     """
     signals = SignalSet.of(stores, pairs)
     if signals.missing([Need("reference", "logps")]):
@@ -100,7 +110,7 @@ def signals_for(pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: 
 def evaluate_pairs(
     student: "PreTrainedModel", pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]
 ) -> dict[str, Any]:
-    """Accuracy of a student's implicit reward on held-out pairs, and of the teacher's terms where it is given.
+    """Return every metric of held-out pairs and the accuracy of the teacher's terms, where its signals are there.
 
     Args:
         student: in eval mode, on its device.
@@ -109,35 +119,34 @@ def evaluate_pairs(
         stores: signals for these pairs: "reference" with logps, and optionally "teacher" with values and logps.
 
     Returns:
-        `{"metrics": {name: estimate}, "margin_accuracy": {term: estimate}, "pairs": k}`, the errors over the prompts.
+        `{"metrics": {name: estimate}, "margin_accuracy": {term: estimate}, "pairs": k}`, errors over prompts.
 
     Raises:
         UserError: see `signals_for`.
     """
     signals = signals_for(pairs, tokenizer, stores)
     reference = signals.store("reference", "logps", "chosen")
-    reward = implicit_rewards(student, pairs, tokenizer, reference)
-    groups = prompts_of(pairs, reward["row"])
-    metrics = {"reward_accuracy": pair_wins(reward["chosen"], reward["rejected"]), "chosen_logp": reward["chosen_logp"]}
+    measured = Measured()
+    measure_pairs(measured, student, pairs, tokenizer, reference)
     if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]):
         terms = {"longer is better": pair_wins(*(reference.scalar(f"{side}_tokens", signals.rows) for side in SIDES))}
     else:
         terms = pair_terms(signals)
     terms["the start's log-prob"] = pair_wins(*(reference.scalar(f"{side}_logps", signals.rows) for side in SIDES))
-    shared = prompts_of(pairs, signals.rows)
+    prompts = prompts_of(pairs, signals.rows)
     return {
-        "metrics": {name: estimate(values, groups) | {"over": PROMPTS} for name, values in metrics.items()},
-        "margin_accuracy": {name: estimate(wins, shared) | {"over": PROMPTS} for name, wins in terms.items()},
-        "pairs": len(groups),
+        "metrics": {name: mean_of([[measured]], name) for name in measured.metrics},
+        "margin_accuracy": {name: estimate(wins, prompts) | {"over": PROMPTS} for name, wins in terms.items()},
+        "pairs": len(measured.items["reward_accuracy"]),
     }
 
 
 def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "last") -> dict[str, np.ndarray]:
-    """Per-pair wins of the shaping return and of the baselines it must be seen beside, from the teacher's signals.
+    """Return per-pair wins of the shaping return and of simpler terms to compare it with, from the teacher's signals.
 
     Terms: "shaping return" (by default that of the formula: discount 1, terminal "last"), "value after the end token"
-    (terminal "bootstrap"), the teacher's log-probability of the response, its Q (raw logits of the tokens, summed) and
-    its implicit reward where the signals for them are there, and length.
+    (terminal "bootstrap"), the teacher's log-probability of the response, its Q (sum of the raw logits of the tokens)
+    and its implicit reward where their signals are there, and length.
     """
 
     def scalar(role: str, kind: str, name: str | None = None) -> list[np.ndarray]:
@@ -161,16 +170,16 @@ def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "la
 
 
 def gauge_flips(signals: Signals) -> dict[str, Any]:
-    """Share of the pairs whose order by the shaping return turns when u.h(s) is added to all logits of a state.
+    """Return the share of pairs whose order by the shaping return flips when u.h(s) is added to all logits of a state.
 
-    That changes no policy, see `prefdistill.signals.gauge`. The return is undiscounted, terminal "last".
+    The offset leaves the policy unchanged, see `prefdistill.signals.gauge`. The return has discount 1, terminal "last".
 
     Args:
         signals: a store with "values" of both responses of each pair.
 
     Returns:
-        `{"mean", "se", "n"}` over random directions u as long as a row of the head. Were the gauge all there is to the
-        value, half of the pairs would turn.
+        `{"mean", "se", "n"}` over random directions u as long as a row of the head; 0.5 means that the value carries no
+        information about the policy.
     """
     rows = signals.rows
     values, shifts = [], []
@@ -180,5 +189,5 @@ def gauge_flips(signals: Signals) -> dict[str, Any]:
         values.append(np.array([value[n] for value, n in states])[:, None])
         shifts.append(np.stack(signals.ragged(f"{side}_gauge", rows)))
     margin = values[0] - values[1]
-    turned = margin * (margin + shifts[0] - shifts[1]) < 0  # a tie has no order that could turn
-    return mean_and_error(turned.mean(axis=0))
+    flipped = margin * (margin + shifts[0] - shifts[1]) < 0  # a tie cannot flip
+    return mean_and_error(flipped.mean(axis=0))

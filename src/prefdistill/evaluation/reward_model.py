@@ -1,4 +1,4 @@
-"""A reward model as the judge: the score of each response, and what that judge is worth on held-out pairs."""
+"""Reward models: scores of responses, and the reward model's own accuracy on held-out pairs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,10 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encoder import accepts_prompt, reward_model_ids
-from prefdistill.evaluation.generations import first_rows
 from prefdistill.evaluation.measure import Measured, mean_of, numbered
-from prefdistill.evaluation.pairs import pair_wins, prompts_of
+from prefdistill.evaluation.pairs import prompts_of
+from prefdistill.evaluation.responses import first_rows
+from prefdistill.evaluation.stats import pair_wins
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class RewardModel:
-    """Any sequence classifier with one label, by Hub name or directory, with its own tokenizer and chat template.
+    """A sequence classifier with one label, by Hub name or directory, with its own tokenizer and chat template.
 
-    A text of more tokens than the model has positions is cut at its end.
+    A text longer than the model's maximum length is truncated at its end.
 
     Args:
         name: Hub name or directory.
-        dtype: of the weights: "auto" is as stored.
+        dtype: of the weights; "auto": as stored.
         batch_tokens: padded tokens per forward pass.
         trust_remote_code: let the model's repository run its own code.
 
@@ -45,29 +46,29 @@ class RewardModel:
         config = model.config.get_text_config()
         self.pad, self.positions = config.pad_token_id, getattr(config, "max_position_embeddings", None)
 
-    def score(self, prompts: list[Any], responses: list[Any], *, what: str = "judging") -> np.ndarray:
-        """The score of each response to its prompt, [B]; texts of like length are read together."""
-        ids = [reward_model_ids(self.tokenizer, *both) for both in zip(prompts, responses, strict=True)]
+    def score(self, prompts: list[Any], responses: list[Any], *, what: str = "scoring") -> np.ndarray:
+        """Return the score of each response to its prompt, [B]; texts of similar length share a batch."""
+        ids = [reward_model_ids(self.tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
         if self.positions and (long := sum(len(text) > self.positions for text in ids)):
-            say(f"{what}: {long} of {len(ids)} texts are cut at the {self.positions} tokens the reward model can read")
+            say(f"{what}: {long} of {len(ids)} texts are truncated to the reward model's {self.positions} tokens")
         ids = [text[: self.positions] for text in ids]
         scores = np.empty(len(ids))
         with Progress(what, len(ids), "response") as progress:
-            for places in self._batches([len(text) for text in ids]):
-                scores[places] = self._read([ids[place] for place in places])
-                progress.update(len(places))
+            for rows in self._batches([len(text) for text in ids]):
+                scores[rows] = self._forward([ids[row] for row in rows])
+                progress.update(len(rows))
         return scores
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         batches: list[list[int]] = []
-        for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):  # the longest first
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):  # the longest first
             if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > self.batch_tokens:
                 batches.append([])
-            batches[-1].append(place)
+            batches[-1].append(row)
         return batches
 
     @torch.no_grad()
-    def _read(self, ids: list[list[int]]) -> np.ndarray:
+    def _forward(self, ids: list[list[int]]) -> np.ndarray:
         width = max(map(len, ids))
         padded = torch.tensor([text + [self.pad] * (width - len(text)) for text in ids])
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in ids])
@@ -75,16 +76,14 @@ class RewardModel:
         logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
         return logits[:, 0].double().cpu().numpy()
 
-    def judge_pairs(self, pairs: "Dataset") -> Measured:
-        """How it orders pairs ("accuracy"), and how length in its tokens does ("longer_is_better"), pair by pair.
-
-        Beside them "chosen_score", its scores of the chosen responses.
-        """
+    def score_pairs(self, pairs: "Dataset") -> Measured:
+        """Return, per pair, whether it orders the pair correctly ("accuracy"), whether length in its tokens does
+        ("longer_is_better"), and its score of the chosen response ("chosen_score")."""
         prompts = pairs["prompt"][:]
         sides = {side: pairs[side][:] for side in SIDES}
-        scores = {side: self.score(prompts, responses, what="judging pairs") for side, responses in sides.items()}
+        scores = {side: self.score(prompts, responses, what="scoring pairs") for side, responses in sides.items()}
         lengths = [
-            [len(reward_model_ids(self.tokenizer, *both)) for both in zip(prompts, responses, strict=True)]
+            [len(reward_model_ids(self.tokenizer, *pair)) for pair in zip(prompts, responses, strict=True)]
             for responses in sides.values()
         ]
         groups = numbered(prompts_of(pairs, range(len(pairs))))
@@ -95,7 +94,7 @@ class RewardModel:
         return measured
 
 
-def check_judged(
+def check_prompts(
     name: str,
     rows: "Dataset",
     where: str,
@@ -104,33 +103,32 @@ def check_judged(
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Whether a reward model's chat template takes an answer to each prompt: before any of them is answered.
+    """Check, before any response is sampled, that a reward model's chat template accepts a response to each prompt.
 
     Args:
-        name: of the reward model.
-        rows: with the prompts, of which the first `limit` different ones are answered.
-        where: they are from.
-        tokenizer: of who answers; what its template refuses is not answered. None: it refuses none.
+        name: the reward model.
+        rows: with the prompts, of which the first `limit` different ones get a response.
+        where: the source of the rows, for messages.
+        tokenizer: of the model that responds; prompts that its template refuses get no response. None: it refuses none.
 
     Raises:
-        UserError: if it refuses one, or there is no template for messages.
+        UserError: if the template refuses one, or there is none for messages.
     """
-    judge, prompts = load_tokenizer(name, trust_remote_code=trust_remote_code), rows["prompt"][:]
+    reward_tokenizer, prompts = load_tokenizer(name, trust_remote_code=trust_remote_code), rows["prompt"][:]
     for row in first_rows(prompts, limit):
         try:
-            reward_model_ids(judge, prompts[row], "an answer")
+            reward_model_ids(reward_tokenizer, prompts[row], "a response")
         except UserError as error:
             if tokenizer is None or accepts_prompt(tokenizer, prompts[row]):
                 raise UserError(f"{where}, row {row}: {error}") from error
 
 
-def judge_of(name: str, worth: list[Measured]) -> dict[str, Any]:
-    """`judge` of the results: what a reward model is worth on held-out pairs, one entry of `worth` per seed."""
-    by_seed = [[one] for one in worth]
+def accuracy_of(name: str, measured: list[Measured]) -> dict[str, Any]:
+    """Return `reward_model` of the results: its accuracy on held-out pairs, from `score_pairs` of each seed."""
+    by_seed = [[seed] for seed in measured]
     return {
-        "kind": "reward_model",
         "name": name,
         "accuracy": mean_of(by_seed, "accuracy"),
-        "pairs": len(worth[0].items["accuracy"]),
+        "pairs": len(measured[0].items["accuracy"]),
         "longer_is_better": mean_of(by_seed, "longer_is_better"),
     }

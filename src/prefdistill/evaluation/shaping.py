@@ -1,4 +1,4 @@
-"""The teacher's term in a method's margin, beside the margin that its DPO part has learnt."""
+"""The shaping margin that a method adds, compared with the DPO margin that the student has learned."""
 
 from typing import Any
 
@@ -8,53 +8,53 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.methods import Method
 from prefdistill.signals import SignalSet
 
-# Spread of the shaping margin in units of the DPO margin's, above which the pairs hardly count.
-DROWNING = 3.0
+# Spread of the shaping margin over that of the DPO margin, above which the method is warned of.
+MAX_RATIO = 3.0
 SHAPING, MARGIN = "shaping/margins_abs", "rewards/margins_abs"  # as TVKD logs them
 
 
 def shaping_of(
     methods: dict[str, Method], signals: SignalSet, measured: dict[str, list[Measured]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Of each method that has one, its offset on the test pairs and the DPO margins of its first student.
+    """Return the shaping margins on the test pairs and the DPO margins of the first student, of each shaping method.
 
     Args:
         methods: by name.
-        signals: of the test pairs.
-        measured: by method, with the item "reward_margin".
+        signals: signals of the test pairs.
+        measured: measurements by method, with the metric "reward_margin".
 
     Returns:
-        `{method: {"mean", "std", "dpo_margin_std", "points": [[margin, offset], ...]}}`, and warnings where the offset
-        drowns the margin.
+        `{method: {"mean", "std", "dpo_margin_std", "points": [[margin, offset], ...]}}`, and a warning for each
+        method whose shaping margin outweighs the DPO margin.
     """
-    found: dict[str, Any] = {}
+    margins: dict[str, Any] = {}
     warnings = []
     for name, method in methods.items():
         offset = None if signals.missing(method.needs) else method.margin_offset(signals)
         if offset is None:
             continue
         margin = method.margin_scale * np.array(measured[name][0].items["reward_margin"])
-        found[name] = {
+        margins[name] = {
             "mean": float(offset.mean()),
             "std": float(offset.std()),
             "dpo_margin_std": float(margin.std()),
             "points": [[float(m), float(o)] for m, o in zip(margin[:500], offset[:500], strict=True)],
         }
-        if offset.std() > DROWNING * margin.std():
-            warnings.append(_drowns(name, "spread", offset.std(), margin.std()))
-    return found, warnings
+        if offset.std() > MAX_RATIO * margin.std():
+            warnings.append(_outweighs(name, "spread", offset.std(), margin.std()))
+    return margins, warnings
 
 
-def drowning(name: str, log: list[dict[str, float]]) -> str | None:
-    """A warning if the shaping margin drowned the DPO margin when a training last logged them, by their mean sizes."""
+def outweighing(name: str, log: list[dict[str, float]]) -> str | None:
+    """Return a warning if the shaping margin outweighs the DPO margin in the last log line, by mean size."""
     last = next((line for line in reversed(log) if SHAPING in line), None)
-    if last is None or last[MARGIN] == 0 or last[SHAPING] <= DROWNING * last[MARGIN]:  # 0: nothing is learnt yet
+    if last is None or last[MARGIN] == 0 or last[SHAPING] <= MAX_RATIO * last[MARGIN]:  # 0: nothing is learned yet
         return None
-    return _drowns(name, "mean size", last[SHAPING], last[MARGIN])
+    return _outweighs(name, "mean size", last[SHAPING], last[MARGIN])
 
 
-def _drowns(name: str, measure: str, offset: float, margin: float) -> str:
+def _outweighs(name: str, measure: str, offset: float, margin: float) -> str:
     return (
-        f"{name}: the shaping margin ({measure} {offset:.2f}) drowns the DPO margin ({measure} {margin:.2f}); a lower "
-        "alpha or a higher beta gives the pairs more say"
+        f"{name}: the shaping margin ({measure} {offset:.2f}) outweighs the DPO margin ({measure} {margin:.2f}); "
+        "use a lower alpha or a higher beta"
     )

@@ -10,7 +10,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.messages import prompt_text
-from prefdistill.evaluation.reward_model import check_judged
+from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.plan import Plan, reference_bf16
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.user_data import UserData
@@ -44,7 +44,7 @@ def check_plan(plan: Plan) -> None:
         trust = recipe.model.trust_remote_code
         check_reward_model(recipe.reward_model.name, trust_remote_code=trust)
         if plan.reward_model:
-            check_judged(
+            check_prompts(
                 recipe.reward_model.name,
                 plan.reward_model.test.rows,
                 str(recipe.data.test),

@@ -19,6 +19,7 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import MethodRun, Recipe
+from prefdistill.experiment.roles import START, TEACHER
 from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer
 from prefdistill.experiment.steps.models import Dpo, Init, Sft
 from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AnyStep = TypeVar("AnyStep", bound=Step)
-TEACHER, START = "teacher", "start"  # the names under which they are evaluated beside the methods
 TRAIN = "train"
 STUDENT_RESPONSE = "student_response"
 

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -22,13 +23,13 @@ from prefdistill.core.options import Options, Override, Section, applied, as_map
 from prefdistill.core.yaml import _Dumper, read_yaml
 from prefdistill.data.options import Data
 from prefdistill.evaluation.options import Evaluation, RewardModelOptions
+from prefdistill.experiment.roles import START, TEACHER, Control, Headline, check_roles, refuse_flag
 from prefdistill.models.options import Models
 from prefdistill.sampling.options import Sampling
 from prefdistill.signals.options import SignalOptions
 from prefdistill.training.options import DPOTraining, Training
 
 DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
-RESERVED_NAMES = ("teacher", "start")  # evaluated beside the methods
 
 
 class Teacher(Section):
@@ -48,7 +49,8 @@ class MethodRun(Section):
     method: str
     options: Options = Field(default_factory=dict)
     label: str = ""
-    control: bool = False  # a placebo, bound or noise floor: shown beside the methods, never the verdict
+    display_name: str = ""  # in sentences; default: the method's own where the run is named after it, else the name
+    control: Annotated[Control | None, BeforeValidator(refuse_flag)] = None  # not a method: what it is a control of
     on_request: bool = False  # runs only where it is asked for, by name or as one of all
     start: str | None = None  # the method whose student this one starts from; default: the student's start
     rounds: PositiveInt = 1  # of sampling, signals and training; each starts from the student of the one before
@@ -64,6 +66,7 @@ class Recipe(Section):
     orders: PositiveInt = 1  # trainings of each method per seed, on the same pairs in other orders
     threads: int | None = Field(default=None, gt=0, le=1024)  # of the CPU; the smallest models are fastest on one
     baseline: str = "dpo"
+    headline: Headline = Headline()
     data: Data
     model: Models = Models()
     teacher: Teacher = Teacher()
@@ -115,7 +118,7 @@ class Recipe(Section):
         for name in (self.name, *self.methods):
             if not DIRECTORY_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} names a directory: use letters, digits and . _ + - only")
-        for name in RESERVED_NAMES:
+        for name in (TEACHER, START):
             if name in self.methods:
                 raise ValueError(f"methods.{name}: that name is taken in the results; call it something else")
         seen: list[str] = []
@@ -125,8 +128,7 @@ class Recipe(Section):
             if run.start is not None and self.methods[run.start].first_order != run.first_order:
                 raise ValueError(f"methods.{name}.first_order differs from that of {run.start}, which it starts from")
             seen.append(name)
-        if self.baseline not in self.methods:
-            raise ValueError(f"baseline {self.baseline!r} is not among the methods: {', '.join(self.methods)}")
+        check_roles(self)
         if (self.data.train is None) == (self.data.synthetic is None):
             raise ValueError("data needs either `train` (pairs) or `synthetic`; give data.train=FILE_OR_HUB_NAME")
         if self.data.synthetic:
@@ -170,8 +172,8 @@ def load_recipe(
         path: a YAML file.
         overrides: "key=value" each, e.g. "methods.tvkd.alpha=1.0", or `Override`s; they win over the file.
         fast: the recipe's quick profile.
-        only: keep these of its methods (and its baseline, and those they start from); ["all"] keeps all, also those
-            that run on request only.
+        only: keep these of its methods (and its baseline, and those they start from or are controls of); ["all"]
+            keeps all, also those that run on request only.
 
     Raises:
         UserError: on a missing file, broken YAML, an unknown key, a wrong type, or a method that does not exist.
@@ -231,7 +233,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:
-    """The recipe with the methods asked for, its baseline, and what they start from."""
+    """Return the recipe with the methods in `only`, its baseline, and those they start from or are controls of."""
     if only == ["all"]:
         return recipe
     if only is None:
@@ -239,8 +241,13 @@ def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:
     if unknown := [name for name in only if name not in recipe.methods]:
         raise UserError(f"{where} has no method {unknown[0]!r}; it has {', '.join(recipe.methods)} (or all)")
     kept = {*only, recipe.baseline}
+    kept |= {control.of for name in kept if (control := recipe.methods[name].control)}
     for name in reversed(recipe.methods):  # what a method starts from stands above it
         start = recipe.methods[name].start
         if name in kept and start is not None:
             kept.add(start)
-    return recipe.model_copy(update={"methods": {n: run for n, run in recipe.methods.items() if n in kept}})
+    headline = recipe.headline
+    if headline.method not in kept:
+        headline = headline.model_copy(update={"method": None})
+    methods = {name: run for name, run in recipe.methods.items() if name in kept}
+    return recipe.model_copy(update={"methods": methods, "headline": headline})

@@ -19,20 +19,14 @@ from prefdistill.core.paths import check_own
 from prefdistill.core.progress import say
 from prefdistill.core.stages import REQUEST, Stage, inspect_stage, run_stage
 from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.check import check_models, check_plan
 from prefdistill.experiment.held_out import HeldOut
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
-from prefdistill.experiment.summary import (
-    LABELS,
-    gauge,
-    margin_accuracies,
-    reward_model_accuracy,
-    side_by_side,
-    summarise,
-)
+from prefdistill.experiment.summary import gauge, margin_accuracies, reward_model_accuracy, side_by_side, summarise
 
 
 def run_recipe(
@@ -113,17 +107,14 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
     ]
     held_out = [HeldOut(plan) for plan in plans]
     summary = summarise(recipe, measured)
-    shaping = [signals.shaping(found) for signals, found in zip(held_out, measured, strict=True)]
-    return {
+    shaping = [signals.shaping(models) for signals, models in zip(held_out, measured, strict=True)]
+    results: dict[str, Any] = {
         "recipe": recipe.name,
         "task": recipe.task,
         "seed": recipe.seed,
         "seeds": [plan.context.seed for plan in plans],
         "orders": recipe.orders,
-        "baseline": recipe.baseline,
         **summary,
-        "labels": LABELS | {name: run.label for name, run in recipe.methods.items() if run.label},
-        "controls": [name for name, run in recipe.methods.items() if run.control],
         "margin_accuracy": margin_accuracies(
             [signals.margin_terms() for signals in held_out], held_out[0].margin_groups()
         ),
@@ -136,6 +127,7 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         "stages": stages,
         "warnings": sorted({warning for _, warnings in shaping for warning in warnings}),
     }
+    return results | {"verdict": verdict_of(results)}
 
 
 def _reward_model_name(plan: Plan) -> str:

@@ -1,38 +1,23 @@
-"""The report as GitHub markdown; text from a model or from data is escaped by `markdown_cell` or fenced."""
+"""Render the report as GitHub markdown; text from a model or data is escaped by `markdown_cell` or fenced."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-from prefdistill.report.generations import judge_of, tables_by_length
+from prefdistill.evaluation.results import Column, Estimate, Results, clean, mapping
+from prefdistill.evaluation.verdict import verdict
+from prefdistill.report.format import cell_of, cut, flat, printable
+from prefdistill.report.reading import reading_of
+from prefdistill.report.responses import reward_model_of, samples_of, tables_by_length
 from prefdistill.report.run import Run, load_runs
-from prefdistill.report.sections import (
-    TEXT_BUDGET,
-    comparison_of,
-    facts_of,
-    gauge_sentence,
-    reading_of,
-    samples_of,
-    stages_of,
-    title_of,
-)
-from prefdistill.report.table import (
-    Estimate,
-    Metric,
-    Results,
-    clean,
-    mapping,
-    markdown_cell,
-    markdown_table,
-    method_table,
-    verdict,
-)
-from prefdistill.report.text import cell_of, cut, flat, printable
+from prefdistill.report.sections import TEXT_BUDGET, comparison_of, facts_of, notes_of, stages_of, title_of
+from prefdistill.report.table import markdown_cell, markdown_table, method_table
+from prefdistill.report.teacher import gauge_sentence
 from prefdistill.report.warnings import warnings_of
 
 
 def render_markdown(runs: list[Path]) -> str:
-    """The report as GitHub markdown: the tables and texts of the page, without its figures."""
+    """Return the report as GitHub markdown: the tables and texts of the page, without its figures."""
     loaded = load_runs(runs)
     parts = [f"# {markdown_cell(title_of(loaded))}"]
     if len(loaded) > 1:
@@ -59,13 +44,13 @@ def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
     parts.append("\n".join(named))
 
     by_length = tables_by_length(results)
-    if (judge := judge_of(results)) or by_length:
-        parts += [f"{level} Responses", markdown_cell(judge or "")]
+    if (reward_model := reward_model_of(results)) or by_length:
+        parts += [f"{level} Responses", markdown_cell(reward_model or "")]
     for table in by_length:
         header = [f"{markdown_cell(table['metric'])}, by words of the reference", *map(markdown_cell, table["ranges"])]
         rows = [[markdown_cell(row["name"]), *map(_text, row["cells"])] for row in table["rows"]]
         parts.append(markdown_table(header, rows))
-    accuracy = Metric("accuracy", "margin accuracy", True)
+    accuracy = Column("accuracy", "margin accuracy", True)
     terms = [
         [markdown_cell(t), e.text(accuracy)]
         for t, v in mapping(results.get("margin_accuracy")).items()
@@ -74,7 +59,7 @@ def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
     if terms:
         parts += [
             f"{level} Margin accuracy",
-            markdown_table(["term", "fraction of held-out pairs ordered right"], terms),
+            markdown_table(["term", "fraction of held-out pairs ordered correctly"], terms),
         ]
     if gauge := gauge_sentence(results):
         parts.append(gauge)
@@ -103,7 +88,7 @@ def _run_parts(run: Run, *, heading: str, budget: int) -> list[str]:
             f"{level} Time, memory, disk",
             markdown_table(["stage", "runs", "time", "peak memory", "disk", ""], rows),
         ]
-    notes = [f"- {markdown_cell(n)}" for n in results.get("notes", [])]
+    notes = [f"- {markdown_cell(note)}" for note in notes_of(run)]
     if notes:
         parts += [f"{level} Notes", "\n".join(notes)]
     parts += _provenance_parts(run, level)
@@ -145,6 +130,6 @@ def _text(cell: dict[str, Any]) -> str:
 
 
 def _fence(text: str, language: str = "") -> str:
-    """A code block whose fence is longer than any in `text`."""
+    """Return a code block whose fence is longer than any in `text`."""
     ticks = "`" * max(3, 1 + max((len(t) for t in re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text}\n{ticks}"

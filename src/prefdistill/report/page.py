@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page, laid out and escaped by `page.html.j2`; writing it to a file."""
+"""Render the report as one self-contained HTML page (`page.html.j2`, which escapes), and write it to a file."""
 
 import functools
 from pathlib import Path
@@ -8,16 +8,17 @@ from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import disk_full, write_text
 from prefdistill.core.paths import check_file
+from prefdistill.report.format import printable, typeset
 from prefdistill.report.markdown import render_markdown
+from prefdistill.report.reading import reading_of
 from prefdistill.report.run import load_runs
-from prefdistill.report.sections import comparison_of, reading_of, title_of, view_of
-from prefdistill.report.text import printable, typeset
+from prefdistill.report.sections import comparison_of, title_of, view_of
 
-PAGE = "<!DOCTYPE html>\n"  # what every page starts with
+PAGE = "<!DOCTYPE html>\n"  # the first line of every page
 
 
 def render_html(runs: list[Path]) -> str:
-    """The report on one or several run directories, as one HTML file that loads nothing from elsewhere."""
+    """Return the report on one or several run directories as one HTML page that loads no other file."""
     loaded = load_runs(runs)
     views = [view_of(run, f"run{i + 1}", len(loaded)) for i, run in enumerate(loaded)]
     template = environment().get_template("page.html.j2")
@@ -32,7 +33,7 @@ def render_html(runs: list[Path]) -> str:
 
 
 def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Path:
-    """Render `runs` and write the page to `out`; nothing is left half written. Returns `out`."""
+    """Render `runs` and write the page to `out` atomically. Returns `out`."""
     renderers = {"html": (render_html, PAGE), "md": (render_markdown, "# ")}
     if format not in renderers:
         raise UserError(f'unknown report format "{format}": use one of {", ".join(renderers)}')
@@ -42,7 +43,7 @@ def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Pat
 
 
 def save_page(text: str, out: Path, what: str) -> Path:
-    """Write a page to a file that is whole or not there. Returns `out`.
+    """Write a page atomically. Returns `out`.
 
     Raises:
         UserError: if it cannot be written.
@@ -50,7 +51,7 @@ def save_page(text: str, out: Path, what: str) -> Path:
     try:
         write_text(out, text)
     except OSError as error:
-        if disk_full(error):  # nobody's mistake
+        if disk_full(error):  # not a mistake of the user
             raise
         raise UserError(f"{what} cannot be written to {out}: {error.strerror or error}") from None
     return out
@@ -58,15 +59,15 @@ def save_page(text: str, out: Path, what: str) -> Path:
 
 @functools.cache
 def environment() -> Any:
-    """Of the templates beside this file."""
+    """Return the jinja2 environment of the templates beside this file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(
+    templates = Environment(
         loader=PackageLoader("prefdistill.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["typeset"] = typeset
-    return made
+    templates.filters["typeset"] = typeset
+    return templates

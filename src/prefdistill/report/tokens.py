@@ -15,9 +15,9 @@ from prefdistill.data.load import load_pairs
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_tokenizer
+from prefdistill.report.format import printable
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
-from prefdistill.report.text import printable
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
 from prefdistill.signals.needs import ROLES, Need
 from prefdistill.signals.store import Signals, SignalSet

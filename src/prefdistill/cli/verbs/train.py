@@ -88,7 +88,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     from prefdistill.data.fingerprint import data_fingerprint
     from prefdistill.data.load import load_pairs
     from prefdistill.data.truncation import Truncation
-    from prefdistill.evaluation.shaping import drowning
+    from prefdistill.evaluation.shaping import outweighing
     from prefdistill.models.load import load_model, load_tokenizer
     from prefdistill.signals import Signals
     from prefdistill.training.factory import make_trainer
@@ -113,7 +113,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
             seed=options.seed,
         )
         fit(trainer, directory, name)
-        if text := drowning(name, trainer.state.log_history):
+        if text := outweighing(name, trainer.state.log_history):
             say(f"warning: {text}")
 
     request = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prefdistill.data.columns import SCORES, SIDES, ended_column
-from prefdistill.evaluation import estimate, pair_wins
+from prefdistill.evaluation.stats import estimate, pair_wins
 from prefdistill.experiment.doctor import text as characters
 from prefdistill.experiment.doctor.findings import Finding, Severity, found, once_a_row
 from prefdistill.experiment.doctor.pairs import COLUMNS, Pair, PairSet

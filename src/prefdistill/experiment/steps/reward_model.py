@@ -65,7 +65,7 @@ class EvaluateRewardModel(Step):
     def make(self, out: Path) -> None:
         reward_model = load_reward_model(self.context, self.model)
         pairs = drop_refused(self.test.rows, reward_model.tokenizer, self.name)
-        write_json(out / "evaluation.json", reward_model.judge_pairs(pairs).__dict__)
+        write_json(out / "evaluation.json", reward_model.score_pairs(pairs).__dict__)
 
     def measured(self) -> Measured:
         return Measured(**read_json(self.directory / "evaluation.json"))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data import synthetic
-from prefdistill.evaluation.generations import RESPONSE, measure_answers, measure_rewards, unique_prompts
-from prefdistill.evaluation.measure import Measured, measure_pairs
+from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.metrics import METRICS
+from prefdistill.evaluation.pairs import measure_pairs
+from prefdistill.evaluation.responses import RESPONSE, measure_responses, measure_rewards, unique_prompts
 from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer, Trained
 from prefdistill.experiment.steps.reward_model import load_reward_model
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
@@ -104,7 +106,8 @@ class Evaluate(Step):
 
     @property
     def options(self) -> dict[str, Any]:
-        return self._loading | self.context.recipe.evaluate.model_dump(exclude={"length_ranges"})
+        section = self.context.recipe.evaluate.model_dump(exclude={"length_ranges"})
+        return self._loading | section | {"metrics": list(METRICS)}  # a new metric makes the evaluation stale
 
     @property
     def _loading(self) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class Evaluate(Step):
         elif self.test is not None and max(section.prompts, section.samples):
             responses = self._sample(self.test, out)
             reward_model = load_reward_model(self.context, self.reward_model) if self.reward_model else None
-            measure_answers(
+            measure_responses(
                 measured, responses, self.test.rows, reward_model, prompts=section.prompts, samples=section.samples
             )
         if self.reference is not None and self.test is not None:

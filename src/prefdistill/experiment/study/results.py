@@ -8,15 +8,15 @@ from prefdistill.experiment.study.options import Cell, Study
 
 # what a cell keeps of the results of its run
 KEPT = (
-    "baseline",
     "methods",
     "differences",
     "metrics",
     "labels",
-    "controls",
+    "roles",
+    "display_names",
     "margin_accuracy",
     "gauge_flips",
-    "judge",
+    "reward_model",
 )
 
 Records = Mapping[tuple[str, int], dict[str, Any]]  # by cell and seed
@@ -57,9 +57,9 @@ def summary(
         "x_scale": study.x_scale,
         "seeds": list(seeds),
         "methods": list(first["differences"]) if some else study.methods,
-        "baseline": first.get("baseline", ""),
         "labels": first.get("labels", {}),
-        "controls": first.get("controls", []),
+        "roles": first.get("roles", {}),
+        "display_names": first.get("display_names", {}),
         "metrics": first.get("metrics", {}),
         "cells": [_cell(cell, [records[cell.name, s] for s in seeds if (cell.name, s) in records]) for cell in cells],
         "failed": failed,
@@ -95,7 +95,6 @@ def _cell(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
 def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
     """Return mean, standard error and 95 % interval over the seeds, by method and metric; of one seed, its own."""
     from prefdistill.evaluation.stats import mean_and_error
-    from prefdistill.report.table import Estimate
 
     table: dict[str, dict[str, Any]] = {}
     for name in records[0][part] if records else []:
@@ -104,11 +103,7 @@ def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, 
             by_seed = [record[part][name][metric] for record in records if metric in record[part].get(name, {})]
             values = [one["mean"] for one in by_seed]
             estimate = {**mean_and_error(values), "over": "seeds"} if len(values) > 1 else dict(first)
-            interval = (estimate["low"], estimate["high"]) if "low" in estimate else None
-            parsed = Estimate.parse(estimate)
-            interval = interval or (parsed.interval() if parsed else None)
-            low, high = interval or (None, None)
-            table[name][metric] = {**estimate, "low": low, "high": high, "values": values}
+            table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
     return table
 
 

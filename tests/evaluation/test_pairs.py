@@ -1,4 +1,4 @@
-"""Evaluation: error bars by hand, the teacher's terms against naive forwards, and what error bars range over."""
+"""Held-out pairs: the teacher's terms and a student's implicit reward, by hand and against naive forward passes."""
 
 import math
 
@@ -10,18 +10,9 @@ from datasets import Dataset
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import Truncation
-from prefdistill.evaluation import (
-    estimate,
-    gauge_flips,
-    margin_accuracy,
-    mean_and_error,
-    pair_terms,
-    pair_wins,
-)
-from prefdistill.evaluation.measure import Measured, measure_pairs
-from prefdistill.evaluation.pairs import evaluate_pairs, implicit_rewards
-from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.summary import margin_accuracies, side_by_side, summarise
+from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.pairs import evaluate_pairs, gauge_flips, implicit_rewards, measure_pairs, pair_terms
+from prefdistill.evaluation.stats import estimate, margin_accuracy, mean_and_error, pair_wins
 from prefdistill.signals import SignalSet, extract_signals
 from support.stores import store_by_hand
 
@@ -219,7 +210,7 @@ def test_a_student_equal_to_its_reference_has_no_reward(pairs, stores, make_mode
     reference = stores("reference", 0, ("logps",))
     reward = implicit_rewards(make_model(0), pairs, tokenizer, reference)
     for side in ("chosen", "rejected"):
-        np.testing.assert_array_equal(reward[side], 0)
+        np.testing.assert_array_equal(getattr(reward, side), 0)
     found = evaluate_pairs(make_model(0), pairs, tokenizer, [reference])
     assert found["metrics"]["reward_accuracy"] == {**estimate([0.5] * 24), "over": "test prompts"}
     assert found["margin_accuracy"].keys() == {"longer is better", "the start's log-prob"}
@@ -244,7 +235,7 @@ def test_rewards_are_log_ratios(pairs, stores, make_model, tokenizer, naive):
     assert terms["longer is better"] == estimate(wins(naive, lambda row: row["tokens"])) | over
     assert terms["the start's log-prob"] == estimate(wins(naive, lambda row: row["logp"], seed=0)) | over
     reward = implicit_rewards(make_model(3), pairs, tokenizer, reference)
-    np.testing.assert_allclose([reward["chosen"], reward["rejected"]], ratios, atol=2e-3)
+    np.testing.assert_allclose([reward.chosen, reward.rejected], ratios, atol=2e-3)
 
 
 def test_pairs_of_one_prompt_are_drawn_together(make_model, tokenizer, tmp_path, pairs):
@@ -260,8 +251,8 @@ def test_pairs_of_one_prompt_are_drawn_together(make_model, tokenizer, tmp_path,
     )
     found = evaluate_pairs(make_model(3), few, tokenizer, [store])
     reward = implicit_rewards(make_model(3), few, tokenizer, store)
-    assert reward["row"].tolist() == [0, 1, 2, 3, 4]
-    wins = pair_wins(reward["chosen"], reward["rejected"])
+    assert reward.row.tolist() == [0, 1, 2, 3, 4]
+    wins = pair_wins(reward.chosen, reward.rejected)
     assert found["metrics"]["reward_accuracy"] == estimate(wins, list("babca")) | {"over": "test prompts"}
     assert (found["pairs"], found["metrics"]["reward_accuracy"]["n"]) == (5, 3)
     measured = Measured()
@@ -284,112 +275,3 @@ def test_what_does_not_belong_together_is_refused(pairs, stores, make_model, tok
     other.chat_template = other.chat_template.replace("{{ bos_token }}", "")
     with pytest.raises(UserError, match=r"the reference signals were made with another tokenizer .*template"):
         evaluate_pairs(model, pairs, other, [reference])
-
-
-# -- what is reported --------------------------------------------------------------------------------------------------
-
-
-def recipe(**more):
-    return Recipe(
-        name="hand", data={"train": "x"}, model={"teacher": "a", "student": "b"},
-        methods={"dpo": {}, "tvkd": {}, "shuffled": {"method": "tvkd", "control": True}}, **more,
-    )  # fmt: skip
-
-
-def measured(*rewards, accuracy=None):
-    """One run per data order, each with the rewards of its test prompts."""
-    return [
-        Measured(
-            {"reward": float(np.mean(items))} | ({"reward_accuracy": accuracy} if accuracy is not None else {}),
-            {"reward": list(items)} | ({"reward_accuracy": [accuracy] * 2} if accuracy is not None else {}),
-            [],
-        )
-        for items in rewards
-    ]
-
-
-def test_one_run_has_error_bars_over_test_prompts():
-    found = summarise(
-        recipe(), [{"dpo": measured([1, 2, 3]), "tvkd": measured([2, 4, 6]), "shuffled": measured([0, 0, 0])}]
-    )
-    assert found["methods"]["tvkd"]["reward"] == {**estimate([2, 4, 6]), "over": "test prompts"}
-    assert found["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test prompts"}
-    assert found["differences"]["shuffled"]["reward"]["mean"] == -2
-    assert found["differences"].keys() == {"tvkd", "shuffled"}
-
-
-def test_several_orders_have_error_bars_over_orders():
-    """Order k is paired with order k: the difference is far surer than either mean."""
-    dpo, tvkd = measured([0, 2], [10, 12], [20, 22]), measured([1, 3], [11, 14], [21, 23])
-    found = summarise(recipe(), [{"dpo": dpo, "tvkd": tvkd}])
-    assert found["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11, 21]), "over": "data orders"}
-    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 1.5, 1]), "over": "data orders"}
-
-
-def test_several_seeds_have_error_bars_over_seeds():
-    """The orders of a seed are averaged first: they share its models and data."""
-    by_seed = [
-        {"dpo": measured([0], [2]), "tvkd": measured([3], [5])},
-        {"dpo": measured([10], [12]), "tvkd": measured([11], [12])},
-    ]
-    found = summarise(recipe(), by_seed)
-    assert found["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11]), "over": "seeds"}
-    assert found["methods"]["tvkd"]["reward"] == {**mean_and_error([4, 11.5]), "over": "seeds"}
-    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([3, 0.5]), "over": "seeds"}
-
-
-def test_the_baseline_is_the_one_named():
-    runs = {"dpo": measured([1, 2]), "tvkd": measured([4, 4])}
-    found = summarise(recipe(baseline="tvkd"), [runs])
-    assert found["differences"].keys() == {"dpo"}
-    assert found["differences"]["dpo"]["reward"]["mean"] == -2.5
-
-
-def test_win_rates_are_against_the_start_on_the_same_prompts():
-    runs = {
-        "start": measured([1, 1, 1, 1]),
-        "dpo": measured([2, 1, 0, 2], [0, 0, 0, 0]),
-        "tvkd": measured([2] * 4, [2] * 4),
-    }
-    found = summarise(recipe(), [runs])
-    assert found["methods"]["start"]["win_rate"] == {**estimate([0.5] * 4), "over": "test prompts"}
-    assert found["methods"]["dpo"]["win_rate"] == {**mean_and_error([0.625, 0]), "over": "data orders"}
-    assert found["differences"]["tvkd"]["win_rate"] == {**mean_and_error([0.375, 1]), "over": "data orders"}
-    assert runs["dpo"][0].items["win_rate"] == [1, 0.5, 0, 1]
-    assert "start" not in found["differences"]
-
-
-def test_no_win_rate_without_a_start_or_a_known_reward():
-    assert "win_rate" not in summarise(recipe(), [{"dpo": measured([1, 2])}])["metrics"]
-    unknown = [Measured({"reward_accuracy": 0.5}, {"reward_accuracy": [0, 1]}, [])]
-    found = summarise(recipe(), [{"start": unknown, "dpo": unknown}])
-    assert found["metrics"].keys() == {"reward_accuracy"}
-
-
-def test_metrics_are_described_in_one_order():
-    found = summarise(recipe(), [{"dpo": measured([1, 2], accuracy=0.5), "tvkd": measured([1, 2], accuracy=1.0)}])
-    assert list(found["metrics"]) == ["reward", "reward_accuracy"]
-    assert found["metrics"]["reward"]["higher_is_better"] is True
-    assert found["differences"]["tvkd"]["reward_accuracy"]["mean"] == 0.5
-
-
-def test_margin_accuracies_over_pairs_or_seeds():
-    one, two = {"return": np.array([1, 0, 0.5, 1])}, {"return": np.array([0.0, 0, 0, 1])}
-    assert margin_accuracies([one]) == {"return": {**estimate([1, 0, 0.5, 1]), "over": "test prompts"}}
-    grouped = margin_accuracies([one], [0, 0, 1, 1])["return"]
-    assert grouped == {**estimate([1, 0, 0.5, 1], [0, 0, 1, 1]), "over": "test prompts"}
-    assert grouped["n"] == 2
-    assert margin_accuracies([one, two]) == {"return": {**mean_and_error([0.625, 0.25]), "over": "seeds"}}
-    assert margin_accuracies([]) == margin_accuracies([{}]) == {}
-
-
-def test_the_same_prompts_side_by_side():
-    def runs(*responses):
-        rows = [{"prompt": f"p{i}", "response": text, "score": i} for i, text in enumerate(responses)]
-        return [Measured({}, {}, rows), Measured({}, {}, [])]
-
-    assert side_by_side({"dpo": runs("a", "b"), "tvkd": runs("c", "d"), "none": [Measured({}, {}, [])]}) == [
-        {"prompt": "p0", "responses": {"dpo": "a", "tvkd": "c"}, "scores": {"dpo": 0, "tvkd": 0}},
-        {"prompt": "p1", "responses": {"dpo": "b", "tvkd": "d"}, "scores": {"dpo": 1, "tvkd": 1}},
-    ]
-    assert side_by_side({"none": [Measured({}, {}, [])]}) == []

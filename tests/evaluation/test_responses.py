@@ -1,4 +1,4 @@
-"""Responses: ROUGE-L is rouge-score's, the judge reads what RewardTrainer reads, ranges by hand, files end to end."""
+"""Responses: ROUGE-L is rouge-score's, the reward model reads what RewardTrainer reads, ranges by hand, the verb."""
 
 import json
 import shutil
@@ -15,18 +15,17 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.load import load_prompts
 from prefdistill.data.messages import prompt_text
-from prefdistill.evaluation import estimate, pair_wins
-from prefdistill.evaluation.generations import (
-    Generations,
-    by_prompt,
-    measure_scores,
+from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
+from prefdistill.evaluation.responses import (
+    Responses,
     measure_texts,
     references_of,
     rouge_l,
+    scores_by_prompt,
     unique_prompts,
 )
-from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
-from prefdistill.evaluation.reward_model import RewardModel, judge_of
+from prefdistill.evaluation.reward_model import RewardModel, accuracy_of
+from prefdistill.evaluation.stats import estimate, mean_and_error, pair_wins
 from prefdistill.models.scratch import random_model
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -57,11 +56,9 @@ def test_rouge_l_is_rouge_scores():
 
 
 def test_texts_by_hand():
-    generations = Generations(
-        asked("p", "q", "p"), ["one two", " three ", ""], [3, 2, 1], ["one two", "three", "one two"]
-    )
+    responses = Responses(asked("p", "q", "p"), ["one two", " three ", ""], [3, 2, 1], ["one two", "three", "one two"])
     measured = Measured()
-    measure_texts(measured, generations)
+    measure_texts(measured, responses)
     assert measured.items["exact_match"] == [1, 1, 0]
     assert measured.items["response_words"] == [2, 1, 0]
     assert measured.items["response_tokens"] == [3, 2, 1]
@@ -70,11 +67,11 @@ def test_texts_by_hand():
     assert measured.groups["rouge_l"] == [0, 1, 0]
     assert mean_of([[measured]], "exact_match") == estimate([1, 1, 0], "pqp") | {"over": "test prompts"}
     alone = Measured()
-    measure_texts(alone, Generations(["p"], ["text"]))
+    measure_texts(alone, Responses(["p"], ["text"]))
     assert alone.items.keys() == {"response_words"}
 
 
-def test_prompts_are_asked_once_and_compared_with_their_first_reference():
+def test_prompts_are_unique_and_compared_with_their_first_reference():
     rows = Dataset.from_list(
         [{"prompt": p, "chosen": c} for p, c in zip(asked("a", "b", "a", "c"), said("1", "2", "3", "4"), strict=True)]
     )
@@ -83,12 +80,14 @@ def test_prompts_are_asked_once_and_compared_with_their_first_reference():
     answers = Dataset.from_list(
         [{"prompt": asked("c")[0], "own": said("x")[0]}, {"prompt": asked("a")[0], "own": said("y")[0]}]
     )
-    found = Generations.read(answers, "own", references_of(rows))
-    assert (found.responses, found.references, found.tokens) == (["x", "y"], ["4", "1"], None)
-    with pytest.raises(UserError, match=r"no column 'response'; they have prompt, own\. Name it with --column"):
-        Generations.read(answers)
-    with pytest.raises(UserError, match="1 prompts of the generations are not in the data"):
-        Generations.read(answers, "own", references_of(rows.select([0])))
+    found = Responses.read(answers, "own", references_of(rows))
+    assert (found.texts, found.references, found.tokens) == (["x", "y"], ["4", "1"], None)
+    with pytest.raises(
+        UserError, match=r"no column 'response'; their columns: prompt, own\. Name the right one with --column"
+    ):
+        Responses.read(answers)
+    with pytest.raises(UserError, match="1 prompts of the responses are not in the data"):
+        Responses.read(answers, "own", references_of(rows.select([0])))
     assert references_of(rows.select_columns("prompt")) == {}
 
 
@@ -117,7 +116,7 @@ def test_metrics_by_range():
     assert found["rouge_l"][1]["methods"]["ours"] == {"mean": 0.5, "se": None, "n": 1, "over": "test prompts"}
     assert found["rouge_l"][2]["methods"]["theirs"]["mean"] == 1
     orders = by_length({"ours": [[run([0, 1, 0.5, 0.25]), run([0, 0, 0, 0])]]}, [5])
-    assert orders["rouge_l"][0]["methods"]["ours"] == {"mean": 0.25, "se": 0.25, "n": 2, "over": "data orders"}
+    assert orders["rouge_l"][0]["methods"]["ours"] == mean_and_error([0.5, 0]) | {"over": "data orders"}
     assert by_length({"silent": [[Measured()]]}) == {}
 
 
@@ -125,13 +124,13 @@ def test_points_are_length_and_score():
     measured = Measured()
     measured.add("response_tokens", [3, 4, 5])
     assert points(measured) == []
-    measured.add("judge_score", [0.5, -1, 2])
+    measured.add("reward_model_score", [0.5, -1, 2])
     assert points(measured, 2) == [[3, 0.5], [4, -1]]
     measured.add("reward", [1, 2, 3])
     assert points(measured)[0] == [3, 1]
 
 
-# -- the judge ---------------------------------------------------------------------------------------------------------
+# -- the reward model --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -187,24 +186,25 @@ def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
 
 
 def test_wins_against_all_the_others_of_a_prompt():
-    class Judge:
+    class LengthModel:
         def score(self, prompts, responses, what=""):
             return np.array([float(response) for response in responses])
 
-    judge = Judge()
-    ours = Generations(["p", "q"], ["2", "5"])
+    others = scores_by_prompt(["p", "q", "p", "p", "r"], [1, 5, 2, 3, 9])
+    responses = Responses(["p", "q"], ["2", "5"], opponents={"chosen": others}).scored(LengthModel())
     measured = Measured()
-    others = by_prompt(["p", "q", "p", "p", "r"], [1, 5, 2, 3, 9])
-    measure_scores(measured, ours, judge, others)
-    assert measured.items["judge_score"] == [2, 5]
-    assert measured.items["judge_win_rate"] == [0.5, 0.5]  # a win, a tie and a loss; a tie
-    with pytest.raises(UserError, match="no response to the prompt q"):
-        measure_scores(measured, ours, judge, by_prompt(["p"], [1]))
+    measure_texts(measured, responses)
+    assert measured.items["reward_model_score"] == [2, 5]
+    assert measured.items["reward_model_win_rate_chosen"] == [0.5, 0.5]  # a win, a tie and a loss; a tie
+    assert "reward_model_win_rate_against" not in measured.items
+    lacking = Responses(["p", "q"], ["2", "5"], scores=[1, 2], opponents={"against": scores_by_prompt(["p"], [1])})
+    with pytest.raises(UserError, match="the responses to compare with lack the prompt q"):
+        lacking.win_rates("against")
 
 
-def test_what_a_judge_is_worth(reward_model, pairs, tokenizer):
+def test_accuracy_of_a_reward_model(reward_model, pairs, tokenizer):
     judge = RewardModel(reward_model)
-    worth = judge.judge_pairs(pairs)
+    worth = judge.score_pairs(pairs)
     scores = [judge.score(pairs["prompt"][:], pairs[side][:]) for side in ("chosen", "rejected")]
     assert worth.items["accuracy"] == pair_wins(*scores).tolist()
     longer = [
@@ -212,12 +212,12 @@ def test_what_a_judge_is_worth(reward_model, pairs, tokenizer):
         for row in pairs
     ]
     assert worth.items["longer_is_better"] == longer
-    told = judge_of("it", [worth])
-    assert told["accuracy"] == estimate(worth.items["accuracy"]) | {"over": "test prompts"}
-    assert (told["kind"], told["name"], told["pairs"]) == ("reward_model", "it", 24)
+    about = accuracy_of("it", [worth])
+    assert about["accuracy"] == estimate(worth.items["accuracy"]) | {"over": "test prompts"}
+    assert (about["name"], about["pairs"]) == ("it", 24)
 
 
-def test_what_is_no_judge_is_refused(tmp_path, make_model, tokenizer):
+def test_models_that_are_no_reward_models_are_refused(tmp_path, make_model, tokenizer):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     make_model().save_pretrained(tmp_path / "language")
@@ -266,23 +266,24 @@ def test_responses_are_sampled_once_and_scored(place, reward_model, capfd):
     assert main(scored) == 0
     found = json.loads((place / "e.json").read_text())
     assert found["metrics"].keys() == {
-        "judge_score", "judge_win_rate", "rouge_l", "exact_match", "response_tokens", "response_words",
+        "reward_model_score", "reward_model_win_rate_chosen", "rouge_l", "exact_match", "response_tokens",
+        "response_words",
     }  # fmt: skip
     assert all(value["n"] == 24 for value in found["metrics"].values())  # a prompt that stands twice is asked once
-    assert found["against"] == "the chosen responses of pairs.jsonl"
-    assert found["judge"]["pairs"] == 25
-    assert found["judge"]["accuracy"]["n"] == 24
-    rows = load_prompts(found["generations"]["file"])
+    assert "against" not in found
+    assert found["reward_model"]["pairs"] == 25
+    assert found["reward_model"]["accuracy"]["n"] == 24
+    rows = load_prompts(found["responses"]["file"])
     assert rows.column_names == ["prompt", "response", "response_ended", "response_tokens"]
     assert found["metrics"]["response_tokens"]["mean"] == np.mean(rows["response_tokens"][:])
     judge = RewardModel(reward_model)
     scores = judge.score(rows["prompt"][:], rows["response"][:])
-    assert found["metrics"]["judge_score"]["mean"] == pytest.approx(scores.mean())
-    assert found["generations"]["points"] == [
+    assert found["metrics"]["reward_model_score"]["mean"] == pytest.approx(scores.mean())
+    assert found["responses"]["points"] == [
         [n, pytest.approx(s, abs=1e-5)] for n, s in zip(rows["response_tokens"][:], scores, strict=True)
     ]
     assert {(row["low"], row["high"]) for row in found["by_length"]["rouge_l"]} == {(0, 3), (4, 6), (7, None)}
-    assert "longer is better, likewise" in capfd.readouterr().out
+    assert "accuracy of longer is better" in capfd.readouterr().out
     before = (place / "e.generations.jsonl").stat().st_mtime_ns
     assert main(scored) == 0
     assert (place / "e.generations.jsonl").stat().st_mtime_ns == before
@@ -299,7 +300,7 @@ def refuse_system(model):
 
 @pytest.fixture
 def strict(place, reward_model):
-    """A judge that refuses the prompt of row 3."""
+    """A reward model that refuses the prompt of row 3."""
     shutil.copytree(reward_model, place / "strict")
     refuse_system(place / "strict")
     rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
@@ -308,7 +309,7 @@ def strict(place, reward_model):
     return ["--reward-model", "strict"]
 
 
-def test_a_prompt_that_the_judge_cannot_read_is_known_before_it_is_answered(place, strict, capfd):
+def test_a_prompt_that_the_reward_model_refuses_is_an_error_before_sampling(place, strict, capfd):
     assert main([*SAMPLE, *strict]) == 2
     refusal = (
         "row 3: the chat template of the reward model strict refuses messages of system, user, assistant (no system)"
@@ -322,42 +323,42 @@ def test_a_prompt_that_the_judge_cannot_read_is_known_before_it_is_answered(plac
 
 
 @pytest.mark.parametrize("limit", [[], ["--prompts", "3"]], ids=["nor does the model", "nobody asks"])
-def test_pairs_that_the_judge_cannot_read_count_for_nothing(place, strict, capfd, limit):
+def test_pairs_that_the_reward_model_refuses_are_dropped(place, strict, capfd, limit):
     if not limit:
         refuse_system("model")
     assert main([*SAMPLE, *strict, *limit]) == 0
-    assert "judge: dropped 1 row: the chat template refuses its messages (1, first row 3)" in told(capfd)
+    assert "reward model: dropped 1 row: the chat template refuses its messages (1, first row 3)" in told(capfd)
     found = json.loads((place / "e.json").read_text())
     rows, judge = load_prompts("e.generations.jsonl"), RewardModel("strict")
-    assert (found["judge"]["pairs"], len(rows)) == (24, 3 if limit else 23)
+    assert (found["reward_model"]["pairs"], len(rows)) == (24, 3 if limit else 23)
     chosen = references_of(load_prompts("pairs.jsonl"))
     prompts, texts = rows["prompt"][:], [chosen[prompt_text(prompt)] for prompt in rows["prompt"]]
     wins = pair_wins(judge.score(prompts, rows["response"][:]), judge.score(prompts, texts))
-    assert found["metrics"]["judge_win_rate"]["mean"] == pytest.approx(wins.mean())
+    assert found["metrics"]["reward_model_win_rate_chosen"]["mean"] == pytest.approx(wins.mean())
 
 
-def test_how_responses_were_made_is_said_only_of_the_file_that_was_made(place):
+def test_sampling_statistics_are_reported_only_for_the_unchanged_file(place):
     assert main([*SAMPLE, "--generate"]) == 0
     given = [*EVALUATE, "--generations", "e.generations.jsonl"]
     for edited in (False, True):
         if edited:
             (place / "e.generations.jsonl").write_text((place / "e.generations.jsonl").read_text() + "\n")
         assert main(given) == 0
-        found = json.loads((place / "e.json").read_text())["generations"]
+        found = json.loads((place / "e.json").read_text())["responses"]
         assert {"ended_share", "tokens_per_second"}.isdisjoint(found) == edited
 
 
-def test_given_responses_need_no_model_and_win_half_against_themselves(place, reward_model, capfd):
+def test_a_file_of_responses_needs_no_model_and_wins_half_against_itself(place, reward_model, capfd):
     assert main([*SAMPLE, "--generate"]) == 0
     given = [*EVALUATE, "--generations", "e.generations.jsonl", "--reward-model", reward_model]
     assert main([*given, "--against", "e.generations.jsonl"]) == 0
     found = json.loads((place / "e.json").read_text())
-    assert found["metrics"]["judge_win_rate"]["mean"] == 0.5
+    assert found["metrics"]["reward_model_win_rate_against"]["mean"] == 0.5
     assert "rouge_l" not in found["metrics"]
-    assert "judge" not in found
+    assert "reward_model" not in found
     assert main(given) == 0
     assert "no win rate" in told(capfd)
-    assert "judge_win_rate" not in json.loads((place / "e.json").read_text())["metrics"]
+    assert not any("win_rate" in name for name in json.loads((place / "e.json").read_text())["metrics"])
 
 
 @pytest.mark.parametrize(
@@ -365,22 +366,22 @@ def test_given_responses_need_no_model_and_win_half_against_themselves(place, re
     [
         ([], "nothing to evaluate: give --reference"),
         (["--model", "model"], "nothing to evaluate"),
-        (["--generate", "--data", "pairs.jsonl"], "--model is missing"),
-        (["--generate", "--model", "model"], "--data is missing"),
-        (["--reward-model", "x", "--model", "model"], "--data is missing"),
+        (["--generate", "--data", "pairs.jsonl"], "--model is required"),
+        (["--generate", "--model", "model"], "--data is required"),
+        (["--reward-model", "x", "--model", "model"], "--data is required"),
         (["--model", "model", "--data", "pairs.jsonl", "--generate", "--teacher", "t"], "--teacher needs --reference"),
         (["--model", "model", "--data", "pairs.jsonl", "--generate", "--against", "t"], "--against needs --reward-mod"),
         (["--model", "model", "--lm-eval", "x", "--length-ranges", "5"], "--length-ranges needs responses"),
         (["--model", "model", "--data", "pairs.jsonl", "--generate", "--limit", "5"], "--limit needs --lm-eval"),
         (["--generations", "pairs.jsonl", "--temperature", "0"], "--temperature needs responses to sample"),
-        (["--generations", "pairs.jsonl", "--generate"], "leave one of the two out"),
+        (["--generations", "pairs.jsonl", "--generate"], "use only one"),
         (["--generations", "pairs.jsonl"], "no column 'response'"),
         (["--generations", "pairs.jsonl", "--length-ranges", "5,x"], "takes numbers of words with commas"),
         (["--generations", "pairs.jsonl", "--length-ranges", "10,5"], "takes numbers that rise, e.g. 5,10,50"),
         (["--generations", "pairs.jsonl", "--column", "chosen", "--reward-model", "model"], "it is a language model"),
     ],
 )
-def test_mistakes_are_told(place, arguments, message, capfd):
+def test_mistakes_are_errors(place, arguments, message, capfd):
     assert main([*EVALUATE, *arguments]) == 2
     assert message in told(capfd)
     assert not (place / "e.json").exists()

@@ -1,17 +1,17 @@
-"""Small text helpers of the report."""
+"""Format values for the report: numbers, times, sizes, table cells and text of unknown origin."""
 
 import json
 import math
 import re
 from typing import Any
 
-from prefdistill.report.table import NOT_FINITE, Estimate, Metric, clean, number
+from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, clean, number
 
 MAX_POINTS = 500  # of one scatter
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested environment values as dotted names and text."""
+    """Return nested values as dotted names and text."""
     rows: list[tuple[str, str]] = []
     for key, item in value.items():
         name = f"{prefix}{clean(key)}"
@@ -24,14 +24,17 @@ def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def string(value: Any) -> str:
+    """Return text as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def cut(text: str, limit: int) -> str:
+    """Return at most `limit` characters, with a note where text was cut."""
     return text if len(text) <= limit else f"{text[:limit]} … (cut here: {len(text):,} characters in all)"
 
 
 def duration(seconds: float) -> str:
+    """Return a time in words: 94 -> "1 min 34 s"."""
     if not math.isfinite(seconds):
         return NOT_FINITE
     if seconds < 60:
@@ -41,42 +44,43 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Control characters as their pictures, so that no browser or terminal guesses; lone surrogates as "?"."""
+    """Return text with control characters as Unicode control pictures and lone surrogates as "?"."""
     pictures = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n\r"}
     return text.encode("utf-8", errors="replace").decode().translate(pictures)
 
 
 def typeset(text: str) -> str:
-    """A true minus before numbers, and no line break inside "0.1 ± 0.2" or "95 %"."""
+    """Return text with a true minus before numbers, and no line break inside "0.1 ± 0.2" or "95 %"."""
     text = re.sub(r"(?<![\w.)])-(?=[\d.])", "−", text)
     return re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", text)
 
 
 def plural(n: int, one: str, many: str) -> str:
+    """Return the singular for 1, else the plural."""
     return one if n == 1 else many
 
 
 def natural(text: str) -> list[Any]:
-    """Sort "seed-10" after "seed-2"."""
+    """Return a sort key that puts "seed-10" after "seed-2"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def cell_of(estimate: Estimate | None, metric: Metric, *, sign: bool = False) -> dict[str, Any]:
-    """A cell of a table: the mean, its standard error, and whether something is wrong with it."""
+def cell_of(estimate: Estimate | None, column: Column, *, sign: bool = False) -> dict[str, Any]:
+    """Return a cell of a table: the mean, its standard error, and whether it is not finite."""
     if estimate is None:
         return {"mean": "–", "se": "", "bad": False}
-    mean, _, se = estimate.text(metric, sign=sign).partition(" ± ")
+    mean, _, se = estimate.text(column, sign=sign).partition(" ± ")
     return {"mean": mean, "se": se, "bad": not estimate.finite}
 
 
-def interval_of(estimate: Estimate | None, metric: Metric) -> str:
-    """The 95 % interval of a difference, "" where nothing was repeated."""
+def interval_of(estimate: Estimate | None, column: Column) -> str:
+    """Return the 95 % interval of a difference as text, "" without repeats."""
     interval = estimate.interval() if estimate else None
-    return f"{metric.format(interval[0], sign=True)} to {metric.format(interval[1], sign=True)}" if interval else ""
+    return f"{column.format(interval[0], sign=True)} to {column.format(interval[1], sign=True)}" if interval else ""
 
 
 def points_of(value: Any) -> list[tuple[float, float]]:
-    """The finite pairs of numbers in a list, as many as a scatter shows."""
+    """Return the finite pairs of numbers in a list, at most as many as a scatter plot shows."""
     points = []
     for item in value if isinstance(value, list) else []:
         if isinstance(item, list) and len(item) == 2:
@@ -87,7 +91,7 @@ def points_of(value: Any) -> list[tuple[float, float]]:
 
 
 def bytes_of(size: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Return a size in words: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024 or unit == "GiB":
             break

@@ -1,0 +1,131 @@
+"""The metrics: one registry entry each says how a metric is computed, aggregated and shown.
+
+To add one, register it (or declare an entry point in the group `prefdistill.metrics`); it then appears in every
+evaluation, in results.json, in the tables and in the report:
+
+    METRICS.register("exclamations", Metric("exclamation marks", lambda r: [text.count("!") for text in r.texts]))
+
+The order of the registry is that of the tables, and decides which metric is the headline where a recipe names none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefdistill.core.registry import Registry
+
+if TYPE_CHECKING:
+    from prefdistill.evaluation.pairs import PairRewards
+    from prefdistill.evaluation.responses import Responses
+
+Source = Literal["responses", "greedy", "pairs"]
+Values = Sequence[float] | Any  # a number per item, array-like [items]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: a number per test item, and the mean over items.
+
+    Args:
+        label: its name in tables.
+        compute: from the `source` to a number per item, or None where the source lacks what the metric needs.
+        source: "responses" (a `Responses` sampled at temperature 1, or read from a file), "greedy" (the same from
+            greedy decoding) or "pairs" (`PairRewards` of the held-out pairs).
+        against_start: instead of `compute`: the metric whose values are compared with those of the student's start,
+            item by item. A higher value counts 1, an equal one 1/2.
+        higher_is_better: None where neither direction is better.
+        format: of its numbers, as in `format(x, ".3f")`.
+        by_length: also report it by length of the reference response.
+        in_table: give it a column in the tables.
+    """
+
+    label: str
+    compute: Callable[[Any], Values | None] | None = None
+    source: Source = "responses"
+    against_start: str | None = None
+    higher_is_better: bool | None = True
+    format: str = ".3f"
+    by_length: bool = False
+    in_table: bool = True
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry of this metric in `metrics` of results.json."""
+        shown = {"label": self.label, "higher_is_better": self.higher_is_better, "format": self.format}
+        return shown if self.in_table else shown | {"in_table": False}
+
+
+def _exact_match(responses: "Responses") -> Values | None:
+    if responses.references is None:
+        return None
+    pairs = zip(responses.texts, responses.references, strict=True)
+    return [text.strip() == reference.strip() for text, reference in pairs]
+
+
+def _rouge_l(responses: "Responses") -> Values | None:
+    from prefdistill.evaluation.responses import rouge_l
+
+    return None if responses.references is None else rouge_l(responses.texts, responses.references)
+
+
+def _response_words(responses: "Responses") -> Values:
+    from prefdistill.evaluation.responses import word_count
+
+    return [word_count(text) for text in responses.texts]
+
+
+def _reward_accuracy(pairs: "PairRewards") -> Values:
+    from prefdistill.evaluation.stats import pair_wins
+
+    return pair_wins(pairs.chosen, pairs.rejected)
+
+
+METRICS = Registry(
+    "metric",
+    "metrics",
+    {
+        "reward": Metric("true reward, T=1", lambda responses: responses.rewards),
+        "reward_greedy": Metric("true reward, greedy", lambda responses: responses.rewards, source="greedy"),
+        "win_rate_start": Metric("win rate against the start, T=1", against_start="reward"),
+        "reward_model_win_rate_start": Metric(
+            "reward model: win rate against the start", against_start="reward_model_score", by_length=True
+        ),
+        "reward_model_win_rate_chosen": Metric(
+            "reward model: win rate against the chosen responses", lambda r: r.win_rates("chosen"), by_length=True
+        ),
+        "reward_model_win_rate_against": Metric(
+            "reward model: win rate against the given responses", lambda r: r.win_rates("against"), by_length=True
+        ),
+        "reward_model_score": Metric("reward model: score", lambda responses: responses.scores, by_length=True),
+        "rouge_l": Metric("ROUGE-L", _rouge_l, by_length=True),
+        "exact_match": Metric("exact match", _exact_match, by_length=True),
+        "response_tokens": Metric(
+            "tokens", lambda responses: responses.tokens, higher_is_better=None, format=".1f", by_length=True
+        ),
+        "response_words": Metric(
+            "words", _response_words, higher_is_better=None, format=".1f", by_length=True, in_table=False
+        ),
+        "reward_accuracy": Metric("implicit-reward accuracy", _reward_accuracy, source="pairs"),
+        "chosen_logp": Metric(
+            "log-prob of chosen, per token", lambda pairs: pairs.chosen_logp, source="pairs", higher_is_better=None
+        ),
+        "reward_margin": Metric(
+            "implicit-reward margin, in units of beta",
+            lambda pairs: pairs.chosen - pairs.rejected,
+            source="pairs",
+            higher_is_better=None,
+            in_table=False,
+        ),
+    },
+)
+
+
+def headline_metric(measured: Sequence[str]) -> str | None:
+    """Return the first metric of the registry that was measured, preferring one with a better direction.
+
+    Example:
+        >>> headline_metric(["reward_accuracy", "response_tokens"])
+        'reward_accuracy'
+    """
+    candidates = [(name, metric) for name, metric in METRICS.items() if name in measured and metric.in_table]
+    directed = [name for name, metric in candidates if metric.higher_is_better is not None]
+    return next(iter(directed or [name for name, _ in candidates]), None)

@@ -1,0 +1,313 @@
+"""The verdict of a comparison: what every paired difference says, the noise floor, the placebos, and one sentence.
+
+All of it follows from the numbers, roles and headline of results.json; nothing depends on what a run is called.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefdistill.evaluation.results import (
+    NOT_FINITE,
+    Column,
+    Estimate,
+    Results,
+    baseline_of,
+    difference,
+    display_name,
+    headline_column,
+    headline_method,
+    mapping,
+    repeats,
+    roles_in,
+    score,
+)
+
+Outcome = Literal["clear", "leaning", "noise", "single", "broken", "missing"]
+
+MANY = 5  # other methods, from which on the sentence says that many were compared
+VARIANCE = {
+    "seeds": "seed-to-seed variance",
+    "data orders": "order-to-order variance",
+    "test prompts": "the variance between test prompts",
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one paired difference says. `good`: +1 better than the baseline, -1 worse, 0 where neither is better."""
+
+    outcome: Outcome
+    estimate: Estimate | None
+    good: int = 0
+    below_floor: bool = False
+
+    @property
+    def decided(self) -> bool:
+        """Whether the difference is larger than noise."""
+        return self.outcome in ("clear", "leaning")
+
+    @property
+    def word(self) -> str:
+        """Two words for a table."""
+        if self.decided:
+            assert self.estimate is not None
+            word = {1: "ahead", -1: "behind", 0: "higher" if self.estimate.mean > 0 else "lower"}[self.good]
+            return word if self.outcome == "clear" else f"leans {word}"
+        return {"noise": "within noise", "single": "no repeats", "broken": NOT_FINITE, "missing": "-"}[self.outcome]
+
+
+def noise_floors(results: Results, column: Column | None) -> dict[str, float]:
+    """Return, by noise-floor run, how far it is from the run that it repeats.
+
+    The difference of two runs of the same method should be zero. Its size, or twice its standard error where that is
+    larger, is what a difference between two methods has to exceed before it means anything.
+    """
+    baseline, floors = baseline_of(results), {}
+    for name, role in roles_in(results).items():
+        repeat = difference(results, name, column) if role.kind == "noise_floor" else None
+        if repeat is None or not repeat.finite:
+            continue
+        mean, se = repeat.mean, repeat.se or 0.0
+        if role.of is not None and role.of != baseline:
+            repeated = difference(results, role.of, column)
+            if repeated is None or not repeated.finite:
+                continue
+            mean, se = mean - repeated.mean, math.hypot(se, repeated.se or 0.0)
+        floors[name] = max(abs(mean), 2 * se)
+    return floors
+
+
+def noise_floor(results: Results, column: Column | None) -> float | None:
+    """Return the largest of the noise floors."""
+    return max(noise_floors(results, column).values(), default=None)
+
+
+def judge(results: Results, name: str, column: Column | None) -> Judgement:
+    """Judge the paired difference of a run to the baseline.
+
+    clear    larger than two standard errors and than the noise floor, and the 95 % interval excludes zero
+    leaning  larger than two standard errors and than the noise floor, but with so few repeats that the 95 % interval
+             (Student's t) still includes zero
+    noise    anything smaller
+    single   no standard error: one run says nothing about noise
+    """
+    estimate = difference(results, name, column)
+    if estimate is None or column is None:
+        return Judgement("missing", None)
+    if not estimate.finite:
+        return Judgement("broken", estimate)
+    direction = 0 if column.higher_is_better is None else 1 if column.higher_is_better else -1
+    good = direction * (1 if estimate.mean > 0 else -1 if estimate.mean < 0 else 0)
+    interval = estimate.interval()
+    if interval is None or estimate.se is None:
+        return Judgement("single", estimate, good)
+    floor = noise_floor(results, column)
+    if abs(estimate.mean) <= 2 * estimate.se:
+        return Judgement("noise", estimate, good)
+    if floor is not None and abs(estimate.mean) <= floor:
+        return Judgement("noise", estimate, good, below_floor=True)
+    return Judgement("leaning" if interval[0] <= 0 <= interval[1] else "clear", estimate, good)
+
+
+@dataclass(frozen=True)
+class Placebo:
+    """A placebo beside the method it controls: whether it did as well, within two standard errors of their gap."""
+
+    name: str
+    estimate: Estimate
+    as_well: bool
+
+
+def placebos(results: Results, name: str, column: Column) -> list[Placebo]:
+    """Return the declared placebos of a method; none where either was not compared or no direction is better."""
+    own = difference(results, name, column)
+    if own is None or not own.finite or column.higher_is_better is None:
+        return []
+    compared = []
+    for control, role in roles_in(results).items():
+        estimate = difference(results, control, column) if role.kind == "placebo" and role.of == name else None
+        if estimate is not None and estimate.finite:
+            gap = (1 if column.higher_is_better else -1) * (own.mean - estimate.mean)
+            as_well = gap <= 2 * math.hypot(own.se or 0.0, estimate.se or 0.0)
+            compared.append(Placebo(control, estimate, as_well))
+    return compared
+
+
+def verdict_of(results: Results) -> dict[str, Any]:
+    """Return `verdict` of results.json: the sentence and the judgements behind it.
+
+    Returns:
+        `{"text", "metric", "baseline", "noise_floor", "runs": {NAME: {"outcome", "good", "below_floor", "placebos":
+        {NAME: as_well}}}}`, a run for every paired difference.
+    """
+    column = headline_column(results)
+    runs = {}
+    for name in roles_in(results):
+        judgement = judge(results, name, column)
+        if column is not None and judgement.estimate is not None:
+            runs[name] = {
+                "outcome": judgement.outcome,
+                "good": judgement.good,
+                "below_floor": judgement.below_floor,
+                "placebos": {placebo.name: placebo.as_well for placebo in placebos(results, name, column)},
+            }
+    return {
+        "text": verdict(results),
+        "metric": column.key if column else None,
+        "baseline": baseline_of(results),
+        "noise_floor": noise_floor(results, column),
+        "runs": runs,
+    }
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
+
+
+def verdict(results: Results) -> str:
+    """Return in words whether the headline method beat the baseline, and how every other method came out.
+
+    "beat" needs a paired difference of the headline metric of more than two standard errors that also exceeds the
+    noise floor (see `judge`). A loss is said in the same words as a win, and a tie is called one. Without a headline
+    method all are treated alike. Controls are no methods: placebos are mentioned beside the method they control.
+    """
+    names = [name for name, role in roles_in(results).items() if role.kind == "method"]
+    column, baseline = headline_column(results), baseline_of(results)
+    if column is None:
+        declared = mapping(results.get("headline")).get("metric")
+        what = f"The headline metric, {declared}, was not measured" if declared else "Nothing was measured"
+        return f"{what}, so there is nothing to compare."
+    if baseline is None:
+        return "No baseline was run, so nothing can be said about which method is better."
+    if not names:
+        return "Only baselines and controls were run, so there is nothing to compare."
+    first = headline_method(results) or (names[0] if len(names) == 1 else None)
+    if first is None:
+        return _list(results, names, baseline, column)
+    others = [name for name in names if name != first]
+    return _sentence(results, first, baseline, column) + _others(results, others, baseline, column)
+
+
+def _sentence(results: Results, name: str, baseline: str, column: Column) -> str:
+    judgement = judge(results, name, column)
+    estimate, a, b = judgement.estimate, display_name(results, name), display_name(results, baseline)
+    if estimate is None:
+        own, base = score(results, name, column), score(results, baseline, column)
+        if own is None or base is None:
+            return f"No difference between {a} and {b} was measured on {column.label}, so neither can be called better."
+        return (
+            f"{a} scored {own.text(column)} and {b} {base.text(column)} on {column.label}, "
+            "but no paired difference was recorded, so neither can be called better."
+        )
+    if judgement.outcome == "broken":
+        return f"The difference between {a} and {b} on {column.label} is not a finite number: a run failed or diverged."
+    size, on = column.format(abs(estimate.mean)), f"on {column.label}"
+    if judgement.outcome == "single":
+        how = {1: f"{size} better than", -1: f"{size} worse than", 0: f"{column.format(estimate.mean, sign=True)} from"}
+        came = f"came out {how[judgement.good]} {b}" if estimate.mean else f"came out level with {b}"
+        if estimate.n and estimate.n > 1:
+            return f"{a} {came} {on}{over(results, estimate)}; without a standard error it may be noise."
+        return f"{a} {came} {on} in a single run; without repeats this may be noise."
+
+    spread = f"(mean ± s.e.{over(results, estimate)})"
+    if judgement.outcome == "noise":
+        limit = _variance(results, estimate)
+        if judgement.below_floor:
+            floors = noise_floors(results, column)
+            widest = max(floors, key=lambda floor: floors[floor])
+            limit = f"the noise floor ({column.format(floors[widest])}, from {display_name(results, widest)})"
+        text = f"{a} differs from {b} {on} by no more than {limit}: {estimate.text(column, sign=True)} {spread}"
+    else:
+        clear = judgement.outcome == "clear"
+        verb = {
+            1: f"beat {b}" if clear else f"came out ahead of {b}",
+            -1: f"lost to {b}" if clear else f"came out behind {b}",
+            0: f"came out {'above' if estimate.mean > 0 else 'below'} {b}",
+        }[judgement.good]
+        text = f"{a} {verb} by {size} ± {column.format(estimate.se or 0.0)} {on} {spread}"
+        if not clear:
+            low, high = (column.format(x, sign=True) for x in estimate.interval() or (0.0, 0.0))
+            text += f", but with so few repeats the 95 % interval ({low} to {high}) still includes zero"
+    return text + _caveat(results, estimate) + _placebos(results, name, column, judgement) + "."
+
+
+def _others(results: Results, names: list[str], baseline: str, column: Column) -> str:
+    """Return a second sentence with the difference of every other method, "" where there is none."""
+    if not names:
+        return ""
+    parts = ", ".join(_part(results, name, column) for name in names)
+    many = f"; {len(names)} methods, not corrected for multiple comparisons" if len(names) >= MANY else ""
+    which = "The other method" if len(names) == 1 else "The other methods"
+    return f" {which} against {display_name(results, baseline)}: {parts}{many}."
+
+
+def _list(results: Results, names: list[str], baseline: str, column: Column) -> str:
+    """Return one sentence with the difference of every method."""
+    judgements = [judge(results, name, column) for name in names]
+    measured = [j.estimate for j in judgements if j.estimate is not None and (j.decided or j.outcome == "noise")]
+    b = display_name(results, baseline)
+    text = f"Against {b} on {column.label}: "
+    if (
+        measured
+        and column.higher_is_better is not None
+        and not any(j.outcome == "clear" and j.good > 0 for j in judgements)
+    ):
+        over_same = {repeats(results, estimate) for estimate in measured}
+        variance = _variance(results, measured[0]) if len(over_same) == 1 else "noise"
+        text = f"No method beats {b} on {column.label} by more than {variance}: "
+    text += ", ".join(_part(results, name, column) for name in names)
+    if not measured:
+        return f"{text}; without repeats this may be noise."
+    same = len({(e.n, repeats(results, e)) for e in measured}) == 1
+    weakest = min(measured, key=lambda e: ("order" not in repeats(results, e), e.n or 0))
+    return f"{text} (mean ± s.e.{over(results, weakest) if same else ''}){_caveat(results, weakest)}."
+
+
+def _part(results: Results, name: str, column: Column) -> str:
+    """Return one method of a list: "DCKD ahead (+0.140 ± 0.020)"."""
+    judgement, a = judge(results, name, column), display_name(results, name)
+    if judgement.estimate is None:
+        return f"{a} not compared"
+    if judgement.outcome == "broken":
+        return f"{a} {NOT_FINITE}"
+    amount = judgement.estimate.text(column, sign=True)
+    if judgement.outcome == "single":
+        return f"{a} {amount} in a single run"
+    as_well = [display_name(results, p.name) for p in placebos(results, name, column) if p.as_well]
+    placebo = f"; its placebo {' and '.join(as_well)} did as well" if as_well and judgement.good > 0 else ""
+    return f"{a} {judgement.word} ({amount}{placebo if judgement.decided else ''})"
+
+
+def _placebos(results: Results, name: str, column: Column, own: Judgement) -> str:
+    """Return how the placebos of the method did: if one did as well, the teacher's signal is not the reason."""
+    won, lost = own.decided and own.good > 0, own.decided and own.good < 0
+    text = ""
+    for placebo in placebos(results, name, column):
+        text += f"; its placebo {display_name(results, placebo.name)} ({placebo.estimate.text(column, sign=True)}) did "
+        if lost:
+            text += "no worse" if placebo.as_well else "worse still"
+        else:
+            text += "as well" if placebo.as_well else "less well"
+        if won and placebo.as_well:
+            text += ", so the gain cannot be credited to the teacher's signal"
+    return text
+
+
+def over(results: Results, estimate: Estimate) -> str:
+    """Return " over 3 seeds", or "" where the number is not known."""
+    return f" over {estimate.n} {repeats(results, estimate)}" if estimate.n else ""
+
+
+def _variance(results: Results, estimate: Estimate) -> str:
+    return VARIANCE.get(repeats(results, estimate), "noise")
+
+
+def _caveat(results: Results, estimate: Estimate) -> str:
+    """Return what the standard error does not cover."""
+    if "test" in repeats(results, estimate):
+        return "; this covers the choice of test prompts only: another training run or seed may differ"
+    if "order" in repeats(results, estimate):
+        return "; this covers training-order noise only, another seed may differ"
+    if estimate.n is not None and estimate.n < 3:
+        return f"; {estimate.n} seeds are too few to cover much more than training-order noise"
+    return ""

@@ -1,0 +1,94 @@
+"""Sections on the teacher's signals: how well they order held-out pairs, and the shaping margin."""
+
+import statistics
+from typing import Any
+
+from prefdistill.evaluation.results import Column, Estimate, Results, clean, mapping, number
+from prefdistill.report.format import cell_of, points_of
+from prefdistill.report.run import Points
+
+View = dict[str, Any]
+
+_MAX_SCATTERS = 6
+
+
+def margin_accuracy_of(results: Results, key: str) -> View | None:
+    """Return the share of held-out pairs that each term of the teacher orders correctly, as bars."""
+    from prefdistill.report import figures
+
+    column = Column("accuracy", "margin accuracy", True)
+    rows = [
+        (clean(term), e.mean, e.se, e.text(column), mapping(value).get("shaping") is True)
+        for term, value in mapping(results.get("margin_accuracy")).items()
+        if (e := Estimate.parse(value)) is not None
+    ]
+    if not rows:
+        return None
+    alt = "Fraction of held-out pairs that each term orders correctly; one half is chance. "
+    alt += "; ".join(f"{term} {text}" for term, _, _, text, _ in rows) + "."
+    return {"svg": figures.bars(rows, title="Margin accuracy", alt=alt, key=f"{key}-accuracy")}
+
+
+def gauge_sentence(results: Results) -> str | None:
+    """Return in words how far the order of pairs by the teacher's value depends on its gauge."""
+    flips = Estimate.parse(results.get("gauge_flips"))
+    if flips is None:
+        return None
+    share = Column("flips", "share of pairs", False)
+    return (
+        "Adding u·h(s) to all logits of a state changes no probability, but it changes the value. For random u of the "
+        f"length of a row of the head, {flips.text(share)} of the pairs flip their order by the shaping return (0: the "
+        "value depends on the policy alone; 0.5: it carries no information about the policy)."
+    )
+
+
+def shaping_of(results: Results, styles: dict[str, Any], key: str, budget: int) -> View | None:
+    """Return the spread of the shaping margin and of the DPO margin, and a scatter plot of one against the other."""
+    from prefdistill.report import figures, svg
+
+    column = Column("margin", "margin", None)
+    rows, clouds = [], []
+    for name, value in mapping(results.get("shaping")).items():
+        about = mapping(value)
+        std, dpo_std = number(about.get("std")), number(about.get("dpo_margin_std"))
+        ratio = std / dpo_std if std is not None and dpo_std else None
+        points = points_of(about.get("points"))
+        rows.append(
+            {
+                "name": clean(name),
+                "cells": [cell_of(Estimate.parse(v), column) for v in (about.get("mean"), std, dpo_std, ratio)],
+                "agreement": _agreement(points),
+            }
+        )
+        if points:
+            clouds.append((clean(name), points, styles.get(name, svg.Style(svg.BLUE))))
+    if not rows:
+        return None
+    plots = figures.clouds(
+        [
+            (
+                name,
+                points,
+                style,
+                f"{len(points)} pairs: shaping margin of {name} against DPO margin. {_agreement(points)}.",
+            )
+            for name, points, style in clouds[:_MAX_SCATTERS]
+        ],
+        labels=("DPO margin", "shaping margin"),
+        key=f"{key}-scatter",
+        budget=budget,
+        zero=True,
+    )
+    return {"rows": rows, "plots": plots}
+
+
+def _agreement(points: Points) -> str:
+    """Return in words how far two margins agree: their correlation, and the share of pairs with the same sign."""
+    if len(points) < 3:
+        return ""
+    agree = sum(1.0 if x * y > 0 else 0.5 if x * y == 0 else 0.0 for x, y in points) / len(points)
+    try:
+        r = f"correlation {statistics.correlation([x for x, _ in points], [y for _, y in points]):+.2f}, "
+    except statistics.StatisticsError:
+        r = ""
+    return f"{r}same sign in {agree:.0%} of pairs"

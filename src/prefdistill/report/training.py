@@ -1,0 +1,60 @@
+"""Section on training: one panel per logged metric, with a line per method."""
+
+import math
+from typing import Any
+
+from prefdistill.evaluation.results import NOT_FINITE, clean
+from prefdistill.report.format import natural
+from prefdistill.report.run import PANELS, Points, Run, average
+
+View = dict[str, Any]
+
+
+def curves_of(run: Run, styles: dict[str, Any], key: str, budget: int) -> View | None:
+    """Return a panel per logged metric with a line per method, and the losses of the stages before the students."""
+    from prefdistill.report import figures, svg
+
+    methods: dict[str, dict[str, list[Points]]] = {
+        panel: {name: lines[panel] for name, lines in run["curves"].items() if panel in lines} for panel in PANELS
+    }
+    before = {name: lines["loss"] for name, lines in run["early"].items() if "loss" in lines}
+    logps = [v for m in ("logps/chosen", "logps/rejected") for ls in methods[m].values() for ln in ls for _, v in ln]
+    shared = svg.limits(logps, zero=False)
+    points = max(20, min(80, budget // max(1, sum(map(len, methods.values())))))
+    panels = []
+    for i, (metric, title) in enumerate(PANELS.items()):
+        lines = methods[metric]
+        if not lines:
+            continue
+        ends = [f"{clean(n)} {_last(average(ls))}" for n, ls in lines.items()]
+        alt = f"{title} by optimiser step. At the last step: {', '.join(ends)}."
+        y_limits = shared if metric.startswith("logps/") else None
+        panels.append(
+            figures.curves(
+                lines, styles, title=title, alt=alt, key=f"{key}-curve{i}", y_limits=y_limits, points=points
+            ),
+        )
+    early = []
+    for i, stage in enumerate(sorted(before, key=natural)[:8]):
+        end = _last(average(before[stage]))
+        early.append(
+            figures.curves(
+                {stage: before[stage]},
+                {stage: svg.Style(svg.BLUE)},
+                title=f"{clean(stage)}: loss",
+                alt=f"Training loss of {clean(stage)} by step; at the last step {end}.",
+                key=f"{key}-early{i}",
+            )
+        )
+    if not panels and not early:
+        return None
+    shown = {n for m in methods.values() for n in m}
+    legend = [{"name": clean(n), "style": s} for n, s in styles.items() if n in shown]
+    most = max((len(lines) for m in methods.values() for lines in m.values()), default=0)
+    return {"panels": panels, "early": early, "legend": legend, "runs": most}
+
+
+def _last(line: Points) -> str:
+    if not line:
+        return "unknown"
+    return f"{line[-1][1]:.3g}" if math.isfinite(line[-1][1]) else NOT_FINITE
