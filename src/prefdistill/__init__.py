@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from prefdistill.models.load import load_model as load_model
     from prefdistill.sampling.files import sample_responses as sample_responses
     from prefdistill.signals.extract import extract_signals as extract_signals
+    from prefdistill.signals.live import LiveTeacher as LiveTeacher
     from prefdistill.signals.store import Signals as Signals
     from prefdistill.training.trainer import PrefDistillTrainer as PrefDistillTrainer
 
 # Looked up on first use, so that `import prefdistill` and `prefdistill --help` do not wait for torch.
 _HOME = {
+    "LiveTeacher": "signals.live",
     "METHODS": "methods",
     "PrefDistillTrainer": "training.trainer",
     "Signals": "signals.store",

@@ -171,14 +171,14 @@ MISTAKES = [
     (["sample", "--model", "empty", *PAIRS, "--out", "out.jsonl"], "empty exists but holds no tokenizer"),
     (["signals", "--model", "empty", *PAIRS, *OUT], "empty exists but holds no tokenizer"),
     (["signals", *MODEL, "--data", "columns.jsonl", *OUT], "columns.jsonl: no column"),
-    ([*SIGNALS, "--kind", "values,hopes"], "unknown signal kind 'hopes'; known: values, logprob_values, logps, q"),
+    ([*SIGNALS, "--kind", "values,hopes"], "unknown signal kind 'hopes'"),
     ([*SIGNALS, "--ids-from", "own"], "no signals in own"),
     (["signals", *MODEL, *PAIRS, *OUT, "--kind", ""], "--kind is empty"),
     (["signals", *MODEL, *PAIRS, *OUT, "--role", "parrot"], "role must be 'teacher', "),
     (["signals", *MODEL, *PAIRS, *OUT, "--value-temperature", "inf"], "--value-temperature must be a finite number"),
     (["signals", *MODEL, *PAIRS, *OUT, "--batch-tokens", "0"], "--batch-tokens must be greater than 0"),
     (["signals", *MODEL, *PAIRS, *OUT, "--max-prompt-length", "2000"], "max_prompt_length (2000) leaves no room"),
-    (["signals", *MODEL, *PAIRS, "--out", "full"], "full is not empty and holds no signals; give another --out"),
+    (["signals", *MODEL, *PAIRS, "--out", "full"], "full is not empty and was not made by prefdistill"),
     (["signals", *MODEL, *PAIRS, "--out", "pairs.jsonl"], "pairs.jsonl is not"),
     ([*DISTILL, "--method", "magic"], "unknown method 'magic'; known: sft, dpo, tvkd"),
     ([*DISTILL, "alpah=0.5"], "command line: unknown key 'alpah'; did you mean 'alpha'?"),
@@ -489,7 +489,7 @@ def test_signals_of_a_finished_store_are_not_made_again(place, capfd, monkeypatc
     monkeypatch.setattr("prefdistill.signals.request.score_pairs", lambda *_, **__: 1 / 0)
     assert call(capfd, *signals)[0] == first
     assert main([*signals, "--max-length", "20"]) == 2
-    assert "holds signals of another request (truncation.max_length is" in capfd.readouterr().err
+    assert "holds work of another request (truncation.max_length is" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["own.jsonl", "own.parquet"])

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from prefdistill import METHODS, PrefDistillTrainer
+from prefdistill import METHODS, LiveTeacher, PrefDistillTrainer
 from prefdistill.core.errors import UserError
 from prefdistill.data.batches import PADDING
 from prefdistill.data.encode import encode_pairs
@@ -547,6 +547,40 @@ def test_it_trains_and_micro_batches_do_not_change_how(name, trainer_of, model_o
     assert parts.args.gradient_accumulation_steps == 2
     np.testing.assert_allclose(history(whole), history(parts), atol=1e-5)
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-4, rtol=1e-3)
+
+
+def live_signals(method, model_of, k="vocab", p=None):
+    """What the method needs, from loaded models; reference models before the teacher, to test their order."""
+    kinds = {}
+    for need in method.needs:
+        kinds.setdefault(need.role, set()).add(need.kind)
+    kinds.pop("data", None)
+    topk = {"k": k, "p": p, "topk_coding": "float32"}
+    return [
+        LiveTeacher(model_of(role), role, **(topk if role == "teacher" and "topk" in kinds[role] else {}))
+        for role in sorted(kinds)
+    ]
+
+
+@pytest.mark.parametrize("case", table(case for case in CASES if case.method in OURS))
+def test_live_signals_give_the_loss_and_gradient_of_stored_ones(case, trainer_of, model_of):
+    method = case.make()
+    stored = value_and_gradient(*with_batch(trainer_of(method, k=case.k, p=case.p)))
+    live = value_and_gradient(*with_batch(trainer_of(method, signals=live_signals(method, model_of, case.k, case.p))))
+    assert live[0] == pytest.approx(stored[0], rel=1e-5, abs=1e-6)
+    assert_same_gradient(live[1], stored[1])
+
+
+def with_batch(trainer):
+    return trainer, batch_of(trainer, ROWS)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if METHODS[name]().needs])
+def test_training_on_live_signals_has_the_trajectory_of_stored_ones(name, trainer_of, model_of):
+    stored = trained(trainer_of(METHODS[name](), max_steps=3))
+    live = trained(trainer_of(METHODS[name](), signals=live_signals(METHODS[name](), model_of), max_steps=3))
+    np.testing.assert_allclose(history(live), history(stored), atol=1e-5)
+    torch.testing.assert_close(weights(live), weights(stored), atol=1e-4, rtol=1e-3)
 
 
 def test_vanillakd_without_its_teacher_has_the_trajectory_of_sft(trainer_of):

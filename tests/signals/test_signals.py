@@ -450,7 +450,7 @@ def test_ids_that_do_not_fit_are_refused(extract, make_model, pairs, sampled, to
     assert "another truncation" in at(teacher, truncation=Truncation(max_length=30))
     assert "a teacher cannot be scored at the ids of a teacher" in at(teacher, role="teacher")
     own = extract(make_model(0), "topk", role="reference", k=6)
-    assert "a teacher_reference cannot be read at those of a reference" in at(own, role="teacher_reference")
+    assert "a teacher_reference cannot be scored at the ids of a reference" in at(own, role="teacher_reference")
     other = copy.deepcopy(tokenizer)
     other.chat_template = other.chat_template.replace("<|assistant|>", "<|assistant|>:")
     with pytest.raises(UserError, match=r"made with another tokenizer .*template_sha256"):

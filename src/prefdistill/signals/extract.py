@@ -4,9 +4,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from prefdistill import __version__
 from prefdistill.core.artifact import DirectoryArtifact
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_sealed
@@ -15,7 +12,7 @@ from prefdistill.core.options import takes
 from prefdistill.core.paths import check_place
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
-from prefdistill.data.truncation import Dropped, Truncation, nothing_left
+from prefdistill.data.truncation import Truncation
 from prefdistill.signals.options import SignalRequest
 from prefdistill.signals.request import DEFAULTS, Extraction, check_request, finished_manifest
 from prefdistill.signals.shards import Shard, is_whole, read_checksum, write_shard
@@ -136,35 +133,21 @@ def _write_shards(store: StoreArtifact, extraction: Extraction) -> None:
             if earlier not in (None, read_checksum(path)):
                 say(f"warning: {path} differs from the shard that it replaces: other versions or hardware wrote that")
     team.wait_for_everyone()
-    _finish(store, [store.shard(number) for number in range(len(parts))])
+    _finish(store, [Shard(store.shard(number)) for number in range(len(parts))])
 
 
-def _finish(store: StoreArtifact, paths: list[Path]) -> None:
+def _finish(store: StoreArtifact, shards: list[Shard]) -> None:
     """Write the manifest over the shards; if no pair is left in any of them, remove them and say why."""
-    team, notes = processes(), [Shard(path).notes for path in paths]
-    shards = [
-        {"file": path.name, "rows": note["kept"], "sha256": read_checksum(path)}
-        for path, note in zip(paths, notes, strict=True)
-    ]
-    manifest = finished_manifest(store.request, notes, shards, versions())
-    first_rows: dict[str, int] = {}
-    for note in notes:
-        first_rows = note["first_rows"] | first_rows
-    dropped = Dropped(manifest["dropped"]["reasons"], first_rows)
-    if len(dropped) == store.request["data"]["rows"]:
+    team = processes()
+    try:
+        manifest, dropped = finished_manifest(store.request, shards)
+    except UserError:
         team.wait_for_everyone()
         if team.is_main_process:
             shutil.rmtree(store.place)
-        raise UserError(nothing_left(dropped))
+        raise
     if team.is_main_process:
         if dropped:
             say(f"signals: {dropped}")
         store.seal(manifest)
     team.wait_for_everyone()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a manifest names."""
-    import transformers
-
-    return {"prefdistill": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,16 +1,20 @@
 """An extraction: the model, the data and the request that says everything the signals depend on."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.batches import Layout, layout_for
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import check_pairs, load_pairs
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.truncation import Dropped, Truncation, nothing_left
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
@@ -18,7 +22,7 @@ from prefdistill.signals.kinds import Kind, Settings, make_kinds
 from prefdistill.signals.needs import Need
 from prefdistill.signals.options import SignalRequest
 from prefdistill.signals.scoring import score_pairs, topk_manifest
-from prefdistill.signals.shards import ENDED, OFFSETS, ROW, TOKENS, ShardColumns
+from prefdistill.signals.shards import ENDED, OFFSETS, ROW, TOKENS, Shard, ShardColumns
 from prefdistill.signals.store import SCHEMA, Signals, SignalSet
 from prefdistill.signals.topk import TopKRequest
 
@@ -192,25 +196,41 @@ def shard_columns(
     return columns, errors
 
 
-def finished_manifest(
-    request: dict[str, Any], notes: Sequence[dict[str, Any]], shards: Sequence[dict[str, Any]], versions: dict[str, str]
-) -> dict[str, Any]:
-    """Return the manifest of a store from its request, the notes of its shards, and their names and checksums."""
-    reasons: dict[str, int] = {}
+def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple[dict[str, Any], Dropped]:
+    """Return the manifest of a store, from its request and its shards, and the rows that were dropped.
+
+    Raises:
+        UserError: if every row was dropped.
+    """
+    notes = [shard.notes for shard in shards]
+    reasons: Counter[str] = Counter()
+    first_rows: dict[str, int] = {}
     for note in notes:
-        for reason, count in note["dropped"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    dropped = {
-        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
-        "rows": [row for note in notes for row in note["rows"]],
-    }
+        reasons.update(note["dropped"])
+        first_rows = note["first_rows"] | first_rows
+    dropped = Dropped(dict(reasons.most_common()), first_rows)
+    if len(dropped) == request["data"]["rows"]:
+        raise UserError(nothing_left(dropped))
     errors = [note["kl_error"] for note in notes]
     states = sum(error["states"] for error in errors)
     topk = dict(request["topk"])
     if states:
         mean = sum(error["sum"] for error in errors) / states
         topk["kl_error"] = {"mean": mean, "max": max(error["max"] for error in errors), "states": states}
-    return {**request, "topk": topk, "dropped": dropped, "shards": list(shards), "versions": versions}
+    files = [
+        {"file": shard.name, "rows": note["kept"], "sha256": shard.digest}
+        for shard, note in zip(shards, notes, strict=True)
+    ]
+    gone = {"reasons": dropped.counts, "rows": [row for note in notes for row in note["rows"]]}
+    manifest = {**request, "topk": topk, "dropped": gone, "shards": files, "versions": versions()}
+    return manifest, dropped
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a manifest names."""
+    import transformers
+
+    return {"prefdistill": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _rows_in_memory(truncation: Truncation, responses: int, numbers_per_state: int) -> int:

@@ -4,6 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ class Shard:
     @cached_property
     def names(self) -> list[str]:
         return list(self.file.schema_arrow.names)
+
+    @property
+    def name(self) -> str:
+        return self.source.name if isinstance(self.source, Path) else "memory"
+
+    @property
+    def digest(self) -> str | None:
+        """The checksum noted when the file was written, or of the buffer."""
+        return read_checksum(self.source) if isinstance(self.source, Path) else sha256(self.source).hexdigest()
 
     @property
     def notes(self) -> dict[str, Any]:

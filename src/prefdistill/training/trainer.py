@@ -15,6 +15,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, Student, TRLMethod
 from prefdistill.models.load import load_model
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
+from prefdistill.signals.live import bind_live
 from prefdistill.signals.store import Signals
 from prefdistill.training.nan_guard import check_loss
 from prefdistill.training.rows import SignalCollator, feature_tensors, prepare_rows
@@ -39,7 +40,7 @@ class PrefDistillTrainer(Trainer):
         method: e.g. `METHODS["tvkd"](alpha=0.7, beta=0.1)`.
         args: any `transformers.TrainingArguments`.
         train_dataset: preference pairs in TRL's format, with the sampled responses that the method needs, if any.
-        signals: the stores the method needs, each for the rows of `train_dataset`.
+        signals: the stores the method needs, each for the rows of `train_dataset`; or a `LiveTeacher` in place of one.
         processing_class: the student's tokenizer.
         eval_dataset, eval_signals: held-out pairs and their stores.
         peft_config: train an adapter of this kind instead of the weights.
@@ -87,10 +88,12 @@ class PrefDistillTrainer(Trainer):
         student: nn.Module = load_model(model, dtype="float32") if isinstance(model, str) else model
         disable_dropout(student)
         self.method = method
+        signals = bind_live(signals, train_dataset, processing_class, truncation, method.needs)
         train_rows, collate, resolved = prepare_rows(train_dataset, method, signals, processing_class, truncation)
         eval_rows: Dataset | None = None
         collate_eval: SignalCollator | None = None
         if eval_dataset:
+            eval_signals = bind_live(eval_signals, eval_dataset, processing_class, truncation, method.needs)
             eval_rows, collate_eval, _ = prepare_rows(eval_dataset, method, eval_signals, processing_class, truncation)
         check_start(student, [*signals, *eval_signals], bf16=bool(args.bf16))
         if peft_config is not None:
