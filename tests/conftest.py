@@ -12,35 +12,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from support.texts import sentence
+
 pytest_plugins = ["support.report_pages"]
 
 torch.set_num_threads(1)  # tests run two at a time on two cores
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-WORDS = [
-    "the",
-    "small",
-    "teacher",
-    "reads",
-    "a",
-    "long",
-    "prompt",
-    "and",
-    "answers",
-    "with",
-    "care",
-    "while",
-    "every",
-    "student",
-    "copies",
-    "what",
-    "it",
-    "says",
-]
-
-
-def sentence(n: int, start: int) -> str:
-    return " ".join(WORDS[(start * 7 + 3 * i) % len(WORDS)] for i in range(n))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from datasets import Dataset
 from scipy.stats import chisquare
 from transformers import PreTrainedTokenizerFast
 
-from conftest import sentence
 from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
@@ -24,6 +23,7 @@ from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.sampling.files import sample_responses
 from prefdistill.sampling.sampler import Response, sample
+from support.texts import sentence
 from support.tokenizer_styles import make_tokenizer
 
 PROMPTS = [[{"role": "user", "content": sentence(1 + (i * 5) % 11, i)}] for i in range(14)]

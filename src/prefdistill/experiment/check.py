@@ -83,11 +83,11 @@ def check_trainings(plan: Plan) -> None:
         training_arguments(training, plan.context.root, seed=0, data_seed=0, kind=kind)
 
 
-def check_models(recipe: Recipe) -> None:
-    """Check that the models that the recipe names can be loaded; this downloads those of the Hub."""
+def check_models(recipe: Recipe, *, fetch: bool = True) -> None:
+    """Check that the models that the recipe names can be loaded; with `fetch`, this downloads those of the Hub."""
     names = recipe.model
     for name in filter(None, (names.teacher, names.teacher_reference, names.student)):
-        check_model(name, trust_remote_code=names.trust_remote_code)
+        check_model(name, trust_remote_code=names.trust_remote_code, fetch=fetch)
 
 
 def _check_data(data: UserData, recipe: Recipe) -> None:

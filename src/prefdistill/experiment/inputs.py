@@ -22,7 +22,7 @@ class ModelChanged(UserError):
 
 
 class Sources:
-    """The user's data and models by name. Each is read and fingerprinted once.
+    """The user's data and models by name. Each is read once.
 
     Every step that needs a model loads it again: `check` detects whether its files changed since its key was taken, so
     that no result mixes two versions.
@@ -31,7 +31,6 @@ class Sources:
     def __init__(self) -> None:
         self._pairs = functools.cache(load_pairs)
         self._rows: dict[tuple[str, int | None], Dataset] = {}
-        self._fingerprints: dict[tuple[str, int | None], str] = {}
         self._models: dict[str, Any] = {}
         self.messages = functools.cache(load_messages)
 
@@ -40,14 +39,6 @@ class Sources:
         if (name, limit) not in self._rows:
             self._rows[name, limit] = first_rows(self._pairs(name), limit)
         return self._rows[name, limit]
-
-    def pairs_fingerprint(self, name: str, limit: int | None = None) -> str:
-        if (name, limit) not in self._fingerprints:
-            self._fingerprints[name, limit] = data_fingerprint(self.pairs(name, limit))
-        return self._fingerprints[name, limit]
-
-    def messages_fingerprint(self, name: str) -> str:
-        return demonstrations_fingerprint(self.messages(name))
 
     def model_key(self, name: str) -> Any:
         """Return the key of a model's files, see `prefdistill.models.identity.model_key`, as of the first call."""
@@ -85,9 +76,9 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     # all rows, whichever of them a seed sets aside for its reward model
     for part, name, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
         if name:
-            prints[part] = sources.pairs_fingerprint(name, limit)
+            prints[part] = data_fingerprint(sources.pairs(name, limit))
     if data.sft:
-        prints["sft"] = sources.messages_fingerprint(data.sft)
+        prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft))
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(names, role):
             prints[role] = sources.model_key(name)

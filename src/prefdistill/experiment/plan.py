@@ -8,7 +8,7 @@ it reads neither data nor models; the keys of its steps do, when they are first 
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.data.columns import SIDES
+from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import MethodRun, Recipe
@@ -35,6 +36,7 @@ from prefdistill.signals import Need
 from prefdistill.training.options import Training
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 AnyStep = TypeVar("AnyStep", bound=Step)
@@ -111,7 +113,9 @@ class _Builder:
         self.user_data = user_data
         language = Language(context=self.context, name="data") if user_data is None else None
         if user_data is not None:
-            self.train = Rows(name=TRAIN, compute_key=user_data.train_key, read=lambda: user_data.train)
+            self.train = Rows(
+                name=TRAIN, compute_key=lambda: data_fingerprint(user_data.train), read=lambda: user_data.train
+            )
         init = self._init(language)
         self.tokenizer = self._tokenizer(init)
         self.plan = Plan(self.context, self.methods, user_data, self.tokenizer)
@@ -273,7 +277,9 @@ class _Builder:
         user_data = self.user_data
         if user_data is None or self.recipe.data.test is None:
             return self.train, None
-        return self.train, Rows(name="test", compute_key=user_data.test_key, read=lambda: user_data.test)
+        return self.train, Rows(
+            name="test", compute_key=lambda: data_fingerprint(user_data.test), read=lambda: user_data.test
+        )
 
     def _reward_model(self, test: Rows | None) -> Model | None:
         section, user_data = self.recipe.reward_model, self.user_data
@@ -282,11 +288,7 @@ class _Builder:
         if section.name:
             model = self._named("reward-model", section.name, "reward_model")
         else:
-            pairs = Rows(
-                name="reward-model-pairs",
-                compute_key=user_data.reward_pairs_key,
-                read=lambda: user_data.reward_pairs,
-            )
+            pairs = user_rows("reward-model-pairs", lambda: user_data.reward_pairs)
             step = TrainRewardModel(context=self.context, name="reward-model", pairs=pairs, tokenizer=self.tokenizer)
             model = self.plan.add(step).output
         self.plan.reward_model = self.plan.add(
@@ -393,6 +395,11 @@ class _Builder:
             start = Start(trained, self.plan.add(step).output, frozenset({name}), number + 1)
         self.starts[name, order] = Start(start.name, start.model, self.users[name])
         return start.model
+
+
+def user_rows(name: str, read: "Callable[[], Dataset]") -> Rows:
+    """Return rows of the user's as an input of steps."""
+    return Rows(name=name, compute_key=lambda: data_fingerprint(read()), read=read)
 
 
 def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:

@@ -5,7 +5,7 @@ import random
 from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
 from prefdistill.data.messages import prompt_text
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import Recipe
@@ -45,28 +45,15 @@ class UserData:
     def train(self) -> "Dataset":
         return self._split[0] if self.splits_prompts else self._all_pairs
 
-    def train_key(self) -> str:
-        if self.splits_prompts:
-            return data_fingerprint(self.train)
-        assert self.recipe.data.train is not None
-        return self.sources.pairs_fingerprint(self.recipe.data.train, self.recipe.data.max_train)
-
     @property
     def reward_pairs(self) -> "Dataset":
         """What the run's own reward model is trained on: prompts that are not in `train`."""
         return self._split[1]
 
-    def reward_pairs_key(self) -> str:
-        return data_fingerprint(self.reward_pairs)
-
     @property
     def test(self) -> "Dataset":
         assert self.recipe.data.test is not None
         return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test)
-
-    def test_key(self) -> str:
-        assert self.recipe.data.test is not None
-        return self.sources.pairs_fingerprint(self.recipe.data.test, self.recipe.data.max_test)
 
     @functools.cached_property
     def demonstrations(self) -> "Dataset":
@@ -76,11 +63,10 @@ class UserData:
         return without_prompts(rows, self.reward_pairs) if self.splits_prompts else rows
 
     def demonstrations_key(self) -> str:
+        """Return the key of the demonstrations: that of the pairs if they are the chosen responses."""
         if self.recipe.data.sft is None:
-            return self.train_key()
-        if self.splits_prompts:
-            return data_fingerprint(self.demonstrations.rename_column("completion", "chosen"))
-        return self.sources.messages_fingerprint(self.recipe.data.sft)
+            return data_fingerprint(self.train)
+        return demonstrations_fingerprint(self.demonstrations)
 
 
 def split_prompts(pairs: "Dataset", share: float, seed: int) -> "tuple[Dataset, Dataset]":

@@ -31,10 +31,10 @@ class Init(Step):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"scratch": self._scratch, "made": list(self.roles)}
+        return {"scratch": self.scratch, "made": list(self.roles)}
 
     @property
-    def _scratch(self) -> dict[str, Any]:
+    def scratch(self) -> dict[str, Any]:
         scratch = self.context.recipe.model.scratch
         assert scratch is not None
         return scratch.model_dump()
@@ -43,14 +43,14 @@ class Init(Step):
         tokenizer = self.build_tokenizer()
         tokenizer.save_pretrained(out / "tokenizer")
         for role in self.roles:
-            model = random_model(tokenizer, self._scratch[role], seed=self.context.seed)
+            model = random_model(tokenizer, self.scratch[role], seed=self.context.seed)
             model.save_pretrained(out / role)
             tokenizer.save_pretrained(out / role)
             say(f"init: {role} of {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
     def model(self, role: ModelRole) -> Model:
         """Return one of the models. Its key does not depend on the shape of the other."""
-        shape = {key: value for key, value in self._scratch.items() if key == role or key not in ("teacher", "student")}
+        shape = {key: value for key, value in self.scratch.items() if key == role or key not in ("teacher", "student")}
         return Model(
             name=f"{role}-base",
             compute_key=lambda: self._part_key({"role": role, "shape": shape}),
@@ -60,7 +60,7 @@ class Init(Step):
         )
 
     def tokenizer_key(self) -> str:
-        return self._part_key({"vocab_size": self._scratch["vocab_size"]})
+        return self._part_key({"vocab_size": self.scratch["vocab_size"]})
 
     def _part_key(self, options: dict[str, Any]) -> str:
         parts = {"seed": self.context.seed, "sources": [source.key for source in self.sources]}

@@ -1,0 +1,257 @@
+"""`prefdistill plan`: the steps of a recipe, what each costs, and what of it is on disk already."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefdistill import __version__
+from prefdistill.core.artifact import State
+from prefdistill.core.differences import Difference, compare
+from prefdistill.core.paths import check_own
+from prefdistill.core.stages import inspect_stage
+from prefdistill.core.text import printable
+from prefdistill.data import synthetic
+from prefdistill.data.columns import SIDES
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.messages import pair_texts
+from prefdistill.experiment.check import check_models, check_plan
+from prefdistill.experiment.cost import Cost, Lengths, costs, size
+from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.plan import Plan, build_plans
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.step import Input, Rows, Step
+from prefdistill.experiment.steps.models import Init
+from prefdistill.models.load import empty_model
+from prefdistill.models.scratch import random_model, train_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ACTIONS = {
+    State.FINISHED: "reuse",
+    State.UNFINISHED: "resume",
+    State.MISSING: "run",
+    State.STALE: "rebuild",
+    State.DAMAGED: "rebuild",
+    State.FOREIGN: "refuse",
+}
+SHOWN = 3  # reasons of a step that the table names
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run will do with a step.
+
+    Args:
+        action: reuse, resume, run, rebuild, or refuse for files of somebody else.
+        changes: where the request differs from that of what is on disk.
+        reason: why, in words; empty for a step to reuse or run.
+    """
+
+    action: str
+    changes: tuple[Difference, ...] = ()
+    reason: str = ""
+
+
+def status(step: Step) -> Status:
+    """Look at what is on disk for a step, and change nothing."""
+    found = inspect_stage(step.directory, step.request)
+    action = ACTIONS[found.state]
+    if found.state is State.STALE:
+        before = found.note.get("request", {})
+        changes = tuple(compare(before, {**step.request, "version": __version__}, ignored=()))
+        return Status(action, changes, "; ".join(map(_in_words, changes[:SHOWN])) or found.reason)
+    if found.state is State.DAMAGED:
+        return Status(action, reason=f"{found.reason} is missing or damaged")
+    return Status(action, reason=found.reason if found.state is State.FOREIGN else "")
+
+
+def _in_words(change: Difference) -> str:
+    """A change of an input is a change of its key, which tells nothing."""
+    name = change.path.removeprefix("inputs.")
+    if name == change.path:
+        return str(change)
+    if isinstance(change.before, str) and isinstance(change.after, str):
+        return f"{name} changed"
+    return f"{name} is {'no longer' if isinstance(change.before, str) else 'now'} an input"
+
+
+def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Return the plan of every seed of a recipe with costs and status. Reads data and tokenizers, no weights.
+
+    Args:
+        recipe: what would run.
+        out: the run directory; it need not exist.
+
+    Returns:
+        `{"recipe", "out", "steps": [...], "totals": {...}}`. A step has its name, kind, seed, role, method, order,
+        round, the names of the steps and other inputs that it reads, rows, tokens, `exact` (False: upper bounds),
+        memory, disk and checkpoints in bytes, its directory, its key, and action, reason and changes.
+
+    Raises:
+        UserError: on what a run of the recipe would refuse.
+    """
+    sources = Sources()
+    plans = build_plans(recipe, out, sources)
+    check_own(out, ("environment.json",), "run")
+    check_plan(plans[0])
+    check_models(recipe, fetch=False)
+    steps = [entry for plan in plans for entry in _entries(plan, out)]
+    largest = max(steps, key=lambda step: step["memory"])
+    return {
+        "recipe": recipe.name,
+        "out": str(out),
+        "steps": steps,
+        "totals": {
+            "steps": len(steps),
+            "actions": dict(Counter(step["action"] for step in steps)),
+            "memory": largest["memory"],
+            "memory_step": largest["name"],
+            "disk": sum(step["disk"] for step in steps),
+            "checkpoints": max(step["checkpoints"] for step in steps),
+        },
+    }
+
+
+def _entries(plan: Plan, out: Path) -> list[dict[str, Any]]:
+    tokenizer = _tokenizer(plan)
+    priced = costs(plan, _shapes(plan, tokenizer), _lengths(plan, tokenizer))
+    return [_entry(step, priced[step], status(step), out) for step in plan.steps]
+
+
+def _entry(step: Step, cost: Cost, state: Status, out: Path) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "kind": step.kind,
+        "seed": step.context.seed,
+        "role": step.role,
+        "method": step.method,
+        "order": step.order,
+        "round": step.round,
+        "after": [other.name for other in step.after],
+        "inputs": [one.name for one in step.inputs],
+        "rows": cost.rows,
+        "tokens": cost.tokens,
+        "exact": cost.exact,
+        "memory": cost.memory,
+        "disk": cost.disk,
+        "checkpoints": cost.checkpoints,
+        "directory": step.directory.relative_to(out).as_posix(),
+        "key": step.key,
+        "action": state.action,
+        "reason": state.reason,
+        "changes": [_change(change) for change in state.changes],
+    }
+
+
+def _change(change: Difference) -> dict[str, Any]:
+    """Both values in JSON's terms; a key that one of the requests lacks is left out."""
+    sides = {"was": change.before, "is": change.after}
+    json_types = (str, int, float, bool, list, dict, type(None))
+    return {"path": change.path, **{name: value for name, value in sides.items() if isinstance(value, json_types)}}
+
+
+def _tokenizer(plan: Plan) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the run. One that `init` has yet to make is made here in the same way, and not kept."""
+    init = plan.tokenizer.made_by
+    if init is None or status(init).action == "reuse":
+        return plan.tokenizer.tokenizer
+    if plan.user_data is None:
+        return synthetic.build_tokenizer()
+    scratch = plan.context.recipe.model.scratch
+    assert scratch is not None
+    return train_tokenizer(pair_texts(plan.user_data.train), scratch.vocab_size)
+
+
+def _shapes(plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":
+    """The models of a plan without their weights, by role."""
+    recipe = plan.context.recipe
+    trust = recipe.model.trust_remote_code
+    shapes = {}
+    init = next((step for step in plan.steps if isinstance(step, Init)), None)
+    for role in ("teacher", "teacher_reference", "student"):
+        if name := getattr(recipe.model, role):
+            shapes[role] = empty_model(name, trust_remote_code=trust)
+        elif init and role in init.roles:
+            with torch.device("meta"):
+                shapes[role] = random_model(tokenizer, init.scratch[role], seed=0)
+    section = recipe.reward_model
+    if section is not None and section.name:
+        shapes["reward_model"] = empty_model(section.name, reward=True, trust_remote_code=trust)
+    elif section is not None:
+        with torch.device("meta"):
+            shapes["reward_model"] = random_model(tokenizer, section.model or {}, seed=0, reward=True)
+    return shapes
+
+
+def _lengths(plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> dict[Input, Lengths]:
+    """The lengths of the user's data sets that steps read. Pairs whose tokens are counted are encoded as in a run."""
+    if plan.user_data is None:
+        return {}
+    data = {one for step in plan.steps for one in step.inputs if isinstance(one, Rows)}
+    return {rows: _length(rows, plan, tokenizer) for rows in data}
+
+
+def _length(data: Rows, plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> Lengths:
+    rows: Dataset = data.rows
+    responses: tuple[str, ...] = SIDES
+    if "completion" in rows.column_names and SIDES[0] not in rows.column_names:
+        rows, responses = rows.rename_column("completion", SIDES[0]), (SIDES[0],)
+    encoded, _ = encode_pairs(rows, tokenizer, plan.context.truncation, responses=responses)
+    tokens = sum(len(ids) for side in responses for ids in encoded[f"{side}_ids"])
+    return Lengths(len(encoded), tokens, sum(map(len, encoded["prompt_ids"])))
+
+
+# -- for a reader ------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("step", "kind", "action", "rows", "tokens", "memory", "disk", "reads")
+NUMBERS = ("rows", "tokens", "memory", "disk")
+
+
+def as_text(plan: dict[str, Any]) -> str:
+    """Return a plan as a table, with the reasons of what is not reused below it, and totals."""
+    steps = plan["steps"]
+    several = len({step["seed"] for step in steps}) > 1
+    lines: list[tuple[str, ...]] = [COLUMNS, *(_cells(step, several) for step in steps)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
+    table = []
+    for line in lines:
+        cells = [
+            cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+            for name, cell, width in zip(COLUMNS, line, widths, strict=True)
+        ]
+        table.append("  ".join(cells).rstrip())
+    reasons = [f"{_name(step, several)}: {step['action']}: {step['reason']}" for step in steps if step["reason"]]
+    totals = plan["totals"]
+    counts = ", ".join(f"{count} to {action}" for action, count in totals["actions"].items())
+    summary = [
+        f"{totals['steps']} steps: {counts}",
+        f"memory: at least {size(totals['memory'])} ({totals['memory_step']}), activations on top",
+        f"disk: up to {size(totals['disk'])} in {plan['out']}, and up to {size(totals['checkpoints'])} for checkpoints",
+    ]
+    bounds = (
+        [] if all(step["exact"] for step in steps) else ["< marks upper bounds, for data that a step has yet to make"]
+    )
+    return "\n\n".join("\n".join(map(printable, block)) for block in (table, reasons, [*summary, *bounds]) if block)
+
+
+def _name(step: dict[str, Any], several: bool) -> str:
+    return f"seed-{step['seed']}/{step['name']}" if several else str(step["name"])
+
+
+def _cells(step: dict[str, Any], several: bool) -> tuple[str, ...]:
+    bound = "" if step["exact"] else "<"
+    return (
+        _name(step, several),
+        step["kind"],
+        step["action"],
+        "" if step["rows"] is None else f"{step['rows']:,}",
+        "" if step["tokens"] is None else f"{bound}{step['tokens']:,}",
+        size(step["memory"]) if step["memory"] else "",
+        size(step["disk"]) if step["disk"] else "",
+        ", ".join(step["inputs"]),
+    )
