@@ -69,9 +69,9 @@ class Pass:
     def grouped(self, *, layout: Any) -> Iterator[dict[str, Any]]:
         """Yield batches as extraction does: texts of similar length, up to a number of tokens."""
         from prefdistill.data.batches import make_batch
-        from prefdistill.signals.scoring import _batches
+        from prefdistill.signals.scoring import document_batches
 
-        for documents, _ in _batches(self.rows, SIDES, layout, self.budget):
+        for documents, _ in document_batches(self.rows, SIDES, layout, self.budget):
             yield self.on_device(make_batch(layout.rows(documents), self.tokenizer.pad_token_id))
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +81,12 @@ class Pass:
 def in_memory(kinds: list[str], positions: str = "all", **common: Any) -> Prepared:
     """Extract signals in memory: everything but tokenizing and writing."""
     from prefdistill.data.batches import layout_for
+    from prefdistill.signals.kinds import Settings
     from prefdistill.signals.scoring import score_pairs
 
     task = Pass(**common)
     layout = layout_for(task.model, task.truncation.max_length)
-    options = {"positions": positions, "batch_tokens": task.budget, "layout": layout}
+    options = {"settings": Settings(positions=positions), "batch_tokens": task.budget, "layout": layout}
 
     def run() -> Numbers:
         score_pairs(task.model, task.rows, task.tokenizer, tuple(kinds), **options)  # type: ignore[arg-type]

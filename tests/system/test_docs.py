@@ -1,6 +1,7 @@
 """The pages: links lead somewhere, the README can be read once, and its commands are those that CI runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,49 @@ def test_every_page_can_be_reached_from_the_readme():
         links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
         queue += [(page.parent / link.partition("#")[0]).resolve() for link in links if not re.match(r"\w+:|#", link)]
     assert set(PAGES) <= seen
+
+
+COMMAND = re.compile(r"^(?: {4}|# +)?prefdistill ((?:.*\\\n)*.*)$", re.MULTILINE)
+CONTINUED = re.compile(r"\\\n(?:# +)?")
+
+
+def commands():
+    """Yield the commands of all pages, and of the comments in recipes and studies, as (file, arguments)."""
+    for file in [*PAGES, *sorted(ROOT.glob("recipes/**/*.yaml")), *sorted(ROOT.glob("studies/*.yaml"))]:
+        text = file.read_text(encoding="utf-8")
+        code = "\n".join(FENCE.findall(text)) + "\n".join(re.findall(r"^ {4}prefdistill (?:.*\\\n)*.*$", text, re.M))
+        for command in COMMAND.findall(code if file.suffix == ".md" else text):
+            arguments = shlex.split(CONTINUED.sub(" ", command), comments=True)
+            if "..." not in arguments:
+                yield pytest.param(arguments, id=f"{file.name} {' '.join(arguments)}"[:80])
+
+
+@pytest.mark.parametrize("arguments", commands())
+def test_commands_of_the_pages_are_valid(arguments, monkeypatch):
+    """They parse, every flag and override exists, and the recipe can be loaded."""
+    from prefdistill.cli.app import HELP, group
+    from prefdistill.cli.flags import key_values
+    from prefdistill.cli.verbs.train import method_and_training
+    from prefdistill.core.options import Override, validate
+    from prefdistill.experiment.recipe import load_recipe
+    from prefdistill.experiment.study.load import load_study, recipe_of
+    from prefdistill.experiment.study.options import cells_of
+    from prefdistill.training.options import DPOTraining, Training
+
+    monkeypatch.chdir(ROOT)
+    call = group("prefdistill", HELP).main(args=arguments, prog_name="prefdistill", standalone_mode=False)
+    options = call.options()
+    if arguments[0] == "run":
+        load_recipe(options.recipe, list(options.overrides))
+    elif arguments[0] == "study":
+        study = load_study(options.file, recipe=str(options.recipe.resolve()) if options.recipe else None)
+        for cell in cells_of(study):
+            recipe_of(study, options.file, cell, [Override.parse(text) for text in options.overrides], seed=1)
+    elif arguments[0] == "distill":
+        method_and_training(options)
+    elif arguments[0] in ("sft", "dpo"):
+        validate(
+            DPOTraining if arguments[0] == "dpo" else Training,
+            key_values(options.overrides, "training"),
+            "command line",
+        )

@@ -73,7 +73,7 @@ def score_pairs(
     row_numbers = rows["row"][:]
     rows_ended = {name: rows[f"{name}_ended"][:] for name in responses}
     layout = layout or layout_for(model)
-    for documents, places in _batches(rows, responses, layout, batch_tokens):
+    for documents, places in document_batches(rows, responses, layout, batch_tokens):
         ended = [rows_ended[name][i] for i, name in places]
         states = functools.partial(scorer.states, ended)
         packed = layout.kind == "packed"
@@ -92,7 +92,7 @@ def score_pairs(
     return columns
 
 
-def _batches(
+def document_batches(
     rows: "Dataset", responses: tuple[str, ...], layout: Layout, batch_tokens: int
 ) -> Iterator[tuple[list[Document], list[tuple[int, str]]]]:
     """Yield documents of similar length, longest first, at most `batch_tokens` padded tokens together, and the places

@@ -82,7 +82,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     Example: prefdistill distill --student my/student --data pairs.jsonl --signals signals/teacher --signals
     signals/reference --method tvkd --out models/tvkd alpha=0.7 beta=0.1 training.learning_rate=1e-6
     """
-    name, method, training = _method_and_training(options)
+    name, method, training = method_and_training(options)
     from prefdistill.core.files import file_digest
     from prefdistill.core.progress import say
     from prefdistill.data.fingerprint import data_fingerprint
@@ -130,7 +130,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     return _stage(f"distill {name}", options.out, options.student, request, make)
 
 
-def _method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
+def method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
     """The name of the method, the method and the training; every mistake in either is named at once."""
     from prefdistill.methods import METHODS, make_method, method_options
 
