@@ -1,4 +1,4 @@
-"""Memory and disk: a large block is seen although it is gone at the end; sizes are added up."""
+"""Peak memory sees a block that is freed before the end; sizes on disk are summed."""
 
 import time
 
@@ -9,8 +9,8 @@ from prefdistill.core.memory import PeakMemory, bytes_on_disk
 from prefdistill.core.stages import run_stage
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what torch's allocator has handed out")
-def test_a_block_that_is_gone_at_the_end_is_seen():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures torch's allocator")
+def test_a_block_that_is_freed_before_the_end_counts():
     with PeakMemory() as small:
         pass
     with PeakMemory() as large:
@@ -23,14 +23,14 @@ def test_a_block_that_is_gone_at_the_end_is_seen():
     assert after.bytes < large.bytes - 100_000_000
 
 
-def test_the_watching_ends_with_an_error():
+def test_sampling_ends_with_an_error():
     peak = PeakMemory()
     with pytest.raises(ZeroDivisionError), peak:
         1 / 0  # noqa: B018
-    assert not peak._watcher.is_alive()
+    assert not peak._sampler.is_alive()
 
 
-def test_a_stage_tells_its_memory_and_disk_also_when_it_is_reused(tmp_path):
+def test_a_stage_reports_memory_and_disk_also_when_reused(tmp_path):
     def make(out):
         (out / "deep").mkdir()
         (out / "deep" / "file").write_bytes(b"x" * 1234)

@@ -413,7 +413,7 @@ def test_work_for_one_process_refuses_several_from_python_too(place):
         try:
             sample_responses("model", "pairs.jsonl", out="out/a.jsonl", max_new_tokens=1)
         except UserError as error:
-            return 2 if "for one process" in str(error) else 1
+            return 2 if "runs in one process" in str(error) else 1
         return 0
 
     tried = attempt(Job(sample, lambda out: None), place, ranks=2)

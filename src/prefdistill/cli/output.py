@@ -2,7 +2,7 @@
 
 import os
 
-from prefdistill.core.errors import UserError
+from prefdistill.core.processes import require_one_process
 
 
 def main_process() -> bool:
@@ -17,5 +17,4 @@ def show(text: str) -> None:
 
 def one_process(verb: str) -> None:
     """Refuse to run under `accelerate launch` or torchrun, for verbs whose processes would write the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"`prefdistill {verb}` runs in one process; launch sft, dpo, signals and distill on several")
+    require_one_process(f"`prefdistill {verb}`")

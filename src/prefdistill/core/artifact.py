@@ -125,7 +125,7 @@ class Artifact(ABC):
 
     def lock(self) -> Any:
         """Keep other processes out."""
-        return locked(self.place, together=True)
+        return locked(self.place, shared=True)
 
     def sweep(self) -> None:  # noqa: B027
         """Remove the temporary files of killed processes."""
@@ -309,7 +309,7 @@ class DirectoryArtifact(Artifact):
         if self.pooled is None or self.is_whole_at(self.pooled):
             return
         # the wait is short: making links takes no time
-        with locked(self.pooled.parent, f".{self.pooled.name}.lock", wait=True, together=True):
+        with locked(self.pooled.parent, f".{self.pooled.name}.lock", wait=True, shared=True):
             sweep(self.pooled.parent, self.pooled.name)
             if not self.is_whole_at(self.pooled):
                 shutil.rmtree(self.pooled, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Lock a directory against other processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -7,35 +7,32 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import (
-    disk_full,
-    sweep,
-)
-from prefdistill.core.processes import processes
+from prefdistill.core.files import disk_full, sweep
+from prefdistill.core.processes import processes, require_one_process
 
 LOCK = ".lock"
 
 
 @contextmanager
-def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: bool = False) -> Iterator[None]:
-    """Keep a second run out of a directory; the lock goes with the process that holds it.
+def locked(directory: Path, name: str = LOCK, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
+    """Lock a directory inside the block; the lock ends with the process that holds it.
 
     Args:
-        directory: made if there is none, and removed again if it ends up empty; one that was there and empty stays.
-        name: of the file that is locked: another one for a single result in a directory that others may use.
-        wait: for the process that holds it.
-        together: for work that the processes of a run share; the main one holds the lock.
+        directory: created if it does not exist, and removed again if it ends up empty, unless it was there and empty.
+        name: of the lock file; another one than `LOCK` for a single result in a directory that others may use.
+        wait: until the lock is free, instead of refusing.
+        shared: for work that the processes of a run share; the main process holds the lock.
 
     Raises:
-        UserError: if another process holds it (without `wait`), or there can be no such directory; if there are several
-            processes, for work that is not shared.
+        UserError: if another process holds the lock (without `wait`), the directory cannot be created, or there are
+            several processes (without `shared`).
     """
-    if processes().num_processes > 1 and not together:
-        raise UserError("this is work for one process; launch sft, dpo, signals and distill on several")
+    if not shared:
+        require_one_process("this", processes().num_processes)
     try:
         was_empty = directory.is_dir() and not any(directory.iterdir())
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file is in the way, or the place is not ours to write to
+    except OSError as error:  # a file is in the way, or no permission
         if disk_full(error):
             raise
         raise UserError(f"cannot make the directory {directory} ({error.strerror}); give another --out") from error
@@ -52,12 +49,12 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, together: b
             f"another prefdistill run is working in {directory}; wait for it, or give another --out"
         ) from None
     try:
-        if name == LOCK:  # then all of it is ours
+        if name == LOCK:  # the whole directory is locked
             sweep(directory)
         yield
     finally:
-        (directory / name).unlink(missing_ok=True)  # while it is held: who waits for it sees that and starts over
+        (directory / name).unlink(missing_ok=True)  # while it is held: a process that waits for it then tries again
         lock.release()
         if not was_empty:
-            with suppress(OSError):  # not empty, as it should be
+            with suppress(OSError):  # not empty
                 directory.rmdir()

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work has held, and the bytes that a directory takes on disk."""
+"""Peak memory of a block, and bytes of a directory on disk."""
 
 import threading
 from pathlib import Path
@@ -10,15 +10,14 @@ import torch
 
 from prefdistill.core.files import sizes
 
-LOOK_EVERY_SECONDS = 0.05
+SAMPLING_SECONDS = 0.05
 
 
 class PeakMemory:
-    """Most memory held while the block runs, in `bytes`.
+    """Measures the peak memory of the block, in `bytes`.
 
-    On a CUDA device, what torch's allocator has handed out at most. Elsewhere the resident size of this process, looked
-    at twenty times a second: libraries and what earlier work has left behind are part of it, and a shorter peak may be
-    missed.
+    On a CUDA device, the peak of torch's allocator. Elsewhere the resident size of this process, sampled twenty times a
+    second: it includes libraries and memory that earlier work did not free, and may miss a shorter peak.
 
     Example:
         >>> with PeakMemory() as peak:
@@ -32,21 +31,21 @@ class PeakMemory:
         self._cuda = torch.cuda.is_available()
         self._process = psutil.Process()
         self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._sampler = threading.Thread(target=self._sample_until_done, daemon=True)
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         self.bytes = max(self.bytes, self._process.memory_info().rss)
 
-    def _watch(self) -> None:
-        while not self._done.wait(LOOK_EVERY_SECONDS):
-            self._look()
+    def _sample_until_done(self) -> None:
+        while not self._done.wait(SAMPLING_SECONDS):
+            self._sample()
 
     def __enter__(self) -> Self:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._look()
-            self._watcher.start()
+            self._sample()
+            self._sampler.start()
         return self
 
     def __exit__(
@@ -56,10 +55,10 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated()
             return
         self._done.set()
-        self._watcher.join()
-        self._look()
+        self._sampler.join()
+        self._sample()
 
 
 def bytes_on_disk(directory: Path) -> int:
-    """Sizes of all the files below a directory, added up."""
+    """Return the total size of all files below a directory."""
     return sum(sizes(directory).values())

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar in a terminal, a line a minute in a log."""
+"""Progress on stderr: a bar in a terminal, a line per minute in a log."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ LINE_EVERY_SECONDS = 60.0
 
 
 class Progress:
-    """Counts `total` units of `what`, with rate and time left.
+    """Counts `total` units of `what`, with rate and remaining time.
 
     Example:
         >>> with Progress("signals", total=3, unit="pair") as progress:
@@ -34,6 +34,7 @@ class Progress:
             print(self.line(), file=sys.stderr, flush=True)
 
     def line(self) -> str:
+        """Return the progress as one line of text."""
         elapsed = time.monotonic() - self.start
         return tqdm.format_meter(
             self.done, self.total, elapsed, prefix=self.what, unit=self.unit, initial=self.initial, ncols=0
@@ -50,6 +51,6 @@ class Progress:
 
 
 def say(message: str) -> None:
-    """One line for the person who is watching; stdout stays free for results."""
+    """Print one line to stderr; stdout is for results."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()

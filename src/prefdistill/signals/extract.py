@@ -68,7 +68,7 @@ def extract_signals(
     check_place(out)
     if out.is_file():
         raise UserError(f"{out} is not a directory; give another --out")
-    with locked(out, together=True):  # before anything is loaded; it also gives each process its device
+    with locked(out, shared=True):  # before anything is loaded; it also gives each process its device
         extraction = Extraction.load(model, dataset, tokenizer, request, truncation or Truncation(), ids_from)
         store = StoreArtifact("signals", out, extraction.request)
         with store.session(lock=False) as seal:

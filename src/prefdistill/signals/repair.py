@@ -106,7 +106,7 @@ def set_aside(out: Path) -> list[str]:
     Returns:
         Their names, relative to `out`; none of a store that is whole, which stays as it is.
     """
-    with locked(out, together=True):
+    with locked(out, shared=True):
         request, manifest = (
             _request(out),
             read_sealed(out / "manifest.json") if (out / "manifest.json").exists() else None,

@@ -177,7 +177,7 @@ def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any)
     from prefdistill.experiment.inputs import Sources
 
     sources = Sources()
-    with locked(out, together=True):
+    with locked(out, shared=True):
         stage = run_stage(name, out, {"model": sources.model_key(model), **request}, sources.unchanged([model], make))
     show(f"{name}: {out}")
     return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}
