@@ -412,7 +412,7 @@ BAD = [
     (study(file="study-recipe.yaml"), "no recipe at nowhere.yaml"),
     (study(file="study-empty.yaml"), "the study has no cells"),
     (study(file="study-grid.yaml"), "grid.methods.dpo.beta must be a valid list, got 0.1"),
-    (study(file="study-log.yaml"), "x_scale: log has no place for training.weight_decay=0 of cell 'weight_decay=0'"),
+    (study(file="study-log.yaml"), "x_scale: log: training.weight_decay=0 of cell 'weight_decay=0' is not positive"),
     (study(file="study-trusting.yaml"), "study-trusting.yaml asks to run code from the models' repositories"),
     (study("seed=3"), "seed is set by the study"),
     (study("methods.dpo.beta=1"), "cell 'beta=0.1' of the study sets methods.dpo.beta; leave it out"),
