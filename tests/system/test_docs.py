@@ -97,3 +97,14 @@ def test_commands_of_the_pages_are_valid(arguments, monkeypatch):
             key_values(options.overrides, "training"),
             "command line",
         )
+
+
+def test_the_recipe_of_the_page_can_be_loaded(tmp_path):
+    from prefdistill.experiment.recipe import load_recipe
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    recipe = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "dpo.yaml").write_text((ROOT / "recipes" / "local-pairs" / "dpo.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "my.yaml").write_text(recipe)
+    loaded = load_recipe(tmp_path / "my.yaml")
+    assert loaded.methods["tvkd-shuffled"].control.of == loaded.headline.method == "tvkd"
