@@ -73,6 +73,13 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    """Make the test's empty directory the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def judge(monkeypatch):
     """Starts servers; no proxy and no key of the machine's comes between."""
     for name in (

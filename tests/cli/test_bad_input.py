@@ -423,7 +423,7 @@ BAD = [
     (["report", "run-deep", "--out", "r.html"], "run-deep/results.json is not valid JSON"),
     (["report", "pairs.jsonl", "--out", "r.html"], "pairs.jsonl is not a directory"),
     # the doctor, whose findings are no mistakes of its own
-    (["doctor"], "there is nothing to look at: give --data, --teacher, --student or --recipe"),
+    (["doctor"], "there is nothing to check: give --data, --teacher, --student or --recipe"),
     (["doctor", "--recipe", "round.yaml"], "goes in a circle (round.yaml -> trip.yaml -> round.yaml)"),
     (["doctor", "--recipe", "trusting.yaml"], "trusting.yaml asks to run code from the models' repositories"),
     (["doctor", *PAIRS, "a=1"], "'a=1' is an override of a recipe; give --recipe with it"),

@@ -1,10 +1,10 @@
-"""What is wrong with data, template, vocabularies or machine, before a run finds out the hard way.
+"""Check data, chat template, vocabularies, models and machine before a run.
 
     checkup = examine(data="pairs.jsonl", student="my/student", teacher="my/teacher")
     for finding in checkup.findings: print(finding.severity, finding.message, finding.fix)
 
 Adding a check: a function that yields `Finding`s, in its list (`DATA_CHECKS`, `TOKEN_CHECKS`, or `examine.py`), and a
-row in the table of tests/test_doctor.py.
+row in the table of tests/experiment/test_doctor_*.py.
 """
 
 from prefdistill.experiment.doctor.examine import Checkup, examine

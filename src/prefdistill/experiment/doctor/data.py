@@ -1,4 +1,4 @@
-"""Checks of the pairs as text. Each is a function of one data set that yields findings."""
+"""Checks of preference pairs as text. Each is a function of one data set that yields findings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from prefdistill.data.columns import SCORES, SIDES, ended_column
 from prefdistill.evaluation.stats import estimate, pair_wins
-from prefdistill.experiment.doctor import text as characters
-from prefdistill.experiment.doctor.findings import Finding, Severity, found, once_a_row
+from prefdistill.experiment.doctor import characters
+from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows, first_hit_per_row
 from prefdistill.experiment.doctor.pairs import COLUMNS, Pair, PairSet
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
-EXTREME = 10  # times the length that 95 % of the texts keep to
-BIAS = 0.1, 3.0  # of the share of pairs in which the chosen response is longer: distance from one half, in errors too
+EXTREME = 10  # times the 95th percentile of the lengths
+BIAS = 0.1, 3.0  # distance from one half of the share of pairs whose chosen response is longer; also in standard errors
 
 
 def empty_responses(data: PairSet) -> Iterator[Finding]:
@@ -28,24 +28,26 @@ def empty_responses(data: PairSet) -> Iterator[Finding]:
         for name in [next((name for name in SIDES if not pair.texts[name].strip()), None)]
         if name
     ]
-    yield from found(
+    yield from finding_for_rows(
         "data.empty-response", "warning", data.where, empty, "a response has no text", "Remove these rows."
     )
 
 
 def empty_prompts(data: PairSet) -> Iterator[Finding]:
     hits = [(pair.row, pair.texts["chosen"]) for pair in data.pairs if not pair.texts["prompt"].strip()]
-    yield from found("data.empty-prompt", "warning", data.where, hits, "the prompt has no text", "Remove these rows.")
+    yield from finding_for_rows(
+        "data.empty-prompt", "warning", data.where, hits, "the prompt has no text", "Remove these rows."
+    )
 
 
 def equal_responses(data: PairSet) -> Iterator[Finding]:
     hits = [(pair.row, pair.texts["chosen"]) for pair in data.pairs if pair.key("chosen") == pair.key("rejected")]
-    yield from found(
+    yield from finding_for_rows(
         "data.equal-responses",
         "warning",
         data.where,
         hits,
-        "chosen and rejected are the same: nothing is preferred, and accuracy counts a tie",
+        "chosen and rejected are equal: the pair expresses no preference, and accuracy counts it as a tie",
         "Remove these rows.",
     )
 
@@ -55,13 +57,13 @@ def duplicate_pairs(data: PairSet) -> Iterator[Finding]:
         (pair.row, f"as row {first.row}: {pair.texts['prompt']}")
         for pair, first in _repeated(data.pairs, lambda pair: tuple(pair.key(name) for name in COLUMNS))
     ]
-    yield from found(
+    yield from finding_for_rows(
         "data.duplicate-pairs",
         "warning",
         data.where,
         hits,
-        "the same pair has come before",
-        "Keep one of each, unless the weight is meant.",
+        "the pair is a duplicate of an earlier one",
+        "Keep one of each, unless the extra weight is intended.",
     )
 
 
@@ -72,14 +74,14 @@ def both_labels(data: PairSet) -> Iterator[Finding]:
         prompt, chosen, rejected = (pair.key(name) for name in COLUMNS)
         other = seen.get((prompt, rejected, chosen))
         if other is not None and chosen != rejected:
-            hits.append((pair.row, f"turned round in row {other.row}: {pair.texts['prompt']}"))
-    yield from found(
+            hits.append((pair.row, f"flipped in row {other.row}: {pair.texts['prompt']}"))
+    yield from finding_for_rows(
         "data.both-labels",
         "warning",
         data.where,
         hits,
-        "the same two responses are preferred both ways",
-        "Decide for one of the two, or remove both.",
+        "the same two responses are labelled both ways",
+        "Keep one of the two, or remove both.",
     )
 
 
@@ -87,26 +89,26 @@ def repeated_prompts(data: PairSet) -> Iterator[Finding]:
     prompts = Counter(pair.key("prompt") for pair in data.pairs)
     hits = [(pair.row, pair.texts["prompt"]) for pair in data.pairs if prompts[pair.key("prompt")] > 1]
     most = max(prompts.values(), default=0)
-    yield from found(
+    yield from finding_for_rows(
         "data.repeated-prompts",
         "note",
         data.where,
         hits,
-        f"the prompt has several pairs (prompts in all: {len(prompts):,}, at most {most} pairs of one)",
-        "Split train and test by prompt, and draw error bars over prompts: pairs of one prompt go together.",
+        f"the prompt has several pairs ({len(prompts):,} prompts in all, at most {most} pairs per prompt)",
+        "Split train and test by prompt, and compute error bars over prompts: pairs of one prompt are not independent.",
     )
 
 
 def turns(data: PairSet) -> Iterator[Finding]:
-    """Conversations that most chat templates refuse or take for others."""
+    """Find conversations that most chat templates refuse or misread."""
     hits = [(pair.row, why) for pair in data.pairs if data.conversational and (why := _odd_turns(pair))]
-    yield from found(
+    yield from finding_for_rows(
         "data.turns",
         "warning",
         data.where,
         hits,
-        "roles are unusual or do not take turns",
-        "Use system (first, if at all), then user and assistant in turn: the prompt ends with the user's, "
+        "roles are unknown or do not alternate",
+        "Use an optional system message, then user and assistant alternating: the prompt ends with a user message, "
         "and a response is one message.",
     )
 
@@ -117,44 +119,44 @@ def _odd_turns(pair: Pair) -> str:
         return f"a role {unknown[0]!r}"
     if {"system", "developer"} & {*prompt[1:]}:
         return f"a system message in the middle: {', '.join(prompt)}"
-    spoken = [role for role in prompt if role in ("user", "assistant")]
-    if not spoken or spoken[0] != "user":
-        return f"no user comes first: {', '.join(prompt)}"
+    dialogue = [role for role in prompt if role in ("user", "assistant")]
+    if not dialogue or dialogue[0] != "user":
+        return f"the user does not come first: {', '.join(prompt)}"
     if any(a == b == "user" for a, b in pairwise(prompt)):
         return f"two user messages in a row: {', '.join(prompt)}"
     if any(a == b == "assistant" for a, b in pairwise(prompt)):
         return f"two assistant messages in a row: {', '.join(prompt)}"
-    if many := [name for name in SIDES if len(pair.columns[name]) > 1]:
-        return f"{many[0]} has {len(pair.columns[many[0]])} messages"
+    if several := [name for name in SIDES if len(pair.columns[name]) > 1]:
+        return f"{several[0]} has {len(pair.columns[several[0]])} messages"
     return ""
 
 
 def scores(data: PairSet) -> Iterator[Finding]:
-    """Scores that are no numbers, or say the opposite of the labels."""
-    wrong, turned = [], []
+    """Find scores that are not numbers, or that contradict the labels."""
+    invalid, contradicting = [], []
     for pair in data.pairs:
         values = [pair.columns.get(name) for name in SCORES]
         if any(value is not None and not _is_number(value) for value in values):
-            wrong.append((pair.row, f"{values[0]!r} and {values[1]!r}"))
+            invalid.append((pair.row, f"{values[0]!r} and {values[1]!r}"))
         elif None not in values and values[0] < values[1]:  # type: ignore[operator]
-            turned.append((pair.row, f"{values[0]} < {values[1]}: {pair.texts['prompt']}"))
+            contradicting.append((pair.row, f"{values[0]} < {values[1]}: {pair.texts['prompt']}"))
     names = " and ".join(SCORES)
-    yield from found(
-        "data.scores", "error", data.where, wrong, f"{names} are not finite numbers", "Give numbers or null."
+    yield from finding_for_rows(
+        "data.scores", "error", data.where, invalid, f"{names} are not finite numbers", "Give numbers or null."
     )
-    yield from found(
+    yield from finding_for_rows(
         "data.scores-turned",
         "warning",
         data.where,
-        turned,
+        contradicting,
         "the rejected response has the higher score",
-        "Turn these pairs round or remove them; or rename the columns, if they are no scores of the responses.",
+        "Flip or remove these pairs; or rename the columns, if they are not scores of the responses.",
     )
 
 
 def _is_number(value: Any) -> bool:
     try:
-        return isinstance(value, Real) and bool(np.isfinite(float(value)))  # of true and false the loader has a say
+        return isinstance(value, Real) and bool(np.isfinite(float(value)))  # the loader decides about booleans
     except OverflowError:  # an integer of hundreds of digits
         return False
 
@@ -167,38 +169,38 @@ def ended(data: PairSet) -> Iterator[Finding]:
         for column in columns
         if not isinstance(pair.columns.get(column), bool | None)
     ]
-    yield from found(
+    yield from finding_for_rows(
         "data.ended",
         "error",
         data.where,
-        once_a_row(hits),
+        first_hit_per_row(hits),
         f"{' or '.join(columns)} is neither true nor false",
         "Give true, false or null, or rename the column.",
     )
 
 
-# check, severity, rule, what it is, what to do
+# check, severity, rule, message, fix
 CHARACTERS: tuple[tuple[str, Severity, Callable[[str], int | None], str, str], ...] = (
     (
         "data.replacement",
         "warning",
         characters.replacement,
-        "U+FFFD stands for a character that was lost",
-        "Decode the source again with its right encoding, or remove these rows.",
+        "U+FFFD replaces a character that was lost",
+        "Decode the source again with the right encoding, or remove these rows.",
     ),
-    ("data.control", "warning", characters.control, "a control character", "Strip control characters."),
+    ("data.control", "warning", characters.control, "a text has a control character", "Strip control characters."),
     (
         "data.garbled",
         "warning",
         characters.garbled,
-        "UTF-8 was read as Windows-1252",
-        "Decode the source again as UTF-8, or repair the text (ftfy does).",
+        "UTF-8 was decoded as Windows-1252",
+        "Decode the source again as UTF-8, or fix the text (for instance with ftfy).",
     ),
     (
         "data.invisible",
         "note",
         characters.invisible,
-        "an invisible character (zero-width, soft hyphen, text direction)",
+        "a text has an invisible character (zero-width, soft hyphen, text direction)",
         "Strip them, if the text does not need them.",
     ),
 )
@@ -207,19 +209,19 @@ CHARACTERS: tuple[tuple[str, Severity, Callable[[str], int | None], str, str], .
 def odd_characters(data: PairSet) -> Iterator[Finding]:
     for check, severity, rule, message, fix in CHARACTERS:
         hits = [hit for pair in data.pairs if (hit := _hit(pair, rule))]
-        yield from found(check, severity, data.where, hits, message, fix)
+        yield from finding_for_rows(check, severity, data.where, hits, message, fix)
 
 
 def normal_forms(data: PairSet) -> Iterator[Finding]:
-    """Only a mixture is worth a warning: one form throughout is the writer's choice."""
+    """Find decomposed accents: a warning only if others are composed, since one form throughout is a choice."""
     hits = [hit for pair in data.pairs if (hit := _hit(pair, characters.decomposed))]
     mixed = hits and any(characters.composed(text) for pair in data.pairs for text in pair.texts.values())
-    yield from found(
+    yield from finding_for_rows(
         "data.normal-form",
         "warning" if mixed else "note",
         data.where,
         hits,
-        "letters and their accents are separate characters" + (", in others they are one" if mixed else ""),
+        "accented letters are two characters" + (", in other places they are one" if mixed else ""),
         'Normalise all text: unicodedata.normalize("NFC", text).',
     )
 
@@ -240,18 +242,18 @@ def extreme_lengths(data: PairSet) -> Iterator[Finding]:
         name = next((name for name in COLUMNS if len(pair.texts[name]) > limits[name] > 0), None)
         if name:
             hits.append((pair.row, f"{name} has {len(pair.texts[name]):,} characters: {pair.texts[name]}"))
-    yield from found(
+    yield from finding_for_rows(
         "data.extreme-length",
         "warning",
         data.where,
         hits,
         f"a text is more than {EXTREME} times as long as 95 % of its column",
-        "Look at them: a whole document, a loop, or a broken export? Remove them or let truncation cut them.",
+        "Check for whole documents, loops or a broken export. Remove such rows, or let them be truncated.",
     )
 
 
 def length_bias(data: PairSet) -> Iterator[Finding]:
-    """How often the longer response is the chosen one: a rule that reads nothing is right as often."""
+    """Report how often the longer response is chosen: a rule that reads only lengths is right as often."""
     pairs = [pair for pair in data.pairs if pair.tokens and not pair.tokens.dropped]
     unit = "tokens" if pairs else "characters"
     if pairs:
@@ -263,10 +265,10 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
     chosen, rejected = np.array(sizes).T
     measured = estimate(pair_wins(chosen, rejected), [pair.key("prompt") for pair in pairs])
     share, error = measured["mean"], measured["se"]
-    away, errors = BIAS
-    # Where all prompts agree, no draw of them differs: the error that chance has, had the lengths no part in it.
+    distance, errors = BIAS
+    # If all prompts agree, the measured error is 0: use at least the error of a fair coin.
     least = 0.5 / measured["n"] ** 0.5
-    strong = error is not None and abs(share - 0.5) >= max(away, errors * max(error, least))
+    strong = error is not None and abs(share - 0.5) >= max(distance, errors * max(error, least))
     margin = "" if error is None else f" ± {error:.1%}"
     which, right = ("longer", share) if share >= 0.5 else ("shorter", 1 - share)
     yield Finding(
@@ -275,7 +277,7 @@ def length_bias(data: PairSet) -> Iterator[Finding]:
         f"chosen is longer in {share:.1%}{margin} of the pairs ({chosen.mean():,.0f} against "
         f"{rejected.mean():,.0f} {unit} on average)"
         + (f": a rule that prefers the {which} one is right in {right:.0%} of them" if strong else ""),
-        "Compare every accuracy with that rule, and watch the length of what the student writes; or balance the pairs."
+        "Compare accuracies with that rule, and watch the length of the student's responses; or balance the pairs."
         if strong
         else "Nothing to do.",
         int((chosen > rejected).sum()),
@@ -289,33 +291,33 @@ def _lengths(data: PairSet, name: str) -> np.ndarray:
 
 
 def _repeated(pairs: Iterable[Pair], key: Callable[[Pair], Any]) -> Iterator[tuple[Pair, Pair]]:
-    """Each pair that has come before, with the first that was like it."""
+    """Yield each pair that repeats an earlier one, with the first of its kind."""
     first: dict[Any, Pair] = {}
     for pair in pairs:
-        if (before := first.setdefault(key(pair), pair)) is not pair:
-            yield pair, before
+        if (earlier := first.setdefault(key(pair), pair)) is not pair:
+            yield pair, earlier
 
 
 def leak(train: PairSet, test: PairSet) -> Iterator[Finding]:
-    """Prompts and whole pairs of the test data that are in the training data."""
-    known = {_folded(pair): pair.row for pair in reversed(train.pairs)}
-    whole = {tuple(pair.key(name) for name in COLUMNS) for pair in train.pairs}
+    """Find prompts and whole pairs of the test data that are in the training data."""
+    train_rows = {_normalised_prompt(pair): pair.row for pair in reversed(train.pairs)}
+    train_pairs = {tuple(pair.key(name) for name in COLUMNS) for pair in train.pairs}
     same: list[tuple[int, str]] = []
     prompts: list[tuple[int, str]] = []
     for pair in test.pairs:
-        if (row := known.get(_folded(pair))) is None:
+        if (row := train_rows.get(_normalised_prompt(pair))) is None:
             continue
         hit = (pair.row, f"as row {row} of train: {pair.texts['prompt']}")
-        (same if tuple(pair.key(name) for name in COLUMNS) in whole else prompts).append(hit)
-    yield from found(
+        (same if tuple(pair.key(name) for name in COLUMNS) in train_pairs else prompts).append(hit)
+    yield from finding_for_rows(
         "data.leaked-pairs",
         "error",
         test.where,
         same,
-        "the whole pair is in the training data: what is measured on it is not held out",
+        "the whole pair is in the training data: it is not held out",
         "Remove these rows from test (or from train), and split by prompt.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "data.leaked-prompts",
         "warning",
         test.where,
@@ -325,7 +327,7 @@ def leak(train: PairSet, test: PairSet) -> Iterator[Finding]:
     )
 
 
-def _folded(pair: Pair) -> str:
+def _normalised_prompt(pair: Pair) -> str:
     return " ".join(pair.texts["prompt"].casefold().split())
 
 

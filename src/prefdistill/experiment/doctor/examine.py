@@ -1,4 +1,4 @@
-"""One checkup: read what is there, run the checks on it, go on where something is missing."""
+"""Run all checks, as far as data and models can be read, and collect the findings and facts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from prefdistill.experiment.cost import Shapes
 from prefdistill.experiment.doctor import machine, template, vocabulary
 from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
 from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
-from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, read_pairs, refused
-from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Reading, quantiles, token_facts, tokenise
+from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, loader_refusal, read_pairs
+from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Encoding, quantiles, token_facts, tokenise
 from prefdistill.experiment.plan import build_plan
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
 from prefdistill.models.scratch import random_model, train_tokenizer
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Checkup:
-    """What was found, worst first, and the numbers behind it."""
+    """Findings, most severe first, and the numbers behind them."""
 
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Nothing is an error."""
+        """Whether no finding is an error."""
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -60,18 +60,18 @@ def examine(
     out: str | Path = ".",
     trust_remote_code: bool = False,
 ) -> Checkup:
-    """Look at data, tokenizers, the shapes of models, and the machine. No weights are loaded, nothing is written.
+    """Check data, tokenizers, shapes of models, and the machine. No weights are loaded, nothing is written.
 
     Args:
         data, test: preference pairs to train and to test on, as for `load_pairs`.
-        teacher, student: Hub names or directories; the pairs are read with the student's tokenizer, or the teacher's.
+        teacher, student: Hub names or directories; pairs are encoded with the student's tokenizer, or the teacher's.
         truncation: as for `encode_pairs`.
-        recipe: in place of all these; it says what will be trained and read besides.
-        out: where the run will write; its disk is looked at.
+        recipe: replaces all of these; its plan is checked too.
+        out: where the run will write; its disk space is checked.
         trust_remote_code: let a model's repository run its own code.
 
     Raises:
-        UserError: there is nothing to look at.
+        UserError: if there is nothing to check.
 
     Example:
         >>> examine("pairs.jsonl", student="my/student").ok                         # doctest: +SKIP
@@ -85,7 +85,7 @@ def examine(
         limits = {"train": recipe.data.max_train, "test": recipe.data.max_test}
         trust_remote_code = recipe.model.trust_remote_code
     if not (data or test or teacher or student or recipe):
-        raise UserError("there is nothing to look at: give --data, --teacher, --student or --recipe")
+        raise UserError("there is nothing to check: give --data, --teacher, --student or --recipe")
     truncation = truncation or Truncation()
     checkup = Checkup()
     sets = {}
@@ -96,17 +96,17 @@ def examine(
     models = _Models(checkup, trust_remote_code)
     models.read(recipe, teacher, student, sets.get("train"))
     if not sets or any(data.conversational for data in sets.values()):
-        checkup.findings += models.lend_template()
-    _look_at_data(checkup, sets, models.reader, truncation)
-    _look_at_models(checkup, sets, models)
-    there = [*machine.place(Path(out))]
-    checkup.findings += there
-    with _refusals(checkup):
+        checkup.findings += models.borrow_template()
+    _check_data(checkup, sets, models.tokenizer, truncation)
+    _check_models(checkup, sets, models)
+    unwritable = [*machine.place(Path(out))]
+    checkup.findings += unwritable
+    with _recipe_errors(checkup):
         plan = None
         if recipe is not None:
             plan = build_plan(recipe, Path(out), recipe.seed)
             check_trainings(plan)  # the costs depend on them
-        _look_at_machine(checkup, recipe, models, None if there else Path(out))
+        _check_machine(checkup, recipe, models, None if unwritable else Path(out))
         if plan is not None and checkup.ok:
             check_plan(plan)
     checkup.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
@@ -114,8 +114,8 @@ def examine(
 
 
 @contextmanager
-def _refusals(checkup: Checkup, where: str = "") -> Iterator[None]:
-    """What a run would refuse of the recipe is a finding; the checks go on behind it."""
+def _recipe_errors(checkup: Checkup, where: str = "") -> Iterator[None]:
+    """Turn an error that a run would raise about the recipe into a finding, and continue."""
     try:
         yield
     except UserError as error:
@@ -124,19 +124,19 @@ def _refusals(checkup: Checkup, where: str = "") -> Iterator[None]:
 
 @dataclass
 class _Models:
-    """Tokenizers and empty models by role, as far as they can be had."""
+    """Tokenizers and empty models by role, as far as they can be loaded."""
 
     checkup: Checkup
     trust_remote_code: bool
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     shapes: dict[str, PreTrainedModel] = field(default_factory=dict)
-    judge: PreTrainedModel | None = None
-    reader: PreTrainedTokenizerBase | None = None  # what the pairs are read with: the student's, or the teacher's
+    reward_model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # encodes the pairs: the student's, or the teacher's
 
     def read(self, recipe: Recipe | None, teacher: str | None, student: str | None, train: PairSet | None) -> None:
         for role, name in (("student", student), ("teacher", teacher)):
             if name is not None:
-                self._named(role, name)
+                self._load(role, name)
         scratch = recipe.model.scratch if recipe else None
         if recipe and scratch and len(self.tokenizers) < 2:
             own = next(iter(self.tokenizers.values()), None)
@@ -147,78 +147,80 @@ class _Models:
             for role, name in (("student", student), ("teacher", teacher)):
                 if own is not None and name is None:
                     self.tokenizers[role] = own
-                    if model := self._made(f"model.scratch.{role}", own, getattr(scratch, role)):
+                    if model := self._from_scratch(f"model.scratch.{role}", own, getattr(scratch, role)):
                         self.shapes[role] = model
-        self.reader = self.tokenizers.get("student") or self.tokenizers.get("teacher")
+        self.tokenizer = self.tokenizers.get("student") or self.tokenizers.get("teacher")
         if recipe and recipe.model.teacher_reference:
-            self._weights("teacher reference", recipe.model.teacher_reference)
+            self._check_weights("teacher reference", recipe.model.teacher_reference)
         if recipe and recipe.reward_model:
-            self._judge(recipe.reward_model)
+            self._add_reward_model(recipe.reward_model)
 
-    def _judge(self, asked: RewardModelOptions) -> None:
-        if asked.name is not None:
+    def _add_reward_model(self, options: RewardModelOptions) -> None:
+        if options.name is not None:
             try:
-                check_reward_model(asked.name, trust_remote_code=self.trust_remote_code)
-                self.judge = empty_model(asked.name, reward=True, trust_remote_code=self.trust_remote_code)
+                check_reward_model(options.name, trust_remote_code=self.trust_remote_code)
+                self.reward_model = empty_model(options.name, reward=True, trust_remote_code=self.trust_remote_code)
             except UserError as error:
-                self._lacks("shape", "reward model", error)
-        elif self.reader is not None:
-            self.judge = self._made("reward_model.model", self.reader, asked.model or {}, reward=True)
+                self._report("shape", "reward model", error)
+        elif self.tokenizer is not None:
+            self.reward_model = self._from_scratch(
+                "reward_model.model", self.tokenizer, options.model or {}, reward=True
+            )
 
-    def _made(
+    def _from_scratch(
         self, where: str, tokenizer: PreTrainedTokenizerBase, shape: dict[str, Any], reward: bool = False
     ) -> PreTrainedModel | None:
-        with _refusals(self.checkup, f"{where}: "), torch.device("meta"):
+        with _recipe_errors(self.checkup, f"{where}: "), torch.device("meta"):
             return random_model(tokenizer, shape, seed=0, reward=reward)
         return None
 
-    def lend_template(self) -> list[Finding]:
-        """As a recipe does; a finding if there is none to lend, or it is a loan."""
-        if self.reader is None or self.reader.chat_template:
+    def borrow_template(self) -> list[Finding]:
+        """Use the teacher's chat template if the student has none, as a recipe does, and report it."""
+        if self.tokenizer is None or self.tokenizer.chat_template:
             return []
         teacher = self.tokenizers.get("teacher")
         findings = [*template.missing(teacher)]
-        self.reader.chat_template = teacher.chat_template if teacher else None
+        self.tokenizer.chat_template = teacher.chat_template if teacher else None
         return findings
 
-    def _named(self, role: str, name: str) -> None:
+    def _load(self, role: str, name: str) -> None:
         trust = self.trust_remote_code
         try:
             self.shapes[role] = empty_model(name, trust_remote_code=trust)
-            self._weights(role, name)
+            self._check_weights(role, name)
         except UserError as error:
-            self._lacks("shape", role, error)
-            if not Path(name).exists():  # nor has the Hub a tokenizer of this name
+            self._report("shape", role, error)
+            if not Path(name).exists():  # the Hub has no tokenizer of this name either
                 return
         try:
             self.tokenizers[role] = load_tokenizer(name, trust_remote_code=trust)
         except UserError as error:
-            self._lacks("tokenizer", role, error)
+            self._report("tokenizer", role, error)
 
-    def _weights(self, role: str, name: str) -> None:
+    def _check_weights(self, role: str, name: str) -> None:
         try:
             check_model(name, trust_remote_code=self.trust_remote_code, fetch=False)
         except UserError as error:
-            self._lacks("weights", role, error)
+            self._report("weights", role, error)
 
-    def _lacks(self, what: str, role: str, error: UserError) -> None:
-        fix = f"Name the {role} by its directory or its name on the Hub."
+    def _report(self, what: str, role: str, error: UserError) -> None:
+        fix = f"Give the {role} by its directory or its Hub name."
         if what == "weights":
-            fix = f"Fetch or save the {role} again, whole, or name another."
+            fix = f"Download or save the {role} again, or give another."
         self.checkup.findings.append(Finding(f"model.{what}", "error", f"{role}: {error}", fix))
 
 
-def _look_at_data(
+def _check_data(
     checkup: Checkup, sets: dict[str, PairSet], tokenizer: PreTrainedTokenizerBase | None, truncation: Truncation
 ) -> None:
     for name, data in sets.items():
         if not data.pairs:
             continue
-        reading = _reading(checkup, data, tokenizer, truncation)
+        encoding = _encode(checkup, data, tokenizer, truncation)
         for check in DATA_CHECKS:
             checkup.findings += check(data)
         if not any(finding.data == name and finding.severity == "error" for finding in checkup.findings):
-            checkup.findings += refused(data)
+            checkup.findings += loader_refusal(data)
         checkup.facts[name] = {
             "source": data.source,
             "rows": data.rows,
@@ -226,43 +228,43 @@ def _look_at_data(
             "prompts": len({pair.key("prompt") for pair in data.pairs}),
             "characters": {column: quantiles([len(pair.texts[column]) for pair in data.pairs]) for column in COLUMNS},
         }
-        if reading is not None:
-            for look in TOKEN_CHECKS:
-                checkup.findings += look(data, reading)
-            checkup.facts[name] |= token_facts(data, reading)
+        if encoding is not None:
+            for check_tokens in TOKEN_CHECKS:
+                checkup.findings += check_tokens(data, encoding)
+            checkup.facts[name] |= token_facts(data, encoding)
     if len(sets) == 2:
         checkup.findings += leak(sets["train"], sets["test"])
 
 
-def _reading(
+def _encode(
     checkup: Checkup, data: PairSet, tokenizer: PreTrainedTokenizerBase | None, truncation: Truncation
-) -> Reading | None:
-    """Tokens for every pair, where there is a tokenizer that can."""
+) -> Encoding | None:
+    """Encode every pair, if there is a tokenizer that can."""
     if tokenizer is None or (data.conversational and (not tokenizer.chat_template or template.refuses(tokenizer))):
-        return None  # said among the templates
+        return None  # reported by the template checks
     with Progress(f"tokenising {data.name}", len(data.pairs), "pair") as progress:
         unusable = list(tokenise(data, tokenizer, progress))
     checkup.findings += unusable
-    return None if unusable else Reading.of(tokenizer, truncation)
+    return None if unusable else Encoding.of(tokenizer, truncation)
 
 
-def _look_at_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -> None:
+def _check_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -> None:
     tokenizers = models.tokenizers
-    reader, pairs = models.reader, [pair for data in sets.values() for pair in data.pairs]
-    if reader is not None and (not pairs or isinstance(pairs[0].columns["prompt"], list)):
+    tokenizer, pairs = models.tokenizer, [pair for data in sets.values() for pair in data.pairs]
+    if tokenizer is not None and (not pairs or isinstance(pairs[0].columns["prompt"], list)):
         system = any(message["role"] == "system" for pair in pairs for message in pair.messages)
-        checkup.findings += template.generation_prompt(reader)
-        checkup.findings += template.end_token(reader)
-        checkup.findings += template.system_message(reader, system)
+        checkup.findings += template.generation_prompt(tokenizer)
+        checkup.findings += template.end_token(tokenizer)
+        checkup.findings += template.system_message(tokenizer, system)
     if len(tokenizers) == 2 and tokenizers["student"] is not tokenizers["teacher"]:
         checkup.findings += vocabulary.same_ids(tokenizers["student"], tokenizers["teacher"])
         checkup.findings += vocabulary.special_tokens(tokenizers["student"], tokenizers["teacher"])
         for data in sets.values():
-            checkup.findings += vocabulary.same_reading(
+            checkup.findings += vocabulary.same_tokenization(
                 tokenizers["student"], tokenizers["teacher"], data.pairs, data.name
             )
-    if reader is not None:
-        checkup.findings += template.padding(reader)
+    if tokenizer is not None:
+        checkup.findings += template.padding(tokenizer)
     kept = [checkup.facts.get(name, {}).get("kept", {}) for name in sets]
     longest = max((part.get("longest", 0) for part in kept), default=0)
     for role, model in models.shapes.items():
@@ -272,8 +274,8 @@ def _look_at_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models)
         checkup.facts.setdefault("models", {})[role] = {"parameters": model.num_parameters()}
 
 
-def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out: Path | None) -> None:
-    """Against the machine; without a place to write to there is no disk to look at."""
+def _check_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out: Path | None) -> None:
+    """Compare memory and disk with what the run needs; `out` is None if it is not writable."""
     if not models.shapes:
         return
     lengths = {
@@ -281,7 +283,10 @@ def _look_at_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, o
         for name in ("train", "test")
         if (kept := checkup.facts.get(name, {}).get("kept"))
     }
-    shapes: Shapes = {**models.shapes, **({"reward_model": models.judge} if models.judge is not None else {})}
+    shapes: Shapes = {
+        **models.shapes,
+        **({"reward_model": models.reward_model} if models.reward_model is not None else {}),
+    }
     needs = machine.needs_of(recipe, shapes, lengths.get("train"), lengths.get("test"))
     device, free, total = machine.memory_there()
     checkup.facts |= {"memory": needs.memory, "disk": needs.disk}

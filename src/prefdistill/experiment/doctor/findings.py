@@ -1,4 +1,4 @@
-"""What a check finds: how bad it is, where, how often, and what to do."""
+"""Findings: what is wrong, how severe it is, in which rows, and how to fix it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from prefdistill.core.text import printable
 
-# error: it is refused, or what comes out is not what it says. warning: it runs, and rarely as meant. note: to know.
+# error: the run is refused or its results are wrong; warning: it runs, but probably not as intended; note: good to know
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 FIRST_ROWS = 5
@@ -17,7 +17,10 @@ EXCERPT = 80  # characters
 
 @dataclass(frozen=True)
 class Finding:
-    """`count` of `of` rows (or tokens) are so, `rows` the first of them; `data` is train, test, or neither."""
+    """A result of a check: it holds for `count` of `of` rows or tokens, of which `rows` are the first.
+
+    `data` is "train" or "test", or "" for what is not about data.
+    """
 
     check: str
     severity: Severity
@@ -30,7 +33,7 @@ class Finding:
     data: str = ""
 
     def __post_init__(self) -> None:
-        """Names of files, columns and tokens are somebody else's: a terminal must be safe from them."""
+        """Escape control characters: names of files, columns and tokens must not reach the terminal as they are."""
         for name in ("message", "fix", "example"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
@@ -38,7 +41,7 @@ class Finding:
         return {**asdict(self), "rows": list(self.rows)}
 
 
-def found(
+def finding_for_rows(
     check: str,
     severity: Severity,
     where: tuple[str, int],
@@ -46,30 +49,31 @@ def found(
     message: str,
     fix: str,
 ) -> Iterator[Finding]:
-    """One finding of all the rows that a check hits, or none.
+    """Yield one finding for all the rows that a check hits, or none.
 
     Args:
         check: its name, `part.what`.
         severity: of the finding.
         where: name of the data, and its rows.
-        hits: number of each row, and what is to be seen there.
+        hits: number of each row, and an example of what is wrong there.
         message: what is wrong with these rows.
-        fix: what to do about it.
+        fix: how to fix it.
 
     Example:
-        >>> [finding.count for finding in found("data.json", "error", ("train", 9), [(3, "x"), (7, "y")], "m", "f")]
+        >>> hits = [(3, "x"), (7, "y")]
+        >>> [finding.count for finding in finding_for_rows("data.json", "error", ("train", 9), hits, "m", "f")]
         [2]
     """
     hits = list(hits)
     if hits:
-        (name, of), (first, seen) = where, hits[0]
-        example = f"row {first}: {excerpt(seen)}" if seen else f"row {first}"
+        (name, of), (first, shown) = where, hits[0]
+        example = f"row {first}: {excerpt(shown)}" if shown else f"row {first}"
         rows = tuple(row for row, _ in hits[:FIRST_ROWS])
         yield Finding(check, severity, message, fix, len(hits), of, rows, example, name)
 
 
-def once_a_row(hits: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The first of each row's hits."""
+def first_hit_per_row(hits: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Return the first hit of each row."""
     first: dict[int, str] = {}
     for row, text in hits:
         first.setdefault(row, text)
@@ -77,7 +81,7 @@ def once_a_row(hits: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
 
 
 def excerpt(text: str) -> str:
-    """The start of a text in one line that is safe to print: what cannot be seen is written out.
+    """Return the start of a text in one line that is safe to print: invisible characters are escaped.
 
     Example:
         >>> excerpt("a\\u200bb")

@@ -1,4 +1,4 @@
-"""The rows of a data set as far as they can be read, and a finding for each kind of row that cannot."""
+"""Read the rows of a data set that are preference pairs, with a finding for each kind of row that is not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.load import load_pairs
 from prefdistill.data.messages import check_roles, form_of, prompt_text, split_shared_prompt
 from prefdistill.data.sources import read_rows
-from prefdistill.experiment.doctor.findings import Finding, found
-from prefdistill.experiment.doctor.text import around
+from prefdistill.experiment.doctor.characters import around
+from prefdistill.experiment.doctor.findings import Finding, finding_for_rows
 
 if TYPE_CHECKING:
     from prefdistill.experiment.doctor.tokens import Tokens
 
 FORMS = ("conversational", "plain")
 COLUMNS = ("prompt", *SIDES)
-# What keeps a row from being a pair, by check, and what to do about it.
-NO_PAIR = {
+# Why a row is not a preference pair, and how to fix it, by check.
+NOT_A_PAIR = {
     "data.json": ("not a JSON object", "Fix or remove these lines."),
     "data.prompt": ("there is no prompt, and the responses do not start alike", "Give every row a `prompt`."),
     "data.values": (
@@ -32,7 +32,7 @@ NO_PAIR = {
         "Give every row a prompt and both responses, as text or as messages with a text role and content.",
     ),
     "data.surrogate": (
-        "a text has half a surrogate pair, which no file in UTF-8 can hold",
+        "a text has half a surrogate pair, which UTF-8 cannot encode",
         "Write the data again from the source: an emoji or rare character was cut in two.",
     ),
     "data.roles": (
@@ -41,35 +41,37 @@ NO_PAIR = {
     ),
     "data.mixed": (
         "plain text and messages are mixed",
-        "Use one form in all rows and columns. The other checks see the rows of the commoner form only.",
+        "Use one form in all rows and columns. The other checks use the rows of the more frequent form only.",
     ),
 }
 
 
 @dataclass
 class Pair:
-    """A row that is a preference pair, under its number in the data."""
+    """A row that is a preference pair, with its number in the data."""
 
     row: int
     columns: dict[str, Any]
-    tokens: Tokens | None = None  # where there is a tokenizer, and it can tell prompt and response apart
-    texts: dict[str, str] = field(init=False)  # what is said in each column, roles left out
+    tokens: Tokens | None = None  # if there is a tokenizer that can encode the data
+    texts: dict[str, str] = field(init=False)  # the content of each column, without roles
 
     def __post_init__(self) -> None:
-        self.texts = {name: said(self.columns[name]) for name in COLUMNS}
+        self.texts = {name: content_text(self.columns[name]) for name in COLUMNS}
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Of the prompt and both responses; none where the data are plain text."""
+        """The messages of the prompt and both responses; none if the data are plain text."""
         return [m for name in COLUMNS for m in (self.columns[name] if isinstance(self.columns[name], list) else ())]
 
     def key(self, name: str) -> str:
-        """What makes two values of a column the same: roles and texts."""
+        """Return a column's roles and texts as one text, to compare values by."""
         return prompt_text(self.columns[name])
 
 
 @dataclass
 class PairSet:
+    """The readable pairs of a data set."""
+
     name: str  # train or test
     source: str
     pairs: list[Pair]
@@ -77,6 +79,7 @@ class PairSet:
 
     @property
     def where(self) -> tuple[str, int]:
+        """The name and number of rows, for findings."""
         return self.name, self.rows
 
     @property
@@ -84,26 +87,27 @@ class PairSet:
         return bool(self.pairs) and isinstance(self.pairs[0].columns["prompt"], list)
 
 
-def said(value: str | list[dict[str, Any]]) -> str:
+def content_text(value: str | list[dict[str, Any]]) -> str:
+    """Return the text of a value, or the contents of its messages, one per line."""
     return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
 
 
 def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSet, list[Finding]]:
-    """The pairs of a source, and what keeps other rows of it from being pairs. Rows are counted from 0, broken or not.
+    """Return the pairs of a source, and findings about its other rows. Rows count from 0, unreadable ones included.
 
     Args:
         source: as for `load_pairs`.
         name: train or test.
-        limit: the first rows only.
+        limit: read the first rows only.
     """
     try:
         rows = list(read_rows(source))[:limit]
     except UserError as error:
-        unread = Finding("data.file", "error", str(error), "Give data that can be read.", data=name)
-        return PairSet(name, source, [], 0), [unread]
-    there = {key for row in rows if isinstance(row, dict) for key in row}
-    wanted = COLUMNS if "prompt" in there else SIDES
-    missing = [column for column in wanted if column not in there]
+        unreadable = Finding("data.file", "error", str(error), "Give data that can be read.", data=name)
+        return PairSet(name, source, [], 0), [unreadable]
+    columns = {key for row in rows if isinstance(row, dict) for key in row}
+    required = COLUMNS if "prompt" in columns else SIDES
+    missing = [column for column in required if column not in columns]
     hits: dict[str, list[tuple[int, str]]] = defaultdict(list)
     pairs: list[Pair] = []
     if not rows:
@@ -114,23 +118,23 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
             hits["data.json"].append((number, str(row).removeprefix(f"{source}, ")))
         elif not missing:
             try:
-                pairs.append(_pair(number, row, "prompt" in there))
-            except _NoPair as problem:
+                pairs.append(_pair(number, row, "prompt" in columns))
+            except _NotAPair as problem:
                 hits[problem.check].append((number, str(problem)))
-    pairs, others = _of_one_form(pairs)
+    pairs, others = _more_frequent_form(pairs)
     hits["data.mixed"] = sorted(hits["data.mixed"] + others)
     findings = [
         finding
-        for check, (message, fix) in NO_PAIR.items()
-        for finding in found(check, "error", (name, len(rows)), hits[check], message, fix)
+        for check, (message, fix) in NOT_A_PAIR.items()
+        for finding in finding_for_rows(check, "error", (name, len(rows)), hits[check], message, fix)
     ]
     if missing and any(isinstance(row, dict) for row in rows):
-        columns, have = ", ".join(missing), ", ".join(sorted(there)) or "none"
+        lacking, present = ", ".join(missing), ", ".join(sorted(columns)) or "none"
         findings.append(
             Finding(
                 "data.columns",
                 "error",
-                f"{source} has no column {columns}; it has {have}",
+                f"{source} has no column {lacking}; it has {present}",
                 "A pair has `prompt`, `chosen`, `rejected`; the prompt may be the start of both others.",
                 data=name,
             )
@@ -138,52 +142,53 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
     return PairSet(name, source, pairs, len(rows)), findings
 
 
-def refused(data: PairSet) -> Iterator[Finding]:
-    """What the loader still has against data in which no check sees an error: the other columns are read too."""
+def loader_refusal(data: PairSet) -> Iterator[Finding]:
+    """Yield what the loader refuses in data without other errors, such as a value in another column."""
     try:
         load_pairs(data.source)
     except UserError as error:
-        yield Finding("data.refused", "error", str(error), "Repair that column or leave it out.", data=data.name)
+        yield Finding("data.refused", "error", str(error), "Fix or drop that column.", data=data.name)
 
 
-class _NoPair(Exception):
+class _NotAPair(Exception):
     def __init__(self, check: str, why: object) -> None:
         super().__init__(str(why).removeprefix("here: "))
         self.check = check
 
 
 @contextmanager
-def _as(check: str) -> Iterator[None]:
+def _failing(check: str) -> Iterator[None]:
+    """Attribute a UserError to a check."""
     try:
         yield
     except UserError as error:
-        raise _NoPair(check, error) from error
+        raise _NotAPair(check, error) from error
 
 
 def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
-    with _as("data.values"):
+    with _failing("data.values"):
         forms = {form_of(row.get(name), f"'{name}'") for name in (COLUMNS if has_prompt else SIDES)}
     if len(forms) > 1:
-        raise _NoPair("data.mixed", "its columns are of both forms")
+        raise _NotAPair("data.mixed", "its columns mix text and messages")
     if not has_prompt:
-        with _as("data.prompt"):
+        with _failing("data.prompt"):
             row = {**row, **split_shared_prompt(row, number, "here")}
-    with _as("data.roles"):
+    with _failing("data.roles"):
         for name in COLUMNS if forms == {"conversational"} else ():
             check_roles(row[name], name, "here")
     pair = Pair(number, row)
     for name, text in pair.texts.items():
         if (place := surrogate(text)) is not None:
-            raise _NoPair("data.surrogate", f"{name}: {around(text, place)}")
+            raise _NotAPair("data.surrogate", f"{name}: {around(text, place)}")
     whole = json.dumps(row, ensure_ascii=False, default=str)  # roles, names and other columns too
     if (place := surrogate(whole)) is not None:
-        raise _NoPair("data.surrogate", around(whole, place))
+        raise _NotAPair("data.surrogate", around(whole, place))
     return pair
 
 
-def _of_one_form(pairs: list[Pair]) -> tuple[list[Pair], list[tuple[int, str]]]:
-    """The pairs of the commoner form, and those of the other."""
+def _more_frequent_form(pairs: list[Pair]) -> tuple[list[Pair], list[tuple[int, str]]]:
+    """Return the pairs of the more frequent form, and hits for the others."""
     forms = {form: [pair for pair in pairs if form_of(pair.columns["prompt"], "") == form] for form in FORMS}
     most = max(FORMS, key=lambda form: len(forms[form]))
     others = [pair for form in FORMS if form != most for pair in forms[form]]
-    return forms[most], [(pair.row, f"{said(pair.columns['prompt'])}") for pair in others]
+    return forms[most], [(pair.row, f"{content_text(pair.columns['prompt'])}") for pair in others]

@@ -1,4 +1,4 @@
-"""A checkup for a person: the findings, worst first, then the facts."""
+"""Format a checkup as text: the findings, most severe first, then the facts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ WIDTH = 110
 
 
 def as_text(checkup: Checkup) -> str:
+    """Return a checkup as text for a terminal."""
     blocks = [_finding(finding) for finding in checkup.findings]
     counts = {s: sum(f.severity == s for f in checkup.findings) for s in SEVERITIES}
     total = ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())
@@ -24,14 +25,14 @@ def as_text(checkup: Checkup) -> str:
 def _finding(finding: Finding) -> str:
     counted = f"{finding.count:,} of {finding.of:,} rows of " if finding.rows else ""
     where = f"{counted}{finding.data}: " if finding.data else ""
-    lines = _wrapped(f"{finding.severity:8} ", f"{where}{finding.message}")
+    lines = _wrap(f"{finding.severity:8} ", f"{where}{finding.message}")
     if finding.example:
-        lines += _wrapped("         ", finding.example)
-    lines += _wrapped("         > ", f"{finding.fix}  [{finding.check}]")
+        lines += _wrap("         ", finding.example)
+    lines += _wrap("         > ", f"{finding.fix}  [{finding.check}]")
     return "\n".join(lines)
 
 
-def _wrapped(head: str, text: str) -> list[str]:
+def _wrap(head: str, text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 
@@ -41,21 +42,21 @@ def _facts(facts: dict[str, Any]) -> list[str]:
         if data := facts.get(name):
             rows = [f"{name}: {data['rows']:,} rows, {data['pairs']:,} pairs, {data['prompts']:,} prompts"]
             for unit in ("characters", "tokens"):
-                for column, found in data.get(unit, {}).items():
-                    if found:
-                        rows.append(f"  {column:9}{unit:11}" + "  ".join(f"{q} {n:,}" for q, n in found.items()))
+                for column, lengths in data.get(unit, {}).items():
+                    if lengths:
+                        rows.append(f"  {column:9}{unit:11}" + "  ".join(f"{q} {n:,}" for q, n in lengths.items()))
             blocks.append("\n".join(rows))
-    for what, parts in (("memory", facts.get("memory", {})), ("disk", facts.get("disk", {}))):
+    for resource, parts in (("memory", facts.get("memory", {})), ("disk", facts.get("disk", {}))):
         if parts:
-            rows = [f"{what}, at least:" if what == "memory" else f"{what}, at most:"]
-            for part, count in _together(parts):
-                rows += _wrapped(f"  {size(count):>11}  ", part)
+            rows = [f"{resource}, at least:" if resource == "memory" else f"{resource}, at most:"]
+            for part, count in _group_equal(parts):
+                rows += _wrap(f"  {size(count):>11}  ", part)
             blocks.append("\n".join(rows))
     return blocks
 
 
-def _together(parts: dict[str, int]) -> list[tuple[str, int]]:
-    """Models that take the same, in one line: many methods train one student."""
+def _group_equal(parts: dict[str, int]) -> list[tuple[str, int]]:
+    """Join models of equal size in one line: many methods train the same student."""
     lines: dict[tuple[str, int], list[str]] = {}
     for part, count in parts.items():
         kind = next((start for start in ("training ", "weights of ") if part.startswith(start)), part)

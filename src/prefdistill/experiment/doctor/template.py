@@ -1,4 +1,4 @@
-"""Checks of the chat template and the special tokens, on a conversation made up for it."""
+"""Checks of the chat template and the special tokens, on a made-up conversation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from prefdistill.experiment.doctor.findings import Finding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTION, ANSWER, SYSTEM = "probe question", "probe answer", "probe instruction"
+QUESTION, SYSTEM = "probe question", "probe instruction"
 
 
-def missing(lender: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
-    """What follows from a tokenizer without a template; `lender` is the teacher's."""
-    if lender is not None and lender.chat_template:
+def missing(teacher: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
+    """Report a tokenizer without a chat template, for which a recipe uses the teacher's."""
+    if teacher is not None and teacher.chat_template:
         yield Finding(
             "template.lent",
             "note",
-            "the student's tokenizer has no chat template; a recipe lends it the teacher's, and so do the checks here",
+            "the student's tokenizer has no chat template; recipes and these checks use the teacher's",
             "For other commands save it: student.chat_template = teacher.chat_template; student.save_pretrained(...)",
         )
     else:
@@ -34,7 +34,7 @@ def missing(lender: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
 
 
 def refuses(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why the template takes no question and answer at all, if it does not."""
+    """Return why the template refuses a user and an assistant message; "" if it does not."""
     try:
         template_ending(tokenizer)
     except UserError as error:
@@ -46,14 +46,14 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     if not tokenizer.chat_template:
         return
     if why := refuses(tokenizer):
-        yield Finding("template.refuses", "error", why, "Use a template that takes a question and an answer.")
+        yield Finding("template.refuses", "error", why, "Use a template that renders a user and an assistant message.")
         return
     ending = template_ending(tokenizer)
     if ending.token is None:
         yield Finding(
             "template.no-end",
             "warning",
-            "the chat template writes no end token after an answer: the student does not learn to stop",
+            "the chat template writes no end token after a response: the student does not learn to stop",
             "Write {{ eos_token }} after assistant messages in the template.",
         )
     elif ending.token != tokenizer.eos_token_id:
@@ -61,8 +61,8 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
         yield Finding(
             "template.end-not-eos",
             "note",
-            f"the template ends an answer with {token}, and the tokenizer's EOS is {tokenizer.eos_token}",
-            f"Where the student is used, let generation stop at {token} too (eos_token_id in generation_config.json).",
+            f"the template ends a response with {token}, but the tokenizer's EOS is {tokenizer.eos_token}",
+            f"When generating, stop at {token} too (eos_token_id in generation_config.json).",
         )
 
 
@@ -71,24 +71,24 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
         yield Finding(
             "template.no-generation-prompt",
             "warning",
-            "the chat template ignores add_generation_prompt: the header of an answer counts as a part of it",
+            "the chat template ignores add_generation_prompt: the header of a response counts as part of it",
             "Write the header of the assistant's turn {% if add_generation_prompt %}.",
         )
 
 
 def system_message(tokenizer: PreTrainedTokenizerBase, used: bool) -> Iterator[Finding]:
-    """Whether a system message arrives; a matter of concern where the data have some (`used`)."""
+    """Report a template that drops or refuses system messages: a warning if the data have any (`used`)."""
     if not tokenizer.chat_template or _render(tokenizer, [("user", QUESTION)]) is None:
         return
     text = _render(tokenizer, [("system", SYSTEM), ("user", QUESTION)])
     if text is not None and SYSTEM in text:
         return
-    what = "refuses" if text is None else "drops"
+    verb = "refuses" if text is None else "drops"
     yield Finding(
         "template.system",
         "warning" if used else "note",
-        f"the chat template {what} system messages" + ("" if used else " (the data have none)"),
-        "Put the system message at the start of the user's." if used else "Nothing to do.",
+        f"the chat template {verb} system messages" + ("" if used else " (the data have none)"),
+        "Move the system message to the start of the user message." if used else "Nothing to do.",
     )
 
 
@@ -98,8 +98,8 @@ def padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
             "template.pad-is-end",
             "note",
             f"the padding token is an end token ({tokenizer.pad_token}); training here and in TRL masks by length, so "
-            "the end token is learnt all the same",
-            "Elsewhere, beware of collators that mask by token (DataCollatorForLanguageModeling): give it its own pad.",
+            "the end token is learned all the same",
+            "Elsewhere, collators that mask by token (DataCollatorForLanguageModeling) hide it: set another pad_token.",
         )
 
 

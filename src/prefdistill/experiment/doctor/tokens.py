@@ -1,4 +1,4 @@
-"""Checks of the pairs as tokens: what the template and the tokenizer make of them, and what truncation leaves."""
+"""Checks of preference pairs as tokens: chat template, tokenizer and truncation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefdistill.data.columns import SIDES, ended_column
 from prefdistill.data.encode import encode_untruncated
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
-from prefdistill.experiment.doctor.findings import Finding, Severity, found, once_a_row
+from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows, first_hit_per_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from prefdistill.experiment.doctor.pairs import Pair, PairSet
 
 BATCH = 256
-# Why a row would be left out: the check, and what to do.
+# Why training would drop a row: the check, and the fix.
 DROPPED = {
-    reasons.TEMPLATE_FAILED: ("template.refused", "Bring roles and turns into the order that the template asks for."),
+    reasons.TEMPLATE_FAILED: ("template.refused", "Bring roles and turns into the order that the template requires."),
     reasons.TEMPLATE_DIFFERS: (
         "template.differs",
-        "Use a template whose generation prompt is the start of an answer (some open a thinking block there).",
+        "Use a template whose generation prompt is the start of a response (some open a thinking block there).",
     ),
     reasons.TOKENS_MERGE: (
         "tokens.merge",
@@ -42,37 +42,37 @@ DROPPED = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """A pair before truncation: the tokens of the prompt and of each response, or why it would be left out."""
+    """A pair before truncation: the tokens of the prompt and of each response, or why training would drop it."""
 
     dropped: str
     ids: dict[str, np.ndarray]  # int32, by column
     ended: dict[str, bool]
-    changed: tuple[str, str]  # a text that the template has changed: how, and its start
+    changed: tuple[str, str]  # a message that the template changes: how, and its start
 
 
 @dataclass(frozen=True)
-class Reading:
-    """With what the pairs are read."""
+class Encoding:
+    """How pairs are encoded: the tokenizer, the truncation, and the end tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     truncation: Truncation
     ends: frozenset[int]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, truncation: Truncation) -> Reading:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, truncation: Truncation) -> Encoding:
         return cls(tokenizer, truncation, frozenset(end_token_ids(tokenizer)))
 
-    def cut(self, pair: Pair) -> dict[str, np.ndarray]:
-        """What truncation leaves of the prompt and the responses."""
+    def truncate(self, pair: Pair) -> dict[str, np.ndarray]:
+        """Return the tokens of the prompt and the responses after truncation."""
         assert pair.tokens is not None
-        whole = pair.tokens.ids["prompt"].tolist()
-        prompt = self.truncation.cut_prompt(whole, self.tokenizer.bos_token_id)
+        untruncated = pair.tokens.ids["prompt"].tolist()
+        prompt = self.truncation.cut_prompt(untruncated, self.tokenizer.bos_token_id)
         room = self.truncation.room_after(prompt)
         return {"prompt": np.array(prompt), **{name: pair.tokens.ids[name][:room] for name in SIDES}}
 
 
 def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Finding]:
-    """Give every pair its tokens; a finding if the tokenizer cannot read these data at all."""
+    """Encode every pair in place; yield a finding if the tokenizer cannot encode the data at all."""
     for start in range(0, len(data.pairs), BATCH):
         batch = data.pairs[start : start + BATCH]
         try:
@@ -83,13 +83,20 @@ def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progre
                 ended = {name: bool(row.get(f"{name}_ended")) for name in SIDES}
                 pair.tokens = Tokens(row["dropped"], ids, ended, _changed(pair, texts))
         except UserError as error:
-            yield Finding("template.unusable", "error", str(error), "See there.", len(data.pairs), len(data.pairs))
+            yield Finding(
+                "template.unusable",
+                "error",
+                str(error),
+                "Change the tokenizer or the data.",
+                len(data.pairs),
+                len(data.pairs),
+            )
             return
         progress.update(len(batch))
 
 
 def _changed(pair: Pair, texts: tuple[str, ...] | None) -> tuple[str, str]:
-    """The first message that is not in the text as it was written."""
+    """Return how the template changes a message, and the first such message."""
     if not pair.messages or texts is None:
         return "", ""
     for name, text in zip(SIDES, texts[1:], strict=True):
@@ -101,211 +108,214 @@ def _changed(pair: Pair, texts: tuple[str, ...] | None) -> tuple[str, str]:
     return "", ""
 
 
-def read(data: PairSet) -> list[tuple[Pair, Tokens]]:
-    """The pairs whose responses can be told apart from their prompt."""
+def encoded(data: PairSet) -> list[tuple[Pair, Tokens]]:
+    """Return the pairs that training would not drop, with their tokens."""
     return [(pair, pair.tokens) for pair in data.pairs if pair.tokens and not pair.tokens.dropped]
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def left_out(data: PairSet, reading: Reading) -> Iterator[Finding]:
+def dropped(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     for reason, (check, fix) in DROPPED.items():
         hits = [(p.row, p.texts["prompt"]) for p in data.pairs if p.tokens and p.tokens.dropped == reason]
         severity: Severity = "error" if len(hits) == len(data.pairs) else "warning"
-        yield from found(check, severity, data.where, hits, f"{reason}; such rows are left out", fix)
+        yield from finding_for_rows(check, severity, data.where, hits, f"{reason}; such rows are dropped", fix)
 
 
-def texts_changed(data: PairSet, reading: Reading) -> Iterator[Finding]:
-    changed = [(pair.row, *tokens.changed) for pair, tokens in read(data) if tokens.changed[0]]
-    yield from found(
+def texts_changed(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
+    changed = [(pair.row, *tokens.changed) for pair, tokens in encoded(data) if tokens.changed[0]]
+    yield from finding_for_rows(
         "template.strips",
         "note",
         data.where,
         [(row, text) for row, how, text in changed if how == "stripped"],
         "the chat template strips spaces or newlines around a message",
-        "Nothing to do, if prompts are built with the same template where the student is used.",
+        "Nothing to do, if the student is used with the same template.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "template.changes-text",
         "warning",
         data.where,
         [(row, text) for row, how, text in changed if how == "changed"],
-        "the chat template leaves out or rewrites a message",
-        "Look at the template: some drop system messages or thinking. Put what must stay into the user's message.",
+        "the chat template drops or rewrites a message",
+        "Check the template: some drop system messages or thinking. Move such text into the user's message.",
     )
 
 
-def begin_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
-    bos = reading.tokenizer.bos_token_id
-    rows = [(pair, tokens.ids["prompt"]) for pair, tokens in read(data)]
+def begin_tokens(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
+    bos = encoding.tokenizer.bos_token_id
+    rows = [(pair, tokens.ids["prompt"]) for pair, tokens in encoded(data)]
     twice = [(pair.row, pair.texts["prompt"]) for pair, ids in rows if bos is not None and (ids[:2] == bos).sum() == 2]
-    yield from found(
+    yield from finding_for_rows(
         "tokens.bos-twice",
         "warning",
         data.where,
         twice,
-        "the text begins with two BOS tokens",
-        "Take the BOS out of the data or the template: only one of data, template and tokenizer writes it.",
+        "the text starts with two BOS tokens",
+        "Remove the BOS from the data or the template: only one of data, template and tokenizer should write it.",
     )
-    adds = bos is not None and reading.tokenizer("a")["input_ids"][:1] == [bos]
+    adds = bos is not None and encoding.tokenizer("a")["input_ids"][:1] == [bos]
     missing = [(pair.row, pair.texts["prompt"]) for pair, ids in rows if adds and ids[0] != bos]
-    yield from found(
+    yield from finding_for_rows(
         "tokens.bos-missing",
         "warning",
         data.where,
         missing,
-        "the tokenizer begins texts with BOS, and the chat template does not",
-        "Write {{ bos_token }} at the start of the template: the model has hardly seen texts without it.",
+        "the tokenizer starts texts with BOS, but the chat template does not",
+        "Write {{ bos_token }} at the start of the template: the model was trained on texts with it.",
     )
 
 
-def end_tokens(data: PairSet, reading: Reading) -> Iterator[Finding]:
+def end_tokens(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     missing, twice = [], []
-    for pair, tokens in read(data):
+    for pair, tokens in encoded(data):
         for name in SIDES:
-            inside = np.isin(tokens.ids[name][:-1], [*reading.ends])
+            inside = np.isin(tokens.ids[name][:-1], [*encoding.ends])
             if inside.any():
                 twice.append((pair.row, f"{name}: {pair.texts[name]}"))
             elif not tokens.ended[name] and pair.columns.get(ended_column(name)) is not False:
                 missing.append((pair.row, f"{name}: {pair.texts[name][-60:]}"))
-    yield from found(
+    yield from finding_for_rows(
         "tokens.end-missing",
         "warning",
         data.where,
-        once_a_row(missing),
+        first_hit_per_row(missing),
         "a response has no end token: the student does not learn to stop",
         "Let the chat template write the end token after an assistant message.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "tokens.end-twice",
         "warning",
         data.where,
-        once_a_row(twice),
+        first_hit_per_row(twice),
         "a response has an end token before its end",
-        "Take the end token out of the text, or make one message of several: generation stops at the first one.",
+        "Remove the end token from the text, or merge several messages into one: generation stops at the first one.",
     )
 
 
-def special_in_text(data: PairSet, reading: Reading) -> Iterator[Finding]:
-    """Text that the tokenizer takes for its own markup, other than end tokens in responses."""
-    tokenizer = reading.tokenizer
+def special_in_text(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
+    """Find text that the tokenizer encodes as special tokens, other than end tokens in responses."""
+    tokenizer = encoding.tokenizer
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not added:
         return
     pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
     hits = []
-    for pair, _ in read(data):
+    for pair, _ in encoded(data):
         for name, text in pair.texts.items():
-            markup = [m for m in pattern.finditer(text) if name == "prompt" or added[m.group()] not in reading.ends]
+            markup = [m for m in pattern.finditer(text) if name == "prompt" or added[m.group()] not in encoding.ends]
             if markup:
                 hits.append((pair.row, f"{name}: {text[max(0, markup[0].start() - 20) : markup[0].end() + 20]}"))
                 break
-    yield from found(
+    yield from finding_for_rows(
         "tokens.special-in-text",
         "warning",
         data.where,
         hits,
-        "a text holds what the tokenizer takes for a special token",
-        "Rewrite or remove it: it becomes one token, such as the start of a turn.",
+        "a text contains the text of a special token",
+        "Rewrite or remove it: it is encoded as that token, such as the start of a turn.",
     )
 
 
-def unknown(data: PairSet, reading: Reading) -> Iterator[Finding]:
-    unk = reading.tokenizer.unk_token_id
-    ends = reading.ends
+def unknown(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
+    unk = encoding.tokenizer.unk_token_id
+    ends = encoding.ends
     hits = [
         (pair.row, f"{name}: {pair.texts[name]}")
-        for pair, tokens in read(data)
+        for pair, tokens in encoded(data)
         for name in [next((n for n, ids in tokens.ids.items() if unk is not None and (ids == unk).any()), "")]
         if name and unk not in ends
     ]
-    yield from found(
+    yield from finding_for_rows(
         "tokens.unknown",
         "warning",
         data.where,
         hits,
-        "characters that the tokenizer does not know became its unknown token",
+        "characters that are not in the vocabulary are encoded as the unknown token",
         "Use a tokenizer with byte fallback, or remove these characters.",
     )
 
 
-def truncated(data: PairSet, reading: Reading) -> Iterator[Finding]:
-    """What truncation changes, as training and signals would have it."""
+def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
+    """Report what truncation changes, as training and signals truncate."""
     prompts, responses, no_room, equal, equal_whole = [], [], [], [], []
-    for pair, tokens in read(data):
-        kept = reading.cut(pair)
-        if len(kept["prompt"]) < len(tokens.ids["prompt"]):
+    for pair, tokens in encoded(data):
+        truncated_ids = encoding.truncate(pair)
+        if len(truncated_ids["prompt"]) < len(tokens.ids["prompt"]):
             prompts.append((pair.row, f"{len(tokens.ids['prompt'])} tokens: {pair.texts['prompt']}"))
-        if not len(kept["chosen"]):
-            no_room.append((pair.row, f"the prompt has {len(kept['prompt'])} tokens: {pair.texts['prompt']}"))
+        if not len(truncated_ids["chosen"]):
+            no_room.append((pair.row, f"the prompt has {len(truncated_ids['prompt'])} tokens: {pair.texts['prompt']}"))
             continue
-        short = [name for name in SIDES if len(kept[name]) < len(tokens.ids[name])]
+        short = [name for name in SIDES if len(truncated_ids[name]) < len(tokens.ids[name])]
         if short:
             responses.append((pair.row, f"{short[0]} has {len(tokens.ids[short[0]])} tokens: {pair.texts[short[0]]}"))
         if np.array_equal(tokens.ids["chosen"], tokens.ids["rejected"]):
             if pair.key("chosen") != pair.key("rejected"):
                 equal_whole.append((pair.row, f"{pair.texts['chosen']!r} and {pair.texts['rejected']!r}"))
-        elif short and np.array_equal(kept["chosen"], kept["rejected"]):
+        elif short and np.array_equal(truncated_ids["chosen"], truncated_ids["rejected"]):
             equal.append((pair.row, pair.texts["chosen"]))
-    longest, prompt_limit = reading.truncation.max_length, reading.truncation.max_prompt_length
-    yield from found(
+    longest, prompt_limit = encoding.truncation.max_length, encoding.truncation.max_prompt_length
+    yield from finding_for_rows(
         "tokens.prompt-cut",
         "warning",
         data.where,
         prompts,
-        f"the prompt is longer than max_prompt_length={prompt_limit} and loses its start (system message, instruction)",
+        f"the prompt is longer than max_prompt_length={prompt_limit}: its start (system message, instruction) is cut",
         "Raise max_prompt_length, or remove these rows.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "tokens.response-cut",
         "warning",
         data.where,
         responses,
-        f"a response does not fit max_length={longest}: it loses its end, and its end token",
+        f"a response does not fit max_length={longest}: it is truncated and its end token dropped",
         "Raise max_length, or remove these rows.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "tokens.no-room",
         "error" if len(no_room) == len(data.pairs) else "warning",
         data.where,
         no_room,
-        f"{reasons.PROMPT_TOO_LONG} ({longest}); such rows are left out",
+        f"{reasons.PROMPT_TOO_LONG} ({longest}); such rows are dropped",
         "Raise max_length, or lower max_prompt_length.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "tokens.equal-after-cut",
         "warning",
         data.where,
         equal,
-        "the two responses are the same once they are cut: nothing is preferred",
+        "the two responses are equal after truncation: the pair expresses no preference",
         "Raise max_length, or remove these rows.",
     )
-    yield from found(
+    yield from finding_for_rows(
         "tokens.equal-responses",
         "warning",
         data.where,
         equal_whole,
-        "the two responses become the same tokens, though their texts differ: nothing is preferred",
-        "Remove these rows; the template or the tokenizer takes spaces or rare characters for the same.",
+        "the two responses have the same tokens, though their texts differ: the pair expresses no preference",
+        "Remove these rows; the template or the tokenizer does not distinguish their spaces or rare characters.",
     )
 
 
-def token_facts(data: PairSet, reading: Reading) -> dict[str, Any]:
-    """Lengths in tokens before truncation, and what is left after it."""
-    rows = read(data)
-    kept = [reading.cut(pair) for pair, _ in rows]
+def token_facts(data: PairSet, encoding: Encoding) -> dict[str, Any]:
+    """Return lengths in tokens before truncation, and totals after it."""
+    rows = encoded(data)
+    truncated_pairs = [encoding.truncate(pair) for pair, _ in rows]
     return {
         "tokens": {name: quantiles([len(tokens.ids[name]) for _, tokens in rows]) for name in ("prompt", *SIDES)},
         "kept": {
             "pairs": len(rows),
-            "response_tokens": sum(len(cut[name]) for cut in kept for name in SIDES),
-            "longest": max((len(cut["prompt"]) + len(cut[name]) for cut in kept for name in SIDES), default=0),
+            "response_tokens": sum(len(pair[name]) for pair in truncated_pairs for name in SIDES),
+            "longest": max(
+                (len(pair["prompt"]) + len(pair[name]) for pair in truncated_pairs for name in SIDES), default=0
+            ),
         },
     }
 
 
 def quantiles(lengths: list[int]) -> dict[str, int]:
+    """Return minimum, maximum and quantiles by name."""
     if not lengths:
         return {}
     at = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "99%": 0.99, "max": 1.0}
@@ -313,7 +323,7 @@ def quantiles(lengths: list[int]) -> dict[str, int]:
 
 
 TOKEN_CHECKS = (
-    left_out,
+    dropped,
     texts_changed,
     begin_tokens,
     end_tokens,

@@ -1,4 +1,4 @@
-"""Whether teacher and student speak of the same tokens, and whether the models have a place for each."""
+"""Checks of vocabularies: whether teacher and student share token ids, and whether models have a row for each."""
 
 from __future__ import annotations
 
@@ -16,52 +16,53 @@ if TYPE_CHECKING:
 
     from prefdistill.experiment.doctor.pairs import Pair
 
-SAMPLE = 200  # pairs that are read with both tokenizers
+SAMPLE = 200  # pairs to tokenise with both tokenizers
 
 
 def same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    shared = len(ours.keys() & theirs.keys())
+    """Report tokens with different ids, or tokens that only one of the two has."""
+    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    shared = len(student_ids.keys() & teacher_ids.keys())
     if conflicts := token_conflicts(student, teacher):
         token = conflicts[0]
-        meaning = {i: other for other, i in theirs.items()}
-        at = (
-            f"{token!r} is {ours[token]} for the student, where the teacher has {meaning.get(ours[token], 'nothing')!r}"
-        )
+        number = student_ids[token]
+        other = {i: teacher_token for teacher_token, i in teacher_ids.items()}.get(number, "nothing")
+        example = f"{token!r} has id {number} for the student, where the teacher has {other!r}"
         yield Finding(
             "vocabulary.conflict",
             "error",
-            f"teacher and student have different tokenizers: {len(conflicts):,} of the student's {len(ours):,} tokens "
-            f"differ ({shared:,} words are in both)",
+            f"teacher and student have different tokenizers: {len(conflicts):,} of the student's "
+            f"{len(student_ids):,} tokens differ ({shared:,} are in both)",
             "Choose a teacher and a student of one family.",
             len(conflicts),
-            len(ours),
-            example=excerpt(at),
+            len(student_ids),
+            example=excerpt(example),
         )
-    elif len(ours) != len(theirs):
-        more = "student" if len(ours) > len(theirs) else "teacher"
-        extra = sorted(ours.keys() ^ theirs.keys())
+    elif len(student_ids) != len(teacher_ids):
+        larger = "student" if len(student_ids) > len(teacher_ids) else "teacher"
+        extra = sorted(student_ids.keys() ^ teacher_ids.keys())
         yield Finding(
             "vocabulary.extra",
             "note",
-            f"the {more} has {len(extra):,} tokens that the other lacks; the {shared:,} they share agree, the others "
+            f"the {larger} has {len(extra):,} tokens that the other lacks; the {shared:,} they share agree, the others "
             "are trimmed",
             "Nothing to do.",
             len(extra),
-            max(len(ours), len(theirs)),
+            max(len(student_ids), len(teacher_ids)),
             example=excerpt(repr(extra[0])),
         )
 
 
 def special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Report special tokens and chat templates that differ."""
     for name, severity in (("bos_token", "warning"), ("eos_token", "warning"), ("pad_token", "note")):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
+        student_token, teacher_token = getattr(student, name), getattr(teacher, name)
+        if student_token != teacher_token:
             yield Finding(
                 "vocabulary.special",
                 "warning" if severity == "warning" else "note",
-                f"{name} is {ours} for the student and {theirs} for the teacher",
-                "The teacher is read with the student's tokens: see that it knows them as the start and end of a text."
+                f"{name} is {student_token} for the student and {teacher_token} for the teacher",
+                "The teacher scores the student's tokens: check that it knows them as start and end of a text."
                 if severity == "warning"
                 else "Nothing to do: padding is masked.",
             )
@@ -69,48 +70,50 @@ def special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
         yield Finding(
             "vocabulary.template",
             "warning",
-            "teacher and student have different chat templates: the teacher is read in the student's",
-            "Give the student the teacher's template, if it has not been trained with its own.",
+            "teacher and student have different chat templates: the teacher scores texts in the student's",
+            "Use the teacher's template for the student, if the student was not trained with its own.",
         )
 
 
-def same_reading(
+def same_tokenization(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, pairs: list[Pair], name: str
 ) -> Iterator[Finding]:
-    """One id map can still cut texts into other tokens; then the teacher reads what it would not write."""
+    """Report texts that two tokenizers with the same ids split into different tokens."""
     rows = pairs[:SAMPLE]
     if not rows or token_conflicts(student, teacher):
         return
     try:
         whole = encode_untruncated([pair.columns for pair in rows], student)
-        read = [(pair, texts[1]) for pair, (texts, _) in zip(rows, whole, strict=True) if texts]
+        rendered = [(pair, texts[1]) for pair, (texts, _) in zip(rows, whole, strict=True) if texts]
     except UserError:
-        return  # the student's tokenizer cannot read them; that is another finding
-    ours, theirs = (
-        tokenizer([text for _, text in read], add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)
+        return  # the student's tokenizer cannot encode them; that is another finding
+    student_ids, teacher_ids = (
+        tokenizer([text for _, text in rendered], add_special_tokens=False)["input_ids"]
+        for tokenizer in (student, teacher)
     )
-    other = [pair for (pair, _), a, b in zip(read, ours, theirs, strict=True) if a != b]
-    if other:
+    different = [pair for (pair, _), a, b in zip(rendered, student_ids, teacher_ids, strict=True) if a != b]
+    if different:
         yield Finding(
             "vocabulary.reading",
             "warning",
-            "the two tokenizers share their ids, and cut a text into different tokens",
-            "Use the same tokenizer files for both; the teacher is read with the student's.",
-            len(other),
-            len(read),
-            tuple(pair.row for pair in other[:FIRST_ROWS]),
-            f"row {other[0].row}: {excerpt(other[0].texts['chosen'])}",
+            "the two tokenizers have the same ids, but split a text into different tokens",
+            "Use the same tokenizer files for both; the teacher scores the student's tokens.",
+            len(different),
+            len(rendered),
+            tuple(pair.row for pair in different[:FIRST_ROWS]),
+            f"row {different[0].row}: {excerpt(different[0].texts['chosen'])}",
             name,
         )
 
 
 def embedding_rows(role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Report token ids without an embedding row, and rows without a token."""
     rows, top = vocabulary_rows(model), max(tokenizer.get_vocab().values()) + 1
     if top > rows:
         yield Finding(
             "vocabulary.rows-missing",
             "error",
-            f"the {role} has {rows:,} embedding rows, and its tokenizer ids up to {top - 1:,}",
+            f"the {role} has {rows:,} embedding rows, but its tokenizer has ids up to {top - 1:,}",
             "Use the tokenizer it was trained with, or resize its embeddings (model.resize_token_embeddings).",
             top - rows,
             top,
@@ -119,7 +122,7 @@ def embedding_rows(role: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         yield Finding(
             "vocabulary.rows-padded",
             "note",
-            f"{rows - top:,} of the {role}'s {rows:,} embedding rows stand for no token; they are trimmed",
+            f"{rows - top:,} of the {role}'s {rows:,} embedding rows have no token; they are trimmed",
             "Nothing to do.",
             rows - top,
             rows,
@@ -127,11 +130,12 @@ def embedding_rows(role: str, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def positions(role: str, model: PreTrainedModel, longest: int) -> Iterator[Finding]:
+    """Report texts that are longer than the model's positions."""
     limit: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and longest > limit:
         yield Finding(
             "model.positions",
             "error",
-            f"the {role} knows {limit:,} positions, and texts have up to {longest:,} tokens after truncation",
+            f"the {role} has {limit:,} positions, but texts have up to {longest:,} tokens after truncation",
             f"Give --max-length {limit} (data.max_length in a recipe), or another model.",
         )
