@@ -28,7 +28,7 @@ from prefdistill.methods import METHODS
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.report.packed import MISSING, Pieces, finest, quantised, quantised_steps, width_of
-from prefdistill.report.token_data import Weights, _scale, _token_logps, token_psi
+from prefdistill.report.token_data import Field, Weights, _scale, token_logps, token_psi
 from prefdistill.report.tokens import write_token_view
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.shards import Shard
@@ -191,6 +191,26 @@ def test_token_log_probs_are_those_of_the_model(full, make_model, pairs, tokeniz
             assert page.index["logps"]["teacher"][at][number] == pytest.approx(float(logps.sum()), abs=1e-3)
 
 
+def test_stored_token_logps_are_shown_of_every_token(stores, make_model, pairs, tokenizer, tmp_path):
+    """Rather than the top-k's, which lack some."""
+    options = {"truncation": Truncation(32)}
+    few = extract_signals(make_model(0), pairs, tokenizer, ("topk",), tmp_path / "few", k=3, **options)
+    exact = extract_signals(make_model(0), pairs, tokenizer, ("token_logps",), tmp_path / "exact", **options)
+    base = extract_signals(
+        make_model(1), pairs, tokenizer, ("token_logps",), tmp_path / "base", role="teacher_reference", **options
+    )
+    made = write_token_view(pairs, [few, exact, base], tmp_path / "exact.html", tokenizer)
+    assert made["shows"] == ["teacher.logp", "teacher_reference.logp", "teacher.ratio"]
+    page = Page(tmp_path / "exact.html")
+    assert page.page["kept"] == {}
+    for at in range(24):
+        for side in SIDES:
+            np.testing.assert_allclose(page.logps(at, side), exact.row(at)[side]["token_logps"], atol=2e-3)
+            np.testing.assert_allclose(
+                page.logps(at, side, "teacher_reference"), base.row(at)[side]["token_logps"], atol=2e-3
+            )
+
+
 def test_a_token_that_was_not_kept_has_no_log_prob(stores, make_model, pairs, tokenizer, tmp_path):
     few = extract_signals(make_model(0), pairs, tokenizer, ("topk",), tmp_path / "few", truncation=Truncation(32), k=3)
     write_token_view(pairs, [few], tmp_path / "few.html", tokenizer)
@@ -205,10 +225,10 @@ def test_a_token_that_was_not_kept_has_no_log_prob(stores, make_model, pairs, to
     row = few.row(0)["chosen"]
     never = 1 + max(int(row["topk_ids"].max()), *page.ids(0, "chosen"))
     only = SignalSet.of([few], pairs).at(np.array([0]))
-    missing = _token_logps(only, "teacher", "chosen", [np.full(row["tokens"], never)])
+    missing = token_logps(only, Field("logps", "teacher", "topk"), "chosen", [np.full(row["tokens"], never)])
     assert np.isnan(missing[0]).all()
     assert _scale([part[np.isfinite(part)] for part in missing]) == 1.0  # a page of such tokens can be made
-    assert page.page["kept"] == {"teacher": "the 3 likeliest"}
+    assert page.page["kept"] == {"teacher": "the 3 most likely"}
 
 
 def test_what_truncation_took_is_counted(make_model, pairs, tokenizer, tmp_path):
@@ -253,7 +273,7 @@ def test_only_what_is_stored_is_offered_and_the_rest_is_named(stores, make_model
     assert keys == []
     assert [what for what, _ in missing][:2] == [
         "V and ψ of every token",
-        "the teacher&#39;s log-prob of each token (where it is among the k likeliest)",
+        "the teacher&#39;s log-probability of each token",
     ]
     assert "--model TEACHER --data &#39;a data set in memory&#39; --kind values --max-length 32" in missing[0][1]
     ends = {"out": tmp_path / "ends", "truncation": Truncation(32), "positions": "endpoints"}
@@ -271,7 +291,7 @@ def test_stores_of_other_data_or_tokens_are_refused(stores, pairs, tokenizer, tm
     other = train_tokenizer(["other words " * 9], vocab_size=300)
     with pytest.raises(UserError, match="another tokenizer"):
         write_token_view(pairs, [stores["teacher"]], out, other)
-    with pytest.raises(UserError, match="no signals to look at"):
+    with pytest.raises(UserError, match="no signals: give a store"):
         write_token_view(pairs, [], out, tokenizer)
     with pytest.raises(UserError, match="two signal stores"):
         write_token_view(pairs, [stores["teacher"], stores["teacher"]], out, tokenizer)

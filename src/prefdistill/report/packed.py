@@ -1,15 +1,15 @@
-"""Pairs of the token view as small as they go: tokens and numbers in planes of bytes, compressed in blocks.
+"""Compress the pairs of the token view: tokens and numbers in planes of bytes, deflated in blocks.
 
 A block holds `BLOCK` pairs, and the page unpacks the one it shows:
 
     length of the head (uint32, little-endian), the head (JSON), then for the tokens of every pair, chosen before
-    rejected: the number of each token's piece, and a number for each field
+    rejected: the number of each token's piece, and a number per field
 
-A whole array is written one byte of its numbers after another (the lowest first), which is what deflate likes. The
+A whole array is written one byte of its numbers after another (the lowest first), which compresses better. The
 piece of a token is its id and the text it stands for, both in one table for the whole page, the commonest first.
 Numbers of a field are int16 multiples of a step, about 1/2000 of the scale they are shown on or, where a pair needs it,
-more; MISSING is no number. A field that is a path (the value of each state) is written as differences that add up to
-the rounded path.
+more; MISSING is a place without a number. A field that is a path (the value of each state) is written as differences
+that add up to the rounded path.
 """
 
 import base64
@@ -27,21 +27,21 @@ LIMIT = 2**15 - 1
 
 
 class Pieces:
-    """The table of pieces; a piece has the number it was first seen with until `ranked` sorts them."""
+    """The table of pieces, numbered in the order they are first seen until `ranked` sorts them."""
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[int, str], int] = {}
 
     def number(self, ids: Sequence[int], text: str, ends: Sequence[int]) -> np.ndarray:
-        """The pieces of one response, from its tokens and where each ends in its text, [T]."""
-        numbers, found, start = self._numbers, [], 0
+        """Return the pieces of one response, [T], from its tokens and where each ends in its text."""
+        numbers, pieces, start = self._numbers, [], 0
         for token, end in zip(ids, ends, strict=True):
-            found.append(numbers.setdefault((token, text[start:end]), len(numbers)))
+            pieces.append(numbers.setdefault((token, text[start:end]), len(numbers)))
             start = end
-        return np.array(found, dtype=np.int64)
+        return np.array(pieces, dtype=np.int64)
 
     def ranked(self, counts: np.ndarray) -> tuple[list[tuple[int, str]], np.ndarray]:
-        """The table with the commonest piece first, and where each piece has gone, given how often each occurs."""
+        """Return the table with the most common piece first, and each piece's new place, from how often each occurs."""
         order = np.argsort(-counts, kind="stable")
         places = np.empty(len(order), dtype=np.int64)
         places[order] = np.arange(len(order))
@@ -53,12 +53,12 @@ class Pieces:
 
 
 def finest(scale: float) -> int:
-    """The exponent e of the smallest step 2^e for numbers that are shown on a scale."""
+    """Return the exponent e of the smallest step 2^e for numbers that are shown on a scale."""
     return int(np.floor(np.log2(scale))) - 11
 
 
 def quantised(numbers: np.ndarray, least: int) -> tuple[np.ndarray, int]:
-    """Numbers (nan where there is none) as int16, and the exponent e of their step 2^e, `least` or more."""
+    """Return numbers (nan where there is none) as int16, and the exponent e of their step 2^e, `least` or more."""
     present = np.isfinite(numbers)
     exponent = _exponent(np.abs(numbers[present]).max(initial=0.0), least)
     scaled = np.round(np.where(present, numbers, 0.0) / 2.0**exponent)
@@ -66,18 +66,18 @@ def quantised(numbers: np.ndarray, least: int) -> tuple[np.ndarray, int]:
 
 
 def quantised_steps(paths: Sequence[np.ndarray], least: int) -> tuple[list[np.ndarray], int]:
-    """Differences along each path [T + 1] as int16 [T], and the exponent of their step; they add up without drift."""
+    """Return differences along each path [T + 1] as int16 [T], and the exponent of their step; no error adds up."""
     exponent = _exponent(max(float(np.abs(np.diff(path)).max(initial=0.0)) for path in paths), least)
     return [np.diff(np.round((path - path[0]) / 2.0**exponent)).astype(np.int16) for path in paths], exponent
 
 
 def _exponent(largest: float, least: int) -> int:
-    """Differences of rounded numbers are off by one step at most, for which there is room."""
+    """Return the exponent that fits; differences of rounded numbers are off by one step at most, which fits too."""
     return max(least, int(np.ceil(np.log2(largest / (LIMIT - 1))))) if largest > 0 else least
 
 
 def block(head: Any, pieces: np.ndarray, width: int, fields: Iterable[np.ndarray]) -> str:
-    """A block as text; `width` is how many bytes the number of a piece takes."""
+    """Return a block as text; `width` is how many bytes the number of a piece takes."""
     text = _json(head)
     parts = [struct.pack("<I", len(text)), text, _planes(pieces.astype("<u4"), width)]
     parts += [_planes(field.astype("<i2"), 2) for field in fields]
@@ -93,7 +93,7 @@ def deflated(data: bytes) -> str:
 
 
 def width_of(count: int) -> int:
-    """Bytes that the numbers below `count` take."""
+    """Return how many bytes the numbers below `count` take."""
     return max(1, ((count - 1).bit_length() + 7) // 8)
 
 

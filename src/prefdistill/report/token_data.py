@@ -1,4 +1,4 @@
-"""What the token view shows of each pair: its text in tokens, and what the signals say of them."""
+"""The data of the token view: the text of each pair in tokens, and the signals of every token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +28,12 @@ SNIPPET = 140  # characters of a prompt in the list of pairs
 
 
 def has(signals: SignalSet, need: Need) -> bool:
+    """Return whether some signals are there."""
     return not signals.missing([need])
 
 
 def positions(signals: SignalSet, kind: str) -> set[str]:
-    """Of which states the teacher's values of the two responses are stored: "all" or "endpoints"."""
+    """Return which states' values are stored of the two responses: "all" or "endpoints"."""
     return {signals.store("teacher", kind, side).manifest["positions"] for side in SIDES}
 
 
@@ -41,7 +42,7 @@ def positions(signals: SignalSet, kind: str) -> set[str]:
 
 @dataclass
 class Texts:
-    """The tokens of each pair, in the rows that are shown, and what truncation took away."""
+    """The tokens of each pair on the page, and how many were truncated."""
 
     prompts: list[list[str]]  # text and special tokens by turns: text first
     prompt_tokens: list[int]
@@ -53,18 +54,18 @@ class Texts:
 
     @classmethod
     def of(cls, signals: SignalSet, tokenizer: "PreTrainedTokenizerBase", truncation: Truncation) -> "Texts":
-        """Encode without truncation, then cut as the signals were, so that what was lost can be counted.
+        """Encode without truncation, then truncate as the signals were, so that truncated tokens are counted.
 
         Raises:
-            UserError: if what comes out is not what the signals were made of.
+            UserError: if the tokens are not those of the signals.
         """
         pairs = signals.data.select(signals.rows)
         encoded, _ = encode_pairs(pairs, tokenizer, Truncation(None))
         if len(encoded) != len(pairs):
-            raise UserError("rows that have signals cannot be encoded now: make the signals again with this version")
+            raise UserError("rows that have signals cannot be encoded now: extract the signals again with this version")
         texts = cls([], [], [], {s: [] for s in SIDES}, {s: [] for s in SIDES}, {s: [] for s in SIDES}, Pieces())
-        made = signals.stores[0]
-        lengths = {side: made.scalar(f"{side}_tokens", signals.rows) for side in SIDES if side in made.responses}
+        store = signals.stores[0]
+        lengths = {side: store.scalar(f"{side}_tokens", signals.rows) for side in SIDES if side in store.responses}
         prompts: dict[tuple[int, ...], list[str]] = {}
         with Progress("token view: text", len(pairs), "pair") as progress:
             for at, (row, rendered) in enumerate(zip(encoded, render_pairs(pairs, tokenizer), strict=True)):
@@ -83,7 +84,7 @@ class Texts:
                     if side in lengths and len(ids) != lengths[side][at]:
                         raise UserError(
                             f"row {signals.rows[at]}: {side} has {len(ids)} tokens now and {lengths[side][at]} in the "
-                            "signals; make the signals again with this version"
+                            "signals; extract the signals again with this version"
                         )
                     texts.ids[side].append(np.array(ids, dtype=np.int64))
                     texts.pieces[side].append(texts.table.number(ids, text[len(rendered[0]) :], ends))
@@ -93,22 +94,22 @@ class Texts:
 
 
 def _segments(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Text of a prompt, cut at its special tokens: text, special token, text, ..., text."""
+    """Return the text of a prompt, split at its special tokens: text, special token, text, ..., text."""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     runs: list[list[int]] = [[]]
-    found: list[str] = []
+    separators: list[str] = []
     for token in ids:
         if token in special:
-            found.append(str(tokenizer.convert_ids_to_tokens(token)))
+            separators.append(str(tokenizer.convert_ids_to_tokens(token)))
             runs.append([])
         else:
             runs[-1].append(token)
     texts = [str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs]
-    return [part for both in zip(texts, [*found, ""], strict=True) for part in both][:-1]
+    return [part for both in zip(texts, [*separators, ""], strict=True) for part in both][:-1]
 
 
 def _snippet(prompt: Any) -> str:
-    """The last thing the user said, on one line."""
+    """Return the last message of the user, on one line."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     line = " ".join(text[: 4 * SNIPPET].split())
     return line if len(line) <= SNIPPET else line[: SNIPPET - 1] + "…"
@@ -119,10 +120,17 @@ def _snippet(prompt: Any) -> str:
 
 @dataclass(frozen=True)
 class Field:
-    """Numbers of every token: a path of values, or log-probabilities of a role."""
+    """Numbers of every token: a path of values, or log-probabilities of a role.
+
+    Args:
+        kind: a kind of values, or "logps".
+        role: of the model.
+        source: the kind of signal that it is read from.
+    """
 
     kind: str
     role: str
+    source: str
 
     @property
     def path(self) -> bool:
@@ -133,22 +141,26 @@ class Field:
 
 
 def fields_of(signals: SignalSet) -> list[Field]:
-    found = []
+    """Return the fields that the signals have; log-probabilities of every token rather than of the k kept ones."""
+    fields = []
     for kind in VALUES.values():
         need = Need("teacher", kind)
         if has(signals, need) and positions(signals, kind) == {"all"}:
-            found.append(Field(kind, "teacher"))
-    return found + [Field("logps", role) for role in ROLES if has(signals, Need(role, "topk"))]
+            fields.append(Field(kind, "teacher", kind))
+    for role in ROLES:
+        if source := next((kind for kind in ("token_logps", "topk") if has(signals, Need(role, kind))), None):
+            fields.append(Field("logps", role, source))
+    return fields
 
 
 def token_psi(values: np.ndarray, ended: bool, discount: float = 1.0, terminal: str = "last") -> np.ndarray:
-    r"""What each token of a response adds to Psi, [T]; they add up to `losses.shaping_return`.
+    r"""Return what each token of a response adds to Psi, [T]; the sum is `losses.shaping_return`.
 
     .. math:: \psi_t = \gamma V(s_{t+1}) - V(s_t)
 
     Args:
         values: V(s_0) .. V(s_T), [T + 1].
-        ended: whether the last token is an end token, after which `terminal` says what stands for V(s_T).
+        ended: whether the last token is an end token, after which `terminal` defines V(s_T).
     """
     states = np.asarray(values, dtype=np.float64).copy()
     if ended and terminal != "bootstrap":
@@ -156,19 +168,23 @@ def token_psi(values: np.ndarray, ended: bool, discount: float = 1.0, terminal: 
     return discount * states[1:] - states[:-1]
 
 
-def _token_logps(signals: SignalSet, role: str, side: str, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Log-probability of each token of some responses where it is among those kept, nan where it is not."""
-    topk = signals.topk(role, side)
+def token_logps(signals: SignalSet, field: Field, side: str, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the log-probability of each token of some responses; nan where it is not among the k kept ones."""
+    ends = np.cumsum([len(part) for part in ids])[:-1]
+    if field.source == "token_logps":
+        flat = signals.store(field.role, "token_logps", side).flat(f"{side}_token_logps", signals.rows)
+        return np.split(flat.astype(np.float64), ends)
+    topk = signals.topk(field.role, side)
     match = topk.ids == np.concatenate(ids)[:, None]
     at = match.argmax(axis=1)[:, None]
     flat = np.where(match.any(axis=1), np.take_along_axis(topk.logps, at, axis=1)[:, 0], np.nan)
-    return np.split(flat.astype(np.float64), np.cumsum([len(part) for part in ids])[:-1])
+    return np.split(flat.astype(np.float64), ends)
 
 
 def packed(
     signals: SignalSet, texts: Texts, fields: list[Field], weights: Weights
 ) -> tuple[dict[str, Any], list[str], list[tuple[int, str]], dict[str, float]]:
-    """The index of the pairs, their blocks, the table of pieces, and how large the numbers of each mode are."""
+    """Return the index of the pairs, their blocks, the table of pieces, and the scale of each mode."""
     n = len(signals.rows)
     everything = [part for side in SIDES for part in texts.pieces[side]]
     table, places = texts.table.ranked(np.bincount(np.concatenate(everything), minlength=len(texts.table)))
@@ -201,7 +217,7 @@ def packed(
                 if not field.path:
                     for side in SIDES:
                         ids = texts.ids[side][part.start : part.stop]
-                        logps[field.role, side] = _token_logps(here, field.role, side, ids)
+                        logps[field.role, side] = token_logps(here, field, side, ids)
             for at in part:
                 for number, field in enumerate(fields):
                     if field.path:
@@ -241,7 +257,7 @@ def packed(
 
 
 def _scale(parts: list[np.ndarray]) -> float:
-    """How large numbers are whose colour is the strongest: 98 % of all are smaller. 1 without numbers."""
+    """Return the number with the strongest colour: 98 % of all are smaller. 1 if there are none."""
     numbers = np.abs(np.concatenate(parts))
     if not len(numbers):
         return 1.0
@@ -249,16 +265,18 @@ def _scale(parts: list[np.ndarray]) -> float:
 
 
 def _index(signals: SignalSet, texts: Texts, weights: Weights) -> dict[str, Any]:
-    """What the page knows of every pair before it is shown: columns, with [chosen, rejected] where there are two."""
+    """Return what the page lists of every pair: columns, with [chosen, rejected] where there are two."""
     data = signals.data.select(signals.rows)
-    made = signals.stores[0]
+    first_store = signals.stores[0]
     flags = {
         side: next(s for s in signals.stores if side in s.responses).scalar(f"{side}_ended", signals.rows)
         for side in SIDES
         if any(side in s.responses for s in signals.stores)
     }
     if len(flags) < len(SIDES):
-        raise UserError(f"the signals are of {', '.join(made.responses)}: the token view needs {' and '.join(SIDES)}")
+        raise UserError(
+            f"the signals are of {', '.join(first_store.responses)}: the token view needs {' and '.join(SIDES)}"
+        )
     index: dict[str, Any] = {
         "row": signals.rows.tolist(),
         "prompt": [_snippet(prompt) for prompt in data["prompt"]],
@@ -295,5 +313,5 @@ def _columns(both: list[np.ndarray]) -> list[list[float]]:
 
 
 def short(x: float) -> float:
-    """Seven digits: all that a float32 has."""
+    """Round to seven digits, all that a float32 has."""
     return float(f"{float(x):.7g}")

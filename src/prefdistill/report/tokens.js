@@ -1,5 +1,5 @@
 "use strict";
-// The token view; made one script by the two includes. Text of models reaches the page through text nodes only.
+// The token view; the includes make it one script. Text of models reaches the page through text nodes only.
 (() => {
 const $ = id => document.getElementById(id);
 const page = JSON.parse($("page").textContent);
@@ -32,7 +32,7 @@ function make(tag, className, text) {
 
 const code = c => "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 
-/** Text with what cannot be seen made visible; line breaks keep their mark when whitespace is not asked for. */
+/** Add text with invisible characters made visible; line breaks keep their mark without the whitespace option. */
 function addText(node, text, breaks, marks = $("marks").checked) {
   for (const part of text.split(marks ? SPACED : MARKED)) {
     if (!part) continue;
@@ -183,7 +183,7 @@ async function go(at) {
 function show() {
   const {at} = current, place = order.indexOf(at);
   $("name").textContent = `Pair #${index.row[at]}`;
-  $("where").textContent = place < 0 ? "not among those found" : `${count(place + 1)} of ${count(order.length)}`;
+  $("where").textContent = place < 0 ? "not among the search results" : `${count(place + 1)} of ${count(order.length)}`;
   $("previous").disabled = place === 0;
   $("next").disabled = place === order.length - 1;
   showNumbers(at);
@@ -216,15 +216,15 @@ function showNumbers(at) {
   }));
   const push = margin(at);
   $("verdict").textContent = push === null ? "" : push === 0 ? "Ψ is the same for both responses."
-    : `Ψ is larger for ${push > 0 ? "chosen: it agrees with the label" : "rejected: it speaks against the label"}.`;
+    : `Ψ is larger for ${push > 0 ? "chosen: it agrees with the label" : "rejected: it contradicts the label"}.`;
   $("verdict").className = push < 0 ? "against" : "";
 }
 
 function showPrompt(at) {
   const lost = index.prompt_cut[at], node = $("prompt");
-  $("prompt-facts").textContent = many(index.prompt_tokens[at], "token") + (lost ? ` · its first ${many(lost, "token")} cut by max_prompt_length` : "");
+  $("prompt-facts").textContent = many(index.prompt_tokens[at], "token") + (lost ? ` · its first ${many(lost, "token")} truncated by max_prompt_length` : "");
   node.replaceChildren();
-  if (lost) node.append(make("span", "lost", `[${many(lost, "token")} cut] `));
+  if (lost) node.append(make("span", "lost", `[${many(lost, "token")} truncated] `));
   current.prompt.forEach((text, i) => {
     const part = make("span", i % 2 ? "special" : "");
     addText(part, text, false);
@@ -297,7 +297,9 @@ function showResponse(side, number) {
   });
 }
 
-const number_ = x => Number.isNaN(x) ? "not kept" : mode.show === "V" ? plain(x, fine(mode)) : signed(x, fine(mode));
+/** Which tokens a mode has numbers of, in words; nothing if it has those of all. */
+const keptBy = shown => page.kept[page.fields[shown.field].role] || (shown.base !== undefined && page.kept[page.fields[shown.base].role]);
+const number_ = x => Number.isNaN(x) ? "not stored" : mode.show === "V" ? plain(x, fine(mode)) : signed(x, fine(mode));
 const tokenText = (side, t) => pieces.texts[side.pieces[t]] || "◦";
 
 function showLegend() {
@@ -308,13 +310,14 @@ function showLegend() {
   strip.setAttribute("aria-hidden", "true");
   for (let i = -LEVELS; i <= (mode.signed ? LEVELS : 0); i++) strip.append(make("span", `t ${i ? (i < 0 ? "n" : "p") + Math.abs(i) : ""}`, "\u2002"));
   const low = make("span", "", `−${end}`), high = make("span", "", mode.signed ? `+${end}` : "0");
+  const kept = keptBy(mode);
   const words = {
     psi: "ψ: how far this token moved the teacher's value",
     V: "V after this token; colour: its distance from V(s₀), before the response",
-    logp: `log-probability of this token, where it is among ${page.kept[page.fields[mode.field].role]} that the store keeps`,
-    ratio: "log-ratio of this token between the two models, where both keep it",
-  }[mode.show];
-  const none = ["logp", "ratio"].includes(mode.show) ? [make("span", "t none", "not kept")] : [];
+    logp: "log-probability of this token",
+    ratio: "log-ratio of this token between the two models",
+  }[mode.show] + (kept ? `, where it is among ${kept} that the store has` : "");
+  const none = kept ? [make("span", "t none", "not stored")] : [];
   legend.append(low, strip, high, ...none, make("span", "quiet", `${words}. 98 % of all tokens lie within the scale (nats).`));
 }
 
@@ -335,7 +338,7 @@ function point(to) {
     const values = valuesOf(side, other), x = values.show[t];
     let text = signed(x, fine(other));
     if (other.show === "V") text = `${plain(statesOf(side, other.field)[t], fine(other))} → ${plain(x, fine(other))}`;
-    if (Number.isNaN(x)) text = `not among ${page.kept[page.fields[other.field].role]}`;
+    if (Number.isNaN(x)) text = `not among ${keptBy(other)}`;
     const part = make("span", other === mode ? "part main" : "part");
     part.append(make("span", "quiet", `${other.label} `), text);
     if (other.show === "V" && side.ended && t === side.n - 1 && page.weights.terminal !== "bootstrap")

@@ -1,4 +1,4 @@
-"""The token view: one page that shows, token by token, what the stored signals say about the responses of each pair."""
+"""The token view: one page that shows the stored signals of each pair's responses token by token."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_PAIRS = 5_000
-WHOSE = {
+MODELS = {  # placeholders in commands
     "teacher": "TEACHER",
     "teacher_reference": "TEACHER_SFT_MODEL",
     "reference": "STUDENT",
@@ -50,10 +50,10 @@ def write_token_view(
     .. math:: \psi_t = \gamma V(s_{t+1}) - V(s_t), \qquad \Psi(y) = \sum_t \psi_t
 
     Args:
-        data: the preference pairs that the signals were made from, or where to load them from.
-        signals: stores for these pairs. What they hold is what the page offers; it names the rest.
+        data: the preference pairs that the signals were computed from, or where to load them from.
+        signals: stores for these pairs. The page offers what they hold, and names the rest.
         out: the file.
-        tokenizer: the one the signals were made with; default: the one that their manifest names.
+        tokenizer: the tokenizer of the signals; default: the one that their manifest names.
         max_pairs: the page holds the first of them.
         weights: alpha and beta of the margins, discount and terminal of psi.
 
@@ -61,7 +61,7 @@ def write_token_view(
         `{"out", "pairs", "rows", "bytes", "shows"}`: pairs on the page, rows of the data, what colours tokens.
 
     Raises:
-        UserError: if a store was made from other data or tokens, no pair has signals, or the file cannot be written.
+        UserError: if a store is of other data or tokens, no pair has signals, or the file cannot be written.
 
     Example:
         >>> write_token_view("pairs.jsonl", [Signals.open("signals/teacher")], "tokens.html")     # doctest: +SKIP
@@ -69,7 +69,7 @@ def write_token_view(
     weights = weights or Weights()
     check_file(Path(out), PAGE, "inspect")
     if not signals:
-        raise UserError("no signals to look at: give a store with --signals DIR (`prefdistill signals` makes one)")
+        raise UserError("no signals: give a store with --signals DIR (`prefdistill signals` extracts one)")
     name = data if isinstance(data, str) else signals[0].manifest["data"]["name"]
     pairs = load_pairs(data) if isinstance(data, str) else data
     available = SignalSet.of(signals, pairs)
@@ -78,7 +78,7 @@ def write_token_view(
     for store in signals:
         store.check_tokenizer(tokenizer)
     if not len(available.rows):
-        raise UserError("no pair has signals in all of the stores: nothing to show")
+        raise UserError("no pair has signals in all of the stores")
     shown = available.at(available.rows[:max_pairs])
     texts = Texts.of(shown, tokenizer, Truncation(**signals[0].manifest["truncation"]))
     fields = fields_of(shown)
@@ -90,8 +90,8 @@ def write_token_view(
         "width": width_of(len(pieces)),
         "fields": [field.manifest() for field in fields],
         "modes": modes,
-        "weights": vars(weights),
-        "kept": {role: _kept(shown, role) for role in ROLES if has(shown, Need(role, "topk"))},
+        "weights": {name: getattr(weights, name) for name in Weights.model_fields},
+        "kept": {field.role: _kept(shown, field.role) for field in fields if field.source == "topk"},
     }
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= end_token_ids(tokenizer)
@@ -114,20 +114,20 @@ def write_token_view(
 
 
 def _tokenizer_of(store: Signals, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    made = store.manifest["tokenizer"]["name"]
-    if not made:
-        raise UserError("the signals do not say which tokenizer they were made with; name it with --tokenizer")
+    name = store.manifest["tokenizer"]["name"]
+    if not name:
+        raise UserError("the signals do not name their tokenizer; give it with --tokenizer")
     try:
-        return load_tokenizer(made, trust_remote_code=trust_remote_code)
+        return load_tokenizer(name, trust_remote_code=trust_remote_code)
     except UserError as error:
-        raise UserError(f"{error}\n(the signals name this tokenizer; --tokenizer says where it is now)") from None
+        raise UserError(f"{error}\n(the signals name this tokenizer; give its place with --tokenizer)") from None
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
 def _modes(fields: list[Field], scales: dict[str, float]) -> list[dict[str, Any]]:
-    """What tokens can be coloured by. `signed`: whether zero is in the middle of the scale or at its end."""
+    """Return what tokens can be coloured by. `signed`: whether zero is in the middle of the scale or at its end."""
     modes: list[dict[str, Any]] = []
     for number, field in enumerate(fields):
         if field.path:
@@ -151,17 +151,17 @@ def _modes(fields: list[Field], scales: dict[str, float]) -> list[dict[str, Any]
 
 
 def _kept(signals: SignalSet, role: str) -> str:
-    """How many tokens of each distribution a store has, in words."""
-    made = signals.store(role, "topk", SIDES[0]).manifest["topk"]
-    if "k" not in made:
-        return "the ones kept of the teacher's"
-    return "all" if made["k"] == "vocab" else f"the {made['k']} likeliest"
+    """Return which tokens of each distribution a store has, in words."""
+    topk = signals.store(role, "topk", SIDES[0]).manifest["topk"]
+    if "k" not in topk:
+        return "those of the teacher's store"
+    return "all" if topk["k"] == "vocab" else f"the {topk['k']} most likely"
 
 
 def _about(name: str, signals: SignalSet, pairs: "Dataset", left: int) -> dict[str, Any]:
-    """What the head of the page says."""
-    made = signals.stores[0].manifest
-    lengths = made["truncation"]
+    """Return the head of the page: name, facts and notes."""
+    manifest = signals.stores[0].manifest
+    lengths = manifest["truncation"]
     facts = []
     for role in ROLES:
         stores = [store for store in signals.stores if store.role == role]
@@ -169,32 +169,30 @@ def _about(name: str, signals: SignalSet, pairs: "Dataset", left: int) -> dict[s
             model = stores[0].manifest["model"].get("name") or "a model in memory"
             kinds = ", ".join(dict.fromkeys(kind for store in stores for kind in store.kinds))
             facts.append((role.replace("_", " "), f"{model} ({kinds})"))
-    facts.append(("tokenizer", made["tokenizer"]["name"] or "not named"))
+    facts.append(("tokenizer", manifest["tokenizer"]["name"] or "not named"))
     facts.append(("max_length", str(lengths["max_length"] or "none")))
     if lengths["max_prompt_length"]:
         facts.append(("max_prompt_length", str(lengths["max_prompt_length"])))
-    gone = len(pairs) - len(signals.rows) - left
+    dropped = len(pairs) - len(signals.rows) - left
     notes = []
-    if gone:
+    if dropped:
         reasons = dict.fromkeys(reason for store in signals.stores for reason in store.manifest["dropped"]["reasons"])
-        notes.append(f"{gone:,} of {len(pairs):,} rows have no signals ({'; '.join(reasons)}).")
+        notes.append(f"{dropped:,} of {len(pairs):,} rows have no signals ({'; '.join(reasons)}).")
     if left:
         notes.append(f"The first {len(signals.rows):,} pairs; {left:,} more are left out (--max-pairs).")
     return {"name": name, "facts": facts, "notes": notes}
 
 
 def _missing(signals: SignalSet, data: str) -> list[dict[str, str]]:
-    """What the page could show if it were stored, and the command that stores it."""
-    made = signals.stores[0].manifest
+    """Return what the page could show if it were stored, and the command that extracts it."""
+    manifest = signals.stores[0].manifest
     models = {store.role: store.manifest["model"].get("name") for store in signals.stores}
 
     def command(role: str, kind: str) -> str:
-        parts = ["prefdistill", "signals", "--model", models.get(role) or WHOSE[role], "--data", data]
+        parts = ["prefdistill", "signals", "--model", models.get(role) or MODELS[role], "--data", data]
         parts += [] if role == "teacher" else ["--role", role]
         parts += ["--kind", kind]
-        if kind == "topk" and role != "teacher":
-            parts += ["--ids-from", "DIR_OF_THE_TEACHERS"]
-        for option, value in made["truncation"].items():
+        for option, value in manifest["truncation"].items():
             if value is not None and (option, value) != ("max_length", Truncation().max_length):
                 parts += [f"--{option.replace('_', '-')}", str(value)]
         return shlex.join([*parts, "--out", f"signals/{role.replace('_', '-')}-{kind}"])
@@ -204,9 +202,9 @@ def _missing(signals: SignalSet, data: str) -> list[dict[str, str]]:
     if not has_values or positions(signals, "values") != {"all"}:
         what = "V and ψ of every token" + (" (these signals hold the endpoints only)" if has_values else "")
         missing.append({"what": what, "command": command("teacher", "values")})
-    if not has(signals, Need("teacher", "topk")):
-        what = "the teacher's log-prob of each token (where it is among the k likeliest)"
-        missing.append({"what": what, "command": command("teacher", "topk")})
+    if not any(has(signals, Need("teacher", kind)) for kind in ("token_logps", "topk")):
+        what = "the teacher's log-probability of each token"
+        missing.append({"what": what, "command": command("teacher", "token_logps")})
     for role, what in (
         ("teacher", "the teacher's log-probability of each response"),
         ("teacher_reference", "the teacher's own DPO margin"),

@@ -1,4 +1,4 @@
-// -- unpacking; report/packed.py says how it is laid out -------------------------------------------------------------
+// -- unpacking; report/packed.py documents the layout -------------------------------------------------------------
 
 async function inflate(id) {
   const text = atob($(id).textContent.trim());
@@ -33,7 +33,7 @@ function unpack(bytes, number) {
   return {first, head, starts, numbers, fields};
 }
 
-/** A pair as the page shows it: `at` is its place in the index. */
+/** Unpack a pair for the page: `at` is its place in the index. */
 async function pairAt(at) {
   const packed = await block(Math.floor(at / page.block)), i = at - packed.first;
   const sides = SIDES.map((name, side) => {
@@ -50,14 +50,14 @@ async function pairAt(at) {
   return {at, prompt: packed.head.prompts[packed.head.which[i]], sides};
 }
 
-/** The values of the states as psi takes them: `terminal` says what stands after an end token. */
+/** Return the values of the states as psi uses them: `terminal` defines the one after an end token. */
 function statesOf(side, field) {
   const states = Float64Array.from(side.fields[field]), {terminal} = page.weights;
   if (side.ended && terminal !== "bootstrap") states[side.n] = terminal === "zero" ? 0 : states[side.n - 1];
   return states;
 }
 
-/** What a mode says of each token: the number it shows, and the one its colour and rank go by. */
+/** Return what a mode shows of each token, and the number for its colour and rank. */
 function valuesOf(side, mode) {
   if (mode.show === "logp") return {show: side.fields[mode.field], shade: side.fields[mode.field]};
   if (mode.show === "ratio") {
