@@ -16,10 +16,10 @@ from prefdistill.data.synthetic import (
     careless_response,
     correct_response,
     demonstrations,
+    flip_labels,
     preference_pairs,
     reward,
     sample_prompts,
-    turned_labels,
 )
 
 PROMPTS = sample_prompts(300, seed=0)
@@ -270,9 +270,9 @@ def test_pairs_need_one_response_of_each_kind_per_prompt():
         preference_pairs(["copy id : 1 2 3"], ["< 1 >"], ["< 1 >", "< 2 >"], seed=0)
 
 
-def test_turned_labels_turn_that_share_and_nothing_else():
+def test_flip_labels_turn_that_share_and_nothing_else():
     rows = preference_pairs(PROMPTS[:200], ["< 1 >"] * 200, ["< 2 >"] * 200, seed=0)
-    turned = {share: turned_labels(rows, share, seed=3) for share in (0.0, 0.25, 0.5, 1.0)}
+    turned = {share: flip_labels(rows, share, seed=3) for share in (0.0, 0.25, 0.5, 1.0)}
     assert turned[0.0] == rows
     changed = {share: {i for i in range(200) if found[i] != rows[i]} for share, found in turned.items()}
     assert [len(changed[share]) for share in (0.25, 0.5, 1.0)] == [50, 100, 200]
@@ -281,4 +281,4 @@ def test_turned_labels_turn_that_share_and_nothing_else():
         assert after["prompt"] == before["prompt"]
         assert (after["chosen"], after["rejected"]) == (before["rejected"], before["chosen"])
         assert (after["score_chosen"], after["score_rejected"]) == (before["score_rejected"], before["score_chosen"])
-    assert turned_labels(rows, 0.5, seed=4) != turned[0.5]
+    assert flip_labels(rows, 0.5, seed=4) != turned[0.5]

@@ -1,12 +1,12 @@
-"""Encoded pairs as batches: what stands in which row, where the states of each response are, and what sees what.
+"""Make batches of encoded pairs: row layout, state indices, and attention mask.
 
-A response of T tokens behind a prompt of P has states s_0 .. s_T, of which s_0 is the prompt's last token; token
-a_t = y_{t+1} is chosen in s_t. A prompt with one or more responses behind it is a document. A batch is laid out in one
-of three ways, and says in each where the states are:
+A response of T tokens after a prompt has states s_0 .. s_T, where s_0 is the prompt's last token; token a_t = y_{t+1}
+is chosen in s_t. A document is a prompt followed by one or more responses. A batch has one of three layouts, and holds
+the indices of the states in each:
 
-    padded   one document of one response in each row, filled up on the right
+    padded   one document of one response per row, padded on the right
     masked   documents share rows, and responses share their prompt; the attention mask hides each from the others
-    packed   documents of one response end to end in a single row, told apart by their positions: for attention kernels
+    packed   documents of one response end to end in a single row, separated by their positions: for attention kernels
              of variable length
 """
 
@@ -23,60 +23,61 @@ from prefdistill.data.columns import SIDES
 from prefdistill.models.backbone import DOCUMENT, attention_of, backbone_of, causal_lm, model_inputs
 
 PADDING = -1
-# What attention under a mask costs more than its floating-point operations say, in units of those of the rest of a
-# model. 1.5 was measured on a CPU; on a GPU, whose kernels do not see what a mask hides, the figure is a careful guess.
+# Cost of a floating-point operation of masked attention, relative to one of the rest of a model. 1.5 was measured on a
+# CPU; on a GPU, whose kernels do not skip what a mask hides, it is an estimate on the safe side.
 MASKED_ATTENTION = {"cpu": 1.5, "other": 4.0}
-# Relative difference between two layouts of one model that rounding explains.
+# Relative difference between two layouts of one model that rounding can cause.
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 ROUNDING_16_BIT = 0.05
 
 
 @dataclass(frozen=True)
 class Document:
-    """A prompt and responses to it, each with its place among the responses of the batch."""
+    """A prompt and responses to it, each with its index among the responses of the batch."""
 
     prompt: Sequence[int]
     responses: Sequence[tuple[int, Sequence[int]]]
 
     @property
     def width(self) -> int:
+        """Number of tokens."""
         return len(self.prompt) + sum(len(ids) for _, ids in self.responses)
 
-    def apart(self) -> "list[Document]":
-        """Each response behind its own copy of the prompt."""
-        return [Document(self.prompt, [answer]) for answer in self.responses]
+    def split(self) -> "list[Document]":
+        """Return one document for each response, with its own copy of the prompt."""
+        return [Document(self.prompt, [response]) for response in self.responses]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model's batches are laid out, and when a prompt is worth sharing.
+    """The layout of a model's batches, and when responses share a prompt.
 
     Args:
-        kind: see the head of this module.
-        attention_cost: of a pair of tokens in a row, in units of what a token costs in the rest of the model.
+        kind: see the docstring of this module.
+        attention_cost: cost of attention for a pair of tokens in a row, relative to a token in the rest of the model.
     """
 
     kind: Literal["padded", "masked", "packed"] = "padded"
     attention_cost: float = 0.0
 
     def cost(self, widths: Iterable[int]) -> float:
-        """Of rows of these widths, in tokens."""
+        """Return the cost of rows of these widths, in tokens."""
         return sum(width + self.attention_cost * width**2 for width in widths)
 
     def documents(self, document: Document) -> list[Document]:
-        """The responses to a prompt behind one copy of it, or each behind its own, whichever costs less in a row.
+        """Return one document with a shared prompt, or one for each response, whichever costs less as a row.
 
         Example:
             >>> both = Document([1] * 100, [(0, [2] * 50), (1, [3] * 50)])
             >>> len(Layout("masked", 1e-3).documents(both)), len(Layout().documents(both))
             (1, 2)
         """
-        apart = document.apart()
-        worth = self.cost([document.width]) < self.cost(part.width for part in apart)
-        return [document] if self.kind == "masked" and worth else apart
+        separate = document.split()
+        cheaper = self.cost([document.width]) < self.cost(part.width for part in separate)
+        return [document] if self.kind == "masked" and cheaper else separate
 
     def rows(self, documents: Sequence[Document]) -> list[list[Document]]:
-        """Documents in as few rows as a simple rule finds, none longer than the longest document."""
+        """Pack documents into rows greedily, none longer than the longest document."""
         if self.kind == "padded":
             return [[document] for document in documents]
         if self.kind == "packed":
@@ -95,11 +96,11 @@ class Layout:
         return rows
 
     def plan(self, documents: Sequence[Document]) -> list[list[Document]]:
-        """Rows for the documents of one batch: prompts are shared by all or none of them, whichever costs less.
+        """Return rows for the documents of one batch: all share prompts or none do, whichever costs less.
 
-        A row is as long as the longest document, so a few that are shared would lengthen the rows of the rest.
+        A row is as long as the longest document, so sharing in some would lengthen the rows of all.
         """
-        plans = [self.rows([part for document in documents for part in document.apart()])]
+        plans = [self.rows([part for document in documents for part in document.split()])]
         if self.kind == "masked":
             plans.append(self.rows(documents))
         widths = [[max(width_of(row) for row in rows)] * len(rows) for rows in plans]
@@ -107,6 +108,7 @@ class Layout:
 
 
 def width_of(row: Iterable[Document]) -> int:
+    """Return the number of tokens of a row."""
     return sum(document.width for document in row)
 
 
@@ -114,7 +116,7 @@ PADDED = Layout()
 
 
 def every_token(place: int, tokens: int) -> np.ndarray:
-    """The states in which a token of the response is chosen: s_0 .. s_{T-1}."""
+    """Return the states in which a token of the response is chosen: s_0 .. s_{T-1}."""
     return np.arange(tokens)
 
 
@@ -125,20 +127,20 @@ def make_batch(
     states: Callable[[int, int], np.ndarray] = every_token,
     packed: bool = False,
 ) -> dict[str, Any]:
-    """Tensors of N rows, padded on the right to the longest, L.
+    """Return tensors of N rows, padded on the right to the longest, L.
 
     Args:
-        rows: the documents of each; together they hold responses 0 .. M-1.
-        pad_token_id: fills up.
-        states: `states(place, T)` says which of s_0 .. s_T are looked at for the response at this place.
-        packed: the rows are for kernels that tell documents apart by their positions.
+        rows: the documents of each row; together they hold responses 0 .. M-1.
+        pad_token_id: fills the padding.
+        states: `states(index, T)` returns which of s_0 .. s_T to use for the response with this index.
+        packed: the rows are for kernels that separate documents by their positions.
 
     Returns:
         - `input_ids` [N, L], and what a model needs besides: `attention_mask` [N, L]; or `position_ids` and `segments`
           [N, L] where a row holds more than one response; or `position_ids` alone if packed;
-        - `states` [S]: the places of the states in the flattened batch, of response 0 in order, then of response 1, ..;
-        - `tokens` [S]: the token chosen in each (of s_T, the padding token);
-        - `lengths` [M]: tokens of each response; `sizes`, a list of M: its states in `states`.
+        - `states` [S]: indices of the states in the flattened batch, of response 0 in order, then of response 1, ..;
+        - `tokens` [S]: the token chosen in each state (in s_T, the padding token);
+        - `lengths` [M]: tokens of each response; `sizes`, a list of M: its number of `states`.
     """
     shape = (len(rows), max(width_of(row) for row in rows))
     ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -159,9 +161,9 @@ def make_batch(
                 end, segment = at + len(response), segment + 1
                 ids[n, at:end], positions[n, at:end] = response, before + np.arange(len(response))
                 segments[n, at:end] = segment
-                asked = states(place, len(response))
-                where[place] = n * shape[1] + np.where(asked == 0, last, at + asked - 1)
-                tokens[place] = np.array([*response, pad_token_id])[asked]
+                used = states(place, len(response))
+                where[place] = n * shape[1] + np.where(used == 0, last, at + used - 1)
+                tokens[place] = np.array([*response, pad_token_id])[used]
                 lengths[place] = len(response)
                 at = end
     batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
@@ -175,20 +177,20 @@ def make_batch(
         "states": torch.from_numpy(np.concatenate(where)),
         "tokens": torch.from_numpy(np.concatenate(tokens)),
         "lengths": torch.from_numpy(lengths),
-        "sizes": [len(asked) for asked in where],
+        "sizes": [len(used) for used in where],
     }
 
 
 @torch.no_grad()
 def layout_for(model: Any, longest: int | None = None) -> Layout:
-    """The layout that costs this model least, of those that give what the padded one gives.
+    """Return the cheapest layout in which this model's outputs equal those in the padded layout.
 
-    A model may look past a mask (state-space models), count positions its own way, or see a window of the text only:
-    whether another layout tells the truth is tried on a short example, and otherwise the padded one is taken.
+    A model may ignore a mask (state-space models), count positions its own way, or have a sliding window. So another
+    layout is first tried on a short example; if the outputs differ, the padded one is used.
 
     Args:
-        model: a causal language model, possibly wrapped, where it will be used.
-        longest: the most tokens of a prompt and a response together; None if nobody knows.
+        model: a causal language model, possibly wrapped, on its device.
+        longest: the most tokens of a prompt and a response together; None if unknown.
     """
     lm = causal_lm(model)
     config, kernel = lm.config.get_text_config(), attention_of(lm)
@@ -201,7 +203,7 @@ def layout_for(model: Any, longest: int | None = None) -> Layout:
         "chunked_attention",
     }
     kind: Literal["masked", "packed"] = "packed" if "flash" in kernel else "masked"
-    # a mask of one's own takes the place of the window's
+    # an explicit mask replaces that of the window
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     cut = any(window is not None and (longest is None or longest > window) for window in windows)
     if others or (kind == "masked" and (cut or kernel not in ("sdpa", "eager"))) or not _agrees(lm, kind):
@@ -221,28 +223,28 @@ def _embeddings(lm: Any) -> int:
 
 
 def _agrees(lm: Any, kind: Literal["masked", "packed"]) -> bool:
-    """Whether the model says of responses in this layout what it says of them one by one."""
+    """Return whether the model's hidden states in this layout equal those of one response at a time."""
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     ids = [(7 * i + 3) % vocabulary for i in range(80)]
     pair, other = Document(ids[:9], [(0, ids[9:40]), (1, ids[40:60])]), Document(ids[60:65], [(2, ids[65:80])])
-    apart = [[document] for document in (*pair.apart(), other)]
-    together = [[pair, other]] if kind == "masked" else [[*pair.apart(), other]]
+    separate = [[document] for document in (*pair.split(), other)]
+    together = [[pair, other]] if kind == "masked" else [[*pair.split(), other]]
 
     def hidden(rows: list[list[Document]], packed: bool) -> Tensor:
         batch = make_batch(rows, pad_token_id=0, packed=packed)
         batch = {name: x.to(lm.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        found = backbone_of(lm)(**model_inputs(batch, lm), use_cache=False).last_hidden_state
-        return found.flatten(0, 1)[batch["states"]].float()
+        states = backbone_of(lm)(**model_inputs(batch, lm), use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[batch["states"]].float()
 
     training = lm.training
     lm.eval()
     try:
-        expected, found = hidden(apart, False), hidden(together, kind == "packed")
-    except Exception:  # it does not take such inputs: families raise what they like
+        expected, actual = hidden(separate, False), hidden(together, kind == "packed")
+    except Exception:  # the model refuses such inputs, with any error
         return False
     finally:
         lm.train(training)
-    error = (found - expected).norm() / expected.norm()
+    error = (actual - expected).norm() / expected.norm()
     return bool(error < ROUNDING.get(lm.dtype, ROUNDING_16_BIT))
 
 
@@ -251,11 +253,11 @@ def _agrees(lm: Any, kind: Literal["masked", "packed"]) -> bool:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Make a batch of rows of `encode_pairs`.
+    """Collate rows of `encode_pairs` into a batch.
 
     With B rows of data and R responses it has M = R*B responses, all of the first, then all of the second; see
-    `make_batch`. `features` are the named numbers of the rows, name -> list of B. Not tensors: what casts a batch to 16
-    bits, as DeepSpeed does, must not round log-probabilities.
+    `make_batch`. `features` are named numbers of the rows, name -> list of B. They are not tensors, so that casting a
+    batch to 16 bits, as DeepSpeed does, cannot round log-probs.
     """
 
     pad_token_id: int

@@ -1,11 +1,11 @@
-"""A small task with its own language, generator and *known* graded reward: what `prefdistill quickstart` runs on.
+"""The built-in task of `prefdistill quickstart`: a small language with a known, graded reward.
 
     prompt    reverse inc : 3 4 5        list operation, item operation, a list of 3 to 5 digits
     correct   < 6 5 4 >                  reverse([3 + 1, 4 + 1, 5 + 1])
-    careless  well < 3 4 5 um            chatty, repeats the list, leaves the closing mark out
+    careless  well < 3 4 5 um            chatty, repeats the list, omits the closing mark
 
-A model is first taught by a careless demonstrator, so that preferences have something to correct. Because the true
-reward is known, every later stage can be measured instead of judged: see `reward`.
+Models first learn from careless demonstrations, so that preferences have something to correct. The true reward of
+every response is known (`reward`), so no stage needs a learned reward model.
 """
 
 import math
@@ -41,14 +41,14 @@ LIST_OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
 LENGTHS = (3, 4, 5)
 PROMPT_COUNT = len(LIST_OPERATIONS) * len(ITEM_OPERATIONS) * sum(10**length for length in LENGTHS)
 
-# How often the demonstrator gives in to each habit. The same on every prompt and often enough to be learnt as style:
-# rare, unbiased slips would vanish from the model's most likely answers and leave preferences nothing to correct.
-HURRY = 0.35  # opens with a filler, repeats the list instead of working on it, and chatters at the end
-CHATTER = 0.5  # each of the three fillers a hurried response may end with
-DROP = 0.3  # loses the last item
-UNCLOSED = 0.6  # leaves the closing mark out
+# Probability of each bad habit of the demonstrations. They are independent of the prompt, and frequent enough to be
+# learned as style: rare slips would not show in a model's most likely responses, and leave nothing to correct.
+HURRY = 0.35  # starts with a filler, repeats the list instead of computing it, and ends with fillers
+CHATTER = 0.5  # each of the three fillers at the end of a hurried response
+DROP = 0.3  # drops the last item
+UNCLOSED = 0.6  # omits the closing mark
 
-# BOS once; the end token closes the assistant's message and nothing follows it. `generation` marks what the model says.
+# BOS once; the end token ends the assistant's message and nothing follows it. `generation` marks the response.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -58,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer of the task, with its chat template.
+    """Return the word-level tokenizer of the task, with its chat template.
 
     >>> tokenizer = build_tokenizer()
     >>> chat = [{"role": "user", "content": "copy id : 1 2 3"}, {"role": "assistant", "content": "< 1 2 3 >"}]
@@ -81,11 +81,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sample_prompts(n: int, seed: int, exclude: Collection[str] = ()) -> list[str]:
-    """`n` distinct prompts, none of them in `exclude`: operations and length uniform, then digits uniform.
+    """Draw `n` distinct prompts that are not in `exclude`: operations and length uniform, then digits uniform.
 
     A larger `n` continues the same sequence: `sample_prompts(9, s)[:5] == sample_prompts(5, s)`.
 
-    Errors: `UserError` where fewer than `n` prompts are left of the `PROMPT_COUNT` (2.7 million) there are.
+    Raises `UserError` if fewer than `n` of the `PROMPT_COUNT` (2.7 million) prompts are left.
 
     >>> train = sample_prompts(1000, seed=0)
     >>> held_out = sample_prompts(100, seed=1, exclude=train)
@@ -107,7 +107,7 @@ def sample_prompts(n: int, seed: int, exclude: Collection[str] = ()) -> list[str
 
 
 def _parse(prompt: str) -> tuple[str, str, list[int]]:
-    """List operation, item operation and list of a prompt."""
+    """Return list operation, item operation and list of a prompt."""
     match prompt.split():
         case [list_op, item_op, colon, *items] if (
             list_op in LIST_OPERATIONS and item_op in ITEM_OPERATIONS and colon == COLON and set(items) <= set(DIGITS)
@@ -121,9 +121,9 @@ def _answer(list_op: str, item_op: str, items: list[int]) -> list[str]:
 
 
 def correct_response(prompt: str) -> str:
-    """The one response of reward 4: `< list_op(item_op(x) for x in items) >`.
+    """Return the one response of reward 4: `< list_op(item_op(x) for x in items) >`.
 
-    Errors: `UserError` where `prompt` is not one of the task's.
+    Raises `UserError` if `prompt` is not one of the task.
 
     >>> correct_response("reverse inc : 3 4 5")
     '< 6 5 4 >'
@@ -132,10 +132,10 @@ def correct_response(prompt: str) -> str:
 
 
 def careless_response(prompt: str, rng: random.Random) -> str:
-    """What a demonstrator with bad habits answers: `HURRY`, `CHATTER`, `DROP` and `UNCLOSED` strike by chance.
+    """Draw a response with bad habits, each with its probability: `HURRY`, `CHATTER`, `DROP`, `UNCLOSED`.
 
-    At most 11 words, 12 tokens with the end token. The filler that opens a hurried response tells a model early which
-    kind it is in: with habits that cannot be told apart, tiny models need many more steps to learn the task.
+    At most 11 words, 12 tokens with the end token. The filler at the start of a hurried response marks its kind: tiny
+    models need many more steps to learn the task without such a mark.
 
     >>> import random
     >>> [careless_response("reverse inc : 3 4 5", random.Random(seed)) for seed in (4, 5, 6)]
@@ -154,7 +154,7 @@ def careless_response(prompt: str, rng: random.Random) -> str:
 
 
 def demonstrations(n: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, Any]]:
-    """`n` careless conversations to fine-tune on, in TRL's conversational format, one per distinct prompt.
+    """Return `n` careless conversations to fine-tune on, in TRL's conversational format, one per distinct prompt.
 
     The prompts are `sample_prompts(n, seed, exclude)`.
 
@@ -169,16 +169,16 @@ def demonstrations(n: int, seed: int, exclude: Collection[str] = ()) -> list[dic
 
 
 def reward(prompt: str, response: str, ended: bool = True) -> float:
-    """The true reward: how right, how well formed and how brief a response is. At most 4.
+    """Return the true reward of a response, for correct items, well-formedness and brevity; at most 4.
 
         3 * matches / longer + 0.5 * opened + 0.5 * closed - 0.25 * extras - 0.5 * (not ended)
 
     The digits of the response are its list; `matches` counts positions where it agrees with the correct one and
-    `longer` is the length of the longer of the two (both empty: 1). Leaving other words aside, it is opened where it
-    starts with `<` and closed where it ends with `>`. Every word that is neither a digit nor one of these two marks is
-    an extra. `ended`: the model wrote its end token.
+    `longer` is the length of the longer of the two (both empty: 1). Other words apart, it is opened if it starts with
+    `<` and closed if it ends with `>`. Every word that is neither a digit nor one of these two marks is an extra.
+    `ended`: the model wrote its end token.
 
-    Any text is a response; `UserError` where `prompt` is not one of the task's.
+    Any text is a response. Raises `UserError` if `prompt` is not one of the task.
 
     >>> reward("reverse inc : 3 4 5", "< 6 5 4 >")
     4.0
@@ -189,7 +189,7 @@ def reward(prompt: str, response: str, ended: bool = True) -> float:
 
 
 def reward_parts(prompt: str, response: str, ended: bool = True) -> dict[str, float]:
-    """What `reward` is the sum of.
+    """Return the terms of `reward`.
 
     >>> reward_parts("reverse inc : 3 4 5", "well < 6 5")
     {'matches': 2.0, 'opened': 0.5, 'closed': 0.0, 'extras': -0.25, 'unended': 0.0}
@@ -198,7 +198,7 @@ def reward_parts(prompt: str, response: str, ended: bool = True) -> dict[str, fl
     items = [word for word in words if word in DIGITS]
     core = [word for word in words if word in (*DIGITS, OPEN, CLOSE)]
     opened, closed = core[:1] == [OPEN], core[-1:] == [CLOSE]
-    agree = [given == wanted for given, wanted in zip_longest(items, answer)] or [True]
+    agree = [item == correct for item, correct in zip_longest(items, answer)] or [True]
     extras = len(words) - len(items) - opened - closed
     return {
         "matches": 3 * sum(agree) / len(agree),
@@ -212,14 +212,14 @@ def reward_parts(prompt: str, response: str, ended: bool = True) -> dict[str, fl
 def preference_pairs(
     prompts: Sequence[str], first: Sequence[str], second: Sequence[str], seed: int
 ) -> list[dict[str, Any]]:
-    """Two candidate responses per prompt, labelled by a Bradley-Terry judge of the true reward.
+    """Return preference pairs of two candidates per prompt, labelled by Bradley-Terry on the true reward.
 
         P(first is chosen) = sigmoid(reward(first) - reward(second))
 
     Rows are in TRL's conversational preference format with the true rewards as `score_chosen` and `score_rejected`.
-    Identical responses have no preference and are skipped. Responses count as ended, because the template ends them.
+    Pairs of identical responses are skipped. Responses count as ended, because the template ends them.
 
-    Errors: `UserError` where the three sequences differ in length.
+    Raises `UserError` if the three sequences differ in length.
 
     >>> row = preference_pairs(["copy id : 1 2 3"], ["< 1 2 3 >"], ["um um um"], seed=0)[0]
     >>> row["chosen"], row["score_chosen"], row["score_rejected"]
@@ -232,7 +232,7 @@ def preference_pairs(
     rng = random.Random(f"pairs {seed}")
     rows = []
     for prompt, *candidates in zip(prompts, first, second, strict=True):
-        draw = rng.random()  # drawn for every row, so that a skipped one does not move the labels behind it
+        draw = rng.random()  # drawn for every row, so that skipping one does not change later labels
         if candidates[0] == candidates[1]:
             continue
         scores = [reward(prompt, candidate) for candidate in candidates]
@@ -249,18 +249,18 @@ def preference_pairs(
     return rows
 
 
-def turned_labels(pairs: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
-    """The pairs, with chosen and rejected exchanged (and their scores) in a share of them drawn by `seed`.
+def flip_labels(pairs: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
+    """Return the pairs with chosen and rejected swapped (scores too) in a share of them drawn by `seed`.
 
-    Those turned by a smaller share are turned by a larger one too.
+    Pairs that a smaller share flips are flipped by a larger share too.
 
     >>> rows = [{"chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 0.0}]
-    >>> turned_labels(rows, 1.0, seed=0)
+    >>> flip_labels(rows, 1.0, seed=0)
     [{'chosen': 'b', 'rejected': 'a', 'score_chosen': 0.0, 'score_rejected': 1.0}]
     """
     rng = random.Random(f"labels {seed}")
     order = rng.sample(range(len(pairs)), len(pairs))
-    turned = set(order[: round(share * len(pairs))])
+    flipped = set(order[: round(share * len(pairs))])
     names = {"chosen": "rejected", "rejected": "chosen"}
 
     def other(column: str) -> str:
@@ -268,7 +268,7 @@ def turned_labels(pairs: Sequence[dict[str, Any]], share: float, seed: int) -> l
         return column.replace(side, names[side]) if side else column
 
     return [
-        {column: row[other(column)] if place in turned else value for column, value in row.items()}
+        {column: row[other(column)] if place in flipped else value for column, value in row.items()}
         for place, row in enumerate(pairs)
     ]
 

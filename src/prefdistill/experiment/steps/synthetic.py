@@ -103,7 +103,7 @@ class Pairs(Step):
             pairs = first_rows(load_pairs(str(self.directory / f"{split}.jsonl")), limit)
             if not label_noise:
                 return pairs
-            flipped = synthetic.turned_labels(pairs.to_list(), label_noise, seed=self.context.seed)
+            flipped = synthetic.flip_labels(pairs.to_list(), label_noise, seed=self.context.seed)
             return pairs.from_list(flipped, features=pairs.features)
 
         return Rows(
