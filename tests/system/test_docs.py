@@ -108,3 +108,10 @@ def test_the_recipe_of_the_page_can_be_loaded(tmp_path):
     (tmp_path / "my.yaml").write_text(recipe)
     loaded = load_recipe(tmp_path / "my.yaml")
     assert loaded.methods["tvkd-shuffled"].control.of == loaded.headline.method == "tvkd"
+
+
+def test_the_options_page_is_current():
+    """If it is not: python -m prefdistill.cli.options_page > docs/options.md"""
+    from prefdistill.cli.options_page import options_page
+
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == options_page()

@@ -1,0 +1,103 @@
+"""Write docs/options.md, the table of all options, from the sections that declare them.
+
+python -m prefdistill.cli.options_page > docs/options.md
+"""
+
+import typing
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from prefdistill.cli.flags import default_text, type_text
+from prefdistill.evaluation.options import EvaluateRequest
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.sampling.options import SampleRequest
+from prefdistill.signals.options import SignalRequest
+
+HEAD = """# Options
+
+Every option with its type, default and meaning, generated from the sections that declare them
+(`python -m prefdistill.cli.options_page`). In a recipe and as an override an option is written with its dotted key:
+`training.learning_rate=1e-6`. [recipes.md](recipes.md) explains recipes; the options of a method are on [its
+page](methods.md).
+"""
+REQUESTS: dict[str, type[BaseModel]] = {
+    "`prefdistill signals` and `extract_signals`": SignalRequest,
+    "`prefdistill sample` and `sample_responses`": SampleRequest,
+    "`prefdistill evaluate`": EvaluateRequest,
+}
+
+
+def options_page() -> str:
+    """Return the page as Markdown."""
+    parts = [HEAD, "\n".join(["## A recipe", "", *_table(Recipe)])]
+    described: dict[type[BaseModel], str] = {}
+    for key, section in _sections(Recipe, ""):
+        if section in described:
+            continue
+        described[section] = key
+        base = next((part for part in section.__mro__[1:] if part in described), None)
+        same = [f"All options of `{described[base]}`, and:", ""] if base else []
+        parts.append("\n".join([f"## `{key}`", "", *_about(section), *same, *_table(section, base)]))
+    for title, section in REQUESTS.items():
+        parts.append("\n".join([f"## {title}", "", *_table(section)]))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _sections(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the sections inside a section, each with its dotted key."""
+    for name, field in section.model_fields.items():
+        for inner, key in _inner(field.annotation, f"{prefix}{name}"):
+            yield key, inner
+            yield from _sections(inner, f"{key}.")
+
+
+def _inner(annotation: object, key: str) -> Iterator[tuple[type[BaseModel], str]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, key
+    key = f"{key}.NAME" if typing.get_origin(annotation) is dict else key
+    for part in typing.get_args(annotation):
+        yield from _inner(part, key)
+
+
+def _about(section: type[BaseModel]) -> list[str]:
+    text = vars(section).get("__doc__")  # not an inherited one
+    return [" ".join(text.split()), ""] if text else []
+
+
+def _table(section: type[BaseModel], base: type[BaseModel] | None = None) -> list[str]:
+    rows = [
+        f"| `{name}` | {_type(field)} | {_default(field)} | {_escaped(field.description or '')} |"
+        for name, field in section.model_fields.items()
+        if base is None or name not in base.model_fields
+    ]
+    return ["| option | type | default | |", "|---|---|---|---|", *rows]
+
+
+def _type(field: FieldInfo) -> str:
+    if next(_inner(field.annotation, ""), None):
+        return "section"
+    if field.annotation is bool:
+        return "boolean"
+    if dict in {typing.get_origin(part) for part in (field.annotation, *typing.get_args(field.annotation))}:
+        return "mapping"
+    return _escaped(type_text(field).lower())
+
+
+def _default(field: FieldInfo) -> str:
+    if next(_inner(field.annotation, ""), None):
+        return ""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    text = default_text(field) or (str(value).lower() if isinstance(value, bool | int | float) else "")
+    return f"`{_escaped(text)}`" if text else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")
