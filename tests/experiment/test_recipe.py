@@ -249,7 +249,7 @@ BAD_FILES = [
     ("name: !!bool perhaps\n", "is not valid YAML"),
     ("name: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
     ("[" * 5000, "is not valid YAML"),
-    ("? [a]\n: b\n", "is not valid YAML"),
+    ("? [a]\n: b\n", "keys should be strings, got ('a',)"),
     ("name: x\n", "data is missing"),
     (GOOD + "5: 6\n", "keys should be strings, got 5"),
     (GOOD.replace("{train:", "{1: 2, train:"), "keys should be strings, got 1"),

@@ -62,23 +62,19 @@ def test_source_never_unpickles_unpacks_or_evaluates(source):
     modules = {name.split(".")[0] for name in names}
     assert modules.isdisjoint({"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "tarfile", "zipfile"})
     calls = {"eval()", "exec()", "compile()", "__import__()", "torch.load()", "np.load()", "os.system()", "yaml.load()"}
-    if source.name == "yaml.py":  # with a SafeLoader, see below
-        calls.remove("yaml.load()")
     assert names.isdisjoint(calls | {"allow_pickle", "shell", "shutil.unpack_archive()", "yaml.unsafe_load()"})
 
 
-def test_yaml_is_loaded_by_a_safe_loader():
-    import yaml
+def test_yaml_is_read_by_a_safe_constructor():
+    from ruamel.yaml.constructor import SafeConstructor
 
-    from prefdistill.core.yaml import _Loader
+    from prefdistill.core.yaml import safe_yaml
 
-    assert issubclass(_Loader, yaml.SafeLoader)
-    assert set(_Loader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
-    (source,) = (path for path in SOURCES if path.name == "yaml.py")
-    calls = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
-    loads = [call for call in calls if ast.unparse(call.func) == "yaml.load"]
-    assert loads
-    assert all([ast.unparse(k.value) for k in call.keywords if k.arg == "Loader"] == ["_Loader"] for call in loads)
+    constructor = safe_yaml().Constructor
+    assert issubclass(constructor, SafeConstructor)
+    assert set(constructor.yaml_constructors) == set(SafeConstructor.yaml_constructors)
+    readers = [source for source in SOURCES if "ruamel" in source.read_text(encoding="utf-8")]
+    assert [source.name for source in readers] == ["yaml.py"]
 
 
 def test_results_have_safe_file_types_and_contain_no_key(workdir, monkeypatch, capfd):

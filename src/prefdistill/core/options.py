@@ -23,7 +23,7 @@ from prefdistill.core.errors import UserError
 Options = dict[str, JsonValue]
 F = TypeVar("F", bound=Callable[..., Any])
 # Marks of a field, as in Annotated[int, NOT_IN_KEY]:
-NOT_IN_KEY = "not in the cache key"  # it changes no result
+NOT_IN_KEY = "not in the cache key"  # it changes no result, or it is a name whose content is in the key
 NO_FLAG = "not on the command line"
 REPEATED = "one value per flag"  # `--signals A --signals B`; other lists are comma-separated
 # In pydantic's path to a value, but no key: the member of a union.
@@ -50,7 +50,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
-    def of(cls, where: str, **options: Any) -> Self:
+    def checked(cls, where: str, **options: Any) -> Self:
         """The section with these options.
 
         Raises:
@@ -204,6 +204,7 @@ def validate(
 def numbered(messages: list[str], where: str = "") -> str:
     """Messages in one line, numbered if there are several."""
     text = messages[0] if len(messages) == 1 else " ".join(f"({n}) {text}" for n, text in enumerate(messages, 1))
+    text = " ".join(text.split())
     return f"{where}: {text}" if where else text
 
 
@@ -237,11 +238,11 @@ def _problem(kind: type[BaseModel], errors: list[Any], key: str, also: Iterable[
     return f"{key}: {texts[0][0].lower()}{texts[0][1:]}, got {got}"
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str], all_of_them: str = "known there") -> str:
     """The known name that is closest, as a question, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(names) or 'none'}"
+    return f"did you mean {close[0]!r}?" if close else f"{all_of_them}: {', '.join(names) or 'none'}"
 
 
 def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:

@@ -1,8 +1,10 @@
 """Options of data: where pairs come from, how many are used, how long they may be."""
 
+from typing import Annotated
+
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from prefdistill.core.options import Section
+from prefdistill.core.options import NOT_IN_KEY, Section
 
 
 class Lengths(Section):
@@ -31,9 +33,9 @@ class Synthetic(Section):
 class Data(Section):
     """Pairs to train and test on: a Hub name (`org/name#split`), a directory, or a file."""
 
-    train: str | None = Field(None, description="Preference pairs to train on.")
-    test: str | None = Field(None, description="Held-out pairs.")
-    sft: str | None = Field(
+    train: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Preference pairs to train on.")
+    test: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Held-out pairs.")
+    sft: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="Demonstrations for the SFT stages; null: the chosen responses of `train`."
     )
     max_train: PositiveInt | None = Field(None, description="Use the first rows of `train` only.")

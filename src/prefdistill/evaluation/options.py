@@ -2,10 +2,11 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from prefdistill.core.options import Options, Section, Seeded
+from prefdistill.core.options import NOT_IN_KEY, Options, Section, Seeded
 from prefdistill.models.options import Dtype, Loading
 from prefdistill.sampling.options import Engine, Sampling
 from prefdistill.training.options import Training
@@ -16,7 +17,7 @@ SAMPLED = ("prompts", "temperature", "max_new_tokens", "batch_size", "engine")  
 class RewardModelOptions(Section):
     """The reward model that scores the responses to held-out prompts: a named one, or one trained for the run."""
 
-    name: str | None = Field(
+    name: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="Hub name or directory of a one-label classifier; null: train one from random weights."
     )
     share: float = Field(0.25, gt=0, lt=1, description="Share of the training prompts that only it sees.")

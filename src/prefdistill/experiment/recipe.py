@@ -1,29 +1,30 @@
-"""Recipes: what a run is made of, checked before anything starts. Unknown keys and wrong types are errors."""
+"""Recipes: the options of a run, checked before anything starts and before torch is imported."""
 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from prefdistill.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
-from prefdistill.core.options import Options, Override, Section, applied, as_mapping, merged, validate
-from prefdistill.core.yaml import _Dumper, read_yaml
+from prefdistill.core.options import (
+    NOT_IN_KEY,
+    Options,
+    Override,
+    Section,
+    Seeded,
+    applied,
+    as_mapping,
+    merged,
+    numbered,
+    problems,
+)
+from prefdistill.core.yaml import as_yaml, read_yaml
 from prefdistill.data.options import Data
 from prefdistill.evaluation.options import Evaluation, RewardModelOptions
 from prefdistill.experiment.roles import START, TEACHER, Control, Headline, check_roles, refuse_flag
+from prefdistill.methods import METHODS, make_method
 from prefdistill.models.options import Models
 from prefdistill.sampling.options import Sampling
 from prefdistill.signals.options import SignalOptions
@@ -33,56 +34,76 @@ DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
 
 
 class Teacher(Section):
-    """What is done to the teacher before it is asked; null skips a stage (the model named has been through it)."""
+    """How the teacher is trained; null skips a stage, which a named teacher has been through."""
 
-    sft: Training | None = None
-    dpo: DPOTraining | None = None
+    sft: Training | None = Field(None, description="Supervised fine-tuning.")
+    dpo: DPOTraining | None = Field(None, description="DPO, after sft.")
 
 
 class StudentStart(Section):
-    sft: Training | None = None
+    """How the student's start is trained."""
+
+    sft: Training | None = Field(None, description="Supervised fine-tuning.")
 
 
 class MethodRun(Section):
-    """A method with its hyper-parameters, under the name it has in the results."""
+    """A method under the name it has in the results. Any other key is an option of the method."""
 
-    method: str
-    options: Options = Field(default_factory=dict)
-    label: str = ""
-    display_name: str = ""  # in sentences; default: the method's own where the run is named after it, else the name
-    control: Annotated[Control | None, BeforeValidator(refuse_flag)] = None  # not a method: what it is a control of
-    on_request: bool = False  # runs only where it is asked for, by name or as one of all
-    start: str | None = None  # the method whose student this one starts from; default: the student's start
-    rounds: PositiveInt = 1  # of sampling, signals and training; each starts from the student of the one before
-    first_order: NonNegativeInt = 0
-    training: Training
+    method: str = Field(description="A method in any case, or the dotted name of one; default: the run's own name.")
+    options: Options = Field(default_factory=dict, description="Options of the method, which may also stand beside.")
+    label: str = Field("", description="Name in tables and plots.")
+    display_name: str = Field(
+        "", description="Name in sentences; default: the method's own if the run is named after it, else the name."
+    )
+    control: Annotated[Control | None, BeforeValidator(refuse_flag)] = Field(
+        None, description="Makes this run a control, never part of the verdict."
+    )
+    on_request: bool = Field(False, description="Run only if --methods names it, or says all.")
+    start: str | None = Field(
+        None, description="The method, above this one, whose student it starts from; default: the student's start."
+    )
+    rounds: PositiveInt = Field(
+        1, description="Rounds of sampling, signals and training; each starts from the student of the one before."
+    )
+    first_order: NonNegativeInt = Field(0, description="Number of its first order of the pairs.")
+    training: Training = Field(description="Its training, over the defaults of the recipe.")
 
 
 class Recipe(Section):
-    name: str
-    task: str = ""
-    seed: int = Field(0, ge=0, lt=2**32)  # what numpy takes
-    seeds: PositiveInt = 1  # the whole pipeline, from models to evaluation, with seed, seed + 1, ...
-    orders: PositiveInt = 1  # trainings of each method per seed, on the same pairs in other orders
-    threads: int | None = Field(default=None, gt=0, le=1024)  # of the CPU; the smallest models are fastest on one
-    baseline: str = "dpo"
-    headline: Headline = Headline()
-    data: Data
-    model: Models = Models()
-    teacher: Teacher = Teacher()
-    student: StudentStart = StudentStart()
-    signals: SignalOptions = SignalOptions()
-    sampling: Sampling = Sampling()
-    training: Options = Field(default_factory=dict)  # defaults of every training below
-    reward_model: RewardModelOptions | None = None
-    methods: dict[str, MethodRun]
-    evaluate: Evaluation = Evaluation()
-    fast: dict[str, Any] = Field(default_factory=dict)  # overrides for a quick run, by dotted key
+    """What a run is made of."""
+
+    name: Annotated[str, NOT_IN_KEY] = Field(description="Names the run directory.")
+    task: Annotated[str, NOT_IN_KEY] = Field("", description="What the data is about, for the report.")
+    seed: int = Seeded.redefault("seed", 0)
+    seeds: Annotated[PositiveInt, NOT_IN_KEY] = Field(
+        1, description="Runs of the whole pipeline, from models to evaluation, with seed, seed + 1, ..."
+    )
+    orders: PositiveInt = Field(
+        1, description="Trainings of each method per seed, on the same pairs in different orders."
+    )
+    threads: int | None = Field(
+        None, gt=0, le=1024, description="CPU threads; the smallest models are fastest with one."
+    )
+    baseline: str = Field("dpo", description="The method that others are compared with.")
+    headline: Headline = Field(Headline(), description="The method and the metric that the verdict is about.")
+    data: Data = Field(description="Pairs to train and test on.")
+    model: Models = Field(Models(), description="Teacher and student.")
+    teacher: Teacher = Field(Teacher(), description="How the teacher is trained.")
+    student: StudentStart = Field(StudentStart(), description="How the student's start is trained.")
+    signals: SignalOptions = Field(SignalOptions(), description="How signals are extracted.")
+    sampling: Sampling = Field(Sampling(), description="How responses are sampled to learn from.")
+    training: Options = Field(default_factory=dict, description="Defaults of every training.")
+    reward_model: RewardModelOptions | None = Field(None, description="Scores the responses to held-out prompts.")
+    methods: dict[str, MethodRun] = Field(description="The methods by name.")
+    evaluate: Evaluation = Field(Evaluation(), description="What is measured besides pair accuracies.")
+    fast: Annotated[dict[str, Any], NOT_IN_KEY] = Field(
+        default_factory=dict, description="Overrides of a quick run (--fast), by dotted key."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, raw: Any) -> Any:
-        """Training defaults into every training; a method's own options out of its flat section."""
+        """Merge the training defaults into every training; collect each method's own options."""
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
@@ -94,19 +115,12 @@ class Recipe(Section):
                     section[stage] = merged(defaults, as_mapping(section[stage], f"{part}.{stage}"))
             raw[part] = section
         if raw.get("reward_model") is not None:
-            judge = dict(as_mapping(raw["reward_model"], "reward_model"))
-            own = as_mapping(judge.get("training"), "reward_model.training")
-            judge["training"] = merged({**defaults, "lora": None}, own)
-            raw["reward_model"] = judge
-        methods = {}
-        for name, section in as_mapping(raw.get("methods"), "methods").items():
-            section = dict(as_mapping(section, f"methods.{name}"))
-            known = {key: section.pop(key) for key in list(section) if key in MethodRun.model_fields}
-            known.setdefault("method", name)
-            known["options"] = {**as_mapping(known.get("options"), f"methods.{name}.options"), **section}
-            known["training"] = merged(defaults, as_mapping(known.get("training"), f"methods.{name}.training"))
-            methods[name] = known
-        raw["methods"] = methods
+            section = dict(as_mapping(raw["reward_model"], "reward_model"))
+            own = as_mapping(section.get("training"), "reward_model.training")
+            section["training"] = merged({**defaults, "lora": None}, own)
+            raw["reward_model"] = section
+        runs = as_mapping(raw.get("methods"), "methods").items()
+        raw["methods"] = {name: _method_run(name, section, defaults) for name, section in runs}
         return raw
 
     @model_validator(mode="after")
@@ -151,12 +165,24 @@ class Recipe(Section):
         return self
 
     def as_yaml(self) -> str:
-        return str(yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        return as_yaml(self.model_dump())
 
     def save(self, path: Path) -> None:
         from prefdistill.core.files import write_text
 
         write_text(path, self.as_yaml())
+
+
+def _method_run(name: str, section: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The section of a method: its name, its own options gathered, its training over the defaults."""
+    section = dict(as_mapping(section, f"methods.{name}"))
+    run = {key: section.pop(key) for key in list(section) if key in MethodRun.model_fields}
+    run.setdefault("method", name)
+    if isinstance(run["method"], str):
+        run["method"] = METHODS.canonical(run["method"])
+    run["options"] = {**as_mapping(run.get("options"), f"methods.{name}.options"), **section}
+    run["training"] = merged(defaults, as_mapping(run.get("training"), f"methods.{name}.training"))
+    return run
 
 
 def load_recipe(
@@ -166,7 +192,7 @@ def load_recipe(
     fast: bool = False,
     only: list[str] | None = None,
 ) -> Recipe:
-    """Read a recipe, apply its `fast` profile if asked, then the overrides, and check the result.
+    """Read a recipe, apply its `fast` profile if requested, then the overrides, and check the result.
 
     Args:
         path: a YAML file.
@@ -176,7 +202,7 @@ def load_recipe(
             keeps all, also those that run on request only.
 
     Raises:
-        UserError: on a missing file, broken YAML, an unknown key, a wrong type, or a method that does not exist.
+        UserError: on a missing file or broken YAML; naming every unknown key, wrong type and unknown method.
     """
     path = Path(path)
     raw = _read(path)
@@ -189,25 +215,57 @@ def load_recipe(
     changes += [Override.parse(change) if isinstance(change, str) else change for change in overrides]
     for change in changes:
         change.apply(raw)
-    if isinstance(raw.get("training"), dict):  # on its own first: it is part of every training below
-        validate(Training, raw["training"], f"{path}: training")
-    recipe = validate(Recipe, raw, str(path))
-    recipe = _keep(recipe, only, str(path))
-    from prefdistill.methods import make_method
-
-    for name, run in recipe.methods.items():
-        try:
-            make_method(run.method, run.options)
-        except UserError as error:
-            raise UserError(f"{path}: methods.{name}: {error}") from error
+    recipe, messages = _validated(raw)
+    if recipe is not None:
+        recipe = _keep(recipe, only, str(path))
+        messages += _method_problems({name: (run.method, run.options) for name, run in recipe.methods.items()})
+    if messages:
+        raise UserError(numbered(messages, str(path)))
+    assert recipe is not None
     return recipe
 
 
+def _validated(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """The recipe, or everything that is wrong with it."""
+    messages: list[str] = []
+    if isinstance(raw.get("training"), dict):  # alone first, because it is part of every training
+        try:
+            Training.model_validate(raw["training"])
+        except ValidationError as error:
+            messages = [f"training: {message}" for message in problems(Training, error)]
+            raw = {**raw, "training": {}}
+    try:
+        recipe = Recipe.model_validate(raw)
+        return (None, messages) if messages else (recipe, [])
+    except ValidationError as error:
+        messages += problems(Recipe, error)
+    methods = {}
+    for name, section in raw["methods"].items() if isinstance(raw.get("methods"), dict) else ():
+        try:
+            run = _method_run(name, section, {})
+        except ValueError:  # among the messages already
+            continue
+        if isinstance(run["method"], str) and run.get("on_request") is not True:
+            methods[name] = (run["method"], run["options"])
+    return None, messages + _method_problems(methods)
+
+
+def _method_problems(methods: dict[str, tuple[str, dict[str, Any]]]) -> list[str]:
+    """What is wrong with the options of methods, given as name and options by the name of the run."""
+    messages = []
+    for name, (method, options) in methods.items():
+        try:
+            make_method(method, options)
+        except UserError as error:
+            messages.append(f"methods.{name}: {error}")
+    return messages
+
+
 def refuse_trust(files: Iterable[dict[str, Any]], where: str) -> None:
-    """A file may come from anyone: that a model's repository runs its code is for the command line to say.
+    """Refuse files that ask to run code from models' repositories: a file may come from anyone.
 
     Raises:
-        UserError: if what was read from a file asks for it.
+        UserError: if one does; only the command line may.
     """
     for raw in files:
         if isinstance(raw.get("model"), dict) and raw["model"].get("trust_remote_code"):
@@ -218,7 +276,7 @@ def refuse_trust(files: Iterable[dict[str, Any]], where: str) -> None:
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a recipe file, laid over the one it `extends`, a file named relative to it."""
+    """The mapping in a recipe file, merged over the one it `extends`, a file named relative to it."""
     raw = read_yaml(path, "recipe", "the shipped ones are under recipes/", "data, model, methods")
     base = raw.pop("extends", None)
     if base is None:
@@ -236,18 +294,21 @@ def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:
     """Return the recipe with the methods in `only`, its baseline, and those they start from or are controls of."""
     if only == ["all"]:
         return recipe
+    by_case = {name.lower(): name for name in recipe.methods}
+    names = [name if name in recipe.methods else by_case.get(name.lower(), name) for name in only or ()]
     if only is None:
-        only = [name for name, run in recipe.methods.items() if not run.on_request]
-    if unknown := [name for name in only if name not in recipe.methods]:
-        raise UserError(f"{where} has no method {unknown[0]!r}; it has {', '.join(recipe.methods)} (or all)")
-    kept = {*only, recipe.baseline}
-    kept |= {control.of for name in kept if (control := recipe.methods[name].control)}
+        names = [name for name, run in recipe.methods.items() if not run.on_request]
+    if unknown := [name for name in names if name not in recipe.methods]:
+        missing = ", ".join(repr(name) for name in unknown)
+        raise UserError(f"{where} has no method {missing}; it has {', '.join(recipe.methods)} (or all)")
+    selected = {*names, recipe.baseline}
+    selected |= {control.of for name in selected if (control := recipe.methods[name].control)}
     for name in reversed(recipe.methods):  # what a method starts from stands above it
         start = recipe.methods[name].start
-        if name in kept and start is not None:
-            kept.add(start)
+        if name in selected and start is not None:
+            selected.add(start)
     headline = recipe.headline
-    if headline.method not in kept:
+    if headline.method not in selected:
         headline = headline.model_copy(update={"method": None})
-    methods = {name: run for name, run in recipe.methods.items() if name in kept}
+    methods = {name: run for name, run in recipe.methods.items() if name in selected}
     return recipe.model_copy(update={"methods": methods, "headline": headline})

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, field_validator
+from pydantic import Field, field_validator
 
 from prefdistill.core.options import Section
 
@@ -13,24 +13,22 @@ if TYPE_CHECKING:
 TEACHER, START = "teacher", "start"
 
 
-class Control(BaseModel):
+class Control(Section):
     """What a run controls for. A control is shown beside the methods and never counts as one.
 
     placebo: the same training with an uninformative teacher signal. bound: an upper bound on what the signal can give.
     noise_floor: a repeat of `of` with nothing changed but the random order of the data.
     """
 
-    model_config = Section.model_config  # not a Section, whose `of` is a constructor
-
-    kind: Literal["placebo", "bound", "noise_floor"]
-    of: str
+    kind: Literal["placebo", "bound", "noise_floor"] = Field(description="placebo, bound or noise_floor.")
+    of: str = Field(description="The method that it is a control of.")
 
 
 class Headline(Section):
     """What the verdict is about."""
 
-    metric: str | None = None  # null: the first metric, in the order of the registry, that was measured
-    method: str | None = None  # null: every method alike
+    metric: str | None = Field(None, description="Default: the first metric of the registry that was measured.")
+    method: str | None = Field(None, description="Default: every method alike.")
 
     @field_validator("metric")
     @classmethod

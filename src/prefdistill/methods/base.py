@@ -9,6 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prefdistill import losses
 from prefdistill.core.errors import UserError
+from prefdistill.core.options import numbered
 from prefdistill.data.columns import SIDES
 from prefdistill.signals.needs import Need
 
@@ -63,13 +64,16 @@ class Method:
     def __post_init__(self) -> None:
         """Check that every hyper-parameter is of its declared type, such as pydantic's PositiveFloat."""
         types = get_type_hints(type(self), include_extras=True)
+        wrong = []
         for option in fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             try:
                 TypeAdapter(types[option.name], config=STRICT).validate_python(value)
             except ValidationError as error:
                 wanted = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-                raise UserError(f"{option.name} must be {BOUNDS.get(wanted, wanted)}, got {value!r}") from error
+                wrong.append(f"{option.name} must be {BOUNDS.get(wanted, wanted)}, got {value!r}")
+        if wrong:
+            raise UserError(numbered(wrong))
 
     @property
     def responses(self) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """Options of models: names, dtype, quantization, random models of a given shape."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from prefdistill.core.options import Options, Section
+from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["4bit", "8bit"]
@@ -36,11 +36,11 @@ class Scratch(Section):
 class Models(Section):
     """Hub names or directories; a model that is not named is made from `scratch`."""
 
-    teacher: str | None = Field(None, description="Hub name or directory of the teacher.")
-    teacher_reference: str | None = Field(
+    teacher: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Hub name or directory of the teacher.")
+    teacher_reference: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="What the teacher's DPO started from, for methods that compare the two."
     )
-    student: str | None = Field(None, description="Hub name or directory of the student.")
+    student: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Hub name or directory of the student.")
     scratch: Scratch | None = Field(None, description="Shapes of random models; null: models are named.")
     dtype: Dtype = Field(
         "float32",

@@ -80,7 +80,7 @@ def sample_responses(
         >>> sample_responses("my/student", "pairs.jsonl", out="own.jsonl", column="student_response")  # doctest: +SKIP
     """
     out = Path(out)
-    settings = SampleRequest.of("sample_responses", **options)
+    settings = SampleRequest.checked("sample_responses", **options)
     engine, column = ENGINES.find(settings.engine), settings.column
     _check_place(out)
     engine.check(model, settings)

@@ -57,7 +57,7 @@ def sample(
     Example:
         >>> sample(model, tokenizer, ["Once upon a time"], n=2, top_p=0.9)             # doctest: +SKIP
     """
-    sampling = Sampling.of(
+    sampling = Sampling.checked(
         "sample",
         n=n,
         temperature=temperature,

@@ -62,7 +62,7 @@ def extract_signals(
     Example:
         >>> extract_signals("my/teacher", "pairs.jsonl", out="signals/teacher")       # doctest: +SKIP
     """
-    request = SignalRequest.of("extract_signals", kinds=kinds, **options)
+    request = SignalRequest.checked("extract_signals", kinds=kinds, **options)
     check_request(request, ids_from, model)
     out = Path(out)
     check_place(out)

@@ -85,7 +85,7 @@ class LiveTeacher(Signals):
         needed = {name: value for need in own_needs for name, value in need.settings.items()}
         responses = tuple(dict.fromkeys(name for need in own_needs for name in need.responses)) or SIDES
         options = {"responses": responses, **needed, **self._options}
-        request = SignalRequest.of("LiveTeacher", kinds=kinds, role=self._role, **options)
+        request = SignalRequest.checked("LiveTeacher", kinds=kinds, role=self._role, **options)
         ids_from = self._ids_from
         if ids_from is None and "topk" in kinds and self._role != "teacher":
             ids_from = next((s for s in others if s.role == "teacher" and "topk" in s.kinds), None)

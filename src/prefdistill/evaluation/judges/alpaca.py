@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, value_digest, write_json
 from prefdistill.core.progress import say
+from prefdistill.core.yaml import read_yaml
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs, read_text
@@ -252,7 +252,7 @@ def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluato
     config_path = directory / prompt / "configs.yaml"
     if "/" in prompt or not config_path.is_file():
         raise UserError(f"--prompt {prompt} is neither a file nor an evaluator of alpaca_eval, such as {DEFAULT}")
-    config = next(iter(yaml.safe_load(config_path.read_text(encoding="utf-8")).values()))
+    config = next(iter(read_yaml(config_path, "config", "reinstall alpaca_eval", "prompt_template").values()))
     fields = {key: value for key, value in config["completions_kwargs"].items() if key != "model_name"}
     read = _reader(config)
     known = {"max_tokens", "temperature", "top_p", "logprobs", "top_logprobs"}

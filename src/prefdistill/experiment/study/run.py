@@ -18,17 +18,10 @@ from prefdistill.core.progress import say
 from prefdistill.experiment.inputs import ModelChanged, Sources, source_fingerprints
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.study.load import load_study, recipe_of
-from prefdistill.experiment.study.options import RESERVED, Cell, Study, cells_of
+from prefdistill.experiment.study.options import Cell, Study, cells_of
 from prefdistill.experiment.study.results import KEPT, summary, without_points
 from prefdistill.training.nan_guard import NotFinite
 
-# Fields of a recipe that are no part of a cell's request: labels, and the names that `source_fingerprints` replaces.
-NOT_IN_REQUEST: dict[str, Any] = {
-    **dict.fromkeys([*RESERVED, "task", "fast"], True),
-    "data": {"train", "test", "sft"},
-    "model": {"teacher", "teacher_reference", "student"},
-    "reward_model": {"name"},
-}
 SYNTHETIC_FILES = ("pairs/train.jsonl", "pairs/test.jsonl", "data/demonstrations.jsonl")  # of a seed
 
 
@@ -80,7 +73,7 @@ class StudyRun:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
             if names not in self.fingerprints:
                 self.fingerprints[names] = source_fingerprints(recipe, self.sources)
-            options = recipe.model_dump(mode="json", exclude=NOT_IN_REQUEST)
+            options = {key: value for key, value in recipe.cache_key().items() if key != "seed"}
             for seed in self.seeds:
                 sources = self.fingerprints[names]
                 request = {"recipe": options, "given": sources, "seed": seed, "version": __version__}
