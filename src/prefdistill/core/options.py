@@ -198,14 +198,7 @@ def validate(
     try:
         return kind.model_validate(raw, strict=strict)
     except ValidationError as error:
-        raise UserError(numbered(problems(kind, error, also, spelled), where)) from error
-
-
-def numbered(messages: list[str], where: str = "") -> str:
-    """Messages in one line, numbered if there are several."""
-    text = messages[0] if len(messages) == 1 else " ".join(f"({n}) {text}" for n, text in enumerate(messages, 1))
-    text = " ".join(text.split())
-    return f"{where}: {text}" if where else text
+        raise UserError(*problems(kind, error, also, spelled), where=where) from error
 
 
 def problems(

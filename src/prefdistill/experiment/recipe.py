@@ -17,7 +17,6 @@ from prefdistill.core.options import (
     applied,
     as_mapping,
     merged,
-    numbered,
     problems,
 )
 from prefdistill.core.yaml import as_yaml, read_yaml
@@ -220,7 +219,7 @@ def load_recipe(
         recipe = _keep(recipe, only, str(path))
         messages += _method_problems({name: (run.method, run.options) for name, run in recipe.methods.items()})
     if messages:
-        raise UserError(numbered(messages, str(path)))
+        raise UserError(*messages, where=str(path))
     assert recipe is not None
     return recipe
 
@@ -257,7 +256,7 @@ def _method_problems(methods: dict[str, tuple[str, dict[str, Any]]]) -> list[str
         try:
             make_method(method, options)
         except UserError as error:
-            messages.append(f"methods.{name}: {error}")
+            messages += [f"methods.{name}: {message}" for message in error.messages]
     return messages
 
 
