@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import NO_FLAG, REPEATED, Argument, Flag, Override, Section, numbered, validate
+from prefdistill.core.options import NO_FLAG, REPEATED, Argument, Flag, Override, Section, validate
 
 Verb = Callable[[Any], dict[str, Any]]
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -41,7 +41,7 @@ class Call:
         texts = {name: value for name, value in self.values.items() if value not in (None, False, [])}
         paths_and_lists = [n for n in texts if _is_list(fields[n]) or Path in _members(fields[n].annotation)]
         if empty := [flag_of(section, name) for name in paths_and_lists if texts[name] == ""]:
-            raise UserError(numbered([f"{flag} is empty; give a value, or leave it out" for flag in empty]))
+            raise UserError(*(f"{flag} is empty; give a value, or leave it out" for flag in empty))
         values = {name: _parsed(fields[name], value) for name, value in texts.items()}
         options = validate(section, values, "", spelled=lambda key: flag_of(section, key), strict=False)
         return typing.cast(Section, options)

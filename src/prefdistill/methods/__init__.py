@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import numbered, suggestion
+from prefdistill.core.options import suggestion
 from prefdistill.core.registry import Registry
 from prefdistill.methods.base import BatchSignals, Method, Metrics, Student, sampled
 from prefdistill.methods.trl import TRLMethod
@@ -56,11 +56,9 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     known = method_options(name)
     if unknown := [key for key in options if key not in known]:
         raise UserError(
-            numbered(
-                [f"{name} has no option {key!r}; {suggestion(key, sorted(known), 'its options')}" for key in unknown]
-            )
+            *(f"{name} has no option {key!r}; {suggestion(key, sorted(known), 'its options')}" for key in unknown)
         )
     try:
         return METHODS.find(name)(**options)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise UserError(*(f"{name}: {message}" for message in error.messages)) from error

@@ -9,7 +9,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prefdistill import losses
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import numbered
 from prefdistill.data.columns import SIDES
 from prefdistill.signals.needs import Need
 
@@ -73,7 +72,7 @@ class Method:
                 wanted = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
                 wrong.append(f"{option.name} must be {BOUNDS.get(wanted, wanted)}, got {value!r}")
         if wrong:
-            raise UserError(numbered(wrong))
+            raise UserError(*wrong)
 
     @property
     def responses(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from prefdistill.cli.flags import key_values
 from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import PAIRS, Overridable
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import REPEATED, Seeded, numbered, validate
+from prefdistill.core.options import REPEATED, Seeded, validate
 from prefdistill.data.options import Lengths
 from prefdistill.models.options import Dtype, Loading
 from prefdistill.training.options import DPOTraining, Training
@@ -141,13 +141,13 @@ def method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
     try:
         method = make_method(name, {key: value for key, value in raw.items() if key in known})
     except UserError as error:
-        messages.append(str(error))
+        messages += error.messages
     try:
         training = validate(Training, {key: value for key, value in raw.items() if key not in known}, "", known)
     except UserError as error:
-        messages.append(str(error))
+        messages += error.messages
     if messages:
-        raise UserError(numbered(messages, WHERE))
+        raise UserError(*messages, where=WHERE)
     assert training is not None
     return name, method, training
 
