@@ -256,7 +256,7 @@ def _method_problems(methods: dict[str, tuple[str, dict[str, Any]]]) -> list[str
         try:
             make_method(method, options)
         except UserError as error:
-            messages += [f"methods.{name}: {message}" for message in error.messages]
+            messages += [" ".join(f"methods.{name}: {message}".split()) for message in error.messages]
     return messages
 
 
