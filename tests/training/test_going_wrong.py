@@ -55,7 +55,7 @@ def test_a_constant_value_is_reported_before_training(place, capsys):
     assert "is the same number" in capsys.readouterr().err
 
 
-def test_shaping_that_drowns_the_margin_is_warned_of_with_numbers(place, capsys):
+def test_shaping_that_outweighs_the_margin_is_warned_of_with_numbers(place, capsys):
     (place / "recipe.yaml").write_text(
         "name: x\ndata: {train: pairs.jsonl, test: pairs.jsonl}\nmodel: {teacher: model, student: model}\n"
         "training: {max_steps: 2, learning_rate: 0.01, batch_size: 2, micro_batch_size: 2}\nbaseline: faint\n"
@@ -63,26 +63,26 @@ def test_shaping_that_drowns_the_margin_is_warned_of_with_numbers(place, capsys)
     )
     assert main(["run", "recipe.yaml", "--out", "run"]) == 0
     results = read_json(place / "run" / "results.json")
-    (warning,) = (text for text in results["warnings"] if "drowns" in text)
+    (warning,) = (text for text in results["warnings"] if "outweighs" in text)
     spread, margin = (results["shaping"]["tvkd"][key] for key in ("std", "dpo_margin_std"))
     assert spread > 3 * margin
     assert warning == (
-        f"tvkd: the shaping margin (spread {spread:.2f}) drowns the DPO margin (spread {margin:.2f}); a lower alpha or "
-        "a higher beta gives the pairs more say"
+        f"tvkd: the shaping margin (spread {spread:.2f}) outweighs the DPO margin (spread {margin:.2f}); use a "
+        "lower alpha or a higher beta"
     )
     assert warning in (place / "run" / "report.html").read_text(encoding="utf-8")
     assert f"warning: {warning}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("alpha", "drowns"), [(1000, True), (1e-9, False)])
-def test_shaping_that_drowned_the_margin_of_one_training(place, capsys, alpha, drowns):
+@pytest.mark.parametrize(("alpha", "outweighs"), [(1000, True), (1e-9, False)])
+def test_shaping_that_outweighs_the_margin_of_one_training(place, capsys, alpha, outweighs):
     for name, role, kind in (("values", "teacher", "values"), ("start", "reference", "logps")):
         assert main(["signals", "--model", "model", *DATA, "--role", role, "--kind", kind, "--out", name]) == 0
     stores = ["--signals", "values", "--signals", "start", "--out", "out", "logging_steps=1", "learning_rate=0.01"]
     assert main(["distill", "--student", "model", *DATA, "--method", "tvkd", *stores, *FAST, f"alpha={alpha}"]) == 0
     last = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()][1]
-    told = f"tvkd: the shaping margin (mean size {last['shaping/margins_abs']:.2f}) drowns the DPO margin"
-    assert (told in capsys.readouterr().err) == drowns
+    told = f"tvkd: the shaping margin (mean size {last['shaping/margins_abs']:.2f}) outweighs the DPO margin"
+    assert (told in capsys.readouterr().err) == outweighs
 
 
 def spoil(place, value):
