@@ -390,7 +390,7 @@ class FileArtifact(Artifact):
 
     def foreign(self) -> str | None:
         if self.place.exists() and self.read_seal() is None:
-            return f"{self.place} is not as `prefdistill {self.verb}` wrote it; give another --out"
+            return f"{self.place} is not as `prefdistill {self.verb}` wrote it; delete it or give another --out"
         if not self.place.exists() and self.has_work() and not self.note.is_file():
             return f"{self.parts} is not empty and was not made by `prefdistill {self.verb}`; give another --out"
         return None
@@ -489,7 +489,10 @@ def sidecar(out: Path) -> Path:
 
 def made_of(out: Path) -> dict[str, Any]:
     """Return what the sidecar of a file says; {} without one, or if the file has changed since."""
-    seal = read_json(sidecar(out)) if out.is_file() and sidecar(out).is_file() else None
+    try:
+        seal = read_json(sidecar(out)) if out.is_file() and sidecar(out).is_file() else None
+    except UserError:  # torn
+        return {}
     return seal if isinstance(seal, dict) and seal.get("sha256") == file_digest(out) else {}
 
 
