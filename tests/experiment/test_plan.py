@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.plan import build_plan, build_plans
@@ -80,7 +81,7 @@ def test_keys_that_depend_on_a_trained_tokenizer_are_known_before_it_is(finished
     assert {"init", "distill-dpo-0", "evaluate-dpo-0", "evaluate-start"} <= rebuilt
     assert not {"reward-model", "evaluate-reward-model", "evaluate-teacher"} & rebuilt
     assert {name for name, reused in stages(run_recipe(wider, tmp_path / "run")).items() if not reused} == rebuilt
-    assert results["judge"]["pairs"] > 0
+    assert results["reward_model"]["pairs"] > 0
 
 
 def test_two_steps_of_one_name_are_refused(tmp_path):
@@ -186,6 +187,35 @@ def test_self_distillation_reads_one_model_in_two_roles(mine, tmp_path):
 def test_inputs_and_steps_are_equal_only_to_themselves():
     assert Step.__eq__ is Input.__eq__ is object.__eq__
     assert Step.__hash__ is Input.__hash__ is object.__hash__
+
+
+def test_the_verb_prints_the_table_or_one_json_object(named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(named / "recipe.yaml")
+    assert main(["plan", recipe, "--methods", "dpo"]) == 0
+    assert "distill-dpo-0" in capsys.readouterr().out
+    assert main(["plan", recipe, "--methods", "dpo", "--out", "run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["out"] == "run"
+    assert plan["totals"]["steps"] == len(plan["steps"]) > 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=nowhere.jsonl", "nowhere.jsonl: no such file or directory"),
+        ("model.teacher=nowhere/model", "no tokenizer at 'nowhere/model'"),
+        ("training.batch_size=9", "batch_size=9 is not a multiple of micro_batch_size"),
+        ("methods.dpo.gamma=1", "dpo has no option 'gamma'"),
+        ("training.lora={target_modules: [nope]}", "training.lora: "),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(named, capsys, override, message):
+    assert main(["plan", str(named / "recipe.yaml"), override]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("prefdistill: ")
+    assert message in line
 
 
 def test_the_plan_of_a_small_recipe_is_a_table(tmp_path):

@@ -109,7 +109,7 @@ def test_several_samples_of_each_prompt(tmp_path):
         ),
         (["signals.k=0"], "signals.k"),
         (["signals.p=1.5"], "signals.p"),
-        (["sampling.engine=magic"], "sampling.engine"),
+        (["sampling.engine=magic"], "unknown engine 'magic'"),
         (["sampling.engine=vllm"], "vLLM is not installed"),
         (["sampling.temperature=0", "sampling.n=2"], "gives the same response 2 times"),
         (["model.teacher_reference=some/model"], "leave one of the two out"),

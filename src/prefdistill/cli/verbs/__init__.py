@@ -14,6 +14,7 @@ VERBS = Registry(
     {
         "quickstart": f"{_HERE}.run:quickstart",
         "doctor": f"{_HERE}.doctor:doctor",
+        "plan": f"{_HERE}.run:plan",
         "run": f"{_HERE}.run:run",
         "sft": f"{_HERE}.train:sft",
         "dpo": f"{_HERE}.train:dpo",

@@ -1,7 +1,7 @@
-"""`prefdistill quickstart`, `run` and `study`: whole recipes."""
+"""`prefdistill quickstart`, `plan`, `run` and `study`: whole recipes."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
@@ -9,6 +9,9 @@ from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import Overridable, command_line
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Argument, Override, Section, Seeded
+
+if TYPE_CHECKING:
+    from prefdistill.experiment.recipe import Recipe
 
 
 class MethodFlags(Section):
@@ -28,11 +31,11 @@ def quickstart(options: QuickstartFlags) -> dict[str, Any]:
     Example: prefdistill quickstart --out runs/first --seed 1 --methods all
     """
     recipe = Path(__file__).parents[2] / "experiment" / "recipes" / "quickstart.yaml"
-    overrides = [f"seed={options.seed}", f"seeds={options.seeds}", *options.overrides]
-    return _run(recipe, options.out, overrides, fast=False, only=options.methods)
+    overrides = (f"seed={options.seed}", f"seeds={options.seeds}", *options.overrides)
+    return run(RecipeFlags(recipe=recipe, out=options.out, overrides=overrides, methods=options.methods))
 
 
-class RunFlags(Overridable, MethodFlags):
+class RecipeFlags(Overridable, MethodFlags):
     recipe: Annotated[Path, Argument("RECIPE")] = Field(description="Recipe file (YAML).")
     out: Path | None = Field(
         None, description="Run directory; default: runs/NAME of the recipe, runs/NAME-fast with --fast."
@@ -40,26 +43,44 @@ class RunFlags(Overridable, MethodFlags):
     fast: bool = Field(False, description="Use the recipe's small profile: a quick check that everything runs.")
 
 
-def run(options: RunFlags) -> dict[str, Any]:
+def plan(options: RecipeFlags) -> dict[str, Any]:
+    """List the steps of a recipe before they run: rows, tokens, memory and disk of each, and what a run will reuse,
+    resume or rebuild, and why. Reads data and tokenizers; loads no weights and writes nothing.
+
+    Example: prefdistill plan recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
+    """
+    one_process("plan")
+    recipe, out = _recipe(options)
+    from prefdistill.experiment.show_plan import as_text, plan_recipe
+
+    planned = plan_recipe(recipe, out)
+    show(as_text(planned))
+    return planned
+
+
+def run(options: RecipeFlags) -> dict[str, Any]:
     """Run every stage of a recipe. Finished stages are reused, an interrupted one resumes.
 
     Example: prefdistill run recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
     """
-    return _run(options.recipe, options.out, list(options.overrides), fast=options.fast, only=options.methods)
-
-
-def _run(
-    path: Path, out: Path | None, overrides: list[str], *, fast: bool, only: tuple[str, ...] | None
-) -> dict[str, Any]:
     one_process("run")
+    return _run(*_recipe(options))
+
+
+def _recipe(options: RecipeFlags) -> tuple["Recipe", Path]:
+    """Load the recipe; return it with the run directory."""
     from prefdistill.experiment.recipe import load_recipe
 
-    recipe = load_recipe(path, overrides, fast=fast, only=None if only is None else list(only))
+    path, overrides, fast = options.recipe, list(options.overrides), options.fast
+    recipe = load_recipe(path, overrides, fast=fast, only=None if options.methods is None else list(options.methods))
     if fast and not recipe.fast:
         raise UserError(f"{path} has no section `fast`, the overrides of --fast; add one, or leave --fast out")
     _refuse_unused(overrides, list(recipe.methods))
     # results of the small profile must not replace those of the whole run
-    out = out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
+    return recipe, options.out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
+
+
+def _run(recipe: "Recipe", out: Path) -> dict[str, Any]:
     from prefdistill.core.progress import say
     from prefdistill.experiment.run import run_recipe
     from prefdistill.report import method_table, verdict
