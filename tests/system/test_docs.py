@@ -115,3 +115,16 @@ def test_the_options_page_is_current():
     from prefdistill.cli.options_page import options_page
 
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == options_page()
+
+
+def test_the_python_example_trains(tmp_path, monkeypatch, make_model, tokenizer, pairs):
+    """The block of docs/stages.md, as it is."""
+    for name, seed in (("teacher", 1), ("student", 0)):
+        make_model(seed, num_hidden_layers=1).save_pretrained(tmp_path / "my" / name)
+        tokenizer.save_pretrained(tmp_path / "my" / name)
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "stages.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    assert names["trainer"].state.global_step > 0
