@@ -68,16 +68,16 @@ def by_hand(model, tokenizer, questions):
 @needs_harness
 def test_a_local_task_by_hand(tasks, make_model, tokenizer, questions):
     model = make_model(4)
-    found = run_benchmarks(model, tokenizer, ["care"], include=tasks)
+    results = run_benchmarks(model, tokenizer, ["care"], include=tasks)
     right = by_hand(model, tokenizer, questions)
     assert 0 < sum(right) < len(right)
-    task = found["tasks"]["care"]
+    task = results["tasks"]["care"]
     assert task["metrics"]["acc"]["mean"] == pytest.approx(sum(right) / len(right))
     mean = sum(right) / len(right)
     assert task["metrics"]["acc"]["se"] == pytest.approx((mean * (1 - mean) / (len(right) - 1)) ** 0.5)
     assert (task["version"], task["shots"], task["n"]) == (1.5, 0, 7)
-    assert found["lm_eval"] == version("lm_eval")
-    assert "groups" not in found
+    assert results["lm_eval"] == version("lm_eval")
+    assert "groups" not in results
 
 
 @needs_harness
@@ -85,14 +85,14 @@ def test_the_verb_keeps_stdout_for_its_json(tasks, tmp_path, make_model, tokeniz
     monkeypatch.chdir(tmp_path)
     make_model(4).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    asked = ["evaluate", "--model", "model", "--lm-eval", "care", "--lm-eval-include", str(tasks), "--out", "e.json"]
-    assert main([*asked, "--limit", "3", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert found == json.loads((tmp_path / "e.json").read_text())
-    assert found["benchmarks"]["tasks"]["care"]["n"] == 3
-    assert found["benchmarks"]["limit"] == 3
-    asked[asked.index("care")] = "care,hellaswagg"
-    assert main([*asked, "--limit", "3"]) == 2
+    command = ["evaluate", "--model", "model", "--lm-eval", "care", "--lm-eval-include", str(tasks), "--out", "e.json"]
+    assert main([*command, "--limit", "3", "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)
+    assert results == json.loads((tmp_path / "e.json").read_text())
+    assert results["benchmarks"]["tasks"]["care"]["n"] == 3
+    assert results["benchmarks"]["limit"] == 3
+    command[command.index("care")] = "care,hellaswagg"
+    assert main([*command, "--limit", "3"]) == 2
     assert "has no task 'hellaswagg'; did you mean hellaswag" in capfd.readouterr().err
 
 
@@ -104,7 +104,7 @@ def test_the_leaderboards_are_groups_of_the_installed_harness(tasks):
     assert GROUPS["open-llm-leaderboard-2"] in index
 
 
-def test_without_the_harness_the_extra_is_named(make_model, tokenizer, monkeypatch):
+def test_a_missing_harness_names_the_extra_to_install(make_model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install \"prefdistill\[lm-eval\]\""):
         run_benchmarks(make_model(), tokenizer, ["care"])

@@ -47,37 +47,37 @@ def stores(tmp_path, make_model, pairs, tokenizer):
     return make
 
 
-def gathered(pairs, *stores):
+def signal_set(pairs, *stores):
     return SignalSet.of(stores, pairs)
 
 
 @pytest.fixture
 def naive(make_model, pairs, tokenizer):
-    """Of a model with this seed, for one side: raw logits of the tokens, summed; values; log-probs."""
+    """Return, for a model with this seed and one side, the sum of raw token logits, the values and the log-probs."""
 
     @torch.no_grad()
     def read(seed, side, truncation=None):
-        model, found = make_model(seed), []
+        model, results = make_model(seed), []
         for row in encode_pairs(pairs, tokenizer, truncation or Truncation())[0]:
             prompt, response = row["prompt_ids"], row[f"{side}_ids"]
             logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :].double()
             taken = logits[torch.arange(len(response)), response]
             values = torch.logsumexp(logits, -1)
-            found.append(
+            results.append(
                 {"q": taken.sum(), "values": values, "logp": (taken - values[:-1]).sum(), "tokens": len(response)}
             )
-        return found
+        return results
 
     return read
 
 
 def wins(naive, score, seed=5, **options):
-    """Wins by a score of a naive reading."""
+    """Return the wins by a score of naive forward passes."""
     return pair_wins(*([float(score(row)) for row in naive(seed, side, **options)] for side in ("chosen", "rejected")))
 
 
 def test_terms_are_what_a_naive_forward_gives(pairs, stores, naive):
-    found = pair_terms(gathered(pairs, stores("teacher", 5), stores("teacher_reference", 6, ("logps",))))
+    results = pair_terms(signal_set(pairs, stores("teacher", 5), stores("teacher_reference", 6, ("logps",))))
     expected = {
         "shaping return": wins(naive, lambda row: row["values"][-2] - row["values"][0]),
         "value after the end token": wins(naive, lambda row: row["values"][-1] - row["values"][0]),
@@ -90,15 +90,15 @@ def test_terms_are_what_a_naive_forward_gives(pairs, stores, naive):
         for side in ("chosen", "rejected")
     }
     expected["teacher implicit reward"] = pair_wins(ratios["chosen"], ratios["rejected"])
-    assert found.keys() == expected.keys()
+    assert results.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
-    assert len({tuple(values) for values in found.values()}) == len(found)  # no term stands for another
-    assert 0.5 in found["longer is better"]  # there are ties
+        np.testing.assert_array_equal(results[name], values, err_msg=name)
+    assert len({tuple(values) for values in results.values()}) == len(results)  # no two terms are equal
+    assert 0.5 in results["longer is better"]  # there are ties
 
 
 def by_hand(role, *rows):
-    """A store whose rows are given as (values, log-prob, raw logits, ended) of chosen and rejected."""
+    """Return a store with rows of (values, log-prob, raw logits, ended) of chosen and rejected."""
     sides = ("chosen", "rejected")
     table = [
         {"row": i} | {
@@ -127,8 +127,8 @@ def test_terms_by_hand():
         (([0.0] * 2, -1.0, 0.0, True), ([0.0] * 2, -1.0, 0.0, True)),
     )
     signals = SignalSet((teacher, reference), Dataset.from_list([{}] * 3), np.arange(3))
-    found = {name: values.tolist() for name, values in pair_terms(signals).items()}
-    assert found == {
+    results = {name: values.tolist() for name, values in pair_terms(signals).items()}
+    assert results == {
         "shaping return": [0, 0, 0.5],  # 1 : 2, 3 : 4, 0 : 0
         "value after the end token": [1, 0, 0.5],  # 49 : -1, -1 : 4
         "teacher log-prob": [1, 0, 0.5],
@@ -139,7 +139,7 @@ def test_terms_by_hand():
 
 
 def test_discount_and_terminal_are_those_of_the_method(pairs, stores, naive):
-    signals = gathered(pairs, stores("teacher", 5))
+    signals = signal_set(pairs, stores("teacher", 5))
     np.testing.assert_array_equal(
         pair_terms(signals, discount=0.9)["shaping return"],
         wins(
@@ -154,21 +154,21 @@ def test_discount_and_terminal_are_those_of_the_method(pairs, stores, naive):
     )
 
 
-def test_raw_logits_are_no_matter_of_temperature_and_shown_where_they_were_read(pairs, stores, naive):
-    terms = pair_terms(gathered(pairs, stores("teacher", 5, value_temperature=0.5)))
+def test_raw_logits_do_not_depend_on_temperature_and_need_the_q_signal(pairs, stores, naive):
+    terms = pair_terms(signal_set(pairs, stores("teacher", 5, value_temperature=0.5)))
     np.testing.assert_array_equal(terms["teacher Q (raw logits)"], wins(naive, lambda row: row["q"]))
-    terms = pair_terms(gathered(pairs, stores("teacher", 5, ("values", "logps"))))
+    terms = pair_terms(signal_set(pairs, stores("teacher", 5, ("values", "logps"))))
     assert "teacher Q (raw logits)" not in terms
     assert "shaping return" in terms
 
 
 def test_gauge_flips_by_hand():
-    """Margins 3, -1, 0 and 2 of V at the last states, under two directions. Turned are 1 in 4 pairs and 2 in 4."""
+    """Margins 3, -1, 0 and 2 at the last states; 1 of 4 pairs flips under the first direction, 2 under the second."""
     margins = [  # last values of chosen and rejected, shifts of chosen and of rejected
-        ((5.0, 2.0), (0.0, -4.0), (2.0, -1.0)),  # 3 - 2, 3 - 3: neither has turned
-        ((1.0, 2.0), (0.5, 3.0), (0.0, 1.0)),  # -1 + 0.5 has not, -1 + 2 has
-        ((4.0, 4.0), (1.0, -1.0), (0.0, 0.0)),  # 0 has no order that could turn
-        ((3.0, 1.0), (-1.0, 0.0), (2.0, 5.0)),  # 2 - 3 and 2 - 5 both have
+        ((5.0, 2.0), (0.0, -4.0), (2.0, -1.0)),  # 3 - 2, 3 - 3: neither flips
+        ((1.0, 2.0), (0.5, 3.0), (0.0, 1.0)),  # -1 + 0.5 does not, -1 + 2 does
+        ((4.0, 4.0), (1.0, -1.0), (0.0, 0.0)),  # a tie cannot flip
+        ((3.0, 1.0), (-1.0, 0.0), (2.0, 5.0)),  # 2 - 3 and 2 - 5 both do
     ]
     table = [
         {
@@ -188,11 +188,11 @@ def test_gauge_flips_by_hand():
     assert gauge_flips(store_by_hand(manifest, table)) == mean_and_error([1 / 4, 2 / 4])
 
 
-def test_a_cut_response_keeps_its_last_state(pairs, stores, naive):
-    """Where the response was cut there is no end token whose value could be left out."""
+def test_a_truncated_response_keeps_its_last_state(pairs, stores, naive):
+    """A truncated response has no end token whose value would be left out."""
     truncation = Truncation(max_length=14)
     store = stores("teacher", 5, truncation=truncation)
-    signals = gathered(pairs, store)
+    signals = signal_set(pairs, store)
     ended = [signals.scalar("teacher", "values", side, "ended") for side in ("chosen", "rejected")]
     assert not all(map(np.all, ended))
     assert any(map(np.any, ended))
@@ -211,26 +211,26 @@ def test_a_student_equal_to_its_reference_has_no_reward(pairs, stores, make_mode
     reward = implicit_rewards(make_model(0), pairs, tokenizer, reference)
     for side in ("chosen", "rejected"):
         np.testing.assert_array_equal(getattr(reward, side), 0)
-    found = evaluate_pairs(make_model(0), pairs, tokenizer, [reference])
-    assert found["metrics"]["reward_accuracy"] == {**estimate([0.5] * 24), "over": "test prompts"}
-    assert found["margin_accuracy"].keys() == {"longer is better", "the start's log-prob"}
-    assert found["pairs"] == 24
+    results = evaluate_pairs(make_model(0), pairs, tokenizer, [reference])
+    assert results["metrics"]["reward_accuracy"] == {**estimate([0.5] * 24), "over": "test prompts"}
+    assert results["margin_accuracy"].keys() == {"longer is better", "the start's log-prob"}
+    assert results["pairs"] == 24
 
 
 def test_rewards_are_log_ratios(pairs, stores, make_model, tokenizer, naive):
     reference = stores("reference", 0, ("logps",))
-    found = evaluate_pairs(make_model(3), pairs, tokenizer, [reference, stores("teacher", 5)])
+    results = evaluate_pairs(make_model(3), pairs, tokenizer, [reference, stores("teacher", 5)])
     student, start = ({side: naive(seed, side) for side in ("chosen", "rejected")} for seed in (3, 0))
     ratios = [
         [float(a["logp"] - b["logp"]) for a, b in zip(student[side], start[side], strict=True)]
         for side in ("chosen", "rejected")
     ]
     over = {"over": "test prompts"}
-    assert found["metrics"]["reward_accuracy"] == estimate(pair_wins(*ratios)) | over
+    assert results["metrics"]["reward_accuracy"] == estimate(pair_wins(*ratios)) | over
     per_token = estimate([float(row["logp"]) / row["tokens"] for row in student["chosen"]])
     for key in ("mean", "se", "low", "high"):
-        assert found["metrics"]["chosen_logp"][key] == pytest.approx(per_token[key], abs=1e-4)
-    terms = found["margin_accuracy"]
+        assert results["metrics"]["chosen_logp"][key] == pytest.approx(per_token[key], abs=1e-4)
+    terms = results["margin_accuracy"]
     assert terms["teacher Q (raw logits)"] == estimate(wins(naive, lambda row: row["q"])) | over
     assert terms["longer is better"] == estimate(wins(naive, lambda row: row["tokens"])) | over
     assert terms["the start's log-prob"] == estimate(wins(naive, lambda row: row["logp"], seed=0)) | over
@@ -238,7 +238,7 @@ def test_rewards_are_log_ratios(pairs, stores, make_model, tokenizer, naive):
     np.testing.assert_allclose([reward.chosen, reward.rejected], ratios, atol=2e-3)
 
 
-def test_pairs_of_one_prompt_are_drawn_together(make_model, tokenizer, tmp_path, pairs):
+def test_pairs_of_one_prompt_are_resampled_together(make_model, tokenizer, tmp_path, pairs):
     """Six pairs of four prompts, in no order; a pair without room for a response is left out."""
     prompts = ["b", "a", "b", "c", "a", "d " * 60]
     rows = [
@@ -249,19 +249,19 @@ def test_pairs_of_one_prompt_are_drawn_together(make_model, tokenizer, tmp_path,
     store = extract_signals(
         make_model(0), few, tokenizer, ("logps",), tmp_path / "store", role="reference", truncation=Truncation(40)
     )
-    found = evaluate_pairs(make_model(3), few, tokenizer, [store])
+    results = evaluate_pairs(make_model(3), few, tokenizer, [store])
     reward = implicit_rewards(make_model(3), few, tokenizer, store)
     assert reward.row.tolist() == [0, 1, 2, 3, 4]
     wins = pair_wins(reward.chosen, reward.rejected)
-    assert found["metrics"]["reward_accuracy"] == estimate(wins, list("babca")) | {"over": "test prompts"}
-    assert (found["pairs"], found["metrics"]["reward_accuracy"]["n"]) == (5, 3)
+    assert results["metrics"]["reward_accuracy"] == estimate(wins, list("babca")) | {"over": "test prompts"}
+    assert (results["pairs"], results["metrics"]["reward_accuracy"]["n"]) == (5, 3)
     measured = Measured()
     measure_pairs(measured, make_model(3), few, tokenizer, store)
     assert measured.groups["reward_accuracy"] == [0, 1, 0, 2, 1]
     assert measured.metrics["reward_accuracy"] == wins.mean()
 
 
-def test_what_does_not_belong_together_is_refused(pairs, stores, make_model, tokenizer):
+def test_mismatched_signals_are_refused(pairs, stores, make_model, tokenizer):
     import copy
 
     reference, model = stores("reference", 0, ("logps",)), make_model(0)

@@ -31,11 +31,11 @@ from prefdistill.models.scratch import random_model
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def said(*texts):
+def assistant_messages(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-def asked(*texts):
+def user_messages(*texts):
     return [[{"role": "user", "content": text}] for text in texts]
 
 
@@ -56,7 +56,9 @@ def test_rouge_l_is_rouge_scores():
 
 
 def test_texts_by_hand():
-    responses = Responses(asked("p", "q", "p"), ["one two", " three ", ""], [3, 2, 1], ["one two", "three", "one two"])
+    responses = Responses(
+        user_messages("p", "q", "p"), ["one two", " three ", ""], [3, 2, 1], ["one two", "three", "one two"]
+    )
     measured = Measured()
     measure_texts(measured, responses)
     assert measured.items["exact_match"] == [1, 1, 0]
@@ -73,21 +75,27 @@ def test_texts_by_hand():
 
 def test_prompts_are_unique_and_compared_with_their_first_reference():
     rows = Dataset.from_list(
-        [{"prompt": p, "chosen": c} for p, c in zip(asked("a", "b", "a", "c"), said("1", "2", "3", "4"), strict=True)]
+        [
+            {"prompt": p, "chosen": c}
+            for p, c in zip(user_messages("a", "b", "a", "c"), assistant_messages("1", "2", "3", "4"), strict=True)
+        ]
     )
-    assert unique_prompts(rows)["chosen"] == said("1", "2", "4")
-    assert unique_prompts(rows, 2)["chosen"] == said("1", "2")
-    answers = Dataset.from_list(
-        [{"prompt": asked("c")[0], "own": said("x")[0]}, {"prompt": asked("a")[0], "own": said("y")[0]}]
+    assert unique_prompts(rows)["chosen"] == assistant_messages("1", "2", "4")
+    assert unique_prompts(rows, 2)["chosen"] == assistant_messages("1", "2")
+    responses = Dataset.from_list(
+        [
+            {"prompt": user_messages("c")[0], "own": assistant_messages("x")[0]},
+            {"prompt": user_messages("a")[0], "own": assistant_messages("y")[0]},
+        ]
     )
-    found = Responses.read(answers, "own", references_of(rows))
-    assert (found.texts, found.references, found.tokens) == (["x", "y"], ["4", "1"], None)
+    results = Responses.read(responses, "own", references_of(rows))
+    assert (results.texts, results.references, results.tokens) == (["x", "y"], ["4", "1"], None)
     with pytest.raises(
         UserError, match=r"no column 'response'; their columns: prompt, own\. Name the right one with --column"
     ):
-        Responses.read(answers)
+        Responses.read(responses)
     with pytest.raises(UserError, match="1 prompts of the responses are not in the data"):
-        Responses.read(answers, "own", references_of(rows.select([0])))
+        Responses.read(responses, "own", references_of(rows.select([0])))
     assert references_of(rows.select_columns("prompt")) == {}
 
 
@@ -108,15 +116,15 @@ def test_metrics_by_range():
         measured.add("reference_words", words)
         return measured
 
-    ours, theirs = [[run([0, 1, 0.5, 0.25])]], [[run([1, 1, 1, 1])]]
-    found = by_length({"ours": ours, "theirs": theirs, "silent": [[Measured()]]}, [5, 50, 70])
-    assert found.keys() == {"rouge_l"}
-    assert [(row["low"], row["high"], row["n"]) for row in found["rouge_l"]] == [(0, 5, 2), (6, 50, 1), (71, None, 1)]
-    assert found["rouge_l"][0]["methods"]["ours"] == estimate([0, 1]) | {"over": "test prompts"}
-    assert found["rouge_l"][1]["methods"]["ours"] == {"mean": 0.5, "se": None, "n": 1, "over": "test prompts"}
-    assert found["rouge_l"][2]["methods"]["theirs"]["mean"] == 1
-    orders = by_length({"ours": [[run([0, 1, 0.5, 0.25]), run([0, 0, 0, 0])]]}, [5])
-    assert orders["rouge_l"][0]["methods"]["ours"] == mean_and_error([0.5, 0]) | {"over": "data orders"}
+    first, second = [[run([0, 1, 0.5, 0.25])]], [[run([1, 1, 1, 1])]]
+    results = by_length({"first": first, "second": second, "silent": [[Measured()]]}, [5, 50, 70])
+    assert results.keys() == {"rouge_l"}
+    assert [(row["low"], row["high"], row["n"]) for row in results["rouge_l"]] == [(0, 5, 2), (6, 50, 1), (71, None, 1)]
+    assert results["rouge_l"][0]["methods"]["first"] == estimate([0, 1]) | {"over": "test prompts"}
+    assert results["rouge_l"][1]["methods"]["first"] == {"mean": 0.5, "se": None, "n": 1, "over": "test prompts"}
+    assert results["rouge_l"][2]["methods"]["second"]["mean"] == 1
+    orders = by_length({"first": [[run([0, 1, 0.5, 0.25]), run([0, 0, 0, 0])]]}, [5])
+    assert orders["rouge_l"][0]["methods"]["first"] == mean_and_error([0.5, 0]) | {"over": "data orders"}
     assert by_length({"silent": [[Measured()]]}) == {}
 
 
@@ -147,7 +155,7 @@ def reward_model(tmp_path_factory, tokenizer):
     return str(place)
 
 
-def test_a_response_is_read_as_trl_trains_on_it(tokenizer, pairs, tmp_path):
+def test_reward_model_ids_are_those_that_trl_trains_on(tokenizer, pairs, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
     def trained_on(rows):
@@ -158,8 +166,8 @@ def test_a_response_is_read_as_trl_trains_on_it(tokenizer, pairs, tmp_path):
     few = pairs.select(range(6)).select_columns(["prompt", "chosen", "rejected"])
     plain = Dataset.from_list([{key: value[0]["content"] for key, value in row.items()} for row in few])
     for rows in (few, plain):
-        theirs = trained_on(rows)
-        for row, both in zip(rows, theirs, strict=True):
+        encoded = trained_on(rows)
+        for row, both in zip(rows, encoded, strict=True):
             for side in ("chosen", "rejected"):
                 assert reward_model_ids(tokenizer, row["prompt"], row[side]) == both[f"{side}_ids"]
     row = few[0]
@@ -168,24 +176,24 @@ def test_a_response_is_read_as_trl_trains_on_it(tokenizer, pairs, tmp_path):
 
 def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
     """Batches pad on the right, and a text is cut where the positions end."""
-    judge = RewardModel(reward_model, batch_tokens=100)
+    model = RewardModel(reward_model, batch_tokens=100)
     prompts, responses = pairs["prompt"][:], pairs["chosen"][:]
-    found = judge.score(prompts, responses)
+    results = model.score(prompts, responses)
     lengths = []
-    for prompt, response, score in zip(prompts, responses, found, strict=True):
+    for prompt, response, score in zip(prompts, responses, results, strict=True):
         ids = reward_model_ids(tokenizer, prompt, response)
         lengths.append(len(ids))
         with torch.no_grad():
-            alone = judge.model(input_ids=torch.tensor([ids[:24]])).logits[0, 0]
+            alone = model.model(input_ids=torch.tensor([ids[:24]])).logits[0, 0]
         assert score == pytest.approx(float(alone), abs=1e-4)
     assert max(lengths) > 24 > min(lengths)
-    assert len(set(found)) > 12
-    batches = judge._batches(lengths)
+    assert len(set(results)) > 12
+    batches = model._batches(lengths)
     assert sorted(place for batch in batches for place in batch) == list(range(24))
     assert all(len(batch) * max(lengths[place] for place in batch) <= 100 or len(batch) == 1 for batch in batches)
 
 
-def test_wins_against_all_the_others_of_a_prompt():
+def test_wins_against_all_other_responses_to_a_prompt():
     class LengthModel:
         def score(self, prompts, responses, what=""):
             return np.array([float(response) for response in responses])
@@ -203,17 +211,17 @@ def test_wins_against_all_the_others_of_a_prompt():
 
 
 def test_accuracy_of_a_reward_model(reward_model, pairs, tokenizer):
-    judge = RewardModel(reward_model)
-    worth = judge.score_pairs(pairs)
-    scores = [judge.score(pairs["prompt"][:], pairs[side][:]) for side in ("chosen", "rejected")]
-    assert worth.items["accuracy"] == pair_wins(*scores).tolist()
+    model = RewardModel(reward_model)
+    on_pairs = model.score_pairs(pairs)
+    scores = [model.score(pairs["prompt"][:], pairs[side][:]) for side in ("chosen", "rejected")]
+    assert on_pairs.items["accuracy"] == pair_wins(*scores).tolist()
     longer = [
         pair_wins(*([len(reward_model_ids(tokenizer, row["prompt"], row[side]))] for side in ("chosen", "rejected")))[0]
         for row in pairs
     ]
-    assert worth.items["longer_is_better"] == longer
-    about = accuracy_of("it", [worth])
-    assert about["accuracy"] == estimate(worth.items["accuracy"]) | {"over": "test prompts"}
+    assert on_pairs.items["longer_is_better"] == longer
+    about = accuracy_of("it", [on_pairs])
+    assert about["accuracy"] == estimate(on_pairs.items["accuracy"]) | {"over": "test prompts"}
     assert (about["name"], about["pairs"]) == ("it", 24)
 
 
@@ -234,10 +242,10 @@ def test_models_that_are_no_reward_models_are_refused(tmp_path, make_model, toke
     bare.save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
-    judge = RewardModel(str(tmp_path / "bare"))
+    model = RewardModel(str(tmp_path / "bare"))
     with pytest.raises(UserError, match="has no chat template, and the data are conversations"):
-        judge.score(asked("p"), ["r"])
-    assert np.isfinite(judge.score(["plain prompt "], ["and response"])).all()
+        model.score(user_messages("p"), ["r"])
+    assert np.isfinite(model.score(["plain prompt "], ["and response"])).all()
 
 
 # -- the verb ----------------------------------------------------------------------------------------------------------
@@ -257,42 +265,42 @@ EVALUATE = ["evaluate", "--out", "e.json"]
 SAMPLE = [*EVALUATE, "--model", "model", "--data", "pairs.jsonl", "--max-new-tokens", "8"]
 
 
-def told(capfd):
+def stderr_of(capfd):
     return capfd.readouterr().err
 
 
 def test_responses_are_sampled_once_and_scored(place, reward_model, capfd):
     scored = [*SAMPLE, "--reward-model", reward_model, "--length-ranges", "3,6"]
     assert main(scored) == 0
-    found = json.loads((place / "e.json").read_text())
-    assert found["metrics"].keys() == {
+    results = json.loads((place / "e.json").read_text())
+    assert results["metrics"].keys() == {
         "reward_model_score", "reward_model_win_rate_chosen", "rouge_l", "exact_match", "response_tokens",
         "response_words",
     }  # fmt: skip
-    assert all(value["n"] == 24 for value in found["metrics"].values())  # a prompt that stands twice is asked once
-    assert "against" not in found
-    assert found["reward_model"]["pairs"] == 25
-    assert found["reward_model"]["accuracy"]["n"] == 24
-    rows = load_prompts(found["responses"]["file"])
+    assert all(value["n"] == 24 for value in results["metrics"].values())  # duplicate prompts get one response
+    assert "against" not in results
+    assert results["reward_model"]["pairs"] == 25
+    assert results["reward_model"]["accuracy"]["n"] == 24
+    rows = load_prompts(results["responses"]["file"])
     assert rows.column_names == ["prompt", "response", "response_ended", "response_tokens"]
-    assert found["metrics"]["response_tokens"]["mean"] == np.mean(rows["response_tokens"][:])
-    judge = RewardModel(reward_model)
-    scores = judge.score(rows["prompt"][:], rows["response"][:])
-    assert found["metrics"]["reward_model_score"]["mean"] == pytest.approx(scores.mean())
-    assert found["responses"]["points"] == [
+    assert results["metrics"]["response_tokens"]["mean"] == np.mean(rows["response_tokens"][:])
+    model = RewardModel(reward_model)
+    scores = model.score(rows["prompt"][:], rows["response"][:])
+    assert results["metrics"]["reward_model_score"]["mean"] == pytest.approx(scores.mean())
+    assert results["responses"]["points"] == [
         [n, pytest.approx(s, abs=1e-5)] for n, s in zip(rows["response_tokens"][:], scores, strict=True)
     ]
-    assert {(row["low"], row["high"]) for row in found["by_length"]["rouge_l"]} == {(0, 3), (4, 6), (7, None)}
+    assert {(row["low"], row["high"]) for row in results["by_length"]["rouge_l"]} == {(0, 3), (4, 6), (7, None)}
     assert "accuracy of longer is better" in capfd.readouterr().out
     before = (place / "e.generations.jsonl").stat().st_mtime_ns
     assert main(scored) == 0
     assert (place / "e.generations.jsonl").stat().st_mtime_ns == before
     assert main([*scored, "--seed", "1"]) == 2
-    assert "holds work of another request" in told(capfd)
+    assert "holds work of another request" in stderr_of(capfd)
 
 
 def refuse_system(model):
-    """Have the chat template of a model refuse a system message."""
+    """Make the chat template of a model refuse a system message."""
     template = Path(model) / "chat_template.jinja"
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template.write_text(refusal + template.read_text())
@@ -314,50 +322,52 @@ def test_a_prompt_that_the_reward_model_refuses_is_an_error_before_sampling(plac
     refusal = (
         "row 3: the chat template of the reward model strict refuses messages of system, user, assistant (no system)"
     )
-    assert f"pairs.jsonl, {refusal}; choose another, or change the data" in told(capfd)
+    assert f"pairs.jsonl, {refusal}; choose another, or change the data" in stderr_of(capfd)
     assert not (place / "e.generations.jsonl").exists()
     assert main([*SAMPLE, "--generate"]) == 0
     (place / "e.json").unlink()
     assert main([*EVALUATE, "--generations", "e.generations.jsonl", *strict]) == 2
-    assert f"e.generations.jsonl, {refusal}" in told(capfd)
+    assert f"e.generations.jsonl, {refusal}" in stderr_of(capfd)
 
 
-@pytest.mark.parametrize("limit", [[], ["--prompts", "3"]], ids=["nor does the model", "nobody asks"])
+@pytest.mark.parametrize(
+    "limit", [[], ["--prompts", "3"]], ids=["the model refuses it too", "it is not among the prompts"]
+)
 def test_pairs_that_the_reward_model_refuses_are_dropped(place, strict, capfd, limit):
     if not limit:
         refuse_system("model")
     assert main([*SAMPLE, *strict, *limit]) == 0
-    assert "reward model: dropped 1 row: the chat template refuses its messages (1, first row 3)" in told(capfd)
-    found = json.loads((place / "e.json").read_text())
-    rows, judge = load_prompts("e.generations.jsonl"), RewardModel("strict")
-    assert (found["reward_model"]["pairs"], len(rows)) == (24, 3 if limit else 23)
+    assert "reward model: dropped 1 row: the chat template refuses its messages (1, first row 3)" in stderr_of(capfd)
+    results = json.loads((place / "e.json").read_text())
+    rows, model = load_prompts("e.generations.jsonl"), RewardModel("strict")
+    assert (results["reward_model"]["pairs"], len(rows)) == (24, 3 if limit else 23)
     chosen = references_of(load_prompts("pairs.jsonl"))
     prompts, texts = rows["prompt"][:], [chosen[prompt_text(prompt)] for prompt in rows["prompt"]]
-    wins = pair_wins(judge.score(prompts, rows["response"][:]), judge.score(prompts, texts))
-    assert found["metrics"]["reward_model_win_rate_chosen"]["mean"] == pytest.approx(wins.mean())
+    wins = pair_wins(model.score(prompts, rows["response"][:]), model.score(prompts, texts))
+    assert results["metrics"]["reward_model_win_rate_chosen"]["mean"] == pytest.approx(wins.mean())
 
 
 def test_sampling_statistics_are_reported_only_for_the_unchanged_file(place):
     assert main([*SAMPLE, "--generate"]) == 0
-    given = [*EVALUATE, "--generations", "e.generations.jsonl"]
+    command = [*EVALUATE, "--generations", "e.generations.jsonl"]
     for edited in (False, True):
         if edited:
             (place / "e.generations.jsonl").write_text((place / "e.generations.jsonl").read_text() + "\n")
-        assert main(given) == 0
-        found = json.loads((place / "e.json").read_text())["responses"]
-        assert {"ended_share", "tokens_per_second"}.isdisjoint(found) == edited
+        assert main(command) == 0
+        results = json.loads((place / "e.json").read_text())["responses"]
+        assert {"ended_share", "tokens_per_second"}.isdisjoint(results) == edited
 
 
 def test_a_file_of_responses_needs_no_model_and_wins_half_against_itself(place, reward_model, capfd):
     assert main([*SAMPLE, "--generate"]) == 0
-    given = [*EVALUATE, "--generations", "e.generations.jsonl", "--reward-model", reward_model]
-    assert main([*given, "--against", "e.generations.jsonl"]) == 0
-    found = json.loads((place / "e.json").read_text())
-    assert found["metrics"]["reward_model_win_rate_against"]["mean"] == 0.5
-    assert "rouge_l" not in found["metrics"]
-    assert "reward_model" not in found
-    assert main(given) == 0
-    assert "no win rate" in told(capfd)
+    command = [*EVALUATE, "--generations", "e.generations.jsonl", "--reward-model", reward_model]
+    assert main([*command, "--against", "e.generations.jsonl"]) == 0
+    results = json.loads((place / "e.json").read_text())
+    assert results["metrics"]["reward_model_win_rate_against"]["mean"] == 0.5
+    assert "rouge_l" not in results["metrics"]
+    assert "reward_model" not in results
+    assert main(command) == 0
+    assert "no win rate" in stderr_of(capfd)
     assert not any("win_rate" in name for name in json.loads((place / "e.json").read_text())["metrics"])
 
 
@@ -376,12 +386,15 @@ def test_a_file_of_responses_needs_no_model_and_wins_half_against_itself(place, 
         (["--generations", "pairs.jsonl", "--temperature", "0"], "--temperature needs responses to sample"),
         (["--generations", "pairs.jsonl", "--generate"], "use only one"),
         (["--generations", "pairs.jsonl"], "no column 'response'"),
-        (["--generations", "pairs.jsonl", "--length-ranges", "5,x"], "takes numbers of words with commas"),
-        (["--generations", "pairs.jsonl", "--length-ranges", "10,5"], "takes numbers that rise, e.g. 5,10,50"),
+        (
+            ["--generations", "pairs.jsonl", "--length-ranges", "5,x"],
+            "--length-ranges must be a valid integer, got 'x'",
+        ),
+        (["--generations", "pairs.jsonl", "--length-ranges", "10,5"], "length_ranges must rise, e.g. 5,10,50"),
         (["--generations", "pairs.jsonl", "--column", "chosen", "--reward-model", "model"], "it is a language model"),
     ],
 )
 def test_mistakes_are_errors(place, arguments, message, capfd):
     assert main([*EVALUATE, *arguments]) == 2
-    assert message in told(capfd)
+    assert message in stderr_of(capfd)
     assert not (place / "e.json").exists()

@@ -10,44 +10,44 @@ from prefdistill.evaluation.stats import estimate, mean_and_error, paired_differ
 
 
 def test_mean_and_error_by_hand():
-    found = mean_and_error([1, 2, 6])  # mean 3, squares 4 + 1 + 9, s^2 = 7
+    result = mean_and_error([1, 2, 6])  # mean 3, squares 4 + 1 + 9, s^2 = 7
     half = 4.302653 * math.sqrt(7 / 3)  # Student's t of 2 degrees of freedom
     interval = {"low": pytest.approx(3 - half), "high": pytest.approx(3 + half)}
-    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3, **interval}
+    assert result == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3, **interval}
     assert mean_and_error([5.0]) == {"mean": 5.0, "se": None, "n": 1}
     assert mean_and_error(np.array([True, True])) == {"mean": 1.0, "se": 0.0, "n": 2, "low": 1.0, "high": 1.0}
 
 
 def test_every_item_has_the_same_weight_whatever_its_group():
-    found = estimate([1, 1, 1, 0], ["long", "long", "long", "short"])
-    assert (found["mean"], found["n"]) == (0.75, 2)
+    result = estimate([1, 1, 1, 0], ["long", "long", "long", "short"])
+    assert (result["mean"], result["n"]) == (0.75, 2)
     # the draws are (long, long), (short, short) and twice (long, short), whose ratio of sums is 3/4
-    assert (found["low"], found["high"]) == (0.0, 1.0)
+    assert (result["low"], result["high"]) == (0.0, 1.0)
     outcomes = np.array([1, 0, 0.75, 0.75])
-    assert found["se"] == pytest.approx(outcomes.std(), rel=0.05)
+    assert result["se"] == pytest.approx(outcomes.std(), rel=0.05)
 
 
-def test_without_groups_it_is_scipys_bootstrap_of_the_mean():
+def test_without_groups_equals_scipys_bootstrap_of_the_mean():
     values = np.random.default_rng(0).exponential(size=60)
-    found = estimate(values, seed=3, resamples=500)
-    theirs = bootstrap((values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(3))
-    assert found["low"] == pytest.approx(theirs.confidence_interval.low)
-    assert found["high"] == pytest.approx(theirs.confidence_interval.high)
-    assert found["se"] == pytest.approx(theirs.standard_error)
-    assert found["se"] == pytest.approx(mean_and_error(values)["se"], rel=0.1)
+    result = estimate(values, seed=3, resamples=500)
+    expected = bootstrap((values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(3))
+    assert result["low"] == pytest.approx(expected.confidence_interval.low)
+    assert result["high"] == pytest.approx(expected.confidence_interval.high)
+    assert result["se"] == pytest.approx(expected.standard_error)
+    assert result["se"] == pytest.approx(mean_and_error(values)["se"], rel=0.1)
 
 
-def test_groups_are_drawn_whole():
+def test_groups_are_resampled_whole():
     """Against a bootstrap that gathers the raw items of each drawn group."""
     rng = np.random.default_rng(1)
     items = [rng.normal(rng.normal(), 1, size) for size in rng.integers(1, 9, 25)]
     groups = [f"prompt {g}" for g, values in enumerate(items) for _ in values]
     order = rng.permutation(len(groups))  # the items of a group need not stand together
-    found = estimate(np.concatenate(items)[order], [groups[i] for i in order], resamples=4_000)
+    result = estimate(np.concatenate(items)[order], [groups[i] for i in order], resamples=4_000)
     drawn = [np.concatenate([items[g] for g in rng.integers(0, 25, 25)]).mean() for _ in range(4_000)]
-    assert found["n"] == 25
-    assert found["se"] == pytest.approx(np.std(drawn, ddof=1), rel=0.06)
-    assert [found["low"], found["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.15 * found["se"])
+    assert result["n"] == 25
+    assert result["se"] == pytest.approx(np.std(drawn, ddof=1), rel=0.06)
+    assert [result["low"], result["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.15 * result["se"])
 
 
 def test_reproducible_and_nearly_equal_in_batches(monkeypatch):
@@ -79,8 +79,8 @@ def test_coverage_of_the_interval():
         groups = np.repeat(np.arange(60), rng.integers(1, 15, 60))
         values = rng.normal(size=60)[groups] + rng.normal(size=len(groups))
         for by_group in (True, False):
-            found = estimate(values, groups if by_group else None, resamples=400)
-            inside = found["low"] <= 0 <= found["high"]
+            result = estimate(values, groups if by_group else None, resamples=400)
+            inside = result["low"] <= 0 <= result["high"]
             whole, alone = whole + (inside and by_group), alone + (inside and not by_group)
     assert 0.90 < whole / runs < 0.98
     assert alone / runs < 0.75
@@ -88,9 +88,9 @@ def test_coverage_of_the_interval():
 
 def test_shared_variation_cancels_in_a_paired_difference():
     shared = np.array([100.0, -50.0, 7.0, 0.0])
-    found = paired_difference(shared + np.arange(1, 5), shared)
-    assert found == pytest.approx(estimate([1, 2, 3, 4]))
-    assert found["se"] < 1
+    result = paired_difference(shared + np.arange(1, 5), shared)
+    assert result == pytest.approx(estimate([1, 2, 3, 4]))
+    assert result["se"] < 1
     grouped = paired_difference([3.0, 1.0, 5.0], [1.0, 1.0, 1.0], ["a", "a", "b"])
     assert grouped == estimate([2.0, 0.0, 4.0], ["a", "a", "b"])
     with pytest.raises(ValueError, match="paired values must be as many on both sides"):

@@ -14,7 +14,7 @@ VERDICTS = {
         small({"tvkd": (0.039, 0.012, 10)}),
         "TVKD beat DPO by 0.039 ± 0.012 on reward (mean ± s.e. over 10 seeds).",
     ),
-    "loss, said as plainly": (
+    "loss, in the same words": (
         small({"tvkd": (-0.114, 0.021, 10)}),
         "TVKD lost to DPO by 0.114 ± 0.021 on reward (mean ± s.e. over 10 seeds).",
     ),
@@ -242,7 +242,7 @@ def test_interval_uses_students_t() -> None:
     assert Estimate(1.0, None, 3).interval() is None
 
 
-def test_a_measured_interval_is_taken_as_it_is() -> None:
+def test_a_recorded_interval_wins_over_students_t() -> None:
     measured = Estimate.parse({"mean": 0.7, "se": 0.1, "n": 9, "low": 0.55, "high": 0.81})
     assert measured is not None
     assert measured.interval() == (0.55, 0.81)

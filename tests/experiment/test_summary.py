@@ -40,21 +40,21 @@ def measured(*rewards, accuracy=None):
 
 
 def test_one_run_has_error_bars_over_test_prompts():
-    found = summarise(
+    results = summarise(
         recipe(), [{"dpo": measured([1, 2, 3]), "tvkd": measured([2, 4, 6]), "shuffled": measured([0, 0, 0])}]
     )
-    assert found["methods"]["tvkd"]["reward"] == {**estimate([2, 4, 6]), "over": "test prompts"}
-    assert found["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test prompts"}
-    assert found["differences"]["shuffled"]["reward"]["mean"] == -2
-    assert found["differences"].keys() == {"tvkd", "shuffled"}
+    assert results["methods"]["tvkd"]["reward"] == {**estimate([2, 4, 6]), "over": "test prompts"}
+    assert results["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test prompts"}
+    assert results["differences"]["shuffled"]["reward"]["mean"] == -2
+    assert results["differences"].keys() == {"tvkd", "shuffled"}
 
 
 def test_several_orders_have_error_bars_over_orders():
     """Order k is paired with order k: the difference is far surer than either mean."""
     dpo, tvkd = measured([0, 2], [10, 12], [20, 22]), measured([1, 3], [11, 14], [21, 23])
-    found = summarise(recipe(), [{"dpo": dpo, "tvkd": tvkd}])
-    assert found["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11, 21]), "over": "data orders"}
-    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 1.5, 1]), "over": "data orders"}
+    results = summarise(recipe(), [{"dpo": dpo, "tvkd": tvkd}])
+    assert results["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11, 21]), "over": "data orders"}
+    assert results["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 1.5, 1]), "over": "data orders"}
 
 
 def test_several_seeds_have_error_bars_over_seeds():
@@ -63,17 +63,17 @@ def test_several_seeds_have_error_bars_over_seeds():
         {"dpo": measured([0], [2]), "tvkd": measured([3], [5])},
         {"dpo": measured([10], [12]), "tvkd": measured([11], [12])},
     ]
-    found = summarise(recipe(), by_seed)
-    assert found["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11]), "over": "seeds"}
-    assert found["methods"]["tvkd"]["reward"] == {**mean_and_error([4, 11.5]), "over": "seeds"}
-    assert found["differences"]["tvkd"]["reward"] == {**mean_and_error([3, 0.5]), "over": "seeds"}
+    results = summarise(recipe(), by_seed)
+    assert results["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11]), "over": "seeds"}
+    assert results["methods"]["tvkd"]["reward"] == {**mean_and_error([4, 11.5]), "over": "seeds"}
+    assert results["differences"]["tvkd"]["reward"] == {**mean_and_error([3, 0.5]), "over": "seeds"}
 
 
-def test_the_baseline_is_the_one_named():
+def test_differences_are_to_the_declared_baseline():
     runs = {"dpo": measured([1, 2]), "tvkd": measured([4, 4])}
-    found = summarise(recipe(baseline="tvkd"), [runs])
-    assert found["differences"].keys() == {"dpo"}
-    assert found["differences"]["dpo"]["reward"]["mean"] == -2.5
+    results = summarise(recipe(baseline="tvkd"), [runs])
+    assert results["differences"].keys() == {"dpo"}
+    assert results["differences"]["dpo"]["reward"]["mean"] == -2.5
 
 
 def test_win_rates_are_against_the_start_on_the_same_prompts():
@@ -82,26 +82,26 @@ def test_win_rates_are_against_the_start_on_the_same_prompts():
         "dpo": measured([2, 1, 0, 2], [0, 0, 0, 0]),
         "tvkd": measured([2] * 4, [2] * 4),
     }
-    found = summarise(recipe(), [runs])
-    assert found["methods"]["start"]["win_rate_start"] == {**estimate([0.5] * 4), "over": "test prompts"}
-    assert found["methods"]["dpo"]["win_rate_start"] == {**mean_and_error([0.625, 0]), "over": "data orders"}
-    assert found["differences"]["tvkd"]["win_rate_start"] == {**mean_and_error([0.375, 1]), "over": "data orders"}
+    results = summarise(recipe(), [runs])
+    assert results["methods"]["start"]["win_rate_start"] == {**estimate([0.5] * 4), "over": "test prompts"}
+    assert results["methods"]["dpo"]["win_rate_start"] == {**mean_and_error([0.625, 0]), "over": "data orders"}
+    assert results["differences"]["tvkd"]["win_rate_start"] == {**mean_and_error([0.375, 1]), "over": "data orders"}
     assert runs["dpo"][0].items["win_rate_start"] == [1, 0.5, 0, 1]
-    assert "start" not in found["differences"]
+    assert "start" not in results["differences"]
 
 
 def test_no_win_rate_without_a_start_or_a_known_reward():
     assert "win_rate_start" not in summarise(recipe(), [{"dpo": measured([1, 2])}])["metrics"]
     unknown = [Measured({"reward_accuracy": 0.5}, {"reward_accuracy": [0, 1]}, [])]
-    found = summarise(recipe(), [{"start": unknown, "dpo": unknown}])
-    assert found["metrics"].keys() == {"reward_accuracy"}
+    results = summarise(recipe(), [{"start": unknown, "dpo": unknown}])
+    assert results["metrics"].keys() == {"reward_accuracy"}
 
 
 def test_metrics_are_described_in_one_order():
-    found = summarise(recipe(), [{"dpo": measured([1, 2], accuracy=0.5), "tvkd": measured([1, 2], accuracy=1.0)}])
-    assert list(found["metrics"]) == ["reward", "reward_accuracy"]
-    assert found["metrics"]["reward"]["higher_is_better"] is True
-    assert found["differences"]["tvkd"]["reward_accuracy"]["mean"] == 0.5
+    results = summarise(recipe(), [{"dpo": measured([1, 2], accuracy=0.5), "tvkd": measured([1, 2], accuracy=1.0)}])
+    assert list(results["metrics"]) == ["reward", "reward_accuracy"]
+    assert results["metrics"]["reward"]["higher_is_better"] is True
+    assert results["differences"]["tvkd"]["reward_accuracy"]["mean"] == 0.5
 
 
 def test_margin_accuracies_over_pairs_or_seeds():
@@ -144,8 +144,8 @@ def test_roles_are_those_of_the_recipe():
 
 
 def test_the_default_headline_is_every_method_on_the_first_metric():
-    found = summarise(recipe(), [{"dpo": measured([1, 2], accuracy=0.5), "tvkd": measured([1, 2], accuracy=1.0)}])
-    assert found["headline"] == {"metric": "reward", "method": None}
+    results = summarise(recipe(), [{"dpo": measured([1, 2], accuracy=0.5), "tvkd": measured([1, 2], accuracy=1.0)}])
+    assert results["headline"] == {"metric": "reward", "method": None}
     assert headline_metric(["chosen_logp", "reward_accuracy"]) == "reward_accuracy"
     assert headline_metric(["response_tokens"]) == "response_tokens"
     assert headline_metric([]) is None

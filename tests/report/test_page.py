@@ -185,7 +185,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert "| oracle-margin | 3.068 ± 0.170 (+0.038 ± 0.011) | – |" in markdown
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_show_their_paths(tmp_path: Path) -> None:
     paths = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -37,7 +37,7 @@ def test_load_run(run: Path) -> None:
         ('{"methods": {"dpo": 3}}', '"dpo" must be'),
     ],
 )
-def test_load_run_says_what_is_wrong(tmp_path: Path, content: str | None, message: str) -> None:
+def test_load_run_names_what_is_wrong(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -45,7 +45,7 @@ def test_load_run_says_what_is_wrong(tmp_path: Path, content: str | None, messag
     assert str(tmp_path) in str(error.value)
 
 
-def test_an_unfinished_run_is_told_from_no_run(tmp_path: Path) -> None:
+def test_an_unfinished_run_and_no_run_have_different_messages(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no results\.json of a run: name a directory"):
         load_run(tmp_path)
     (tmp_path / "recipe.yaml").touch()

@@ -29,10 +29,8 @@ from support.runs import make_results, write_run
 def test_an_unreliable_reward_model_is_warned_of(
     tmp_path: Path, reward_model: dict[str, Any], message: str | None
 ) -> None:
-    found = " ".join(
-        warnings_of(load_run(write_run(tmp_path / "run", make_results() | {"reward_model": reward_model})))
-    )
-    assert (message in found) if message else ("reward model" not in found)
+    text = " ".join(warnings_of(load_run(write_run(tmp_path / "run", make_results() | {"reward_model": reward_model}))))
+    assert (message in text) if message else ("reward model" not in text)
 
 
 def test_rejected_log_probs_that_collapse_are_warned_of(tmp_path: Path) -> None:
@@ -48,15 +46,13 @@ def test_rejected_log_probs_that_collapse_are_warned_of(tmp_path: Path) -> None:
         ]
         log = path / "seed-0" / f"distill-{stage}-0" / "metrics.jsonl"
         log.write_text("\n".join(map(json.dumps, lines)))
-    (found,) = [w for w in warnings_of(load_run(path)) if "rejected" in w]
-    assert found.startswith(
-        "tvkd: the log-prob of the rejected responses fell from -80 to -200, and that of the chosen"
-    )
+    (text,) = [w for w in warnings_of(load_run(path)) if "rejected" in w]
+    assert text.startswith("tvkd: the log-prob of the rejected responses fell from -80 to -200, and that of the chosen")
 
 
 @pytest.mark.parametrize(("low", "warned"), [(0.49, True), (0.53, False)])
 def test_a_shaping_return_at_chance_is_warned_of(tmp_path: Path, low: float, warned: bool) -> None:
     term = {"mean": 0.56, "se": 0.03, "n": 87, "low": low, "high": 0.63, "shaping": True}
     results = make_results() | {"margin_accuracy": {"shaping return": term}}
-    found = " ".join(warnings_of(load_run(write_run(tmp_path / "run", results))))
-    assert ("not distinguishable from chance" in found) is warned
+    text = " ".join(warnings_of(load_run(write_run(tmp_path / "run", results))))
+    assert ("not distinguishable from chance" in text) is warned

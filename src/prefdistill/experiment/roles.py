@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # Models that are evaluated beside the methods, under these names; no method may take them.
 TEACHER, START = "teacher", "start"
+REFERENCE_KINDS = {TEACHER: "teacher", START: "start"}
 
 
 class Control(Section):
@@ -101,7 +102,7 @@ def roles_of(recipe: "Recipe", names: list[str]) -> dict[str, dict[str, str | No
     for name in names:
         run = recipe.methods.get(name)
         if run is None:
-            roles[name] = {"kind": name, "of": None}  # TEACHER or START
+            roles[name] = {"kind": REFERENCE_KINDS[name], "of": None}
         elif run.control is not None:
             roles[name] = {"kind": run.control.kind, "of": run.control.of}
         else:
