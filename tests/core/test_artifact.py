@@ -2,8 +2,9 @@
 
 import pytest
 
-from prefdistill.core.artifact import DirectoryArtifact, FileArtifact, RecordArtifact, State, sidecar
+from prefdistill.core.artifact import DirectoryArtifact, State
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import FileArtifact, RecordArtifact, sidecar
 from prefdistill.core.files import read_json, write_json
 
 REQUEST = {"alpha": 0.1, "model": {"name": "here", "key": "a"}}

@@ -7,47 +7,40 @@ import pytest
 
 from prefdistill.core import parts as module
 from prefdistill.core.errors import UserError
-from prefdistill.core.parts import Parts, RowLog
+from prefdistill.core.files import file_digest, write_text
+from prefdistill.core.parts import Parts, RowLog, checksum_file, write_checksum
 
 
 @pytest.fixture
 def parts(tmp_path):
-    return Parts(tmp_path / "shards", 4, ".txt", checksums=tmp_path / "checksums")
+    return Parts(tmp_path / "shards", 4, ".txt", checksums=True)
 
 
 def write(parts, *numbers):
     for number in numbers:
-        parts.write(number, lambda path, text=str(number): path.write_text(text))
+        write_text(parts.path(number), str(number))
+        write_checksum(parts.path(number), file_digest(parts.path(number)))
 
 
 def test_missing_and_damaged_parts_are_found(parts):
     write(parts, 0, 1, 2)
     assert parts.missing() == [3]
-    assert parts.path(1).name == "00001.txt"
+    assert [path.name for path in parts.paths[:2]] == ["00000.txt", "00001.txt"]
+    checksum = checksum_file(parts.path(0)).read_text()
+    assert checksum.endswith("  shards/00000.txt\n")  # as sha256sum writes it
     parts.path(0).write_text("other")
     parts.path(1).unlink()
-    (parts.checksums / "00002.sha256").unlink()
+    checksum_file(parts.path(2)).write_text("no checksum")
     assert parts.missing() == [0, 1, 2, 3]
     write(parts, *parts.missing())
     assert parts.missing() == []
-    assert (parts.checksums / "00000.sha256").read_text().endswith("  shards/00000.txt\n")  # as sha256sum writes it
+    assert checksum_file(parts.path(0)).read_text() == checksum
 
 
 def test_without_checksums_a_file_is_whole(tmp_path):
     parts = Parts(tmp_path, 2)
-    write(parts, 1)
+    parts.path(1).write_text("{}")
     assert parts.missing() == [0]
-
-
-def test_an_interrupted_part_is_missing(parts):
-    def stop(path):
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        parts.write(0, stop)
-    assert 0 in parts.missing()
-    assert list(parts.directory.iterdir()) == []
 
 
 def test_processes_share_the_parts_by_rank(parts, monkeypatch):

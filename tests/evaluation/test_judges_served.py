@@ -178,7 +178,7 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
 
 def test_answers_are_there_when_what_they_were_made_from_is(model, tmp_path, monkeypatch):
     """Killed between the two files, the same command goes on."""
-    from prefdistill.core import artifact as module
+    from prefdistill.core import file_artifact as module
 
     path, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["the small teacher"]}) + "\n")

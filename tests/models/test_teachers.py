@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 from datasets import Dataset
 
-from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import sidecar
 from prefdistill.core.files import read_json
 from prefdistill.models.load import load_model
 from prefdistill.sampling.files import sample_responses

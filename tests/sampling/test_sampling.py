@@ -16,8 +16,8 @@ from datasets import Dataset
 from scipy.stats import chisquare
 from transformers import PreTrainedTokenizerFast
 
-from prefdistill.core.artifact import sidecar
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import sidecar
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import atomic_path, file_digest, write_text
+from prefdistill.core.files import file_digest, write_text
 from prefdistill.core.processes import processes
 
 
@@ -21,14 +21,13 @@ class Parts:
         directory: of the files.
         count: how many there are in the end.
         suffix: of their names.
-        checksums: a directory for the checksum of each file, as sha256sum writes it; None: a file that is there is
-            whole.
+        checksums: whether each has a checksum beside it; without, a file that is there is whole.
     """
 
     directory: Path
     count: int
     suffix: str = ".json"
-    checksums: Path | None = None
+    checksums: bool = False
 
     def path(self, number: int) -> Path:
         return self.directory / f"{number:05d}{self.suffix}"
@@ -37,48 +36,50 @@ class Parts:
     def paths(self) -> list[Path]:
         return [self.path(number) for number in range(self.count)]
 
-    def shared(self) -> range:
-        """Return the numbers that this process does: by rank, so that any number of processes can resume the work."""
+    def own(self) -> range:
+        """Return the numbers of this process: by rank, so that any number of processes can resume the work."""
         team = processes()
         return range(team.process_index, self.count, team.num_processes)
 
     def missing(self) -> list[int]:
         """Return the numbers that this process has yet to do."""
-        return [number for number in self.shared() if not self.is_whole(number)]
+        return [number for number in self.own() if not self.is_whole(number)]
 
     def is_whole(self, number: int) -> bool:
         """Return whether a part is there as it was written."""
-        path = self.path(number)
-        if not path.is_file():
-            return False
-        return self.checksums is None or self.checksum(number) == file_digest(path)
+        return is_whole(self.path(number)) if self.checksums else self.path(number).is_file()
 
-    def write(self, number: int, write: Callable[[Path], None]) -> None:
-        """Write a part: `write` gets the path to write to. The checksum comes before the name."""
-        with atomic_path(self.path(number)) as temporary:
-            write(temporary)
-            if self.checksums is not None:
-                self.write_checksum(number, file_digest(temporary))
 
-    def checksum(self, number: int) -> str | None:
-        """Return the checksum noted when a part was written; None if it cannot be read."""
-        assert self.checksums is not None
-        try:
-            line = self._checksum_file(number).read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError):
-            return None
-        digest = line.removesuffix(self._checksum_line(number, ""))
-        return digest if len(digest) == 64 and digest != line else None
+# -- checksums: DIR/checksums/NAME.sha256 of DIR/PARTS/NAME.*, as sha256sum writes them --------------------------------
 
-    def write_checksum(self, number: int, digest: str) -> None:
-        write_text(self._checksum_file(number), self._checksum_line(number, digest))
 
-    def _checksum_file(self, number: int) -> Path:
-        assert self.checksums is not None
-        return self.checksums / f"{number:05d}.sha256"
+def checksum_file(part: Path) -> Path:
+    """Return the path of a part's checksum."""
+    return part.parent.parent / "checksums" / f"{part.stem}.sha256"
 
-    def _checksum_line(self, number: int, digest: str) -> str:
-        return f"{digest}  {self.directory.name}/{self.path(number).name}\n"
+
+def write_checksum(part: Path, digest: str) -> None:
+    """Write the checksum of a part: before the part gets its name, so that a part without one is not whole."""
+    write_text(checksum_file(part), f"{digest}  {part.parent.name}/{part.name}\n")
+
+
+def read_checksum(part: Path) -> str | None:
+    """Return the checksum noted when a part was written; None if there is none that can be read."""
+    try:
+        line = checksum_file(part).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest = line.removesuffix(f"  {part.parent.name}/{part.name}\n")
+    return digest if len(digest) == 64 and digest != line else None
+
+
+def is_whole(part: Path, digest: str | None = None) -> bool:
+    """Return whether a part has the checksum it should have: by default the one noted beside it."""
+    digest = digest or read_checksum(part)
+    return digest is not None and part.is_file() and file_digest(part) == digest
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
 
 
 class RowLog:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.core.artifact import made_of
+from prefdistill.core.file_artifact import made_of
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import drop_refused

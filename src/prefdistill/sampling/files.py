@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill import __version__
-from prefdistill.core.artifact import FileArtifact
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import FileArtifact
 from prefdistill.core.files import read_json, value_digest, write_json
 from prefdistill.core.options import takes
 from prefdistill.core.parts import Parts

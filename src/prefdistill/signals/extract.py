@@ -9,13 +9,14 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_sealed
 from prefdistill.core.lock import locked
 from prefdistill.core.options import takes
+from prefdistill.core.parts import Parts, read_checksum
 from prefdistill.core.paths import check_place
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.truncation import Truncation
 from prefdistill.signals.options import SignalRequest
 from prefdistill.signals.request import DEFAULTS, Extraction, check_request, finished_manifest
-from prefdistill.signals.shards import Shard, is_whole, read_checksum, write_shard
+from prefdistill.signals.shards import Shard, write_shard
 from prefdistill.signals.store import DamagedSignals, Signals
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ class StoreArtifact(DirectoryArtifact):
     def damaged(self, reason: str) -> UserError:
         return DamagedSignals(reason, self.place)
 
-    def shard(self, number: int) -> Path:
-        return self.place / "shards" / f"{number:05d}.parquet"
+    def shards(self, count: int) -> Parts:
+        return Parts(self.place / "shards", count, ".parquet", checksums=True)
 
     def withdraw(self) -> None:
         if not any((self.place / "shards").glob("*.parquet")):
@@ -117,23 +118,21 @@ class StoreArtifact(DirectoryArtifact):
 
 def _write_shards(store: StoreArtifact, extraction: Extraction) -> None:
     """Write this process's missing shards, then the manifest over all."""
-    team, parts = processes(), extraction.parts
-    # by number, so that a run resumes what any number of processes have left
-    own = range(team.process_index, len(parts), team.num_processes)
-    responses = len(extraction.responses)
-    total = responses * sum(len(parts[n]) for n in own)
+    rows = extraction.parts
+    shards, responses = store.shards(len(rows)), len(extraction.responses)
+    total = responses * sum(len(rows[number]) for number in shards.own())
     with Progress(f"signals ({extraction.request['role']})", total, "response") as progress:
-        for number in own:
-            path = store.shard(number)
-            if is_whole(path):
-                progress.update(responses * len(parts[number]))
+        for number in shards.own():
+            path = shards.path(number)
+            if shards.is_whole(number):
+                progress.update(responses * len(rows[number]))
                 continue
             earlier = read_checksum(path)
-            write_shard(path, *extraction.shard(parts[number], progress))
+            write_shard(path, *extraction.shard(rows[number], progress))
             if earlier not in (None, read_checksum(path)):
                 say(f"warning: {path} differs from the shard that it replaces: other versions or hardware wrote that")
-    team.wait_for_everyone()
-    _finish(store, [Shard(store.shard(number)) for number in range(len(parts))])
+    processes().wait_for_everyone()
+    _finish(store, [Shard(path) for path in shards.paths])
 
 
 def _finish(store: StoreArtifact, shards: list[Shard]) -> None:

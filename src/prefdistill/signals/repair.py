@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_sealed
 from prefdistill.core.lock import locked
+from prefdistill.core.parts import is_whole, read_checksum, write_checksum
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.formats import suffixes
 from prefdistill.data.truncation import Truncation
 from prefdistill.signals.extract import extract_signals
 from prefdistill.signals.request import IN_MEMORY
-from prefdistill.signals.shards import is_whole, read_checksum, write_checksum
 from prefdistill.signals.store import SCHEMA, Signals
 
 if TYPE_CHECKING:

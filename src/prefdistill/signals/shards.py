@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefdistill.core.files import atomic_path, file_digest, write_text
+from prefdistill.core.files import atomic_path, file_digest
+from prefdistill.core.parts import read_checksum, write_checksum
 from prefdistill.signals.kinds import Column
 
 # Bytes of a row group, the least that is read at once: small enough to pick single pairs out of a file of many.
@@ -59,30 +60,6 @@ def _write_table(where: Any, columns: ShardColumns, notes: dict[str, Any]) -> No
         column_encoding={leaf: encoding for leaf, encoding in encodings.items() if leaf not in dictionaries},
         write_statistics=False,  # nobody searches these files by value
     )
-
-
-def checksum_file(shard: Path) -> Path:
-    return shard.parent.parent / "checksums" / f"{shard.stem}.sha256"
-
-
-def write_checksum(shard: Path, digest: str) -> None:
-    write_text(checksum_file(shard), f"{digest}  {shard.parent.name}/{shard.name}\n")
-
-
-def read_checksum(shard: Path) -> str | None:
-    """Return the checksum that was noted when a shard was written; None if there is none that can be read."""
-    try:
-        line = checksum_file(shard).read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return None
-    digest = line.removesuffix(f"  {shard.parent.name}/{shard.name}\n")
-    return digest if len(digest) == 64 and digest != line else None
-
-
-def is_whole(shard: Path, digest: str | None = None) -> bool:
-    """Return whether a shard has the checksum it should have: by default the one that was noted beside it."""
-    digest = digest or read_checksum(shard)
-    return digest is not None and shard.is_file() and file_digest(shard) == digest
 
 
 class Shard:

@@ -25,7 +25,7 @@ def sample(options: SampleFlags) -> dict[str, Any]:
     Example: prefdistill sample --model my/student --data pairs.jsonl --out own.jsonl --column student_response
     """
     one_process("sample")
-    from prefdistill.core.artifact import sidecar
+    from prefdistill.core.file_artifact import sidecar
     from prefdistill.core.files import read_json
     from prefdistill.data.truncation import Truncation
     from prefdistill.sampling.files import sample_responses

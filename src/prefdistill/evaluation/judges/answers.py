@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from prefdistill.core.artifact import FileArtifact, made_of
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import FileArtifact, made_of
 from prefdistill.core.files import jsonl, value_digest
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.judges.inputs import read_questions

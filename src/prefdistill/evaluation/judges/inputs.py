@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefdistill.core.artifact import made_of
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import made_of
 from prefdistill.core.files import file_digest
 from prefdistill.core.text import surrogate
 from prefdistill.data import sources

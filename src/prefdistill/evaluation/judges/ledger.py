@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefdistill.core.artifact import RecordArtifact
+from prefdistill.core.file_artifact import RecordArtifact
 from prefdistill.core.parts import RowLog
 from prefdistill.core.progress import Progress, say
 from prefdistill.evaluation.judges.client import Endpoint, Question, Reply, ask_all, judge_key

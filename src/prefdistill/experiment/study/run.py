@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from prefdistill import __version__
-from prefdistill.core.artifact import RecordArtifact, State
+from prefdistill.core.artifact import State
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import RecordArtifact
 from prefdistill.core.files import file_digest, value_digest
 from prefdistill.core.lock import locked
 from prefdistill.core.options import Override
