@@ -13,9 +13,9 @@ one of six states, and each leads to one action:
 | stale | another request | refuse; rebuild where the caller owns the directory (`replace`) |
 | foreign | files of somebody else | refuse |
 
-`DirectoryArtifact` here, and `FileArtifact` and `RecordArtifact` in `prefdistill.core.file_artifact`, say where request,
-parts and seal lie; the states, the actions and the messages are the same for all. What has to be on the disk before the
-seal is synced before it.
+`DirectoryArtifact` here, and `FileArtifact` and `RecordArtifact` in `prefdistill.core.file_artifact`, say where
+request, parts and seal lie; the states, the actions and the messages are the same for all. What has to be on the disk
+before the seal is synced before it.
 """
 
 import copy
