@@ -51,7 +51,7 @@ def test_masked_by_hand():
     assert sees == ["x......", "xx.....", "xxx....", "xxxx...", "xx..x..", ".....x.", ".....xx"]
 
 
-def test_prompts_are_shared_where_that_costs_less():
+def test_prompts_are_shared_if_that_costs_less():
     long_prompt, short_prompt = (Document([1] * n, [(0, [2] * 40), (1, [3] * 40)]) for n in (100, 2))
     layout = Layout("masked", attention_cost=0.01)
     # 180 + 0.01 * 180^2 = 504 against 2 * (140 + 0.01 * 140^2) = 672; 82 + 67 = 149 against 2 * (42 + 18) = 119
@@ -60,7 +60,7 @@ def test_prompts_are_shared_where_that_costs_less():
     assert len(PADDED.documents(long_prompt)) == 2
 
 
-def test_short_documents_fill_the_rows_of_long_ones():
+def test_short_documents_share_rows_with_long_ones():
     widths = [9, 4, 5, 3, 3, 3]
     documents = [Document([1], [(i, [2] * (width - 1))]) for i, width in enumerate(widths)]
     rows = [[document.width for document in row] for row in Layout("masked").rows(documents)]
@@ -75,7 +75,7 @@ pairs_of_texts = st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=5
 
 @settings(deadline=None, max_examples=200)
 @given(pairs_of_texts, st.sampled_from([PADDED, FREE, Layout("masked", 0.1), Layout("packed")]))
-def test_every_state_of_every_response_is_found(pairs, layout):
+def test_states_of_every_response_are_indexed(pairs, layout):
     """Whatever the layout: the states in order, behind exactly the text before them, at the positions of that text."""
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
     batch = PairCollator(pad_token_id=0, layout=layout)(rows)
@@ -155,7 +155,7 @@ def test_every_layout_gives_the_same_logits_and_gradients(attention, kind):
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-2, rtol=1e-3)
 
 
-def test_autocast_and_half_precision_take_the_mask():
+def test_masks_work_in_autocast_and_half_precision():
     rows = random_rows()
     for attention in ("sdpa", "eager"):
         model = loud(tf.LlamaConfig(**SMALL), attention, torch.bfloat16)
@@ -181,13 +181,13 @@ def test_autocast_and_half_precision_take_the_mask():
         (tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4), 64, "padded"),
     ],
 )
-def test_the_layout_that_a_model_gets(config, longest, kind):
+def test_layout_for_each_kind_of_model(config, longest, kind):
     model = loud(config)
     assert layout_for(model, longest).kind == kind
     assert not model.training
 
 
-def test_a_model_that_cheats_gets_padded_rows():
+def test_a_model_that_ignores_the_mask_gets_padded_rows():
     """It takes positions and masks and does not heed them."""
     model = loud(tf.LlamaConfig(**SMALL))
     assert layout_for(model).kind == "masked"
@@ -197,7 +197,7 @@ def test_a_model_that_cheats_gets_padded_rows():
     assert attention_of(model) == "sdpa"
 
 
-def test_attention_is_priced_by_what_it_costs_beside_the_weights():
+def test_attention_cost_is_relative_to_the_rest_of_the_model():
     model = loud(tf.LlamaConfig(**SMALL, tie_word_embeddings=True))
     layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
     # a pair of tokens: 4 FLOP per layer and channel, half as fast again; a token: 2 FLOP per weight

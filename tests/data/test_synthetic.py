@@ -96,12 +96,12 @@ def test_reward_of_an_empty_answer():
 
 
 @given(prompts)
-def test_the_correct_response_is_worth_four(prompt):
+def test_the_correct_response_has_reward_four(prompt):
     assert reward(prompt, correct_response(prompt)) == 4.0
 
 
 @given(prompts, st.data())
-def test_any_one_word_changed_costs_something(prompt, data):
+def test_changing_any_word_lowers_the_reward(prompt, data):
     response = correct_response(prompt).split()
     at = data.draw(st.integers(0, len(response)))
     gone = data.draw(st.integers(0, 1))
@@ -111,7 +111,7 @@ def test_any_one_word_changed_costs_something(prompt, data):
 
 
 @given(prompts, st.text(), st.booleans())
-def test_reward_takes_any_text(prompt, response, ended):
+def test_reward_accepts_any_text(prompt, response, ended):
     value = reward(prompt, response, ended)
     assert math.isfinite(value)
     assert value <= 4.0
@@ -174,7 +174,7 @@ def test_exclusion_skips_and_keeps_the_order():
     assert sample_prompts(50, seed=0, exclude=PROMPTS[:10]) == PROMPTS[10:60]
 
 
-def test_more_prompts_than_there_are():
+def test_too_many_prompts_are_refused():
     with pytest.raises(UserError, match="2664000"):
         sample_prompts(synthetic.PROMPT_COUNT, seed=0, exclude=PROMPTS)
 
@@ -196,7 +196,7 @@ def test_careless_responses_stay_in_the_language_and_short(prompt, seed):
     assert set(response.split()) <= {*synthetic.DIGITS, *synthetic.FILLERS, "<", ">"}
 
 
-def test_the_demonstrator_gives_in_to_each_habit_as_often_as_stated():
+def test_habits_have_their_stated_frequency():
     n, prompt, rng = 20_000, "reverse inc : 3 4 5", random.Random(0)
     given_ = [careless_response(prompt, rng).split() for _ in range(n)]
     seen = Counter(
@@ -218,7 +218,7 @@ def test_the_demonstrator_gives_in_to_each_habit_as_often_as_stated():
 # --- the judge
 
 
-def test_pairs_carry_trl_rows_and_true_rewards():
+def test_pairs_are_trl_rows_with_true_rewards():
     rng = random.Random(0)
     first, second = ([careless_response(prompt, rng) for prompt in PROMPTS] for _ in range(2))
     rows = preference_pairs(PROMPTS, first, second, seed=0)
@@ -253,12 +253,12 @@ def test_labels_follow_bradley_terry(first, second, difference):
     assert rate == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
 
 
-def test_an_absurdly_long_response_loses_without_overflow():
+def test_a_very_long_response_loses_without_overflow():
     (row,) = preference_pairs(["copy id : 1 2 3"], ["um " * 10_000], ["< 1 2 3 >"], seed=0)
     assert row["score_chosen"] == 4.0
 
 
-def test_a_skipped_pair_leaves_the_other_labels_alone():
+def test_a_skipped_pair_does_not_change_other_labels():
     n = 200
     same = preference_pairs(PROMPTS[:n], ["< 1 >"] * n, ["< 1 >"] + ["< 2 >"] * (n - 1), seed=0)
     different = preference_pairs(PROMPTS[:n], ["< 1 >"] * n, ["< 2 >"] * n, seed=0)
@@ -270,15 +270,15 @@ def test_pairs_need_one_response_of_each_kind_per_prompt():
         preference_pairs(["copy id : 1 2 3"], ["< 1 >"], ["< 1 >", "< 2 >"], seed=0)
 
 
-def test_flip_labels_turn_that_share_and_nothing_else():
+def test_flip_labels_flips_that_share_and_nothing_else():
     rows = preference_pairs(PROMPTS[:200], ["< 1 >"] * 200, ["< 2 >"] * 200, seed=0)
-    turned = {share: flip_labels(rows, share, seed=3) for share in (0.0, 0.25, 0.5, 1.0)}
-    assert turned[0.0] == rows
-    changed = {share: {i for i in range(200) if found[i] != rows[i]} for share, found in turned.items()}
+    flipped = {share: flip_labels(rows, share, seed=3) for share in (0.0, 0.25, 0.5, 1.0)}
+    assert flipped[0.0] == rows
+    changed = {share: {i for i in range(200) if found[i] != rows[i]} for share, found in flipped.items()}
     assert [len(changed[share]) for share in (0.25, 0.5, 1.0)] == [50, 100, 200]
     assert changed[0.25] < changed[0.5]
-    for before, after in zip(rows, turned[1.0], strict=True):
+    for before, after in zip(rows, flipped[1.0], strict=True):
         assert after["prompt"] == before["prompt"]
         assert (after["chosen"], after["rejected"]) == (before["rejected"], before["chosen"])
         assert (after["score_chosen"], after["score_rejected"]) == (before["score_rejected"], before["score_chosen"])
-    assert flip_labels(rows, 0.5, seed=4) != turned[0.5]
+    assert flip_labels(rows, 0.5, seed=4) != flipped[0.5]

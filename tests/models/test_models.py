@@ -51,35 +51,35 @@ def logits(model):
 
 
 @pytest.mark.parametrize(("dtype", "found"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
-def test_a_saved_model_is_loaded_in_the_dtype_asked_for(saved, make_model, dtype, found):
+def test_load_model_uses_the_requested_dtype(saved, make_model, dtype, found):
     model = load_model(saved, dtype=dtype)
     assert model.dtype == getattr(torch, found)
     if found == "float32":
         assert torch.equal(logits(model.eval()), logits(make_model()))
 
 
-def test_auto_is_the_dtype_of_the_file(tmp_path, make_model):
+def test_dtype_auto_is_that_of_the_file(tmp_path, make_model):
     make_model().to(torch.bfloat16).save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).dtype == torch.bfloat16
     assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float", "", "float64"])
-def test_dtypes_that_are_none(saved, dtype):
+def test_unknown_dtypes_are_refused(saved, dtype):
     with pytest.raises(UserError, match="dtype must be one of auto, float32, bfloat16, float16, got"):
         load_model(saved, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no-org/no-model", "models/nowhere", "a/b/c", "has space", ""])
 @pytest.mark.parametrize(("load", "what"), [(load_model, "model"), (load_tokenizer, "tokenizer")])
-def test_a_name_that_is_nothing(name, load, what, tmp_path, monkeypatch):
+def test_an_unknown_name_is_refused(name, load, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"no {what} at {name!r}: it is not a local directory, and loading it") as error:
         load(name)
     assert "\n" not in str(error.value)
 
 
-def test_a_directory_that_holds_no_model(tmp_path):
+def test_a_directory_without_a_model_is_refused(tmp_path):
     for load, what in ((load_model, "model"), (load_tokenizer, "tokenizer")):
         with pytest.raises(UserError, match=f"exists but holds no {what}") as error:
             load(str(tmp_path))
@@ -91,13 +91,13 @@ def test_a_directory_that_holds_no_model(tmp_path):
     ("name", "content"),
     [("config.json", "{"), ("config.json", '{"model_type": "no-such-type"}'), ("model.safetensors", "no tensors")],
 )
-def test_a_damaged_model_directory(saved, tmp_path, name, content):
+def test_a_damaged_model_directory_is_refused(saved, tmp_path, name, content):
     (tmp_path / "model" / name).write_text(content)
     with pytest.raises(UserError, match="exists but holds no model"):
         load_model(saved)
 
 
-def test_a_model_that_is_no_causal_language_model(tmp_path):
+def test_a_model_without_a_language_model_head_is_refused(tmp_path):
     from transformers import T5Config, T5Model
 
     T5Model(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
@@ -122,7 +122,7 @@ def test_an_adapter_is_merged_into_its_base(saved, tmp_path, tokenizer):
     assert (logits(found) - logits(load_model(saved).eval())).abs().max() > 1
 
 
-def test_an_adapter_whose_base_is_gone(saved, tmp_path):
+def test_an_adapter_without_its_base_is_refused(saved, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     adapter = get_peft_model(load_model(saved), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -133,7 +133,7 @@ def test_an_adapter_whose_base_is_gone(saved, tmp_path):
         load_model(str(tmp_path / "adapter"))
 
 
-def test_weights_that_a_checkpoint_lacks_are_not_made_up(saved, tmp_path):
+def test_missing_weights_are_refused(saved, tmp_path):
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "model" / "model.safetensors"
@@ -151,7 +151,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path, t
     assert (found.pad_token, found.pad_token_id) == (found.eos_token, found.eos_token_id)
 
 
-def test_a_tokenizer_without_an_end_token(tmp_path, tokenizer):
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
@@ -174,7 +174,7 @@ def test_a_tokenizer_without_an_end_token(tmp_path, tokenizer):
         ("mps", True, "auto"),
     ],
 )
-def test_a_teacher_is_read_in_bfloat16_where_that_is_fast(device, fast, dtype, monkeypatch):
+def test_teachers_default_to_bfloat16_if_that_is_fast(device, fast, dtype, monkeypatch):
     monkeypatch.setattr("prefdistill.models.device.default_device", lambda: torch.device(device))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: fast)
     for backend in ("cuda", "xpu"):
@@ -183,7 +183,7 @@ def test_a_teacher_is_read_in_bfloat16_where_that_is_fast(device, fast, dtype, m
     assert default_dtype("reference") == "float32"
 
 
-def test_quantizations_that_are_none(saved):
+def test_unknown_quantizations_are_refused(saved):
     with pytest.raises(UserError, match="quantization must be 4bit or 8bit, got '2bit'"):
         load_model(saved, quantization="2bit")
 
@@ -195,7 +195,7 @@ def test_quantizations_that_are_none(saved):
         (RuntimeError("None of the devices\nis good"), r"loaded quantised \(bitsandbytes\) here: None of the devices$"),
     ],
 )
-def test_quantisation_that_this_machine_cannot_do(saved, monkeypatch, error, message):
+def test_quantisation_without_its_requirements_is_refused(saved, monkeypatch, error, message):
     def missing(**_):
         raise error
 
@@ -205,7 +205,7 @@ def test_quantisation_that_this_machine_cannot_do(saved, monkeypatch, error, mes
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel is installed")
-def test_a_checkpoint_of_a_quantisation_whose_package_is_not_here(saved, tmp_path):
+def test_a_quantised_checkpoint_without_its_package_is_refused(saved, tmp_path):
     path = tmp_path / "model" / "config.json"
     settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_a_quantisation_whose_package_is_not_here(saved, tmp_pat
 
 
 @quantised
-def test_a_quantised_checkpoint_stays_what_it_is(saved, tmp_path, capsys):
+def test_a_quantised_checkpoint_is_loaded_as_it_is(saved, tmp_path, capsys):
     model = ready(load_model(saved, quantization="4bit"))
     model.save_pretrained(tmp_path / "stored")
     found = ready(load_model(str(tmp_path / "stored"), dtype="bfloat16"))
@@ -237,7 +237,7 @@ def test_the_dtype_of_a_quantised_model(saved, monkeypatch, dtype, products):
 
 @quantised
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_model_stays_the_same_when_it_is_used(saved, bits):
+def test_using_a_quantised_model_does_not_change_it(saved, bits):
     model = ready(load_model(saved, quantization=bits))
     identity, before = model_identity(model), logits(model)
     assert model_identity(model) == identity
@@ -249,7 +249,7 @@ def test_a_quantised_model_stays_the_same_when_it_is_used(saved, bits):
 
 
 @quantised
-def test_4bit_products_are_those_of_the_weights_read_back(saved):
+def test_4bit_products_equal_those_of_dequantised_weights(saved):
     from bitsandbytes.functional import dequantize_4bit
 
     model, plain = ready(load_model(saved, quantization="4bit")), ready(load_model(saved))
@@ -262,7 +262,7 @@ def test_4bit_products_are_those_of_the_weights_read_back(saved):
 
 
 @quantised
-def test_a_4bit_model_that_was_run_on_a_cpu_before_is_refused(saved):
+def test_a_4bit_model_repacked_on_the_cpu_is_refused(saved):
     model = load_model(saved, quantization="4bit")
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UserError, match=r"this 4-bit model has been run on the CPU.*; load it again"):
@@ -289,7 +289,7 @@ def test_a_quantised_model_is_not_moved(make_model):
 # -- identity ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_weight_makes_another_model(make_model):
+def test_changing_one_weight_changes_the_identity(make_model):
     same, other = make_model(), make_model()
     with torch.no_grad():
         other.lm_head.weight[3, 5] += 1e-3
@@ -298,14 +298,14 @@ def test_one_weight_makes_another_model(make_model):
     assert len(set(digests)) == 3
 
 
-def test_identity_goes_by_the_weights_not_the_place(saved, make_model):
+def test_identity_depends_on_weights_and_not_on_the_path(saved, make_model):
     found, made = model_identity(load_model(saved), saved), model_identity(make_model())
     assert found["weights_sha256"] == made["weights_sha256"]
     assert found["name"] == saved
     assert (found["revision"], found["dtype"], found["architecture"]) == (None, "float32", "LlamaForCausalLM")
 
 
-def test_what_is_said_of_a_plain_model(make_model):
+def test_identity_of_a_plain_model(make_model):
     model, digest = make_model(), hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} torch.float32 {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
@@ -319,7 +319,7 @@ def test_what_is_said_of_a_plain_model(make_model):
     }
 
 
-def test_a_configuration_is_what_it_says_of_how_a_model_computes(make_model, tmp_path):
+def test_computing_config_holds_only_what_changes_outputs(make_model, tmp_path):
     model = make_model()
     before = computing_config(model)
     model.config.use_cache, model.config.pad_token_id, model.config.attention_dropout = False, 3, 0.1
@@ -331,7 +331,7 @@ def test_a_configuration_is_what_it_says_of_how_a_model_computes(make_model, tmp
         assert computing_config(make_model(**{key: value}))[key] == value != before[key]
 
 
-def test_weights_that_are_no_tensors_count():
+def test_state_that_is_not_a_tensor_is_part_of_the_digest():
     """As quantisation has them: several tensors in one, or numbers beside it."""
 
     class Packed:
@@ -351,7 +351,7 @@ def test_weights_that_are_no_tensors_count():
     assert len({same, digest([1, 3], 0.5, 64), digest([1, 2], 0.25, 64), digest([1, 2], 0.5, 32)}) == 4
 
 
-def test_another_dtype_is_another_model(make_model):
+def test_changing_the_dtype_changes_the_identity(make_model):
     found = model_identity(make_model().to(torch.bfloat16))
     assert found["dtype"] == "bfloat16"
     assert found["weights_sha256"] != model_identity(make_model())["weights_sha256"]
@@ -362,7 +362,7 @@ def test_identity_does_not_depend_on_mode_or_gradients(make_model):
     assert model_identity(model) == model_identity(make_model())
 
 
-def test_the_key_of_a_directory_is_that_of_what_is_loaded_from_it(saved, tmp_path):
+def test_model_key_covers_the_files_that_are_loaded(saved, tmp_path):
     before = model_key(saved)
     directory = tmp_path / "model"
     for name in (".lock", "notes.txt", "responses.jsonl", "training_args.bin"):
@@ -383,11 +383,11 @@ def test_the_key_of_a_directory_is_that_of_what_is_loaded_from_it(saved, tmp_pat
         assert model_key(saved) != before
 
 
-def test_the_key_of_a_model_on_the_hub_is_its_name_and_revision():
+def test_model_key_on_the_hub_is_name_and_revision():
     assert (model_key("org/name"), model_key(None)) == ({"hub": "org/name", "revision": None}, None)
 
 
-def test_an_adapter_of_the_hub_is_that_of_its_revision_with_its_base(tmp_path, monkeypatch):
+def test_model_key_of_a_hub_adapter_includes_its_base(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = []
     for revision in ("a" * 40, "b" * 40):
@@ -401,7 +401,7 @@ def test_an_adapter_of_the_hub_is_that_of_its_revision_with_its_base(tmp_path, m
     assert found[0]["base"] == {"hub": "org/base", "revision": None}
 
 
-def test_shards_elsewhere_and_code_are_part_of_the_key_and_pages_are_not(saved, tmp_path):
+def test_model_key_covers_shards_and_code_but_not_readmes(saved, tmp_path):
     directory = tmp_path / "model"
     files = ["shards/one.safetensors", "custom_generate/generate.py", "vocab.txt", "dict.txt"]
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": files[0]}}))
@@ -424,7 +424,7 @@ def test_shards_elsewhere_and_code_are_part_of_the_key_and_pages_are_not(saved, 
     model_key(saved)
 
 
-def test_weights_that_fit_in_fewer_bits(make_model):
+def test_fits_in_a_narrower_dtype(make_model):
     model = make_model()
     assert not fits_in(model, "bfloat16")
     narrow = make_model().to(torch.bfloat16).float()
@@ -444,7 +444,7 @@ def test_adapters_that_name_each_other_as_base_are_refused(tmp_path):
         load_model(str(tmp_path / "a"))
 
 
-def test_the_key_of_an_adapter_is_also_that_of_its_base(tmp_path):
+def test_model_key_of_an_adapter_includes_its_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for directory in (base, adapter):
         directory.mkdir()
@@ -458,14 +458,14 @@ def test_the_key_of_an_adapter_is_also_that_of_its_base(tmp_path):
     assert model_key(str(adapter)) != before
 
 
-def test_a_tokenizer_is_its_rules_not_its_state():
+def test_tokenizer_identity_ignores_state():
     used, fresh = (train_tokenizer(TEXTS, 300) for _ in range(2))
     used(["a", "the cat"], padding=True, truncation=True, max_length=8)
     assert used.backend_tokenizer.padding is not None
     assert tokenizer_identity(used) == tokenizer_identity(fresh)
 
 
-def test_tokenizers_that_differ_are_told_apart():
+def test_different_tokenizers_have_different_identities():
     identity = tokenizer_identity(train_tokenizer(TEXTS, 300))
     split = train_tokenizer(TEXTS, 300)
     split.split_special_tokens = True
@@ -479,7 +479,7 @@ def test_tokenizers_that_differ_are_told_apart():
     assert tokenizer_identity(train_tokenizer(TEXTS[:1], 300))["sha256"] != identity["sha256"]
 
 
-def test_a_tokenizer_is_the_same_after_saving(tmp_path, tokenizer):
+def test_tokenizer_identity_survives_saving(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     before, after = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(str(tmp_path)))
     assert {k: v for k, v in before.items() if k != "name"} == {k: v for k, v in after.items() if k != "name"}
@@ -489,13 +489,13 @@ def test_a_tokenizer_is_the_same_after_saving(tmp_path, tokenizer):
 # -- the same tokens ---------------------------------------------------------------------------------------------------
 
 
-def test_equal_tokenizers_need_no_words(capsys):
+def test_equal_tokenizers_pass_silently(capsys):
     check_same_tokens(train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("larger_first", [False, True])
-def test_more_tokens_of_one_are_allowed_and_said(capsys, larger_first):
+def test_extra_tokens_are_allowed_and_reported(capsys, larger_first):
     small, large = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300)
     size = len(small)
     large.add_tokens(["<|tool|>", "<|image|>"])
@@ -503,13 +503,13 @@ def test_more_tokens_of_one_are_allowed_and_said(capsys, larger_first):
     assert f"the {size} they share agree" in capsys.readouterr().err
 
 
-def test_other_tokens_are_refused_with_an_example():
+def test_different_tokens_are_refused_with_an_example():
     one, other = train_tokenizer(TEXTS, 300), train_tokenizer(["zebra quartz vexing"] * 10, 300)
     with pytest.raises(UserError, match=r"have different tokenizers: \d+ of \d+ tokens differ, e\.g\. '.+'; choose"):
         check_same_tokens(one, other)
 
 
-def test_one_id_with_two_meanings_is_refused():
+def test_an_id_with_two_tokens_is_refused():
     one, other = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300)
     one.add_tokens(["<|mine|>"])
     other.add_tokens(["<|yours|>"])
@@ -521,12 +521,12 @@ def test_one_id_with_two_meanings_is_refused():
 
 
 @pytest.mark.parametrize("text", ["the cat sat", " two  spaces ", "naïve 猫 🙂\n\ttabs", "<|user|> in the text"])
-def test_a_trained_tokenizer_gives_back_the_text(text):
+def test_a_trained_tokenizer_decodes_to_the_text(text):
     tokenizer = train_tokenizer(TEXTS, 300)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_training_learns_merges_up_to_the_size_asked_for():
+def test_training_learns_merges_up_to_the_vocabulary_size():
     small, large = train_tokenizer(TEXTS, 262), train_tokenizer(TEXTS, 275)
     assert (len(small), len(large)) == (262, 275)  # 256 bytes and 6 special tokens, then merges
     assert len(large("the cat")["input_ids"]) < len(small("the cat")["input_ids"]) == len("the cat")
@@ -544,7 +544,7 @@ def test_the_prompt_is_a_prefix_of_the_conversation(tokenizer):
     assert end_token_ids(tokenizer) == {tokenizer.eos_token_id}
 
 
-def test_random_models_depend_on_their_seed_alone(tokenizer):
+def test_random_models_depend_only_on_their_seed(tokenizer):
     torch.manual_seed(1)
     one = model_identity(random_model(tokenizer, SHAPE, 0))
     torch.manual_seed(2)
@@ -552,7 +552,7 @@ def test_random_models_depend_on_their_seed_alone(tokenizer):
     assert model_identity(random_model(tokenizer, SHAPE, 1)) != one
 
 
-def test_making_a_model_draws_nothing_from_the_global_generator(tokenizer):
+def test_random_model_leaves_the_global_generator_alone(tokenizer):
     before = torch.get_rng_state()
     random_model(tokenizer, SHAPE, 0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -578,7 +578,7 @@ def test_a_random_model_fits_its_tokenizer(tokenizer, tmp_path):
         ({"num_attention_heads": 3}, r"cannot be made: .*hidden size \(16\) is not a multiple"),
     ],
 )
-def test_shapes_that_are_none(tokenizer, change, message):
+def test_invalid_shapes_are_refused(tokenizer, change, message):
     with pytest.raises(UserError, match=message) as error:
         random_model(tokenizer, SHAPE | change, 0)
     assert "\n" not in str(error.value)

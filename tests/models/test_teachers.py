@@ -143,12 +143,12 @@ def check(model, tokenizer, out, *, atol=2e-4, rtol=1e-5, k=5):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_response_is_read_as_if_it_stood_alone(family, tokenizer, tmp_path):
+def test_batched_scores_equal_those_of_single_responses(family, tokenizer, tmp_path):
     check(make(tokenizer, family), tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
-def test_padding_of_the_vocabulary_is_left_out(family, tokenizer, tmp_path):
+def test_padded_vocabulary_rows_get_no_probability(family, tokenizer, tmp_path):
     check(make(tokenizer, family, vocabulary=len(tokenizer) + 7), tokenizer, tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_a_quantised_teacher(bits, scale, atol, tokenizer, tmp_path):
 
 
 @quantised
-def test_a_quantised_teacher_answers(tokenizer, tmp_path):
+def test_a_quantised_teacher_samples(tokenizer, tmp_path):
     name = small(tokenizer, tmp_path / "plain", scale=0.3)
     prompts = Dataset.from_dict({"prompt": ["the small teacher", "every student reads"]})
     ask = {"max_new_tokens": 12, "temperature": 0.0}

@@ -68,7 +68,7 @@ def launch(tmp_path, make_model, pairs, tokenizer):
     return call
 
 
-def test_the_command_line_trains_on_two_processes_and_refuses_the_rest(tmp_path, launch):
+def test_training_runs_on_two_processes_and_other_verbs_refuse(tmp_path, launch):
     options = ["max_steps=2", "batch_size=8", "micro_batch_size=4"]
     data = ["--data", "pairs.jsonl"]
     trained = launch("distill", "--student", "model", *data, "--method", "sft", "--out", "out", *options)
@@ -81,7 +81,7 @@ def test_the_command_line_trains_on_two_processes_and_refuses_the_rest(tmp_path,
     assert not (tmp_path / "s.jsonl").exists()
 
 
-def test_signals_of_two_processes_are_those_of_one_to_the_last_byte(tmp_path, launch, pairs):
+def test_signals_of_two_processes_equal_those_of_one_to_the_byte(tmp_path, launch, pairs):
     """Three shards for two processes, one of them left by an interrupted run on one process."""
     script = """import sys
 from prefdistill import extract_signals
@@ -98,6 +98,6 @@ extract_signals("model", "pairs.jsonl", out=sys.argv[1], kinds=("values", "logps
     assert both.returncode == 0, both.stderr[-3000:]
     for name in ("manifest.json", *(f"shards/{number:05d}.parquet" for number in range(3))):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    told = launch("signals", "--model", "model", "--data", "pairs.jsonl", "--out", "three", "--json")
-    assert told.returncode == 0, told.stderr[-3000:]
-    assert json.loads(told.stdout)["pairs"] == len(pairs)  # said once
+    output = launch("signals", "--model", "model", "--data", "pairs.jsonl", "--out", "three", "--json")
+    assert output.returncode == 0, output.stderr[-3000:]
+    assert json.loads(output.stdout)["pairs"] == len(pairs)  # said once

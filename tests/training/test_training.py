@@ -109,13 +109,13 @@ def test_dpo_has_the_trajectory_of_trl(tmp_path, train, make_model, pairs, token
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_alpha_zero_is_dpo_to_the_last_bit(train):
+def test_alpha_zero_equals_dpo_exactly(train):
     dpo, tvkd = train(METHODS["dpo"]()), train(METHODS["tvkd"](alpha=0.0))
     assert history(dpo) == history(tvkd)
     assert all(torch.equal(a, b) for a, b in zip(weights(dpo).values(), weights(tvkd).values(), strict=True))
 
 
-def test_zero_terminal_without_discount_is_dpo_to_the_last_bit(train):
+def test_zero_terminal_without_discount_equals_dpo_exactly(train):
     dpo, tvkd = train(METHODS["dpo"]()), train(METHODS["tvkd"](alpha=0.7, terminal="zero"))
     assert history(dpo) == history(tvkd)
     assert all(torch.equal(a, b) for a, b in zip(weights(dpo).values(), weights(tvkd).values(), strict=True))
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, train):
     np.testing.assert_allclose(history(plain), history(saving), atol=1e-5)
 
 
-def test_bf16_autocast_is_in_force_and_close_to_float32(tmp_path, train):
+def test_bf16_autocast_is_active_and_close_to_float32(tmp_path, train):
     """Accelerate puts autocast on the model's forward, which the log-probabilities go around."""
     plain = train(METHODS["dpo"]())
     half = train(METHODS["dpo"](), args=arguments(tmp_path, bf16=True))
@@ -154,14 +154,14 @@ def test_bf16_autocast_is_in_force_and_close_to_float32(tmp_path, train):
     assert all(p.dtype == torch.float32 for p in weights(half).values())
 
 
-def test_same_seed_same_training_other_seed_other_order(tmp_path, train):
+def test_the_seed_determines_training_and_the_data_seed_the_order(tmp_path, train):
     first, second = train(METHODS["tvkd"]()), train(METHODS["tvkd"]())
     assert history(first) == history(second)
     other = train(METHODS["tvkd"](), args=arguments(tmp_path, data_seed=12))
     assert history(first) != history(other)
 
 
-def test_adapters_train_and_the_base_stays(tmp_path, train, make_model):
+def test_adapters_train_and_the_base_is_unchanged(tmp_path, train, make_model):
     from peft import LoraConfig
 
     student = make_model()
@@ -180,7 +180,7 @@ def test_adapters_train_and_the_base_stays(tmp_path, train, make_model):
     assert history(trainer)[0] == pytest.approx(history(train(METHODS["tvkd"]()))[0], abs=1e-5)
 
 
-def test_an_adapter_starts_as_the_seed_says_whatever_was_drawn_before(tmp_path, train):
+def test_adapter_initialisation_depends_only_on_the_seed(tmp_path, train):
     from peft import LoraConfig
 
     def trained(seed):
@@ -226,7 +226,7 @@ class StopAt(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupted_run(
+def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(
     tmp_path, make_model, pairs, tokenizer, reference, teacher
 ):
     def trainer(out):
@@ -259,7 +259,7 @@ def test_ctrl_c_saves_and_the_same_call_ends_with_the_weights_of_an_uninterrupte
     assert len(logs[0]) == 8
 
 
-def test_the_log_of_a_run_that_was_interrupted_is_that_of_one_that_was_not(tmp_path, make_model, pairs, tokenizer):
+def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, make_model, pairs, tokenizer):
     """TRL counts tokens, and the Trainer averages the loss, from where a process began."""
     training = Training(max_steps=4, batch_size=4, micro_batch_size=4, logging_steps=1)
     rows = pairs.select_columns(["prompt", "chosen", "rejected"])
@@ -288,7 +288,7 @@ def whole_run(out, make_model, pairs, tokenizer, signals, **more):
     return PrefDistillTrainer(make_model(), METHODS["tvkd"](), arguments(out, **more), pairs, signals, tokenizer)
 
 
-def test_a_run_that_was_only_to_be_saved_trains_no_further_step(
+def test_a_finished_training_that_was_not_saved_is_only_saved(
     tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
 ):
     """Killed between the last checkpoint and the end: resuming must not take an eighth step of seven."""
@@ -302,13 +302,13 @@ def test_a_run_that_was_only_to_be_saved_trains_no_further_step(
     assert all(torch.equal(a, b) for a, b in zip(expected.values(), weights(again).values(), strict=True))
 
 
-def test_what_a_tracker_logs_is_kept(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+def test_tracker_logs_are_kept(tmp_path, make_model, pairs, tokenizer, reference, teacher):
     signals = [reference, teacher]
     fit(whole_run(tmp_path, make_model, pairs, tokenizer, signals, report_to="tensorboard"), tmp_path, "logged")
     assert list((tmp_path / "runs").rglob("*tfevents*"))
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, make_model, pairs, tokenizer, reference, teacher):
+def test_an_incomplete_checkpoint_is_discarded(tmp_path, make_model, pairs, tokenizer, reference, teacher):
     signals = [reference, teacher]
     fit(whole_run(tmp_path / "straight", make_model, pairs, tokenizer, signals), tmp_path / "straight", "straight")
     first = whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, save_steps=4)
@@ -340,7 +340,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("name", "earlier"), [*((name, True) for name in DAMAGE), ("optimizer.pt", False)])
-def test_a_checkpoint_that_has_lost_a_part_is_passed_over(
+def test_a_checkpoint_with_a_lost_file_is_discarded(
     name, earlier, tmp_path, make_model, pairs, tokenizer, reference, teacher, capsys
 ):
     """Training goes on from an earlier one or begins again, and the damaged one cannot be taken for a whole one later:
@@ -359,9 +359,9 @@ def test_a_checkpoint_that_has_lost_a_part_is_passed_over(
     again.callback_handler.callbacks.insert(0, StopAt(3))
     with pytest.raises(KeyboardInterrupt):
         fit(again, tmp_path / "cut", "again")
-    told = capsys.readouterr().err
-    assert f"{damaged} is removed: its {name} is missing or has changed size" in told
-    assert ("again: resuming from step 2" in told) is earlier
+    output = capsys.readouterr().err
+    assert f"{damaged} is removed: its {name} is missing or has changed size" in output
+    assert ("again: resuming from step 2" in output) is earlier
     assert not damaged.exists()
     fit(whole_run(tmp_path / "cut", make_model, pairs, tokenizer, signals, **every), tmp_path / "cut", "last")
     assert "last: resuming from step 3" in capsys.readouterr().err
@@ -370,7 +370,7 @@ def test_a_checkpoint_that_has_lost_a_part_is_passed_over(
 
 
 @pytest.mark.parametrize(("limit", "gone"), [(None, (2, 4, 6)), (2, (2, 4))])
-def test_a_checkpoint_is_on_the_disk_before_an_old_one_goes(
+def test_a_checkpoint_is_synced_before_an_old_one_is_removed(
     limit, gone, tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
 ):
     """And the model before the stage is called done: what was not synced, a loss of power may take back."""
@@ -401,7 +401,7 @@ def test_a_checkpoint_is_on_the_disk_before_an_old_one_goes(
     assert {out, out / "model.safetensors", out / "config.json", out / "tokenizer.json"} <= synced
 
 
-def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenizer, teacher):
+def test_adapters_can_be_stacked_without_loss(tmp_path, make_model, pairs, tokenizer, teacher):
     """A second adapter is trained on base and first adapter; what is saved holds both."""
     from peft import LoraConfig
 
@@ -431,7 +431,7 @@ def test_adapters_on_adapters_lose_nothing(tmp_path, make_model, pairs, tokenize
     assert (tmp_path / "second" / "adapter" / "adapter_config.json").exists()
 
 
-def test_dropout_is_off_in_families_that_keep_it_as_a_number():
+def test_disable_dropout_in_models_that_hold_it_as_a_number():
     import transformers as tf
 
     from prefdistill.training.trainer import disable_dropout
@@ -450,7 +450,7 @@ def test_dropout_is_off_in_families_that_keep_it_as_a_number():
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_signal_says_which_command_makes_it(train, reference):
+def test_a_missing_signal_names_the_command_that_extracts_it(train, reference):
     with pytest.raises(UserError, match=r"TVKD lacks teacher.values of chosen, rejected. .*teacher --kind values"):
         train(METHODS["tvkd"](), signals=[reference])
     with pytest.raises(UserError, match=r"DPO lacks reference.logps of chosen, rejected"):
@@ -482,7 +482,7 @@ def test_a_constant_signal_is_an_error(tmp_path, train, make_model, pairs, token
         train(METHODS["tvkd"](), signals=[reference, flat])
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, train, make_model, pairs, tokenizer):
+def test_a_non_finite_loss_stops_and_names_step_and_rows(tmp_path, train, make_model, pairs, tokenizer):
     distributions = extract_signals(make_model(5), pairs, tokenizer, ("topk",), tmp_path / "topk", k=4)
     student = make_model()
     student.lm_head.weight.data[5] = float("inf")
@@ -503,14 +503,14 @@ def test_a_reference_that_is_not_the_student_is_refused(tmp_path, train, make_mo
         train(METHODS["dpo"](), model=make_model(num_hidden_layers=1))
 
 
-def test_held_out_reference_signals_are_of_the_student_too(tmp_path, train, make_model, pairs, tokenizer):
+def test_held_out_reference_signals_are_checked_too(tmp_path, train, make_model, pairs, tokenizer):
     other = extract_signals(make_model(3), pairs, tokenizer, ("logps",), tmp_path / "other", role="reference")
     with pytest.raises(UserError, match="the reference signals were made from another model"):
         train(METHODS["dpo"](), eval_dataset=pairs, eval_signals=[other])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_reference_in_another_dtype_is_the_student_if_its_weights_are(
+def test_a_reference_in_another_dtype_passes_if_its_weights_are_equal(
     tmp_path, train, make_model, pairs, tokenizer, dtype
 ):
     """What is stored in 16 bits and read in 32 is the same model; what loses bits on the way is not."""
@@ -524,14 +524,14 @@ def test_a_reference_in_another_dtype_is_the_student_if_its_weights_are(
         train(METHODS["dpo"](), model=make_model(), signals=[narrow])
 
 
-def test_a_reference_of_another_configuration_is_pointed_out(tmp_path, train, make_model, pairs, tokenizer, capsys):
+def test_a_reference_with_another_configuration_warns(tmp_path, train, make_model, pairs, tokenizer, capsys):
     same_weights = make_model(rms_norm_eps=1e-2)
     store = extract_signals(same_weights, pairs, tokenizer, ("logps",), tmp_path / "s", role="reference")
     train(METHODS["dpo"](), signals=[store])
     assert "computed with another configuration (rms_norm_eps is 1e-06, was 0.01)" in capsys.readouterr().err
 
 
-def test_a_reference_in_another_precision_is_pointed_out(tmp_path, train, make_model, pairs, tokenizer, capsys):
+def test_a_reference_in_another_precision_warns(tmp_path, train, make_model, pairs, tokenizer, capsys):
     store = extract_signals(make_model(), pairs, tokenizer, ("logps",), tmp_path / "s", role="reference", bf16=True)
     train(METHODS["dpo"](), signals=[store])
     assert "note: the student is trained with bf16=False and its reference signals were computed with bf16=True" in (
@@ -539,8 +539,8 @@ def test_a_reference_in_another_precision_is_pointed_out(tmp_path, train, make_m
     )
 
 
-def test_an_adapter_that_is_not_its_reference_is_pointed_out(train, make_model, capsys):
-    """Around a model that is an adapter already: its weights are not told apart, its numbers are."""
+def test_an_adapter_that_differs_from_its_reference_warns(train, make_model, capsys):
+    """Around a model that is an adapter already: its weights are not output apart, its numbers are."""
     from peft import LoraConfig, get_peft_model
 
     def adapted(**options):
@@ -553,7 +553,7 @@ def test_an_adapter_that_is_not_its_reference_is_pointed_out(train, make_model, 
     assert "student and its reference signals differ by" in capsys.readouterr().err
 
 
-def test_a_step_that_is_saved_twice_is_whole(tmp_path, make_model, tokenizer, pairs):
+def test_a_checkpoint_saved_twice_is_complete(tmp_path, make_model, tokenizer, pairs):
     """At the end of a step that Ctrl-C ends, and at that of the epoch it ends with it."""
     from transformers import TrainerControl, TrainerState
 

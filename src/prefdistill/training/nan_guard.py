@@ -44,7 +44,7 @@ def with_nan_guard(trainer_class: type[Any]) -> type[Any]:
         def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **options: Any) -> Tensor:
             loss = super().training_step(model, inputs, *more, **options)
             if not torch.isfinite(loss):
-                texts = _texts(inputs, self.processing_class)
+                texts = quote_texts(inputs, self.processing_class)
                 check_loss(loss, self.state.global_step + 1, f"in the batch with {texts}")
             return loss
 
@@ -52,7 +52,7 @@ def with_nan_guard(trainer_class: type[Any]) -> type[Any]:
     return Guarded
 
 
-def _texts(inputs: dict[str, Any], tokenizer: Any) -> str:
+def quote_texts(inputs: dict[str, Any], tokenizer: Any) -> str:
     """Quote the first few texts of a batch as the model reads them, special tokens included.
 
     Each by its start and its end, since texts often start alike.
