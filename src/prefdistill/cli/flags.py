@@ -122,16 +122,16 @@ def type_text(field: FieldInfo) -> str:
     choices = [str(c) for member in members if typing.get_origin(member) is Literal for c in typing.get_args(member)]
     names = [NAMES.get(member, "TEXT") for member in members if typing.get_origin(member) is not Literal]
     bounds = ",".join(dict.fromkeys(_bounds([*field.metadata, *_inner_metadata(field.annotation)])))
-    text = "|".join([*dict.fromkeys(names), *choices])
+    text = "|".join([*(f"{name}{bounds}" for name in dict.fromkeys(names)), *choices])
     if choices and len(choices) + len(names) > 1:
         text = f"[{text}]"
-    return text + bounds + (",..." if _is_list(field) and REPEATED not in field.metadata else "")
+    return text + (",..." if _is_list(field) and REPEATED not in field.metadata else "")
 
 
 def default_text(field: FieldInfo) -> str:
     """The default of a field in a help text or a table; empty for none."""
     value = field.get_default(call_default_factory=True) if not field.is_required() else None
-    if value is None or value is PydanticUndefined or value in ((), [], {}, "", False):
+    if value is None or value is PydanticUndefined or value is False or value in ((), [], {}, ""):
         return ""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prefdistill.cli.flags import default_text, type_text
+from prefdistill.core.options import NOT_IN_KEY
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.sampling.options import SampleRequest
@@ -19,7 +20,8 @@ HEAD = """# Options
 
 Every option with its type, default and meaning, generated from the sections that declare them
 (`python -m prefdistill.cli.options_page`). In a recipe and as an override an option is written with its dotted key:
-`training.learning_rate=1e-6`. [recipes.md](recipes.md) explains recipes; the options of a method are on [its
+`training.learning_rate=1e-6`. An option with ° is no part of the cache key: it changes no result, or it is a name whose
+content is in the key. [recipes.md](recipes.md) explains recipes; the options of a method are on [its
 page](methods.md).
 """
 REQUESTS: dict[str, type[BaseModel]] = {
@@ -68,7 +70,7 @@ def _about(section: type[BaseModel]) -> list[str]:
 
 def _table(section: type[BaseModel], base: type[BaseModel] | None = None) -> list[str]:
     rows = [
-        f"| `{name}` | {_type(field)} | {_default(field)} | {_escaped(field.description or '')} |"
+        f"| `{name}`{'°' if NOT_IN_KEY in field.metadata else ''} | {_type(field)} | {_default(field)} | {_escaped(field.description or '')} |"
         for name, field in section.model_fields.items()
         if base is None or name not in base.model_fields
     ]
@@ -90,8 +92,7 @@ def _default(field: FieldInfo) -> str:
         return ""
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
-    text = default_text(field) or (str(value).lower() if isinstance(value, bool | int | float) else "")
+    text = "false" if field.default is False else default_text(field)
     return f"`{_escaped(text)}`" if text else ""
 
 
