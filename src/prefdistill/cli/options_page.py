@@ -69,11 +69,12 @@ def _about(section: type[BaseModel]) -> list[str]:
 
 
 def _table(section: type[BaseModel], base: type[BaseModel] | None = None) -> list[str]:
-    rows = [
-        f"| `{name}`{'°' if NOT_IN_KEY in field.metadata else ''} | {_type(field)} | {_default(field)} | {_escaped(field.description or '')} |"
-        for name, field in section.model_fields.items()
-        if base is None or name not in base.model_fields
-    ]
+    rows = []
+    for name, field in section.model_fields.items():
+        if base is None or name not in base.model_fields:
+            mark = "°" if NOT_IN_KEY in field.metadata else ""
+            help = _escaped(field.description or "")
+            rows.append(f"| `{name}`{mark} | {_type(field)} | {_default(field)} | {help} |")
     return ["| option | type | default | |", "|---|---|---|---|", *rows]
 
 
