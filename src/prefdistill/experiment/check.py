@@ -11,7 +11,8 @@ from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.messages import prompt_text
 from prefdistill.evaluation.reward_model import check_prompts
-from prefdistill.experiment.plan import Plan, reference_bf16
+from prefdistill.experiment.needs import reference_bf16
+from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled

@@ -7,18 +7,23 @@
 it reads neither data nor models; the keys of its steps do, when they are first asked for.
 """
 
-import functools
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import value_digest
 from prefdistill.data.columns import SIDES
-from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.needs import (
+    STUDENT_RESPONSE,
+    TRAIN,
+    held_out,
+    reference_bf16,
+    source,
+    split_needs,
+    union,
+)
 from prefdistill.experiment.recipe import MethodRun, Recipe
 from prefdistill.experiment.roles import START, TEACHER
 from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer
@@ -27,21 +32,17 @@ from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, Train
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
 from prefdistill.experiment.steps.synthetic import Language, Pairs
-from prefdistill.experiment.user_data import UserData, named_tokenizer
+from prefdistill.experiment.user_data import UserData, UserModels, user_rows
 from prefdistill.methods import Method, make_method, sampled
-from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
 from prefdistill.models.scratch import train_tokenizer
 from prefdistill.signals import Need
 from prefdistill.training.options import Training
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 AnyStep = TypeVar("AnyStep", bound=Step)
-TRAIN = "train"
-STUDENT_RESPONSE = "student_response"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,7 @@ def build_plans(recipe: Recipe, out: Path, sources: Sources | None = None) -> li
 class _Builder:
     def __init__(self, context: Context, sources: Sources) -> None:
         self.context, self.recipe, self.sources = context, context.recipe, sources
+        self.user_models = UserModels(self.recipe, sources)
         self.methods = {name: make_method(run.method, run.options) for name, run in self.recipe.methods.items()}
         self.users = {
             name: frozenset(other for other, run in self.recipe.methods.items() if run.start == name)
@@ -113,9 +115,7 @@ class _Builder:
         self.user_data = user_data
         language = Language(context=self.context, name="data") if user_data is None else None
         if user_data is not None:
-            self.train = Rows(
-                name=TRAIN, compute_key=lambda: data_fingerprint(user_data.train), read=lambda: user_data.train
-            )
+            self.train = user_rows(TRAIN, lambda: user_data.train)
         init = self._init(language)
         self.tokenizer = self._tokenizer(init)
         self.plan = Plan(self.context, self.methods, user_data, self.tokenizer)
@@ -134,7 +134,9 @@ class _Builder:
             teacher = self._train(Sft, "teacher", teacher, demonstrations, recipe.teacher.sft)
         reference = teacher if recipe.teacher.dpo else None
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
-            reference = self._named("teacher-reference", recipe.model.teacher_reference, "teacher_reference")
+            reference = self.user_models.model(
+                "teacher-reference", recipe.model.teacher_reference, "teacher_reference", self.tokenizer
+            )
         teacher_pairs, test = self._pairs(language, reference or teacher)
         if recipe.teacher.dpo:
             teacher = self._train(Dpo, "teacher", teacher, teacher_pairs, recipe.teacher.dpo)
@@ -145,34 +147,7 @@ class _Builder:
         self.plan.train, self.plan.test = self.train, test
         if test is not None:
             self._test_signals(test, reference is not None)
-        reward_model = self._reward_model(test)
-        evaluate = functools.partial(
-            Evaluate,
-            context=self.context,
-            tokenizer=self.tokenizer,
-            language=language,
-            test=None if language else test,
-            reward_model=reward_model,
-        )
-        if language is not None or (test is not None and max(recipe.evaluate.prompts, recipe.evaluate.samples)):
-            for name, model in ((TEACHER, teacher), (START, start)):
-                step = evaluate(name=f"evaluate-{name}", role=name, model=model, reference=None)
-                self.plan.evaluations[name] = [self.plan.add(step)]
-        compared = next((step for step in self.plan.test_signals if step.role == "reference"), None)
-        for name, run in recipe.methods.items():
-            self.plan.evaluations[name] = []
-            for order in range(run.first_order, run.first_order + recipe.orders):
-                student = self._distill(name, run, order)
-                step = evaluate(
-                    name=f"evaluate-{name}-{order}",
-                    role="student",
-                    method=name,
-                    order=order,
-                    model=student,
-                    reference=compared,
-                    test=test if compared is not None else None,
-                )
-                self.plan.evaluations[name].append(self.plan.add(step))
+        self._evaluations(language, teacher, start, self._reward_model(test))
         return self.plan
 
     # -- data and models ----------------------------------------------------------------------------------------------
@@ -183,19 +158,12 @@ class _Builder:
         roles: list[ModelRole] = [role for role in ("teacher", "student") if named[role] is None]
         if not roles:
             return None
-        if any(named.values()):  # with the tokens of the model that is named
-            tokens = self._named_tokenizer
-            return Init(
-                context=self.context,
-                name="init",
-                roles=tuple(roles),
-                sources=(tokens,),
-                build_tokenizer=lambda: tokens.tokenizer,
-            )
-
-        source = language or self.train
+        # with the tokens of a model that is named, or with a tokenizer for the data
+        source = self.user_models.tokenizer if any(named.values()) else language or self.train
 
         def build_tokenizer() -> "PreTrainedTokenizerBase":
+            if isinstance(source, Tokenizer):
+                return source.tokenizer
             if isinstance(source, Language):
                 return load_tokenizer(str(source.tokenizer_directory))
             assert recipe.model.scratch is not None
@@ -205,23 +173,9 @@ class _Builder:
             context=self.context, name="init", roles=tuple(roles), sources=(source,), build_tokenizer=build_tokenizer
         )
 
-    @functools.cached_property
-    def _named_tokenizer(self) -> Tokenizer:
-        def read() -> "PreTrainedTokenizerBase":
-            tokenizer = named_tokenizer(self.recipe)
-            assert tokenizer is not None
-            return tokenizer
-
-        def key() -> str:
-            identity = tokenizer_identity(named.tokenizer)
-            return value_digest([identity["sha256"], identity["template_sha256"]])
-
-        named = Tokenizer(name="tokenizer", compute_key=key, read=read)
-        return named
-
     def _tokenizer(self, init: Init | None) -> Tokenizer:
         if init is None or len(init.roles) == 1:
-            return self._named_tokenizer
+            return self.user_models.tokenizer
         return Tokenizer(
             name="tokenizer",
             compute_key=init.tokenizer_key,
@@ -229,20 +183,10 @@ class _Builder:
             read=lambda: load_tokenizer(str(init.directory / "tokenizer")),
         )
 
-    def _named(self, name: str, place: str, role: ModelRole) -> Model:
-        """A model of the user's, as it is read with this run's tokenizer."""
-
-        def key() -> str:
-            code = self.recipe.model.trust_remote_code
-            parts = {"model": self.sources.model_key(place), "code": code, "tokens": self.tokenizer.key}
-            return value_digest(parts)
-
-        return Model(name=name, compute_key=key, named_models=frozenset({place}), role=role, place=place)
-
     def _base(self, role: ModelRole, init: Init | None) -> Model:
         name: str | None = getattr(self.recipe.model, role)
         if name is not None:
-            return self._named(f"{role}-base", name, role)
+            return self.user_models.model(f"{role}-base", name, role, self.tokenizer)
         assert init is not None
         return init.model(role)
 
@@ -277,16 +221,14 @@ class _Builder:
         user_data = self.user_data
         if user_data is None or self.recipe.data.test is None:
             return self.train, None
-        return self.train, Rows(
-            name="test", compute_key=lambda: data_fingerprint(user_data.test), read=lambda: user_data.test
-        )
+        return self.train, user_rows("test", lambda: user_data.test)
 
     def _reward_model(self, test: Rows | None) -> Model | None:
         section, user_data = self.recipe.reward_model, self.user_data
         if section is None or test is None or user_data is None:
             return None
         if section.name:
-            model = self._named("reward-model", section.name, "reward_model")
+            model = self.user_models.model("reward-model", section.name, "reward_model", self.tokenizer)
         else:
             pairs = user_rows("reward-model-pairs", lambda: user_data.reward_pairs)
             step = TrainRewardModel(context=self.context, name="reward-model", pairs=pairs, tokenizer=self.tokenizer)
@@ -331,7 +273,7 @@ class _Builder:
             for other in split_needs(method.needs)
             if other.role == need.role and source(other) == source(need)
         ]
-        reach = {kind: _union(n.responses for n in alike if n.kind == kind) for kind in {n.kind for n in alike}}
+        reach = {kind: union(n.responses for n in alike if n.kind == kind) for kind in {n.kind for n in alike}}
         responses = reach[need.kind]
         kinds = {kind for kind, of in reach.items() if of == responses}
         data = self.train if source(need) == TRAIN else self._sample(source(need), start)
@@ -370,6 +312,42 @@ class _Builder:
 
     # -- students -----------------------------------------------------------------------------------------------------
 
+    def _evaluations(self, language: Language | None, teacher: Model, start: Model, reward_model: Model | None) -> None:
+        """Evaluate teacher and start by their responses, then train and evaluate the students."""
+        recipe, test = self.recipe, self.plan.test
+        common: dict[str, Any] = {
+            "context": self.context,
+            "tokenizer": self.tokenizer,
+            "language": language,
+            "reward_model": reward_model,
+        }
+        if language is not None or (test is not None and max(recipe.evaluate.prompts, recipe.evaluate.samples)):
+            for name, model in ((TEACHER, teacher), (START, start)):
+                step = Evaluate(
+                    name=f"evaluate-{name}",
+                    role=name,
+                    model=model,
+                    reference=None,
+                    test=None if language else test,
+                    **common,
+                )
+                self.plan.evaluations[name] = [self.plan.add(step)]
+        reference = next((step for step in self.plan.test_signals if step.role == "reference"), None)
+        for name, run in recipe.methods.items():
+            self.plan.evaluations[name] = []
+            for order in range(run.first_order, run.first_order + recipe.orders):
+                step = Evaluate(
+                    name=f"evaluate-{name}-{order}",
+                    role="student",
+                    method=name,
+                    order=order,
+                    model=self._distill(name, run, order),
+                    reference=reference,
+                    test=test,
+                    **common,
+                )
+                self.plan.evaluations[name].append(self.plan.add(step))
+
     def _distill(self, name: str, run: MethodRun, order: int) -> Model:
         """Train the student with one method and one order of the data, in as many rounds as the recipe says."""
         start = self.starts[(run.start, order) if run.start else None]
@@ -395,54 +373,3 @@ class _Builder:
             start = Start(trained, self.plan.add(step).output, frozenset({name}), number + 1)
         self.starts[name, order] = Start(start.name, start.model, self.users[name])
         return start.model
-
-
-def user_rows(name: str, read: "Callable[[], Dataset]") -> Rows:
-    """Return rows of the user's as an input of steps."""
-    return Rows(name=name, compute_key=lambda: data_fingerprint(read()), read=read)
-
-
-def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:
-    """Return the values of training.bf16 of the methods that need the reference."""
-    return {
-        recipe.methods[name].training.bf16
-        for name, method in methods.items()
-        if any(need.role == "reference" for need in method.needs)
-    }
-
-
-def held_out(methods: Iterable[Method], teacher_reference: bool) -> dict[str, set[str]]:
-    """Return the kinds of signals to read of the held-out pairs, by role.
-
-    Args:
-        methods: of the run.
-        teacher_reference: whether there is a model that the teacher's DPO started from.
-    """
-    needs = [need for method in methods for need in method.needs]
-    kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
-    wanted = {"reference": {"logps"}}  # every student is compared with its start
-    if any(n.role == "teacher" for n in needs):
-        wanted["teacher"] = kinds | {"values", "logps", "q"}
-        if teacher_reference:
-            wanted["teacher_reference"] = {"logps"}
-    return wanted
-
-
-def split_needs(needs: Iterable[Need]) -> list[Need]:
-    """Split the needs of signals by where the responses come from: the pairs, or samples of teacher or student."""
-    return [
-        Need(need.role, need.kind, part)
-        for need in needs
-        if need.role != "data"
-        for part in (tuple(r for r in need.responses if r in SIDES), *((r,) for r in need.responses if r not in SIDES))
-        if part
-    ]
-
-
-def source(need: Need) -> str:
-    """Return "train" for responses of the pairs, else the column of the sampled responses."""
-    return TRAIN if need.responses[0] in SIDES else need.responses[0]
-
-
-def _union(several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(sorted({response for responses in several for response in responses}))

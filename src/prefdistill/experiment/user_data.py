@@ -1,14 +1,18 @@
-"""The rows of a recipe on the user's own data, and its tokenizer."""
+"""The user's data and models, as a recipe names them."""
 
 import functools
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.files import value_digest
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
 from prefdistill.data.messages import prompt_text
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
+from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens
 
@@ -97,8 +101,40 @@ def without_prompts(rows: "Dataset", others: "Dataset") -> "Dataset":
     return rows.select([row for row, prompt in enumerate(rows["prompt"][:]) if prompt_text(prompt) not in excluded])
 
 
-def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer of the student that the recipe names, or else of the teacher; None if it names neither.
+def user_rows(name: str, read: "Callable[[], Dataset]") -> Rows:
+    """Return rows of the user's data as an input of steps."""
+    return Rows(name=name, compute_key=lambda: data_fingerprint(read()), read=read)
+
+
+class UserModels:
+    """The models that a recipe names, and their tokenizer, as inputs of steps."""
+
+    def __init__(self, recipe: Recipe, sources: Sources) -> None:
+        self.recipe, self.sources = recipe, sources
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the student that the recipe names, or else of the teacher."""
+
+        def key() -> str:
+            identity = tokenizer_identity(named.tokenizer)
+            return value_digest([identity["sha256"], identity["template_sha256"]])
+
+        named = Tokenizer(name="tokenizer", compute_key=key, read=lambda: named_tokenizer(self.recipe))
+        return named
+
+    def model(self, name: str, place: str, role: ModelRole, tokenizer: Tokenizer) -> Model:
+        """Return a model of the user's in a role; its key is that of its files and of the tokenizer it is read with."""
+
+        def key() -> str:
+            code = self.recipe.model.trust_remote_code
+            return value_digest({"model": self.sources.model_key(place), "code": code, "tokens": tokenizer.key})
+
+        return Model(name=name, compute_key=key, named_models=frozenset({place}), role=role, place=place)
+
+
+def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of the student that the recipe names, or else of the teacher.
 
     A student without a chat template gets the teacher's.
 
@@ -107,8 +143,6 @@ def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase | None":
     """
     names = recipe.model
     load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
-    if names.student is None and names.teacher is None:
-        return None
     tokenizer = load(str(names.student or names.teacher))
     if names.student and names.teacher:
         of_teacher = load(names.teacher)

@@ -1,0 +1,57 @@
+"""Which signals the methods of a run need, and of which responses they are read."""
+
+from collections.abc import Iterable
+
+from prefdistill.data.columns import SIDES
+from prefdistill.experiment.recipe import Recipe
+from prefdistill.methods import Method
+from prefdistill.signals import Need
+
+TRAIN = "train"
+STUDENT_RESPONSE = "student_response"
+
+
+def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:
+    """Return the values of training.bf16 of the methods that need the reference."""
+    return {
+        recipe.methods[name].training.bf16
+        for name, method in methods.items()
+        if any(need.role == "reference" for need in method.needs)
+    }
+
+
+def held_out(methods: Iterable[Method], teacher_reference: bool) -> dict[str, set[str]]:
+    """Return the kinds of signals to read of the held-out pairs, by role.
+
+    Args:
+        methods: of the run.
+        teacher_reference: whether there is a model that the teacher's DPO started from.
+    """
+    needs = [need for method in methods for need in method.needs]
+    kinds = {n.kind for n in needs if n.role == "teacher" and set(n.responses) <= set(SIDES)} - {"topk"}
+    wanted = {"reference": {"logps"}}  # every student is compared with its start
+    if any(n.role == "teacher" for n in needs):
+        wanted["teacher"] = kinds | {"values", "logps", "q"}
+        if teacher_reference:
+            wanted["teacher_reference"] = {"logps"}
+    return wanted
+
+
+def split_needs(needs: Iterable[Need]) -> list[Need]:
+    """Split the needs of signals by where the responses come from: the pairs, or samples of teacher or student."""
+    return [
+        Need(need.role, need.kind, part)
+        for need in needs
+        if need.role != "data"
+        for part in (tuple(r for r in need.responses if r in SIDES), *((r,) for r in need.responses if r not in SIDES))
+        if part
+    ]
+
+
+def source(need: Need) -> str:
+    """Return "train" for responses of the pairs, else the column of the sampled responses."""
+    return TRAIN if need.responses[0] in SIDES else need.responses[0]
+
+
+def union(several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(sorted({response for responses in several for response in responses}))
