@@ -63,7 +63,7 @@ MISTAKES = [
     ([*DISTILL, "--method", "dckd", *FAST], "DCKD lacks teacher.topk of chosen, rejected. Make it with"),
     ([*DISTILL, "--method", "wpo", "gamma=1.0", *FAST], "unknown key 'gamma'"),
     ([*SIGNALS, "--kind", "topk", "--k", "many"], "--k must be a valid integer or 'vocab', got 'many'"),
-    ([*DISTILL, "--signals", "empty"], "no signals in empty: make them with `prefdistill signals --out empty"),
+    ([*DISTILL, "--signals", "empty"], "no signals in empty: extract them with `prefdistill signals --out empty"),
     ([*DISTILL, "--method", "sft", "batch_size=5"], "batch_size=5 is not a multiple"),
     ([*EVALUATE], "nothing to evaluate: give --reference (pairs), --generate"),
     ([*EVALUATE, "--reward-model", "model"], "it is a language model, LlamaForCausalLM"),

@@ -106,7 +106,7 @@ def test_from_pairs_to_an_adpa_student_with_its_own_samples(place, capfd):
     call(capfd, "signals", "--model", "model", *own, *of_own, "--k", "5", "--out", "other")
     stores = ["--signals", "other", "--signals", "reference"]
     assert main(["distill", "--student", "model", *own, "--method", "adpa", *stores, "--out", "t", *FAST]) == 2
-    assert "were not read at the token ids of this teacher store" in capfd.readouterr().err
+    assert "were not scored at the token ids of this teacher store" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["simpo", "wpo"])

@@ -198,9 +198,9 @@ def test_a_store_read_at_the_ids_of_another_is_repaired_with_it(store, made, mak
     flip(tmp_path / "own" / "shards" / "00000.parquet")
     with pytest.raises(UserError, match="give that one as --ids-from"):
         repair_signals(tmp_path / "own", make_model(3), some, tokenizer)
-    with pytest.raises(UserError, match="another store than that of --ids-from; give the teacher's"):
+    with pytest.raises(UserError, match="another store than --ids-from; give the teacher's"):
         repair_signals(tmp_path / "own", make_model(3), some, tokenizer, ids_from=Signals.open(tmp_path / "other"))
-    with pytest.raises(UserError, match="was made from a data set in memory: give it as --data"):
+    with pytest.raises(UserError, match="was extracted from a data set in memory: give it as --data"):
         repair_signals(tmp_path / "own", make_model(3), ids_from=ids)
     repair_signals(tmp_path / "own", make_model(3), some, tokenizer, ids_from=ids)
     assert contents(tmp_path / "own") == whole
@@ -211,7 +211,9 @@ def test_data_that_have_moved(store, made, tmp_path):
     flip(store / "shards" / "00000.parquet")
     moved = (made / "pairs.jsonl").rename(tmp_path / "moved.jsonl")
     try:
-        with pytest.raises(UserError, match=r"was made from .*pairs\.jsonl, which is not there; say where with --data"):
+        with pytest.raises(
+            UserError, match=r"was extracted from .*pairs\.jsonl, which is missing; give its place with --data"
+        ):
             repair_signals(store)
         repair_signals(store, dataset=str(moved))
     finally:
@@ -227,11 +229,11 @@ def test_on_the_command_line(made, monkeypatch, capsys, tmp_path):
     assert main(again) == 2
     assert f"`prefdistill signals --repair --out {tmp_path / 's'}`" in capsys.readouterr().err
     assert main(["signals", "--repair", "--out", str(tmp_path / "s"), "--kind", "values"]) == 2
-    assert "--repair goes by what the store says of itself: leave --kind out" in capsys.readouterr().err
+    assert "--repair uses the options of the store; leave --kinds out" in capsys.readouterr().err
     assert main(["signals", "--repair", "--out", str(tmp_path / "s")]) == 0
     assert capsys.readouterr().out == "rebuilt: shards/00000.parquet\n"
     assert contents(tmp_path / "s") == whole
     assert main(["signals", "--repair", "--out", str(tmp_path / "s"), "--json"]) == 0
     assert '"damaged": []' in capsys.readouterr().out
     assert main(["signals", "--out", str(tmp_path / "s")]) == 2
-    assert "--model is missing" in capsys.readouterr().err
+    assert "--model is required" in capsys.readouterr().err

@@ -208,7 +208,7 @@ def test_a_gap_is_refused(store, tmp_path):
     manifest = read_sealed(path)
     manifest["shards"].pop()
     write_sealed(path, manifest)
-    with pytest.raises(UserError, match="do not cover every row"):
+    with pytest.raises(UserError, match="lack rows of the data"):
         Signals.open(tmp_path / "store")
 
 
@@ -252,7 +252,7 @@ def test_logits_that_are_not_finite_are_refused_with_the_row(tmp_path, make_mode
         ({"role": "parrot"}, "role must be 'teacher', .*, got 'parrot'"),
         ({"value_temperature": 0.0}, "value_temperature must be greater than 0"),
         ({"kinds": ("logprob_values",)}, "logprob_values at value_temperature 1 is 0 everywhere"),
-        ({"kinds": ("topk",), "k": 0}, "k must be greater than 0, got 0"),
+        ({"kinds": ("topk",), "k": 0}, "k must be greater than 0 or 'vocab', got 0"),
         ({"kinds": ("topk",), "k": "all"}, "k must be .*, got 'all'"),
         ({"kinds": ("topk",), "p": 0.0}, "p must be greater than 0, got 0"),
         ({"kinds": ("topk",), "p": 1.5}, r"p must be less than or equal to 1, got 1\.5"),
@@ -524,7 +524,8 @@ def test_a_set_of_signals_is_of_one_data_set_one_truncation_one_role_each(store,
         SignalSet.of([store], sampled)
     short = extract(make_model(1), "logps", truncation=Truncation(max_length=30), **ask)
     with pytest.raises(
-        UserError, match=r"reference signals were made otherwise than the teacher's \(truncation\.max_length is"
+        UserError,
+        match=r"the reference signals \(.*extracted-.*\) differ in truncation\.max_length \(1024, 30\); extract one",
     ):
         SignalSet.of([store, short], pairs)
 
@@ -571,7 +572,9 @@ def test_rows_are_those_that_all_stores_have(extract, make_model, pairs):
 def test_a_store_read_at_other_ids_than_the_teachers_is_refused(extract, make_model, pairs):
     """Numbers of different tokens would be taken for numbers of the same ones."""
     teacher, other = extract(make_model(5), "topk", k=6), extract(make_model(6), "topk", k=6)
-    message = "the reference signals were not read at the token ids of this teacher store: make them again with `--ids"
+    message = (
+        "the reference signals were not scored at the token ids of this teacher store: extract them again with `--ids"
+    )
     for wrong in (
         extract(make_model(), "topk", role="reference", ids_from=other),
         extract(make_model(), "topk", role="reference", k=6),

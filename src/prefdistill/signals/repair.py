@@ -1,4 +1,4 @@
-"""A damaged signal store made whole: what is damaged is set aside, and made again by what the store says of itself."""
+"""Repair a damaged signal store: remove the damaged files and extract them again with the store's own request."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,15 +29,15 @@ def repair_signals(
     ids_from: Signals | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Signals, list[str]]:
-    """Make the damaged files of a store again, and no others; it ends in the bytes it had.
+    """Rebuild the damaged files of a store, and no others, to the bytes they had.
 
-    Every option is the store's own. A shard that is whole is not read by the model again, even if the manifest that
-    lists it is lost: it is known by the checksum beside it.
+    Every option is the store's own. A whole shard is not scored again, even if the manifest that lists it is lost: the
+    checksum beside it identifies it.
 
     Args:
         out: directory of the store.
-        model, dataset, tokenizer: where those that the store names lie elsewhere now, or were in memory.
-        ids_from: the teacher's store, if this one was read at its token ids.
+        model, dataset, tokenizer: if those that the store names have moved, or were in memory.
+        ids_from: the teacher's store, if this one was scored at its token ids.
         trust_remote_code: let the model's repository run its own code.
 
     Returns:
@@ -45,7 +45,7 @@ def repair_signals(
 
     Raises:
         UserError: if there is no store, neither manifest nor request can be read, or model and data are not those it
-            was made from.
+            was extracted from.
 
     Example:
         >>> repair_signals("signals/teacher")                                   # doctest: +SKIP
@@ -54,29 +54,31 @@ def repair_signals(
     if not any((out / name).exists() for name in ("manifest.json", "request.json", "shards")):
         raise UserError(f"no signals in {out} to repair")
     request = _request(out)
-    made_at = request["topk"].get("ids_from")
-    if made_at and ids_from is None:
-        raise UserError(f"{out} was read at the token ids of a teacher's store: give that one as --ids-from")
-    if made_at and ids_from and ids_from.digest != made_at:
-        raise UserError(f"{out} was read at the token ids of another store than that of --ids-from; give the teacher's")
+    teacher = request["topk"].get("ids_from")
+    if teacher and ids_from is None:
+        raise UserError(f"{out} was scored at the token ids of a teacher's store: give that one as --ids-from")
+    if teacher and ids_from and ids_from.digest != teacher:
+        raise UserError(f"{out} was scored at the token ids of another store than --ids-from; give the teacher's")
     if dataset is None and request["data"]["name"] == IN_MEMORY:
-        raise UserError(f"{out} was made from {IN_MEMORY}: give it as --data")
+        raise UserError(f"{out} was extracted from {IN_MEMORY}: give it as --data")
     if model is None and not request["model"]["name"]:
-        raise UserError(f"{out} was made by a model in memory: give it as --model")
+        raise UserError(f"{out} was extracted from a model in memory: give it as --model")
     team = processes()
-    with team.main_process_first():  # it sets aside, the others find nothing left to set aside
-        damaged = set_aside(out) if team.is_main_process else []
+    with team.main_process_first():  # it removes what is damaged; the others then find nothing damaged
+        damaged = remove_damaged(out) if team.is_main_process else []
     if team.is_main_process:
         say(f"repair: {', '.join(damaged)}" if damaged else f"repair: nothing in {out} is damaged")
     if (out / "manifest.json").is_file():
         return Signals.open(out), damaged
     if dataset is None and _moved(request["data"]["name"]):
-        raise UserError(f"{out} was made from {request['data']['name']}, which is not there; say where with --data")
+        raise UserError(
+            f"{out} was extracted from {request['data']['name']}, which is missing; give its place with --data"
+        )
     topk: dict[str, Any] = request["topk"]
-    asked = {name: topk[name] for name in ("k", "p") if name in topk} | (
+    options = {name: topk[name] for name in ("k", "p") if name in topk} | (
         {"topk_coding": topk["coding"]} if topk else {}
     )
-    found = extract_signals(
+    store = extract_signals(
         model if model is not None else request["model"]["name"],
         dataset if dataset is not None else request["data"]["name"],
         tokenizer,
@@ -95,16 +97,16 @@ def repair_signals(
         batch_tokens=request["batch_tokens"],
         shard_rows=request["shard_rows"],
         trust_remote_code=trust_remote_code,
-        **asked,
+        **options,
     )
-    return found, damaged
+    return store, damaged
 
 
-def set_aside(out: Path) -> list[str]:
-    """Remove the damaged files of a store, so that `extract_signals` goes on with it as with an interrupted one.
+def remove_damaged(out: Path) -> list[str]:
+    """Remove the damaged files of a store, so that `extract_signals` resumes it as it resumes an interrupted one.
 
     Returns:
-        Their names, relative to `out`; none of a store that is whole, which stays as it is.
+        Their names, relative to `out`; none for a whole store, which stays as it is.
     """
     with locked(out, shared=True):
         request, manifest = (
@@ -133,18 +135,18 @@ def set_aside(out: Path) -> list[str]:
 
 
 def _moved(name: str) -> bool:
-    """Whether the name of data is that of a file or directory which is not there: a name of the Hub is no such name."""
+    """Return whether data is named by a file or directory that is missing; a Hub name is neither."""
     path = Path(name.partition("#")[0]).expanduser()
     return (path.is_absolute() or name.endswith(suffixes())) and not path.exists()
 
 
 def _request(out: Path) -> dict[str, Any]:
-    """What a store was asked for, by its manifest or by the note made before it."""
+    """Return the request of a store, from its manifest or from the note written before it."""
     for name in ("manifest.json", "request.json"):
-        found = read_sealed(out / name) if (out / name).is_file() else None
-        if found is not None and found.get("schema") == SCHEMA:
-            kept = {key: value for key, value in found.items() if key not in ("dropped", "shards", "versions")}
+        record = read_sealed(out / name) if (out / name).is_file() else None
+        if record is not None and record.get("schema") == SCHEMA:
+            kept = {key: value for key, value in record.items() if key not in ("dropped", "shards", "versions")}
             return kept | {"topk": {key: value for key, value in kept["topk"].items() if key != "kl_error"}}
     raise UserError(
-        f"neither manifest.json nor request.json of {out} can be read: delete it and make the signals again"
+        f"neither manifest.json nor request.json of {out} can be read: delete it and extract the signals again"
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefdistill.core.differences import differences
+from prefdistill.core.differences import compare, differences, listed
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, read_sealed, value_digest
 from prefdistill.data.fingerprint import data_fingerprint
@@ -44,14 +44,6 @@ class DamagedSignals(UserError):
         super().__init__(f"{what}; `prefdistill signals --repair --out {directory}` rebuilds that part")
 
 
-def check_same_request(what: str, where: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
-    """Raises a UserError if what is at a place was made for another request, with where it differs."""
-    if changed := differences(before, request):
-        raise UserError(
-            f"{where} holds {what} of another request ({'; '.join(changed)}); give another --out or delete it first"
-        )
-
-
 class Signals:
     """One model's signals for one preference data set.
 
@@ -64,8 +56,8 @@ class Signals:
         (27,)
     """
 
-    def __init__(self, manifest: dict[str, Any], shards: Sequence[Shard]) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest: dict[str, Any], shards: Sequence[Shard], place: str = "in memory") -> None:
+        self.manifest, self.place = manifest, place
         self.shards = tuple(shards)
         rows = [shard.column("row").to_numpy() for shard in self.shards]
         self.rows = np.concatenate(rows).astype(np.int64)
@@ -75,7 +67,7 @@ class Signals:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Signals":
-        """Read a store after checking it against its manifest.
+        """Open a store after checking it against its manifest.
 
         Raises:
             UserError: if it is missing, unfinished or of another schema.
@@ -84,17 +76,19 @@ class Signals:
         directory = Path(directory)
         if not (directory / "manifest.json").is_file():
             if (directory / "request.json").is_file():
-                raise UserError(f"the signals in {directory} are unfinished; run the same `prefdistill signals` again")
+                raise UserError(
+                    f"the signals in {directory} are unfinished; run the same `prefdistill signals` again to resume"
+                )
             if (directory / "shards").is_dir():
-                raise UserError(f"{directory} has lost manifest.json and request.json; delete it and make it again")
-            raise UserError(f"no signals in {directory}: make them with `prefdistill signals --out {directory} ...`")
+                raise UserError(f"{directory} has lost manifest.json and request.json; delete it and extract it again")
+            raise UserError(f"no signals in {directory}: extract them with `prefdistill signals --out {directory} ...`")
         manifest = read_sealed(directory / "manifest.json")
         if manifest is None and _older(directory / "manifest.json"):
-            raise UserError(f"{directory} was written by an older version; delete it and make the signals again")
+            raise UserError(f"{directory} was written by an older version; delete it and extract the signals again")
         if manifest is None:
             raise DamagedSignals(f"{directory}/manifest.json is damaged (its checksum differs)", directory)
         if manifest.get("schema") != SCHEMA:
-            raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; make it again")
+            raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; extract it again")
         check_manifest(manifest, directory)
         shards = []
         for shard in manifest["shards"]:
@@ -104,10 +98,10 @@ class Signals:
             if file_digest(path) != shard["sha256"]:
                 raise DamagedSignals(f"{path} is damaged (its checksum differs)", directory)
             shards.append(Shard(path))
-        signals = cls(manifest, shards)
+        signals = cls(manifest, shards, str(directory))
         known = sorted([*signals.rows.tolist(), *manifest["dropped"]["rows"]])
         if len(known) != manifest["data"]["rows"] or known != list(range(len(known))):
-            raise UserError(f"the signals in {directory} do not cover every row of the data; delete and make it again")
+            raise UserError(f"the signals in {directory} lack rows of the data; delete it and extract it again")
         return signals
 
     @property
@@ -124,7 +118,7 @@ class Signals:
 
     @cached_property
     def digest(self) -> str:
-        """Of everything in the shards."""
+        """Checksum of all shards."""
         return value_digest([shard["sha256"] for shard in self.manifest["shards"]])
 
     def __len__(self) -> int:
@@ -154,16 +148,16 @@ class Signals:
         return tuple(self.shards[0].names)
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raises a UserError if the signals were made with another tokenizer than the student's."""
-        made, ours = self.manifest["tokenizer"], tokenizer_identity(tokenizer)
-        if changed := differences(made, ours):
+        """Raise a UserError if the signals were made with another tokenizer than the student's."""
+        stored, own = self.manifest["tokenizer"], tokenizer_identity(tokenizer)
+        if changed := differences(stored, own):
             raise UserError(
-                f"the {self.role} signals were made with another tokenizer ({made['name']}: {'; '.join(changed)}); "
-                f"make them again with that of {ours['name'] or 'the student'}"
+                f"the {self.role} signals were made with another tokenizer ({stored['name']}: {'; '.join(changed)}); "
+                f"extract them again with that of {own['name'] or 'the student'}"
             )
 
     def places(self, rows: np.ndarray) -> np.ndarray:
-        """Where the lines of some data rows stand in the store.
+        """Return the places of some data rows in the store.
 
         Raises:
             UserError: if a row has no signals.
@@ -174,13 +168,13 @@ class Signals:
         return np.array([self._place[int(row)] for row in rows], dtype=np.int64)
 
     def scalar(self, column: str, rows: np.ndarray) -> np.ndarray:
-        """One number per row, e.g. `scalar("chosen_logps", rows)` -> [n]."""
+        """Return one number per row, e.g. `scalar("chosen_logps", rows)` -> [n]."""
         if column not in self._scalars:
             self._scalars[column] = np.concatenate([shard.column(column).to_numpy() for shard in self.shards])
         return self._scalars[column][self.places(rows)]
 
     def ragged(self, column: str, rows: np.ndarray) -> list[np.ndarray]:
-        """One array per row, e.g. `ragged("chosen_values", rows)` -> n arrays [T + 1]."""
+        """Return one array per row, e.g. `ragged("chosen_values", rows)` -> n arrays [T + 1]."""
         flat: list[np.ndarray] = []
         for shard in self.shards:
             for chunk in shard.column(column).chunks:
@@ -220,7 +214,7 @@ class Signals:
 
 
 def _older(manifest: Path) -> bool:
-    """Whether a manifest is of the time before manifests had a checksum."""
+    """Return whether a manifest is from before manifests had a checksum."""
     try:
         value = json.loads(manifest.read_bytes())
     except ValueError:
@@ -236,7 +230,7 @@ def _is_list(type_: "pa.DataType") -> bool:
 
 @dataclass(frozen=True)
 class SignalSet:
-    """The signals a method may draw on, with the score columns of the data, for some rows of it."""
+    """The signals a method may use, with the score columns of the data, for some rows of it."""
 
     stores: tuple[Signals, ...]
     data: "Dataset"
@@ -244,54 +238,54 @@ class SignalSet:
 
     @classmethod
     def of(cls, signals: Iterable[Signals], data: "Dataset") -> "SignalSet":
-        """Gather stores and check that they speak of this data, in the same way. `rows` are those they all have.
+        """Join stores after checking that they fit this data and each other. `rows` are those they all have.
 
         Raises:
-            UserError: if two say the same thing, or one was made from other data, another tokenizer, other truncation
-                or the ids of another teacher.
+            UserError: if two hold the same signals, or one is from other data, another tokenizer, another truncation or
+                the ids of another teacher.
         """
         stores = tuple(signals)
-        gathered = cls(stores, data, np.arange(len(data)))
+        joined = cls(stores, data, np.arange(len(data)))
         fingerprints: dict[tuple[str, ...], str] = {}
         for store in stores:
             for response in store.responses:
                 for kind in store.kinds:
-                    if len(gathered._holding(store.role, kind, response)) > 1:
+                    if len(joined._holding(store.role, kind, response)) > 1:
                         raise UserError(f"two signal stores have {store.role}.{kind} of {response}; give one of each")
-            made_from = store.manifest["data"]
+            data_of_store = store.manifest["data"]
             if store.responses not in fingerprints:
                 there = set(store.responses) <= set(data.column_names)
                 fingerprints[store.responses] = data_fingerprint(data, store.responses) if there else ""
-            if made_from["fingerprint"] != fingerprints[store.responses]:
-                how = " too, in another order or with other text" if made_from["rows"] == len(data) else ""
+            if data_of_store["fingerprint"] != fingerprints[store.responses]:
+                how = " too, in another order or with other text" if data_of_store["rows"] == len(data) else ""
                 raise UserError(
-                    f"the {store.role} signals were made from other data ({made_from['name']}, {made_from['rows']} "
-                    f"rows, {', '.join(store.responses)}; this has {len(data)}{how}): make them again with "
-                    "`prefdistill signals --data` and this data"
+                    f"the {store.role} signals were made from other data ({data_of_store['name']}, "
+                    f"{data_of_store['rows']} rows, {', '.join(store.responses)}; this has {len(data)}{how}): extract "
+                    "them again with `prefdistill signals --data` and this data"
                 )
             for part in ("truncation", "tokenizer"):
-                if changed := differences(store.manifest[part], stores[0].manifest[part], part):
+                if changed := compare(stores[0].manifest[part], store.manifest[part], path=part):
                     raise UserError(
-                        f"the {store.role} signals were made otherwise than the {stores[0].role}'s "
-                        f"({'; '.join(changed)}): make them alike"
+                        f"the {stores[0].role} signals ({stores[0].place}) and the {store.role} signals "
+                        f"({store.place}) differ in {listed([c.side_by_side() for c in changed])}; extract one again"
                     )
             if "topk" in store.kinds and store.role != "teacher":
                 for response in store.responses:
-                    for teacher in gathered._holding("teacher", "topk", response):
+                    for teacher in joined._holding("teacher", "topk", response):
                         if store.manifest["topk"].get("ids_from") != teacher.digest:
                             raise UserError(
-                                f"the {store.role} signals were not read at the token ids of this teacher store: make "
-                                "them again with `--ids-from` and the teacher's directory"
+                                f"the {store.role} signals were not scored at the token ids of this teacher store: "
+                                "extract them again with `--ids-from` and the teacher's directory"
                             )
         rows = [store.rows for store in stores]
-        shared = set(range(len(data))).intersection(*(found.tolist() for found in rows))
-        return gathered.at(np.array(sorted(shared), dtype=np.int64))
+        shared = set(range(len(data))).intersection(*(part.tolist() for part in rows))
+        return joined.at(np.array(sorted(shared), dtype=np.int64))
 
     def at(self, rows: np.ndarray) -> "SignalSet":
         return SignalSet(self.stores, self.data, rows)
 
     def missing(self, needs: Iterable[Need]) -> list[Need]:
-        """Those of `needs` that are not here, each with the responses that lack it."""
+        """Return those of `needs` that are not here, each with the responses that lack it."""
         lacking = []
         for need in needs:
             if need.role == "data":
@@ -317,18 +311,18 @@ class SignalSet:
         return [s for s in self.stores if s.role == role and kind in s.kinds and response in s.responses]
 
     def store(self, role: str, kind: str, response: str) -> Signals:
-        """The store that holds a kind of signal of one response.
+        """Return the store that holds a kind of signal of one response.
 
         Raises:
             UserError: if none does.
         """
-        found = self._holding(role, kind, response)
-        if not found:
+        stores = self._holding(role, kind, response)
+        if not stores:
             raise UserError(f"no store holds {Need(role, kind, (response,))}")
-        return found[0]
+        return stores[0]
 
     def scalar(self, role: str, kind: str, response: str, name: str | None = None) -> np.ndarray:
-        """One number per row: the kind itself, or another of its store's columns, such as "tokens"."""
+        """Return one number per row: the kind itself, or another column of its store, such as "tokens"."""
         return self.store(role, kind, response).scalar(f"{response}_{name or kind}", self.rows)
 
     def ragged(self, role: str, kind: str, response: str, name: str | None = None) -> list[np.ndarray]:
@@ -344,9 +338,9 @@ class SignalSet:
         return make_kinds([kind], self.store(role, kind, response).settings)[0].batch(self, role, response)
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column of the data, e.g. `score_chosen`, for these rows."""
-        found = np.array(self.data[name][:], dtype=np.float64)[self.rows]
-        if not np.isfinite(found).all():
-            row = self.rows[int(np.argmin(np.isfinite(found)))]
+        """Return a numeric column of the data, e.g. `score_chosen`, for these rows."""
+        scores = np.array(self.data[name][:], dtype=np.float64)[self.rows]
+        if not np.isfinite(scores).all():
+            row = self.rows[int(np.argmin(np.isfinite(scores)))]
             raise UserError(f"column {name!r} has no number in row {row} of the data; give every pair its score there")
-        return found
+        return scores

@@ -13,7 +13,7 @@ from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.kinds import make_kinds
-from prefdistill.signals.repair import set_aside
+from prefdistill.signals.repair import remove_damaged
 from prefdistill.signals.store import DamagedSignals
 
 if TYPE_CHECKING:
@@ -142,5 +142,5 @@ class ReadSignals(Step):
             _ = self.store
         except DamagedSignals as error:
             say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
-            set_aside(store)
+            remove_damaged(store)
             self.make(self.directory)
