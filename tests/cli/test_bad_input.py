@@ -6,7 +6,7 @@ import sys
 import datasets
 import pytest
 
-import support.bad_things as bad_things
+import support.bad_inputs as bad_inputs
 from prefdistill.cli import main
 
 MODEL, PAIRS, OUT = ["--model", "model"], ["--data", "pairs.jsonl"], ["--out", "out"]
@@ -490,7 +490,7 @@ BAD = [
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, make_model, tokenizer, pairs):
     place = tmp_path_factory.mktemp("bad")
-    bad_things.write_all(place, make_model, tokenizer, pairs)
+    bad_inputs.write_all(place, make_model, tokenizer, pairs)
     return place
 
 

@@ -77,7 +77,7 @@ def test_the_teachers_template_is_used_if_the_student_has_none(tmp_path, tokeniz
     student = model_of(copy_of(tokenizer, tmp_path, chat_template=None), tmp_path / "student")
     teacher = model_of(tokenizer, tmp_path / "teacher")
     checkup = examine(write(tmp_path / "pairs.jsonl", clean()), student=student, teacher=teacher, truncation=LONG)
-    assert finding_of(checkup, "template.lent").severity == "note"
+    assert finding_of(checkup, "template.from-teacher").severity == "note"
     assert checks_found(checkup) == set()
     assert checkup.facts["train"]["kept"]["pairs"] == 12
 

@@ -1,4 +1,4 @@
-"""Signal stores in memory, of rows given by hand."""
+"""Signal stores in memory, from rows."""
 
 from typing import Any
 

@@ -22,10 +22,10 @@ PIECES = (
 
 @dataclass(frozen=True)
 class Style:
-    """A template, and what the tests need to know about it without asking the code under test."""
+    """A template, and its properties as the tests state them, independent of the code under test."""
 
     template: str
-    end: str  # the end token, empty where the template writes none
+    end: str  # the end token, empty if the template writes none
     trailing: str  # what the template writes after it
     eos: str
     bos: str | None = None

@@ -1,4 +1,4 @@
-"""Run by test_processes.py under torchrun: methods over any number of processes; the main one writes what came out."""
+"""Train methods in any number of processes and write their results; test_processes.py runs it with torchrun."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from prefdistill import METHODS, PrefDistillTrainer, Signals, load_pairs
 
 torch.set_num_threads(1)
 root, micro = Path(sys.argv[1]), int(sys.argv[2])
-found = {}
+results = {}
 for name in ("tvkd", "dckd"):
     trainer = PrefDistillTrainer(
         model=AutoModelForCausalLM.from_pretrained(root / "model"),
@@ -33,6 +33,6 @@ for name in ("tvkd", "dckd"):
     )
     trainer.train()
     weights = {name: p.detach().double().sum().item() for name, p in trainer.model.named_parameters()}
-    found[name] = {"history": trainer.state.log_history, "weights": weights}
+    results[name] = {"history": trainer.state.log_history, "weights": weights}
 if trainer.is_world_process_zero():
-    Path(sys.argv[3]).write_text(json.dumps(found))
+    Path(sys.argv[3]).write_text(json.dumps(results))

@@ -111,7 +111,7 @@ def _trl_trainer(
             processing_class=tokenizer,
             peft_config=adapter_config(training),
         )
-    # TRL's own rows go on past the end token: with what the template writes there, or with an EOS of TRL's.
+    # TRL's own rows have more tokens after the end token: what the template writes there, or an EOS.
     trainer.train_dataset = method.rows(encoded)
     return trainer
 

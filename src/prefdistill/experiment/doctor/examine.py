@@ -265,8 +265,7 @@ def _check_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -
             )
     if tokenizer is not None:
         checkup.findings += template.padding(tokenizer)
-    kept = [checkup.facts.get(name, {}).get("kept", {}) for name in sets]
-    longest = max((part.get("longest", 0) for part in kept), default=0)
+    longest = max((checkup.facts.get(name, {}).get("kept", {}).get("longest", 0) for name in sets), default=0)
     for role, model in models.shapes.items():
         if role in tokenizers:
             checkup.findings += vocabulary.embedding_rows(role, model, tokenizers[role])

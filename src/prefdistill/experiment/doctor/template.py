@@ -19,7 +19,7 @@ def missing(teacher: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
     """Report a tokenizer without a chat template, for which a recipe uses the teacher's."""
     if teacher is not None and teacher.chat_template:
         yield Finding(
-            "template.lent",
+            "template.from-teacher",
             "note",
             "the student's tokenizer has no chat template; recipes and these checks use the teacher's",
             "For other commands save it: student.chat_template = teacher.chat_template; student.save_pretrained(...)",
