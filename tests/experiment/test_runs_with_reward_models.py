@@ -183,7 +183,7 @@ def test_demonstrations_exclude_the_prompts_of_the_reward_model(judged, tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward_model={share: 0.2}", "reward_model.name"),
+        ("reward_model={share: 0.2}", "reward_model needs a `name`"),
         ("reward_model.share=1.0", "reward_model.share"),
         ("reward_model.share=0.0001", "leaves none for one side"),
         ("reward_model.training.lora.r=4", "random weights have nothing to adapt"),
