@@ -445,7 +445,7 @@ def test_mistakes(bench, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"question_id": 1}\n{"a"\n')
     assert "broken.jsonl, line 2: not valid JSON" in said(questions=tmp_path / "broken.jsonl")
     assert "--kind pair compares two files" in said("--kind=pair")
-    assert "unknown kind 'triple'" in said("--kind=triple")
+    assert "--kind must be 'single' or 'pair', got 'triple'" in said("--kind=triple")
     assert "messages cannot be set" in said("messages=1")
     assert not (tmp_path / "out").exists()
 

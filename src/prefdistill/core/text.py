@@ -1,4 +1,4 @@
-"""Text that no file can hold, and text that is not to be shown as it is."""
+"""Characters that UTF-8 cannot hold, and characters that a terminal must not get."""
 
 import re
 
@@ -6,13 +6,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def surrogate(text: str) -> int | None:
-    """The place of the first half of a surrogate pair, which can be read from JSON but not written in UTF-8."""
-    found = _SURROGATE.search(text)
-    return found.start() if found else None
+    """Return the place of the first half of a surrogate pair, which JSON can hold but UTF-8 cannot."""
+    match = _SURROGATE.search(text)
+    return match.start() if match else None
 
 
 def printable(text: str) -> str:
-    """What cannot be seen, or would steer a terminal, written out.
+    """Return the text with invisible and control characters escaped.
 
     Example:
         >>> printable("a\\u200b")

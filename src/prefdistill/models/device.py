@@ -1,12 +1,14 @@
 """Default device and dtypes of models."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from prefdistill.models.options import Dtype
 
 if TYPE_CHECKING:
     import torch
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = get_args(Dtype)
 
 
 def default_device() -> "torch.device":

@@ -10,11 +10,16 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["4bit", "8bit"]
 
 
-class Loading(Section):
+class Trust(Section):
+    """Whether code that comes with a model runs."""
+
+    trust_remote_code: bool = Field(False, description="Let the model's repository run its own code.")
+
+
+class Loading(Trust):
     """How a model is loaded."""
 
     dtype: Dtype = Field("auto", description="dtype of the weights; auto is as stored.")
-    trust_remote_code: bool = Field(False, description="Let the model's repository run its own code.")
 
 
 class QuantizedLoading(Loading):
@@ -33,7 +38,7 @@ class Scratch(Section):
     student: Options = Field(description="`LlamaConfig` arguments of the student.")
 
 
-class Models(Section):
+class Models(Trust):
     """Hub names or directories; a model that is not named is made from `scratch`."""
 
     teacher: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Hub name or directory of the teacher.")
@@ -46,4 +51,3 @@ class Models(Section):
         "float32",
         description="dtype of the weights in training; with training.bf16 they stay float32.",
     )
-    trust_remote_code: bool = Loading.redefault("trust_remote_code", False)

@@ -1,12 +1,13 @@
 """Quantised models: detect a checkpoint that is stored quantised, quantise others with bitsandbytes."""
 
-from typing import Any
+from typing import Any, get_args
 
 from prefdistill.core.progress import say
 from prefdistill.models.device import fast_bf16
 from prefdistill.models.hub import adapter_base
+from prefdistill.models.options import Quantization
 
-QUANTIZATIONS = ("4bit", "8bit")
+QUANTIZATIONS = get_args(Quantization)
 
 
 def stored_quantization(name: str) -> str | None:

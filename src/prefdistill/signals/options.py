@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import NO_FLAG, Flag, Section
-from prefdistill.models.options import Dtype, Quantization, QuantizedLoading
+from prefdistill.models.options import Dtype, Quantization, QuantizedLoading, Trust
 from prefdistill.signals.kinds import KINDS, Settings, make_kinds
 
 Role = Literal["teacher", "teacher_reference", "reference", "student"]
@@ -43,7 +43,7 @@ class SignalOptions(Section):
     batch_tokens: PositiveInt = Field(16_384, description="Padded tokens per forward pass.")
 
 
-class SignalRequest(SignalOptions):
+class SignalRequest(SignalOptions, Trust):
     """What `extract_signals` is asked for, but the model, the data and the place."""
 
     kinds: Annotated[tuple[str, ...], Flag("--kind")] = Field(
@@ -61,7 +61,6 @@ class SignalRequest(SignalOptions):
     )
     bf16: bool = Field(False, description="bfloat16 autocast, as in a bf16 training run.")
     shard_rows: Annotated[PositiveInt, NO_FLAG] = Field(1_024, description="Pairs per file, the unit of resuming.")
-    trust_remote_code: bool = QuantizedLoading.redefault("trust_remote_code", False)
 
     @model_validator(mode="after")
     def _consistent(self) -> "SignalRequest":

@@ -10,10 +10,10 @@ from prefdistill.cli.verbs.common import Overridable
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Override
 from prefdistill.data.options import Data, Lengths
-from prefdistill.models.options import Loading, Models
+from prefdistill.models.options import Models, Trust
 
 
-class DoctorFlags(Overridable):
+class DoctorFlags(Overridable, Trust):
     data: str | None = Data.redefault("train", None)
     test: str | None = Data.redefault("test", None)
     teacher: str | None = Models.redefault("teacher", None)
@@ -24,7 +24,6 @@ class DoctorFlags(Overridable):
         None, description="Tokens of prompt and response; default: the recipe's, or 1024."
     )
     max_prompt_length: PositiveInt | None = Lengths.redefault("max_prompt_length", None)
-    trust_remote_code: bool = Loading.redefault("trust_remote_code", False)
 
 
 def doctor(options: DoctorFlags) -> dict[str, Any]:

@@ -3,31 +3,22 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
 from prefdistill.cli.flags import key_values
 from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import MODEL
-from prefdistill.core.options import Argument, Section, Seeded
-from prefdistill.models.options import Loading
-from prefdistill.sampling.options import Sampling
+from prefdistill.core.options import Argument
+from prefdistill.evaluation.judges.options import Answering, Calling, Questions
 
 
-class QuestionFlags(Section):
-    max_questions: PositiveInt | None = Field(None, description="Use only so many, evenly from the whole file.")
-
-
-class AnswersFlags(QuestionFlags, Loading, Seeded):
+class AnswersFlags(Answering):
     model: str = Field(description=MODEL)
     questions: Path = Field(description="MT-Bench's question.jsonl.")
     out: Path = Field(description="The .jsonl file for the responses, in FastChat's format.")
-    name: str | None = Field(None, description="model_id of the responses; default: the model's name.")
-    max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 1024)
-    max_length: PositiveInt | None = Field(None, description="Tokens of conversation and response together.")
-    batch_size: PositiveInt = Sampling.redefault("batch_size", 16)
 
 
-class JudgeFlags(QuestionFlags):
+class JudgeFlags(Questions, Calling):
     fields: Annotated[tuple[str, ...], Argument("KEY=VALUE")] = Field(
         (),
         description="Fields of every request, e.g. temperature=1 or max_completion_tokens=2048 max_tokens=null, which "
@@ -41,17 +32,13 @@ class JudgeFlags(QuestionFlags):
     out: Path = Field(
         description="Directory for verdicts.jsonl and results.json; verdicts in it are not requested again."
     )
-    concurrency: PositiveInt = Field(4, description="Requests at a time.")
-    timeout: float = Field(120.0, ge=0.1, description="Read timeout in seconds, then retry.")
-    retries: NonNegativeInt = Field(5, description="Retries after 429, 5xx, a timeout or a lost connection.")
     price_in: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's input.")
     price_out: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's output.")
 
     def endpoint(self) -> Any:
         from prefdistill.evaluation.judges import Endpoint
 
-        fields = key_values(self.fields)
-        return Endpoint(self.url, self.judge_model, fields, self.timeout, self.retries, self.concurrency)
+        return Endpoint(self.url, self.judge_model, key_values(self.fields), **self.part(Calling))
 
 
 class MTBenchFlags(JudgeFlags):
@@ -88,8 +75,7 @@ def answers(options: AnswersFlags) -> dict[str, Any]:
     one_process("judge answers")
     from prefdistill.evaluation.judges.answers import answer_questions
 
-    keywords = {name: getattr(options, name) for name in type(options).model_fields}
-    results = answer_questions(keywords.pop("model"), keywords.pop("questions"), keywords.pop("out"), **keywords)
+    results = answer_questions(options.model, options.questions, options.out, **options.part(Answering))
     ended = f"{results['ended_share']:.0%} ended"
     show(f"{results['answers']} responses ({ended}), {results['tokens']} tokens in {options.out}")
     return results

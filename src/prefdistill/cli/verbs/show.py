@@ -8,17 +8,16 @@ from pydantic import Field, PositiveInt
 from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import PAIRS
 from prefdistill.core.options import REPEATED, Argument, Section
-from prefdistill.models.options import Loading
+from prefdistill.models.options import Trust
 from prefdistill.report.options import Weights
 
 
-class InspectFlags(Weights):
+class InspectFlags(Weights, Trust):
     data: str = Field(description=PAIRS)
     signals: Annotated[tuple[Path, ...], REPEATED] = Field(description="Signal store of these pairs; repeat for each.")
     out: Path = Field(description="File to write (HTML).")
     tokenizer: str | None = Field(None, description="Hub name or directory; default: the one that the signals name.")
     max_pairs: PositiveInt = Field(5_000, description="The page holds the first of the pairs.")
-    trust_remote_code: bool = Loading.redefault("trust_remote_code", False)
 
 
 def inspect(options: InspectFlags) -> dict[str, Any]:

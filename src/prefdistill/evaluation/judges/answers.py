@@ -9,10 +9,13 @@ from datasets import Dataset
 from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import FileArtifact, made_of
 from prefdistill.core.files import jsonl, value_digest
+from prefdistill.core.options import takes
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.judges.inputs import read_questions
+from prefdistill.evaluation.judges.options import Answering
 from prefdistill.models.identity import model_key
 from prefdistill.models.load import load_model, load_tokenizer, ready
+from prefdistill.models.options import Loading
 from prefdistill.sampling.files import sample_responses
 
 # FastChat's temperatures by category
@@ -29,20 +32,8 @@ TEMPERATURES = {
 OTHER_TEMPERATURE = 0.7
 
 
-def answer_questions(
-    model: str,
-    questions: Path,
-    out: Path,
-    *,
-    name: str | None = None,
-    max_questions: int | None = None,
-    max_new_tokens: int = 1024,
-    max_length: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+@takes(Answering)
+def answer_questions(model: str, questions: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Write answers in FastChat's format, sampled at FastChat's temperature of each category (a question's own
     `required_temperature` wins). A finished file of the same request is reused; an interrupted one is resumed.
 
@@ -50,14 +41,7 @@ def answer_questions(
         model: Hub name or directory.
         questions: FastChat's question.jsonl.
         out: the .jsonl file to write; its seal `OUT.meta.json` holds the request.
-        name: the `model_id` of the answers; default: the last part of the model's name.
-        max_questions: limit, evenly spaced over the file.
-        max_new_tokens: of each answer.
-        max_length: of conversation and answer together, in tokens; a longer conversation loses its start.
-        batch_size: answers generated together.
-        seed: of the draws.
-        dtype: of the weights.
-        trust_remote_code: let the model's repository run its own code.
+        options: fields of `prefdistill.evaluation.judges.options.Answering`, see docs/options.md.
 
     Raises:
         UserError: if a file cannot be read, a question does not fit, or `out` holds other work.
@@ -65,32 +49,33 @@ def answer_questions(
     Example:
         >>> answer_questions("my/student", Path("question.jsonl"), Path("answers.jsonl"))   # doctest: +SKIP
     """
+    settings = Answering.checked("answer_questions", **options)
     if out.suffix != ".jsonl" or out.is_dir():
         raise UserError(f"{out}: --out names a file for the answers that ends in .jsonl")
-    rows = read_questions(questions, max_questions)
+    rows = read_questions(questions, settings.max_questions)
     request = {
         "model": {"name": model, "key": model_key(model)},
-        "model_id": name or Path(model).name,
+        "model_id": settings.name or Path(model).name,
         "questions": value_digest(rows),
-        "max_new_tokens": max_new_tokens,
-        "max_length": max_length,
-        "batch_size": batch_size,
-        "seed": seed,
-        "dtype": dtype,
+        "max_new_tokens": settings.max_new_tokens,
+        "max_length": settings.max_length,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
         "temperatures": {str(row["question_id"]): temperature(row) for row in rows},
     }
     artifact = FileArtifact("answers", out, request, "judge answers")
     with artifact.session() as seal:
         if seal is None:
-            tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-            loaded = ready(load_model(model, dtype=dtype, trust_remote_code=trust_remote_code))
-            options = {
-                "max_new_tokens": max_new_tokens,
-                "truncation": Truncation(max_length),
-                "batch_size": batch_size,
-                "seed": seed,
+            tokenizer = load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
+            loaded = ready(load_model(model, **settings.part(Loading)))
+            sampling = {
+                "max_new_tokens": settings.max_new_tokens,
+                "truncation": Truncation(settings.max_length),
+                "batch_size": settings.batch_size,
+                "seed": settings.seed,
             }
-            answers, counts = _sample_answers(loaded, tokenizer, rows, artifact.parts, options)
+            answers, counts = _sample_answers(loaded, tokenizer, rows, artifact.parts, sampling)
             text = jsonl(_answer_rows(artifact.request, answers))
             seal = artifact.seal(lambda path: path.write_text(text, encoding="utf-8"), counts)
     return {"out": str(out), **{key: seal[key] for key in ("answers", "tokens", "ended_share")}}

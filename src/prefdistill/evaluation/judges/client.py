@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
+from prefdistill.evaluation.judges.options import Calling
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -25,6 +26,7 @@ RESERVED_FIELDS = ("messages", "model", "stream", "n")
 REFUSED = (401, 403, 404)  # the same for every request: retrying is useless
 GIVE_UP_AFTER = 8  # failed requests, if none was answered before
 ERROR_CHARACTERS = 300
+DEFAULTS = Calling()
 FIELDS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 2048}
 
 
@@ -45,9 +47,9 @@ class Endpoint:
     url: str
     model: str
     fields: dict[str, Any] = field(default_factory=dict)
-    timeout: float = 120.0
-    retries: int = 5
-    concurrency: int = 4
+    timeout: float = DEFAULTS.timeout
+    retries: int = DEFAULTS.retries
+    concurrency: int = DEFAULTS.concurrency
     max_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
