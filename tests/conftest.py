@@ -80,6 +80,17 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def workdir(in_tmp_path, make_model, tokenizer, pairs):
+    """The working directory, with eight pairs in `pairs.jsonl` and a tiny model with its tokenizer in `model`."""
+    from support.pairs import write_jsonl
+
+    write_jsonl(in_tmp_path / "pairs.jsonl", pairs.select(range(8)).select_columns(["prompt", "chosen", "rejected"]))
+    make_model(num_hidden_layers=1).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    return in_tmp_path
+
+
+@pytest.fixture
 def judge(monkeypatch):
     """Starts servers; no proxy and no key of the machine's comes between."""
     for name in (

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-import datasets
 import pytest
 import torch
 
@@ -27,18 +26,6 @@ from prefdistill.training.options import Training
 
 SOURCES = sorted(Path(prefdistill.__file__).parent.rglob("*.py"))
 FAST = ["max_steps=1", "batch_size=2", "micro_batch_size=2"]
-
-
-@pytest.fixture
-def workdir(tmp_path, monkeypatch, make_model, tokenizer, pairs):
-    datasets.disable_progress_bars()
-    monkeypatch.chdir(tmp_path)
-    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs.select(range(4))]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path
-
 
 # -- files of the package contain no code ------------------------------------------------------------------------------
 

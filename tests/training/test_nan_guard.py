@@ -10,35 +10,30 @@ from transformers import AutoModelForCausalLM
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json
-from prefdistill.data.columns import SIDES
 from prefdistill.methods import METHODS
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.nan_guard import check_weights, quote_texts
 from prefdistill.training.options import Training
-from support.pairs import write_jsonl
 
 FAST = ["batch_size=2", "micro_batch_size=2", "max_steps=2"]
 DATA = ["--data", "pairs.jsonl"]
 
 
 @pytest.fixture
-def workdir(in_tmp_path, make_model, tokenizer, pairs):
-    """The working directory, with pairs, a tiny model, and one whose logits are all equal."""
-    write_jsonl(in_tmp_path / "pairs.jsonl", pairs.select(range(8)).select_columns(["prompt", *SIDES]))
+def flat(workdir, make_model, tokenizer):
+    """A model whose logits are all equal."""
     model = make_model(num_hidden_layers=1)
-    model.save_pretrained("model")
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     model.save_pretrained("flat")
-    for name in ("model", "flat"):
-        tokenizer.save_pretrained(name)
-    return in_tmp_path
+    tokenizer.save_pretrained("flat")
+    return "flat"
 
 
-def test_a_constant_value_is_reported_before_training(workdir, capsys):
-    """Of a teacher whose logits are all alike, every state has the same value: log of the vocabulary."""
-    assert main(["signals", "--model", "flat", *DATA, "--kind", "values", "--out", "values"]) == 0
+def test_a_constant_value_is_reported_before_training(workdir, flat, capsys):
+    """If a teacher's logits are all equal, every state has the same value: the log of the vocabulary size."""
+    assert main(["signals", "--model", flat, *DATA, "--kind", "values", "--out", "values"]) == 0
     start = ["--role", "reference", "--kind", "logps", "--out", "start"]
     assert main(["signals", "--model", "model", *DATA, *start]) == 0
     stores = ["--signals", "values", "--signals", "start"]
@@ -48,7 +43,7 @@ def test_a_constant_value_is_reported_before_training(workdir, capsys):
     assert message.startswith("prefdistill: the teacher's value is the same number, 5.77, in every state")
     assert "raw logits are needed" in message
     assert not (workdir / "out").exists()
-    # a discount would make lengths of it
+    # with a discount the returns would only measure lengths
     refused = ["distill", "--student", "model", *DATA, "--method", "tvkd", *stores, "--out", "out", *FAST]
     assert main([*refused, "discount=0.9"]) == 2
     assert "is the same number" in capsys.readouterr().err
