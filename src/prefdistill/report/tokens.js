@@ -284,7 +284,7 @@ function showResponse(side, number) {
   box.setAttribute("aria-label", `${side.name} response, ${many(side.n, "token")}; arrow keys go token by token`);
   const list = $(`${side.name}-largest`);
   list.replaceChildren();
-  if (top.length) list.append(make("span", "quiet", `Largest ${mode.show === "V" ? "|V − V(s₀)|" : mode.signed ? "in size" : "surprise"}`));
+  if (top.length) list.append(make("span", "quiet", `Largest ${mode.show === "V" ? "|V − V(s₀)|" : mode.signed ? "in absolute value" : "surprise"}`));
   top.forEach((t, rank) => {
     const button = make("button", `pick ${level(values.shade[t])}`);
     button.type = "button";
