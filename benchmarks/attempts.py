@@ -1,6 +1,6 @@
-"""One attempt at a job, in forks of this process: on one or several ranks, with a fault in it, on a disk of any size.
+"""Run a job once, in forks of this process: on one or several ranks, with a fault, on a file system of any size.
 
-Every attempt is a fork of a process that has imported everything: no kill waits for PyTorch to be loaded.
+Every attempt is a fork of a process that has imported everything, so that no kill waits for PyTorch to load.
 """
 
 import errno
@@ -21,12 +21,12 @@ from typing import Any
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 PAGE = os.sysconf("SC_PAGE_SIZE")
-GRACE = 30.0  # seconds that torchrun gives processes it has told to end
+GRACE = 30.0  # seconds that torchrun gives processes after SIGTERM
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage: what is called in the place, what of `out` is compared, and what there says that it is finished."""
+    """A stage: the call, the part of `out` that is compared, and the file that marks it as finished."""
 
     call: Callable[[], int]
     result: Callable[[Path], Any]
@@ -35,13 +35,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal, sent before the n-th change to the directory or after some seconds; None: the disk is full.
+    """A signal, sent before the n-th change to the directory or after some seconds; None: a full disk.
 
     Args:
-        change: before which it comes, counted on `rank`; a disk is full from there on.
-        rank: the process it hits. Ctrl-C reaches all of them, when this one is there.
-        room: bytes of a disk that is really full at that size.
-        notice: seconds until a launcher sees that one of its processes is gone.
+        change: the number of the change, counted on `rank`; a disk is full from there on.
+        rank: the process that is hit. Ctrl-C reaches all of them, when this one gets there.
+        room: size in bytes of a real file system.
+        notice: seconds until a launcher notices that one of its processes has ended.
     """
 
     signal: int | None
@@ -52,7 +52,7 @@ class Fault:
     notice: float = 0.0
 
     def hit(self, tried: "Attempt") -> bool:
-        """Whether it has ended the attempt, and as it should."""
+        """Return whether the fault ended the attempt, with the right status."""
         if self.signal == signal.SIGINT:
             return 130 in tried.ranks
         if self.signal is not None:
@@ -66,20 +66,20 @@ class Fault:
 
 @dataclass
 class Attempt:
-    """What came of it. The status is 0, or that of the process that ended badly first; negative: by a signal."""
+    """The result of an attempt. The status is 0, or that of the first process that failed; negative: by a signal."""
 
     status: int
     ranks: tuple[int, ...]
-    changes: tuple[int, ...]  # by each rank, where it came to the end
+    changes: tuple[int, ...]  # of each rank that finished
     seconds: float
     said: str
 
 
 class Disk:
-    """A small file system of its own, where a job finds what it reads through links.
+    """A small file system, with links to the inputs of a job.
 
     Raises:
-        OSError: if nothing can be mounted here; `unshare -rm COMMAND` may lend a command the right to.
+        OSError: if nothing can be mounted here; try `unshare -rm COMMAND`.
     """
 
     PLENTY = 2**26
@@ -126,13 +126,17 @@ def attempt(
     largest: int | None = None,
     timeout: float = 120,
 ) -> Attempt:
-    """Do a job in forks of this process, with a fault in it, or with files of some bytes at most.
+    """Run a job in forks of this process, with a fault, or with a limit of the size of files.
 
-    Several ranks are started, and ended, as torchrun does: if one ends badly the others get SIGTERM a moment later.
-    After Ctrl-C each has its own signal, and time to end by itself.
+    Several ranks are started and ended as by torchrun: if one fails, the others get SIGTERM a moment later. Ctrl-C
+    reaches each of them, and each has time to end by itself.
+
+    Args:
+        largest: size limit of a file in bytes.
+        timeout: seconds of the whole attempt.
 
     Raises:
-        TimeoutError: if it hangs: for so long altogether, or after a rank was told to end.
+        TimeoutError: if it hangs: for `timeout`, or after SIGTERM.
     """
     start = time.monotonic()
     logs = [place / f"log-{rank}.txt" for rank in range(ranks)]
@@ -164,7 +168,7 @@ def attempt(
         try:
             for rank in range(ranks):
                 children.append(_fork(partial(work, rank)))
-                os.setpgid(children[-1], children[0])  # they hear Ctrl-C, which this process does not pass on
+                os.setpgid(children[-1], children[0])  # so that they get Ctrl-C
             first = _wait(children, statuses, fault, start, timeout, disk)
         except TimeoutError as error:
             said = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log.exists())
@@ -184,7 +188,7 @@ def attempt(
 
 
 def _fork(work: Callable[[], int]) -> int:
-    """A child that works, and never comes back. Until it can take Ctrl-C itself it hears none."""
+    """Start a child that does the work and exits. Ctrl-C is blocked until the child handles it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         child = os.fork()
@@ -206,17 +210,17 @@ def _fork(work: Callable[[], int]) -> int:
 def _wait(
     children: list[int], statuses: dict[int, int], fault: Fault | None, start: float, timeout: float, disk: Disk | None
 ) -> int | None:
-    """Wait for all, note how each has ended, and return who ended badly first."""
+    """Wait for all ranks, fill in their statuses, and return the first that failed."""
     due = start + fault.seconds if fault and fault.seconds is not None else None
     interrupted = fault is not None and fault.signal == signal.SIGINT
-    first, gone, told = None, 0.0, interrupted
+    first, ended_at, terminated = None, 0.0, interrupted
     while True:
         now = time.monotonic()
         for rank, child in enumerate(children):
             if rank not in statuses and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 if statuses[rank] and first is None:
-                    first, gone = rank, now
+                    first, ended_at = rank, now
         left = [rank for rank in range(len(children)) if rank not in statuses]
         if not left:
             return first
@@ -224,11 +228,11 @@ def _wait(
             for rank in left if interrupted else {fault.rank}.intersection(left):
                 os.kill(children[rank], fault.signal or 0)
             due = None
-        if first is not None and not told and now > gone + (fault.notice if fault else 0):
+        if first is not None and not terminated and now > ended_at + (fault.notice if fault else 0):
             for rank in left:
                 os.kill(children[rank], signal.SIGTERM)
-            told = True
-        if first is not None and now > gone + GRACE:
+            terminated = True
+        if first is not None and now > ended_at + GRACE:
             raise TimeoutError(f"ranks {left} do not end, {GRACE:.0f} s after rank {first} did,")
         if now > start + timeout:
             raise TimeoutError("hangs")
@@ -239,7 +243,7 @@ def _wait(
 
 @contextmanager
 def _rendezvous(ranks: int) -> Iterator[dict[str, str]]:
-    """Where the ranks find each other, as torchrun keeps it: outside of them, so that it outlives each."""
+    """Yield the environment by which ranks find each other; as with torchrun, the store outlives each rank."""
     if ranks == 1:
         yield {}
         return
@@ -256,12 +260,12 @@ def _rendezvous(ranks: int) -> Iterator[dict[str, str]]:
 
 
 def _share_nothing() -> None:
-    """A fork waits for ever for threads that only its parent has, and for a lock whose holder was killed."""
+    """Reset what would block a fork: threads that only its parent has, and locks whose holder was killed."""
     import torch
     import tqdm
 
     torch.set_num_threads(1)
-    lock, kinds = threading.RLock(), [tqdm.tqdm]  # tqdm's own lock is one for all processes
+    lock, kinds = threading.RLock(), [tqdm.tqdm]  # tqdm's lock is shared by all processes
     while kinds:
         kind = kinds.pop()
         kind.set_lock(lock)
@@ -269,7 +273,7 @@ def _share_nothing() -> None:
 
 
 def _forget_processes() -> None:
-    """What this process has found out about itself, one alone, is not so for a fork that is one of several."""
+    """Reset accelerate's state: this process is alone, the fork is one of several."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # as accelerate's own tests do between two
@@ -277,7 +281,7 @@ def _forget_processes() -> None:
 
 
 def _watch(out: Path, fault: Fault | None) -> list[int]:
-    """Count the changes to a directory from now on, and do what the fault says before the one it names."""
+    """Count the changes to a directory from now on, and inject the fault before its change."""
     count, root = [0], f"{out}{os.sep}"
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

@@ -1,19 +1,19 @@
-"""Kill every stage at random moments, let it go on, and compare what it ends with.
+"""Kill every stage at random moments, resume it, and compare the result with that of an undisturbed run.
 
     python -m benchmarks.faults --kills 200
     python -m benchmarks.faults --kills 40 --stages run,distill --seed 7
     python -m benchmarks.faults --kills 40 --ranks 2
     python -m benchmarks.faults --kills 40 --disk
 
-A moment is one of the changes a run makes to its directory (a file opened to be written, renamed or removed, a
-directory made: the process ends just before the n-th of them, n drawn evenly), or a point in time, which also falls
-into what is written without Python and into what is computed. The signal is SIGKILL, or Ctrl-C; or there is none, and
-from that change on the disk is full. After each fault the same command is started again, and may fail again; when it
-ends, its result is compared with that of a run that nothing disturbed, and it begins anew, until all faults are spent.
+A moment is a change that a run makes to its directory (a file opened for writing, renamed or removed, a directory
+created: the process ends just before the n-th change, n uniform), or a point in time, which also covers writes outside
+Python and computation. The fault is SIGKILL, Ctrl-C, or a disk that is full from that change on. After each fault the
+same command runs again, and may fail again; when it finishes, its result is compared with that of an undisturbed run,
+and the directory is removed, until all faults are used.
 
-With `--ranks` the job runs on several processes as under torchrun, of which SIGKILL or the full disk hits one, drawn
-evenly. With `--disk` the directory is a file system of its own (which takes the right to mount one), and all faults are
-that it is full at a size drawn between what is in it and the most that an undisturbed run has in it at once.
+With `--ranks` the job runs on several processes as under torchrun; SIGKILL or the full disk hits one of them, uniform.
+With `--disk` the directory is a file system of its own (needs the right to mount one), and every fault is that it fills
+up, at a size between what is in it and the peak of an undisturbed run.
 """
 
 import argparse
@@ -62,14 +62,14 @@ IMPORTED_LATE = (
     *("matplotlib.pyplot", "prefdistill.experiment.run", "prefdistill.report.figures"),
 )
 PASSING = (".tmp", ".lock")
-CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # what no two runs have alike
+CLOCKS = ("seconds", "tokens_per_second", "peak_memory", "bytes", "reused")  # differ between any two runs
 
 
 # -- the work ----------------------------------------------------------------------------------------------------------
 
 
 def make_place(place: Path) -> Path:
-    """A directory with a tiny model, a teacher, pairs and signals of both."""
+    """Fill a directory with a tiny model, a teacher, pairs and signals of both."""
     from prefdistill.core.files import write_jsonl
     from prefdistill.models.scratch import random_model, train_tokenizer
     from prefdistill.signals import extract_signals
@@ -87,7 +87,7 @@ def make_place(place: Path) -> Path:
         for i in range(12)
     ]
     write_jsonl(place / "pairs.jsonl", rows)
-    for module in IMPORTED_LATE:  # once, not in every fork
+    for module in IMPORTED_LATE:  # once, instead of in every fork
         import_module(module)
     pairs = str(place / "pairs.jsonl")
     extract_signals(str(place / "teacher"), pairs, out=place / "signals-teacher")
@@ -96,7 +96,7 @@ def make_place(place: Path) -> Path:
 
 
 def make_store(place: Path) -> Path:
-    """A store of two shards with every kind of signal."""
+    """Add a store of two shards with every kind of signal."""
     from prefdistill.signals import extract_signals
 
     make_place(place)
@@ -115,7 +115,7 @@ def _signals() -> int:
     import prefdistill.signals
 
     make = prefdistill.signals.extract_signals
-    prefdistill.signals.extract_signals = partial(make, shard_rows=2)  # several shards, of so few pairs
+    prefdistill.signals.extract_signals = partial(make, shard_rows=2)  # several shards of few pairs
     kinds = ("--kind", "values,logps,topk", "--k", "3")
     return cli.main(["signals", "--model", "teacher", *PAIRS, *kinds, "--out", "out"])
 
@@ -187,7 +187,7 @@ ON_SEVERAL = ("signals", "sft", "dpo", "distill")  # processes; the others refus
 
 @dataclass
 class Tally:
-    """What came of the faults put into one stage."""
+    """Results of the faults of one stage."""
 
     injected: Counter[str] = field(default_factory=Counter)
     compared: int = 0
@@ -207,12 +207,12 @@ def disturb(
     alone: bool = False,
     timeout: float = 120,
 ) -> Tally:
-    """Put that many faults into a job, and compare every result it comes to with that of an undisturbed run.
+    """Inject faults into a job, and compare every result with that of an undisturbed run.
 
     Args:
-        ranks: processes that the job runs on, of which a fault hits one.
-        disk: where `out` is then; all faults are that it is full, at some size below what the undisturbed run takes.
-        alone: one process must come to the very result that several do.
+        ranks: processes of the job; a fault hits one of them.
+        disk: file system of `out`; every fault is then that it fills up below the size of the undisturbed run.
+        alone: whether one process must give the same result as several.
     """
     draw, tally, out = random.Random(seed), Tally(), (disk.at if disk else place) / "out"
     go = partial(attempt, job, place, disk=disk, timeout=timeout)
@@ -225,15 +225,15 @@ def disturb(
         one = _result(job, out, go(ranks=1))
         shutil.rmtree(out)
         if one != expected:
-            tally.lost.append(f"{ranks} processes come to another result than one")
+            tally.lost.append(f"{ranks} processes give another result than one")
     while True:
         spent = tally.injected.total()
         fault = _fault(spent, whole, draw) if disk is None else _full(disk, draw)
-        if spent == kills or (disk and draw.random() < 0.3):  # else it would be close to its end most of the time
+        if spent == kills or (disk and draw.random() < 0.3):  # else it would mostly be close to its end
             fault = None
         if disk:
             disk.resize(fault.room if fault else None)
-        left = set(out.rglob(".*.tmp"))  # of kills before: a disk that is full at once keeps them from being swept
+        left = set(out.rglob(".*.tmp"))  # of earlier kills: a disk that is full at once prevents their removal
         tried = go(fault, ranks=ranks)
         if disk:
             disk.resize(None)
@@ -244,7 +244,7 @@ def disturb(
                 tally.lost += [f"{fault}: {what}" for what in _half_full(tried, out, left)]
         elif tried.status:
             tally.lost.append(f"{fault}: ended with {tried.ranks}: {tried.said[-1500:]}")
-        else:  # the moment came too late, for the rest was shorter; or there was none
+        else:  # no fault, or the run ended before it
             tally.compared += 1
             if leftover := [str(path.relative_to(out)) for path in out.rglob("*") if path.name.endswith(PASSING)]:
                 tally.lost.append(f"left behind: {leftover}")
@@ -265,18 +265,18 @@ def _result(job: Job, out: Path, tried: Attempt) -> Any:
 def _differs(job: Job, out: Path, expected: Any) -> bool:
     try:
         return bool(job.result(out) != expected)
-    except (OSError, ValueError):  # it is not there, or torn
+    except (OSError, ValueError):  # missing or torn
         return True
 
 
 def _half_full(tried: Attempt, out: Path, left: set[Path]) -> list[str]:
-    """What is wrong with how a job ended on a full disk: one line that says so, nothing half written."""
+    """Return what is wrong with a job on a full disk: it should print one line and leave nothing half written."""
     wrong = []
     told = [line for line in tried.said.splitlines() if line.startswith("prefdistill: ")]
     full = [line for line in told if line.startswith("prefdistill: no room on the disk")]
     if not full or (len(tried.ranks) == 1 and len(told) > 1) or "Traceback" in tried.said:
-        wrong.append(f"said otherwise: {tried.said[-1500:]}")
-    if len(tried.ranks) == 1 and (half := set(out.rglob(".*.tmp")) - left):  # of several, some are killed for it
+        wrong.append(f"unexpected output: {tried.said[-1500:]}")
+    if len(tried.ranks) == 1 and (half := set(out.rglob(".*.tmp")) - left):  # of several, some are killed
         wrong.append(f"half written: {half}")
     return wrong
 
@@ -300,10 +300,10 @@ def _full(disk: Disk, draw: random.Random) -> Fault:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--kills", type=int, default=200, help="of each stage")
-    parser.add_argument("--stages", help=f"with commas; default: {','.join(JOBS)}")
-    parser.add_argument("--ranks", type=int, default=1, help=f"processes, of {', '.join(ON_SEVERAL)}")
-    parser.add_argument("--disk", action="store_true", help="all faults are a small disk that is really full")
+    parser.add_argument("--kills", type=int, default=200, help="faults of each stage")
+    parser.add_argument("--stages", help=f"comma-separated; default: {','.join(JOBS)}")
+    parser.add_argument("--ranks", type=int, default=1, help=f"processes; stages: {', '.join(ON_SEVERAL)}")
+    parser.add_argument("--disk", action="store_true", help="all faults are a small file system that fills up")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     stages = args.stages.split(",") if args.stages else list(JOBS if args.ranks == 1 else ON_SEVERAL)
@@ -312,7 +312,7 @@ def main() -> None:
         place = make_place(Path(made).resolve())
         for name in stages:
             with Disk(place) if args.disk else nullcontext() as disk:
-                alone = name == "signals"  # whose bytes are the same on any number of processes
+                alone = name == "signals"  # the same bytes on any number of processes
                 tally = disturb(JOBS[name], place, args.kills, args.seed, ranks=args.ranks, disk=disk, alone=alone)
             lost += len(tally.lost)
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.injected.items()))

@@ -1,13 +1,13 @@
-"""Change what a directory is made from between calls, cut them off, move it; compare its results with a new one's.
+"""Change inputs between calls, interrupt calls, move the directory; compare its results with those of a new directory.
 
     python -m benchmarks.histories --calls 200
     python -m benchmarks.histories --calls 50 --seed 7 --verb study
 
-Before each call of `run` or `study` one or two things are drawn and changed: an option of the recipe or the study, its
+Before each call of `run` or `study` one or two random changes are made: an option of the recipe or the study, its
 methods, seeds, orders or cells, rows or order of a data file, weights or tokens of a model under its name (and with
-its times), the place or times of a model or of the directory; and half of the calls are cut off before a random
-change to the directory. After each call that came to its end, the same is made in a new directory, and all of both
-`results.json` but times and sizes must be equal; so must the curves of a run's report, or the table of a study.
+its timestamps), the path or timestamps of a model or of the directory. Half of the calls are interrupted before a
+random change to the directory. After each call that finishes, the same command runs in a new directory, and both
+`results.json` must be equal, except times and sizes; so must the curves of a run's report, or the table of a study.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks.faults import SHAPE, WORDS, command, make_place, results
 
 Files = dict[str, dict[str, Any]]  # recipe and study, by the name of the file
 
-MOMENTS = 400  # changes to the directory, of which one is drawn for a fault
+MOMENTS = 400  # changes to the directory; a fault comes before one of them, uniform
 RECIPE: dict[str, Any] = {
     "name": "history",
     "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 48},
@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
 }
 STUDY: dict[str, Any] = {
     "name": "history",
-    "question": "What is left of what was there before?",
+    "question": "Do results depend on the history of the directory?",
     "recipe": "recipe.yaml",
     "methods": ["tvkd"],
     "metric": "reward_accuracy",
@@ -51,7 +51,7 @@ STUDY: dict[str, Any] = {
     "seeds": 1,
 }
 JUDGE = {"share": 0.3, "model": SHAPE | {"max_position_embeddings": 64}, "training": {"max_steps": 1}}
-# What an option of a file is drawn from; None takes it out.
+# Values of each option; None removes it.
 OPTIONS: dict[str, dict[str, list[Any]]] = {
     "recipe.yaml": {
         "methods.dpo.beta": [0.1, 0.3],
@@ -139,7 +139,7 @@ def change_order(files: Files, place: Path, draw: random.Random) -> str:
 
 
 def change_weights(files: Files, place: Path, draw: random.Random) -> str:
-    """Others of the same size; with the times of those before, as a copy may have them."""
+    """Write other weights of the same size; half of the time with the old timestamps, as a copy may have."""
     from prefdistill.models.load import load_tokenizer
     from prefdistill.models.scratch import random_model
 
@@ -154,7 +154,7 @@ def change_weights(files: Files, place: Path, draw: random.Random) -> str:
 
 
 def change_tokens(files: Files, place: Path, draw: random.Random) -> str:
-    """Two words change their ids, in both models, which must have the same."""
+    """Exchange the ids of two words, in both models, which must have the same vocabulary."""
     one, other = (f'"\u0120{word}"' for word in draw.sample(["small", "teacher", "reads", "prompt"], 2))
     for name in files["recipe.yaml"]["model"].values():
         file = place / name / "tokenizer.json"
@@ -166,7 +166,7 @@ def change_tokens(files: Files, place: Path, draw: random.Random) -> str:
 
 
 def change_template(files: Files, place: Path, draw: random.Random) -> str:
-    """Another word before every conversation."""
+    """Put another word before every conversation."""
     start, word = "{{ bos_token }}", draw.choice(WORDS)
     for name in files["recipe.yaml"]["model"].values():
         file = place / name / "chat_template.jinja"
@@ -181,11 +181,11 @@ def move_model(files: Files, place: Path, draw: random.Random) -> str:
     after = before.removesuffix("-moved") if before.endswith("-moved") else f"{before}-moved"
     (place / before).rename(place / after)
     files["recipe.yaml"]["model"][role] = after
-    return f"place of the {role}"
+    return f"path of the {role}"
 
 
 def move(files: Files, place: Path, draw: random.Random) -> str:
-    """The directory elsewhere and back: by a rename, or as a copy, with the times of its files or without."""
+    """Move the directory away and back: by a rename, or as a copy, with or without the timestamps of its files."""
     out, away = place / "out", place / "away"
     if not out.exists():
         return "nothing"
@@ -196,13 +196,13 @@ def move(files: Files, place: Path, draw: random.Random) -> str:
     else:
         shutil.copytree(away, out, copy_function=copied)
         shutil.rmtree(away)
-    return "place of the directory"
+    return "path of the directory"
 
 
 def touch(files: Files, place: Path, draw: random.Random) -> str:
     for path in (place / draw.choice([*files["recipe.yaml"]["model"].values()])).iterdir():
         os.utime(path)
-    return "times of a model's files"
+    return "timestamps of a model"
 
 
 CHANGES: list[Callable[[Files, Path, random.Random], str]] = [
@@ -219,7 +219,7 @@ CHANGES: list[Callable[[Files, Path, random.Random], str]] = [
 
 
 def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
-    """So many calls of `run` or `study`, in a directory that `make_place` has filled."""
+    """Make calls of `run` or `study` in a directory that `make_place` has filled."""
     tally, draw = Tally(), random.Random(seed)
     files = {"recipe.yaml": copy.deepcopy(RECIPE)}
     if verb == "study":
@@ -237,7 +237,7 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
         fault = Fault(draw.choice([signal.SIGKILL, signal.SIGINT]), change=draw.randint(1, MOMENTS))
         tried = attempt(job, place, fault if draw.random() < 0.5 else None, timeout=600)
         tally.calls[tried.status] += 1
-        if tried.status == 2:  # two options that do not go together
+        if tried.status == 2:  # two options that conflict
             before["recipe.yaml"]["model"] = files["recipe.yaml"]["model"]  # which may have been moved
             files, now = before, [change for change in now if ": " not in change]
         since += now
@@ -249,7 +249,7 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
                 told = [*_differences(job.result(place / "old"), job.result(place / "out"))]
                 tally.differing += [f"after {since}: {'; '.join(told[:5])}"] if told else []
             else:
-                tally.differing.append(f"after {since}: a new directory does not come to its end")
+                tally.differing.append(f"after {since}: a new directory does not finish")
             tally.compared += 1
             tally.changes.update(since)
             since = []
@@ -262,7 +262,7 @@ def _run(out: Path) -> Any:
     from prefdistill.report.run import load_run
 
     found = results(out)
-    del found["stages"]  # which of them were made, and which were there
+    del found["stages"]  # which were reused
     told = load_run(out)
     return found | {name: told[name] for name in ("curves", "early", "problems")}
 
@@ -297,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         tally = live(make_place(Path(made).resolve()), args.calls, args.seed, args.verb)
     ended = ", ".join(f"{count} with status {status}" for status, count in sorted(tally.calls.items()))
-    print(f"{args.calls} calls: {ended}; {sum(tally.changes.values())} changes before those that came to their end")
+    print(f"{args.calls} calls: {ended}; {sum(tally.changes.values())} changes before the calls that finished")
     print("  " + ", ".join(f"{name} {count}" for name, count in sorted(tally.changes.items())))
     print(f"{tally.compared} results compared, {len(tally.differing)} differ")
     for reason in tally.differing:

@@ -44,8 +44,8 @@ def test_ratings(reply, value):
 
 
 @pytest.mark.parametrize("reply", [reply for reply, value in RATINGS if value is not None and "*" not in reply])
-def test_ratings_are_those_of_the_rule_as_it_is_published(reply):
-    """First double brackets, else first single ones: FastChat's two expressions, where there is no space inside."""
+def test_ratings_match_the_published_rule(reply):
+    """First double brackets, else first single ones: FastChat's two expressions, without spaces inside."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply) or re.search(r"\[(\d+\.?\d*)\]", reply)
     if found:
         assert verdicts.rating(reply) == float(found[1])

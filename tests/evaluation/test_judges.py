@@ -1,4 +1,4 @@
-"""Judges: grades and comparisons, an endpoint that behaves in every way, resume, and what is counted."""
+"""Judges: grades and comparisons, failing endpoints, resuming, counts."""
 
 import json
 import re
@@ -14,7 +14,6 @@ import pytest
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.evaluation.judges import Endpoint, client, judge_mt_bench
-from prefdistill.evaluation.judges.ledger import Ledger
 from prefdistill.evaluation.judges.mt_bench import PROMPTS, comparisons
 from support.judges import Handler, answers, completion, jsonl
 
@@ -31,7 +30,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def bench(tmp_path):
-    """Questions, prompts with the places of FastChat's, a reference, and answers of two systems."""
+    """Questions, prompts with FastChat's fields, a reference, and answers of two systems."""
     prompts = [
         {"name": name, "system_prompt": "Judge.", "prompt_template": " ".join(f"<{p}>{{{p}}}</{p}>" for p in places)}
         for name, places in PROMPTS.values()
@@ -54,7 +53,7 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
 
 
-def test_grades_are_asked_with_the_right_prompts_and_averaged_over_questions(judge, bench, tmp_path):
+def test_grades_use_the_prompts_of_the_category_and_average_over_questions(judge, bench, tmp_path):
     server = judge(lambda text, _: "Fine. [[9]]" if "ref_answer_1" in text else "So so. [[4]]")
     found = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "out", **single(bench), price_in=10, price_out=100)
     assert found["single"]["answers"]["score"] == found["single"]["answers"]["score"] | {
@@ -89,7 +88,7 @@ def test_grades_are_asked_with_the_right_prompts_and_averaged_over_questions(jud
     assert all(body["messages"][0] == {"role": "system", "content": "Judge."} for body in server.seen)
 
 
-def test_fields_of_an_endpoint_win_over_the_usual_ones(judge, bench, tmp_path):
+def test_fields_of_the_endpoint_override_the_defaults(judge, bench, tmp_path):
     server = judge(lambda *_: "[[5]]")
     for name, fields in (("more", {"temperature": 1, "seed": 3}), ("none", {"temperature": None, "max_tokens": None})):
         judge_mt_bench(Endpoint(server.url, "j", fields), tmp_path / name, **single(bench))
@@ -102,7 +101,7 @@ def prefers_longer(text, _):
     return f"[[{'A' if len(told['a']) > len(told['b']) else 'B'}]]"
 
 
-def test_a_judge_that_always_says_A_decides_nothing(judge, bench, tmp_path):
+def test_a_judge_that_always_says_A_gives_only_ties(judge, bench, tmp_path):
     server = judge(lambda *_: "[[A]]")
     found = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "out", **bench, kinds=["pair"])["pair"]
     assert found["win_rate"]["mean"] == 0.5
@@ -125,8 +124,8 @@ def test_comparisons_are_symmetric_under_exchange(judge, bench, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_exchange_turns_any_verdicts_around(seed):
-    """Whatever a judge says: with the systems exchanged the very same replies give one minus the win rate."""
+def test_exchanging_the_answers_reverses_any_verdicts(seed):
+    """With the systems exchanged, the same replies give one minus the win rate."""
     rng = np.random.default_rng(seed)
 
     def rows(letters):
@@ -178,7 +177,7 @@ def test_a_judge_that_never_rates_gives_no_score(judge, bench, tmp_path):
     ],
     ids=["429-retry-after", "429", "500", "503", "never"],
 )
-def test_troubles_that_pass_are_tried_again_and_others_are_kept_as_errors(trouble, error, judge, bench, tmp_path):
+def test_transient_failures_are_retried_and_others_recorded_as_errors(trouble, error, judge, bench, tmp_path):
     asked, retries = Counter(), 1 if trouble == "hang" else 4
 
     def passing(text, _):
@@ -198,7 +197,7 @@ def test_troubles_that_pass_are_tried_again_and_others_are_kept_as_errors(troubl
     assert sorted(asked.values()) == [2, 2, 2, 2, retries + 1, retries + 1]
 
 
-def test_retry_after_is_waited_for(judge, bench, tmp_path):
+def test_retry_after_is_respected(judge, bench, tmp_path):
     times = []
 
     def busy_once(_, number):
@@ -230,7 +229,7 @@ def test_retry_after_is_waited_for(judge, bench, tmp_path):
         ((400, {}, b'{"error": "max_tokens is not supported"}'), "status 400"),
     ],
 )
-def test_garbage_is_an_error_row_and_not_asked_twice(garbage, error, judge, bench, tmp_path):
+def test_an_invalid_reply_is_an_error_row_and_not_retried(garbage, error, judge, bench, tmp_path):
     server = judge(lambda text, _: garbage if "Write a verse." in text else "[[5]]")
     endpoint = Endpoint(server.url, "j", max_bytes=10_000, retries=2)
     found = judge_mt_bench(endpoint, tmp_path / "out", **single(bench))
@@ -239,8 +238,8 @@ def test_garbage_is_an_error_row_and_not_asked_twice(garbage, error, judge, benc
     assert all(error in row["error"] for row in rows_of(tmp_path / "out") if row["error"])
 
 
-def test_a_body_that_never_ends_is_left(judge, bench, tmp_path):
-    """Each read is in time, the whole is not."""
+def test_an_endless_body_is_given_up(judge, bench, tmp_path):
+    """Each read is in time, the whole body is not."""
 
     class Dripping(Handler):
         def do_POST(self):
@@ -261,7 +260,7 @@ def test_a_body_that_never_ends_is_left(judge, bench, tmp_path):
         )
 
 
-def test_a_server_may_say_no_more_than_the_verdict(judge, bench, tmp_path):
+def test_a_server_may_omit_all_optional_fields(judge, bench, tmp_path):
     server = judge(
         lambda *_: (200, {"content-type": "application/json"}, b'{"choices":[{"message":{"content":"[[5]]"}}]}')
     )
@@ -307,7 +306,7 @@ def test_a_rerun_asks_only_what_is_missing_or_failed(judge, bench, tmp_path):
     assert len(server.seen) == 14 + 5
 
 
-def test_verdicts_of_another_address_are_kept_and_said_to_be(judge, bench, tmp_path, capsys):
+def test_verdicts_of_another_url_are_reused_with_a_note(judge, bench, tmp_path, capsys):
     first, second = judge(lambda *_: "[[5]]"), judge(lambda *_: "[[6]]")
     for url in (first.url, first.url):
         judge_mt_bench(Endpoint(url, "j"), tmp_path / "out", **single(bench))
@@ -316,18 +315,6 @@ def test_verdicts_of_another_address_are_kept_and_said_to_be(judge, bench, tmp_p
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"6 verdicts are reused that {first.url} gave, not {second.url}; for new ones give another --out" in line
     assert second.seen == []
-
-
-def test_a_torn_last_line_is_cut_off_and_a_torn_line_inside_refused(tmp_path):
-    path = tmp_path / "verdicts.jsonl"
-    path.write_text('{"key": "a", "reply": "x"}\n{"key": "b"')
-    assert set(Ledger(path).rows) == {"a"}
-    assert path.read_text() == '{"key": "a", "reply": "x"}\n'
-    path.write_text('{"key": "a", "reply": "x"}\n{"key": "b"}')  # whole, but for its end
-    assert set(Ledger(path).rows) == {"a"}
-    path.write_text('{"key"\n{"key": "b"}\n')
-    with pytest.raises(UserError, match=r"verdicts.jsonl, line 1"):
-        Ledger(path)
 
 
 # -- the key -----------------------------------------------------------------------------------------------------------
@@ -355,7 +342,7 @@ def test_the_key_is_sent_and_written_nowhere(variable, judge, bench, tmp_path, m
     assert KEY[:4] not in written + told + caplog.text + repr(Endpoint(server.url, "j"))
 
 
-def test_the_judge_s_own_key_comes_first_and_none_is_needed(judge, bench, tmp_path, monkeypatch):
+def test_the_variable_of_the_judge_comes_first_and_no_key_is_needed(judge, bench, tmp_path, monkeypatch):
     server = judge(lambda *_: "[[5]]")
     judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "none", **single(bench))
     assert server.keys == {"Bearer none"}
@@ -375,7 +362,7 @@ def test_the_judge_s_own_key_comes_first_and_none_is_needed(judge, bench, tmp_pa
 @pytest.mark.parametrize(
     "url", [f"http://user:{KEY}@host/v1", f"http://host/v1?key={KEY}", f"http://host/v1#{KEY}", f"ftp://{KEY}", KEY, ""]
 )
-def test_addresses_with_secrets_are_refused_and_not_shown(url):
+def test_urls_with_secrets_are_refused_and_not_shown(url):
     with pytest.raises(UserError) as caught:
         Endpoint(url, "j")
     assert KEY not in str(caught.value)
@@ -411,7 +398,7 @@ def test_the_command_prints_scores_or_one_json_object(judge, bench, tmp_path, ca
         ((400, {}, b"bad field"), 1, "none of 6 requests"),
     ],
 )
-def test_an_endpoint_that_answers_nothing(trouble, status, message, judge, bench, tmp_path, capsys):
+def test_an_endpoint_that_fails_every_request(trouble, status, message, judge, bench, tmp_path, capsys):
     server = judge(lambda *_: trouble)
     assert main(command(bench, server.url, tmp_path / "out", "--concurrency=1")) == status
     assert message in capsys.readouterr().err
@@ -419,14 +406,14 @@ def test_an_endpoint_that_answers_nothing(trouble, status, message, judge, bench
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_no_server_at_all(bench, tmp_path, capsys, judge):
+def test_no_server(bench, tmp_path, capsys, judge):
     server = judge(None)
     server.close()
     assert main(command(bench, server.url, tmp_path / "out", "--retries=0")) == 1
     assert "no connection" in capsys.readouterr().err
 
 
-def test_mistakes(bench, tmp_path, capsys):
+def test_invalid_input_is_refused(bench, tmp_path, capsys):
     def said(*more, **changed):
         assert main(command(bench | changed, "http://localhost:1/v1", tmp_path / "out", *more)) == 2
         return capsys.readouterr().err
@@ -450,8 +437,8 @@ def test_mistakes(bench, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interruption_keeps_what_is_done(judge, bench, tmp_path):
-    """Ctrl-C with requests under way ends at once; the next run goes on."""
+def test_an_interruption_keeps_the_finished_verdicts(judge, bench, tmp_path):
+    """Ctrl-C with requests in flight ends at once; the next run resumes."""
     slow = [True]
     server = judge(lambda _, number: "hang" if slow[0] and number > 2 else "[[5]]")
     code = "import sys; from prefdistill.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -475,7 +462,7 @@ def test_an_interruption_keeps_what_is_done(judge, bench, tmp_path):
     assert found["asked_now"] == 4
 
 
-def test_every_verb_of_judge_explains_itself(capsys):
+def test_every_judge_verb_has_help_with_an_example(capsys):
     for verb in ("answers", "mt-bench", "alpaca-eval"):
         assert main(["judge", verb, "--help"]) == 0
         out = " ".join(capsys.readouterr().out.split())

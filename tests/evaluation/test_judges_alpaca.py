@@ -70,7 +70,7 @@ def test_win_rate_of_outputs_by_a_prompt_file(judge, outputs, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-def test_outputs_in_the_other_files_of_sample(suffix, judge, outputs, tmp_path):
+def test_outputs_are_read_from_every_file_type_of_sample(suffix, judge, outputs, tmp_path):
     server = judge(longer)
     plain = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs)
     packed = tmp_path / f"theirs{suffix}"
@@ -84,7 +84,7 @@ def test_outputs_in_the_other_files_of_sample(suffix, judge, outputs, tmp_path):
     assert (found["asked_now"], found["pair"]) == (0, plain["pair"])  # the same words
 
 
-def test_outputs_exchanged_turn_the_win_rate_around(judge, outputs, tmp_path):
+def test_exchanging_the_outputs_reverses_the_win_rate(judge, outputs, tmp_path):
     server = judge(lambda text, _: longer(text, 0) if "do 1" in text else "M")
     endpoint = Endpoint(server.url, "j")
     there = judge_alpaca_eval(endpoint, tmp_path / "there", **outputs)["pair"]
@@ -105,7 +105,7 @@ def test_labels_of_a_prompt_file(judge, outputs, tmp_path):
         read_evaluator(outputs["prompt"], ["A"])
 
 
-def test_mistakes_in_outputs(outputs, tmp_path, capsys):
+def test_invalid_outputs_are_refused(outputs, tmp_path, capsys):
     def said(**changed):
         given = [f"--{name}={value}" for name, value in (outputs | changed).items()]
         where = ["--url=http://localhost:1/v1", "--judge-model=j", f"--out={tmp_path / 'out'}"]
@@ -121,7 +121,7 @@ def test_mistakes_in_outputs(outputs, tmp_path, capsys):
     assert "d.txt: the prompt has no {output_2}" in said(prompt=tmp_path / "d.txt")
 
 
-def test_the_length_controlled_rate_is_that_of_a_logistic_regression():
+def test_the_length_controlled_rate_matches_a_logistic_regression():
     """Against scipy's minimiser of the same penalised likelihood, and on data that follow the model."""
     from scipy.optimize import minimize
 
@@ -200,6 +200,6 @@ def test_evaluators_of_the_package(package, judge, outputs, tmp_path):
         ("alpaca_farm_greedy_gpt4", "only evaluators"),
     ],
 )
-def test_evaluators_that_cannot_be_used_are_named(name, message, package):
+def test_unusable_evaluators_are_refused(name, message, package):
     with pytest.raises(UserError, match=message):
         read_evaluator(name)

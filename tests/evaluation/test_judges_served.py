@@ -77,7 +77,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_of_two_turns_and_their_judgement_over_a_real_server(files, model, url, tmp_path, capsys):
+def test_two_turn_answers_are_judged_over_a_real_server(files, model, url, tmp_path, capsys):
     ours, theirs, out = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl", tmp_path / "judged"
     few = ["--max-questions=4"]
     make = ["judge", "answers", f"--model={model}", f"--questions={files['questions']}", "--max-new-tokens=8", *few]
@@ -109,7 +109,7 @@ def test_answers_of_two_turns_and_their_judgement_over_a_real_server(files, mode
     assert json.loads(capsys.readouterr().out)["asked_now"] == 0
 
 
-def test_another_model_than_the_served_one_is_refused_in_words(files, model, url, tmp_path, capsys):
+def test_a_model_that_is_not_served_is_refused_in_one_line(files, model, url, tmp_path, capsys):
     answers = tmp_path / "a.jsonl"
     rows = [
         {"question_id": row["question_id"], "choices": [{"turns": ["a"] * len(row["turns"])}]}
@@ -122,7 +122,7 @@ def test_another_model_than_the_served_one_is_refused_in_words(files, model, url
     assert "requested 'gpt-9'" in capsys.readouterr().err
 
 
-def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model, tmp_path, capsys, monkeypatch):
+def test_answers_are_sampled_in_two_turns_at_the_temperature_of_the_category(model, tmp_path, capsys, monkeypatch):
     from prefdistill.evaluation.judges import answers as module
 
     questions = [
@@ -176,8 +176,8 @@ def test_answers_are_made_in_two_turns_at_the_temperature_of_the_category(model,
     assert "is not as `prefdistill judge answers` wrote it" in capsys.readouterr().err
 
 
-def test_answers_are_there_when_what_they_were_made_from_is(model, tmp_path, monkeypatch):
-    """Killed between the two files, the same command goes on."""
+def test_the_answer_file_appears_after_its_seal(model, tmp_path, monkeypatch):
+    """Killed between the two files, the same command resumes."""
     from prefdistill.core import file_artifact as module
 
     path, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"

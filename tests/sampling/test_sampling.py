@@ -1,5 +1,5 @@
-"""Sampling: what it draws is the model's own distribution, in the order of the prompts, and repeatable; and the file
-that it writes is whole, the same however often it was interrupted, and made of what was asked for."""
+"""Sampling draws from the model's own distribution, in the order of the prompts, repeatably; its file is complete, and
+the same however often it was interrupted."""
 
 import copy
 import gzip
@@ -72,7 +72,7 @@ def test_greedy_is_the_argmax_loop(model, tokenizer, batch_size):
     assert ends == {True, False}
 
 
-def test_a_response_that_has_not_ended_says_so(model, tokenizer):
+def test_a_truncated_response_is_marked_as_not_ended(model, tokenizer):
     short = sample(model, tokenizer, PROMPTS, max_new_tokens=2, seed=3)
     assert all(response.tokens == 2 for response in short if not response.ended)
     assert any(not response.ended for response in short)
@@ -98,7 +98,7 @@ def test_the_global_generator_is_left_alone(model, tokenizer):
 
 
 def test_responses_keep_the_order_of_the_prompts(model, tokenizer):
-    """Prompts of like length are batched together; the answer to a prompt is where the prompt was."""
+    """Prompts of similar length are batched together; responses return to the order of the prompts."""
     order = np.random.default_rng(0).permutation(len(PROMPTS))
     ask = {"temperature": 0, "max_new_tokens": 6, "batch_size": 3}
     straight = sample(model, tokenizer, PROMPTS, **ask)
@@ -108,7 +108,7 @@ def test_responses_keep_the_order_of_the_prompts(model, tokenizer):
 
 
 def text_shares(model, tokenizer, prompt, temperature=1.0, top_p=1.0):
-    """The probability of each one-token text, by hand: softmax, then the fewest likeliest tokens that reach top_p."""
+    """The probability of each one-token text, by hand: softmax, then the smallest top set that reaches top_p."""
     p = torch.softmax(next_logits(model, prompt_ids(tokenizer, prompt)).double() / temperature, -1).numpy()
     order = np.argsort(-p)
     kept = order[: 1 + int(np.searchsorted(np.cumsum(p[order]), top_p))] if top_p < 1 else order
@@ -121,7 +121,7 @@ def text_shares(model, tokenizer, prompt, temperature=1.0, top_p=1.0):
 
 @pytest.fixture
 def flat(model):
-    """So flat that many tokens are drawn."""
+    """A model with a distribution so flat that many tokens are drawn."""
     model.lm_head.weight.data /= 4
     return model
 
@@ -153,7 +153,7 @@ def test_frequencies_are_the_softmax(flat, tokenizer, temperature, top_p, of_one
 
 
 def test_the_responses_to_a_prompt_are_independent(flat, tokenizer):
-    """Two draws agree as often as the squares of the probabilities say: not always, as copies would, nor never."""
+    """Two draws agree with the sum of the squared probabilities: copies would always agree."""
     pairs, shares = 3000, text_shares(flat, tokenizer, PROMPTS[3])
     found = sample(flat, tokenizer, [PROMPTS[3]] * pairs, n=2, max_new_tokens=1, batch_size=500, seed=1)
     agree = np.mean([a.text == b.text for a, b in zip(found[::2], found[1::2], strict=True)])
@@ -161,7 +161,7 @@ def test_the_responses_to_a_prompt_are_independent(flat, tokenizer):
     assert abs(agree - expected) < 4 * np.sqrt(expected * (1 - expected) / pairs)
 
 
-def test_n_responses_stand_together_in_the_order_of_the_prompts(model, tokenizer):
+def test_n_responses_are_consecutive_in_the_order_of_the_prompts(model, tokenizer):
     ask = {"max_new_tokens": 6, "batch_size": 5}
     once = sample(model, tokenizer, PROMPTS, temperature=0, **ask)
     assert sample(model, tokenizer, PROMPTS, n=3, temperature=1e-4, **ask) == [r for r in once for _ in range(3)]
@@ -169,7 +169,7 @@ def test_n_responses_stand_together_in_the_order_of_the_prompts(model, tokenizer
 
 
 @pytest.mark.parametrize("limit", [{"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
-def test_at_its_limits_it_is_greedy(model, tokenizer, limit):
+def test_a_tiny_temperature_or_top_p_is_greedy(model, tokenizer, limit):
     greedy = sample(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=8)
     assert sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=5, **limit) == greedy
 
@@ -189,7 +189,7 @@ def test_at_its_limits_it_is_greedy(model, tokenizer, limit):
     ],
     ids=str,
 )
-def test_settings_out_of_range(model, tokenizer, setting, message):
+def test_options_out_of_range_are_refused(model, tokenizer, setting, message):
     with pytest.raises(UserError) as raised:
         sample(model, tokenizer, PROMPTS[:1], **setting)
     assert message in str(raised.value)
@@ -203,7 +203,7 @@ def test_settings_out_of_range(model, tokenizer, setting, message):
     ],
     ids=str,
 )  # fmt: skip
-def test_the_settings_a_model_comes_with_change_nothing(model, tokenizer, habit):
+def test_the_generation_config_of_the_model_is_ignored(model, tokenizer, habit):
     def both():
         return [sample(model, tokenizer, PROMPTS[:4], temperature=t, max_new_tokens=6) for t in (0.0, 1.0)]
 
@@ -215,7 +215,7 @@ def test_the_settings_a_model_comes_with_change_nothing(model, tokenizer, habit)
 
 
 def test_plain_text_prompts(model, tokenizer):
-    """Text is not put through the chat template."""
+    """Text does not go through the chat template."""
     text = sentence(4, 2)
     ids = tokenizer(text)["input_ids"]
     (response,) = sample(model, tokenizer, [text], temperature=0, max_new_tokens=1)
@@ -239,7 +239,7 @@ def test_the_end_token_of_the_template_ends_a_response(model, tokenizer):
     assert ids[-1] == marker
 
 
-def test_no_prompts_no_responses(model, tokenizer):
+def test_no_prompts_give_no_responses(model, tokenizer):
     assert sample(model, tokenizer, []) == []
 
 
@@ -247,7 +247,7 @@ def test_no_prompts_no_responses(model, tokenizer):
 
 
 class Recorder:
-    """In the place of a model: keeps the prompts it is given, without the padding, and answers with an end token."""
+    """A mock model: records its prompts without padding, and responds with an end token."""
 
     device, generation_config = torch.device("cpu"), None
 
@@ -277,7 +277,7 @@ def pair(prompt, chat):
         ("llama3", False, {}), ("zephyr", False, {}), ("zephyr", False, {"adds_eos": True}), ("chatml", False, {}),
     ],
 )  # fmt: skip
-def test_the_model_is_given_the_tokens_that_encode_pairs_makes(truncation, style, chat, options):
+def test_the_model_gets_the_tokens_of_encode_pairs(truncation, style, chat, options):
     tokenizer = make_tokenizer(style, **options)
     questions = ["What is the capital of France?", "Write a short poem about the sea.", "Hi", "東京 🙂</s>", "a" * 30]
     rows = Dataset.from_list([pair(question, chat) for question in questions])
@@ -301,7 +301,7 @@ def test_null_keys_of_messages_do_not_reach_the_template():
 
 
 @pytest.mark.parametrize("room", [1, 2])
-def test_a_response_ends_where_encode_pairs_would_cut_it(model, tokenizer, room):
+def test_responses_are_truncated_as_by_encode_pairs(model, tokenizer, room):
     whole = sample(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=12)
     lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in PROMPTS]
     longest = max(lengths) + room
@@ -316,7 +316,7 @@ def test_a_response_ends_where_encode_pairs_would_cut_it(model, tokenizer, room)
     assert any(after.ended for after in cut)
 
 
-def test_no_more_is_generated_than_there_is_room_for(model, tokenizer, monkeypatch):
+def test_generation_stops_at_the_length_limit(model, tokenizer, monkeypatch):
     asked, generate = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **kw: asked.append(kw["max_new_tokens"]) or generate(**kw))
     lengths = sorted((len(prompt_ids(tokenizer, prompt)) for prompt in PROMPTS), reverse=True)
@@ -324,7 +324,7 @@ def test_no_more_is_generated_than_there_is_room_for(model, tokenizer, monkeypat
     assert asked == [min(50, 60 - length) for length in lengths]
 
 
-def test_a_prompt_without_room_is_named_before_anything_is_generated(tokenizer):
+def test_a_prompt_that_leaves_no_room_is_refused_before_generation(tokenizer):
     model = Recorder()
     most = max(len(prompt_ids(tokenizer, prompt)) for prompt in PROMPTS)
     first = next(i for i, prompt in enumerate(PROMPTS) if len(prompt_ids(tokenizer, prompt)) == most)
@@ -337,7 +337,7 @@ def test_a_prompt_without_room_is_named_before_anything_is_generated(tokenizer):
     assert model.prompts == []
 
 
-def test_a_tokenizer_that_cannot_do_it(model, tokenizer):
+def test_a_tokenizer_without_template_or_end_token_is_refused(model, tokenizer):
     without_template = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|eos|>")
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         sample(model, without_template, PROMPTS[:1])
@@ -362,7 +362,7 @@ def read(path):
     return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
 
 
-def test_every_row_is_there_with_its_responses(model, tokenizer, rows, tmp_path):
+def test_each_row_is_written_with_its_responses(model, tokenizer, rows, tmp_path):
     out = tmp_path / "new" / "sampled.jsonl"
     dataset = sample_responses(model, rows, tokenizer, out, **ASK)
     written = read(out)
@@ -380,8 +380,8 @@ def test_every_row_is_there_with_its_responses(model, tokenizer, rows, tmp_path)
     assert sorted(path.name for path in out.parent.iterdir()) == ["sampled.jsonl", "sampled.jsonl.meta.json"]
 
 
-def test_the_file_holds_what_sampling_in_memory_gives(model, tokenizer, rows, tmp_path):
-    """Greedy, where draws do not matter: other batches and parts change nothing, the end flag is the response's."""
+def test_the_file_holds_the_responses_of_sampling_in_memory(model, tokenizer, rows, tmp_path):
+    """Greedy: other batch sizes and parts change nothing."""
     found = sample(model, tokenizer, rows["prompt"][:], temperature=0, max_new_tokens=6)
     ask = {"temperature": 0, "max_new_tokens": 6}
     for name, more in {"a": {}, "b": {"shard_rows": 2}, "c": {"batch_size": 1}}.items():
@@ -400,7 +400,7 @@ def test_the_file_holds_what_sampling_in_memory_gives(model, tokenizer, rows, tm
     assert meta["dropped"] == {}
 
 
-def test_plain_text_gets_text(model, tokenizer, tmp_path, capsys):
+def test_plain_text_prompts_get_plain_text_responses(model, tokenizer, tmp_path, capsys):
     prompts = [sentence(1 + i, i) for i in range(5)]
     ask = {"temperature": 0, "max_new_tokens": 6}
     written = sample_responses(model, Dataset.from_dict({"prompt": prompts}), tokenizer, tmp_path / "a.jsonl", **ask)
@@ -408,8 +408,8 @@ def test_plain_text_gets_text(model, tokenizer, tmp_path, capsys):
     assert "does not go through the chat template" in capsys.readouterr().err
 
 
-def test_two_samples_make_pairs_that_are_encoded_as_they_were_sampled(model, tokenizer, rows, tmp_path):
-    """The prompt's tokens, and an end token where, and only where, the model wrote one."""
+def test_pairs_of_two_samples_are_encoded_as_they_were_sampled(model, tokenizer, rows, tmp_path):
+    """The prompt's tokens, and an end token if and only if the model wrote one."""
     prompts, ask = rows.select_columns("prompt"), {"max_new_tokens": 6, "truncation": Truncation(20, 12)}
     first = sample_responses(model, prompts, tokenizer, tmp_path / "a.jsonl", column="chosen", seed=1, **ask)
     sample_responses(model, first, tokenizer, tmp_path / "b.jsonl", column="rejected", seed=2, **ask)
@@ -423,7 +423,7 @@ def test_two_samples_make_pairs_that_are_encoded_as_they_were_sampled(model, tok
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_an_interrupted_file_becomes_the_same_to_the_byte(model, tokenizer, rows, tmp_path, monkeypatch, name):
+def test_an_interrupted_file_is_resumed_to_the_same_bytes(model, tokenizer, rows, tmp_path, monkeypatch, name):
     whole, broken = tmp_path / "whole" / name, tmp_path / "broken" / name
     generate, sampled = model.generate, []
 
@@ -451,7 +451,7 @@ def test_an_interrupted_file_becomes_the_same_to_the_byte(model, tokenizer, rows
     assert again[:] == load_prompts(str(whole))[:]
 
 
-def test_the_formats_hold_the_same(model, tokenizer, rows, tmp_path):
+def test_all_formats_hold_the_same_rows(model, tokenizer, rows, tmp_path):
     found = [
         sample_responses(model, rows, tokenizer, tmp_path / f"a{suffix}", **ASK)
         for suffix in (".jsonl", ".jsonl.gz", ".parquet")
@@ -460,7 +460,7 @@ def test_the_formats_hold_the_same(model, tokenizer, rows, tmp_path):
 
 
 def test_a_seed_gives_the_same_file_and_parts_differ_in_their_draws(model, tokenizer, tmp_path):
-    """The same prompt over and over: parts that shared their draws would hold the same responses."""
+    """One prompt repeated: parts that shared their draws would hold the same responses."""
     rows, ask = Dataset.from_list([{"prompt": PROMPTS[3]}] * 8), {"max_new_tokens": 8, "shard_rows": 4}
     texts = {}
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
@@ -500,7 +500,7 @@ def test_a_finished_file_is_reused_and_anything_else_refused(model, tokenizer, r
     refused("is a directory")
 
 
-def test_what_was_begun_is_not_gone_on_with_otherwise(model, tokenizer, rows, tmp_path, monkeypatch):
+def test_unfinished_work_of_another_request_is_not_resumed(model, tokenizer, rows, tmp_path, monkeypatch):
     out, generate = tmp_path / "a.jsonl", model.generate
     monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -518,7 +518,7 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(model, tokenizer, rows, tm
     assert out.read_text() == "mine"
 
 
-def test_prompts_without_room_are_left_out_and_counted(model, tokenizer, rows, tmp_path, capsys):
+def test_prompts_without_room_are_dropped_and_counted(model, tokenizer, rows, tmp_path, capsys):
     lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]
     limit = sorted(lengths)[5]  # half of them
     written = sample_responses(model, rows, tokenizer, tmp_path / "a.jsonl", **ASK, truncation=Truncation(limit))
@@ -547,7 +547,7 @@ def test_prompts_without_room_are_left_out_and_counted(model, tokenizer, rows, t
     ],
     ids=str,
 )
-def test_mistakes_are_found_before_anything_is_made(model, tokenizer, rows, tmp_path, options, message):
+def test_invalid_input_is_refused_before_any_file_is_written(model, tokenizer, rows, tmp_path, options, message):
     out = tmp_path / options.pop("out", "a.jsonl")
     with pytest.raises(UserError) as raised:
         sample_responses(model, rows, tokenizer, out, **options)
@@ -555,7 +555,7 @@ def test_mistakes_are_found_before_anything_is_made(model, tokenizer, rows, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_columns_that_json_cannot_hold_ask_for_parquet(model, tokenizer, tmp_path):
+def test_columns_that_json_cannot_hold_need_parquet(model, tokenizer, tmp_path):
     when = datetime(2020, 1, 2)
     rows = Dataset.from_list([{"prompt": PROMPTS[0], "when": when}])
     with pytest.raises(UserError, match=r"row 0 of the data cannot be written as JSON .* ends in .parquet"):
@@ -567,7 +567,7 @@ def test_columns_that_json_cannot_hold_ask_for_parquet(model, tokenizer, tmp_pat
 # ---- Prompts ----------------------------------------
 
 
-def test_prompts_come_from_all_our_data(tmp_path):
+def test_prompts_are_read_from_every_data_format(tmp_path):
     def load(**row):
         (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
         return load_prompts(str(tmp_path / "data.jsonl"))[0]
@@ -646,7 +646,7 @@ def saved(model, tokenizer, tmp_path):
     return str(tmp_path / "model")
 
 
-def test_a_stand_in_for_vllm_is_asked_for_the_same(vllm, saved, tokenizer, rows, tmp_path):
+def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tmp_path):
     ask = {"temperature": 0, "max_new_tokens": 6, "shard_rows": 4, "truncation": Truncation(14), "seed": 5}
     ours = sample_responses(saved, rows, out=tmp_path / "ours.jsonl", **ask)
     theirs = sample_responses(saved, rows, out=tmp_path / "theirs.jsonl", engine="vllm", dtype="float32", **ask)
@@ -665,7 +665,7 @@ def test_a_stand_in_for_vllm_is_asked_for_the_same(vllm, saved, tokenizer, rows,
     assert (meta["request"]["engine"], meta["versions"]["vllm"]) == ("vllm", "0.0-stand-in")
 
 
-def test_no_two_responses_of_a_stand_in_for_vllm_share_a_seed(vllm, saved, rows, tmp_path):
+def test_each_response_of_a_vllm_stand_in_has_its_own_seed(vllm, saved, rows, tmp_path):
     """vLLM gives the i-th response to a prompt the seed of the prompt plus i."""
     sample_responses(
         saved, rows, out=tmp_path / "a.jsonl", engine="vllm", n=4, max_new_tokens=1, shard_rows=3, top_p=0.9
@@ -676,15 +676,15 @@ def test_no_two_responses_of_a_stand_in_for_vllm_share_a_seed(vllm, saved, rows,
     assert 0 <= min(seeds) <= max(seeds) < 2**63
 
 
-def test_vllm_that_is_not_installed(saved, rows, tmp_path, monkeypatch):
+def test_a_missing_vllm_is_an_error_with_the_fix(saved, rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match="vLLM is not installed: `pip install vllm`"):
         sample_responses(saved, rows, out=tmp_path / "a.jsonl", engine="vllm")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_responses_that_would_be_other_tokens_again_are_counted(vllm, saved, tokenizer, tmp_path):
-    """A text can be written in tokens that the tokenizer would not make of it, or with special tokens in it."""
+def test_responses_that_do_not_round_trip_are_counted(vllm, saved, tokenizer, tmp_path):
+    """A text can be sampled in other tokens than the tokenizer gives, or with special tokens in it."""
     text = sentence(3, 1)
     usual = tokenizer(text, add_special_tokens=False)["input_ids"]
     letters = [token for letter in text for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
@@ -700,7 +700,7 @@ def test_responses_that_would_be_other_tokens_again_are_counted(vllm, saved, tok
     assert json.loads(sidecar(tmp_path / "a.jsonl").read_text())["other_tokens_share"] == 0.5
 
 
-def test_a_template_that_writes_more_than_the_response_makes_other_tokens_of_it(vllm, saved, tokenizer, tmp_path):
+def test_a_template_that_adds_text_to_the_response_breaks_the_round_trip(vllm, saved, tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "{{ '\\n' + eos_token }}")
     for ours, share in ((tokenizer, 0), (other, 1)):

@@ -1,4 +1,4 @@
-"""What was finished is kept, and what goes on ends as if nothing had happened: kills, full disks, two runs at once."""
+"""Finished work is kept and resumed work gives the undisturbed result: kills, full disks, two runs at once."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def tidy(place):
         *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "dpo", "run")),
     ],
 )
-def test_a_stage_that_is_cut_off_at_20_random_moments_ends_as_if_it_had_not_been(stage, place):
+def test_a_stage_killed_at_20_random_moments_gives_the_undisturbed_result(stage, place):
     tally = disturb(JOBS[stage], place, kills=20, seed=1)
     assert tally.lost == []
     assert tally.injected.total() == 20
@@ -72,8 +72,8 @@ def test_a_stage_that_is_cut_off_at_20_random_moments_ends_as_if_it_had_not_been
     assert tally.compared >= 1
 
 
-def test_a_loss_would_be_seen(place):
-    """A stage that goes on with half of its work missing, and one that leaves files behind."""
+def test_a_lost_result_is_detected(place):
+    """A stage that resumes with part of its work missing, and one that leaves files behind."""
 
     def careless():
         out = Path("out")
@@ -90,8 +90,8 @@ def test_a_loss_would_be_seen(place):
 
 
 @pytest.mark.parametrize("held", ["its threads", "the lock of all progress bars"])
-def test_an_attempt_does_not_hang_on_what_another_process_held(held, place):
-    """Of forks: a pool of threads that was not copied with its process, a lock whose holder was killed."""
+def test_an_attempt_does_not_hang_on_threads_or_locks_of_another_process(held, place):
+    """In forks: a thread pool that was not copied with its process, a lock whose holder was killed."""
 
     def compute():
         torch.softmax(torch.randn(4_000, 2_000), -1)
@@ -129,14 +129,14 @@ def test_an_attempt_does_not_hang_on_what_another_process_held(held, place):
         (("distill", "--student", "model", *PAIRS, *STORES, "--out", "out", *FEW), 30_000),  # in a checkpoint
     ],
 )
-def test_a_disk_without_room_is_one_line_and_the_next_call_goes_on(place, arguments, largest):
+def test_a_full_disk_is_one_line_and_the_next_call_resumes(place, arguments, largest):
     job = Job(command(*arguments), lambda out: None)
     failed = attempt(job, place, largest=largest)
     assert failed.status == 1
     told = [line for line in failed.said.splitlines() if line.startswith("prefdistill: ")]
     assert len(told) == 1
     assert told[0].startswith("prefdistill: no room on the disk")
-    assert told[0].endswith("make some, and the same command goes on")
+    assert told[0].endswith("free some, and the same command resumes")
     assert "Traceback" not in failed.said
     assert not list((place / "out").rglob(".*.tmp"))
     assert not (place / "out" / "manifest.json").exists()
@@ -146,8 +146,8 @@ def test_a_disk_without_room_is_one_line_and_the_next_call_goes_on(place, argume
         assert len(Signals.open(place / "out")) == 12
 
 
-def test_a_checkpoint_of_which_the_last_file_is_torn_is_no_checkpoint(place):
-    """All of it is there but the mark that it is on the disk; the last file to be written is empty."""
+def test_a_checkpoint_with_a_torn_file_is_discarded(place):
+    """All of it is there but the seal; the last file to be written is empty."""
     job = JOBS["distill"]
     whole = attempt(job, place)
     assert whole.status == 0
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_which_the_last_file_is_torn_is_no_checkpoint(place):
 
 @pytest.fixture
 def disk(place):
-    """A file system of any size for `out`; for root, or where users may have mounts of their own."""
+    """A file system of any size for `out`; needs root, or user mounts."""
     try:
         with Disk(place) as disk:
             yield disk
@@ -183,15 +183,15 @@ def disk(place):
         *(pytest.param(s, 20, marks=pytest.mark.slow) for s in ("sft", "dpo", "evaluate", "run")),
     ],
 )
-def test_a_disk_that_is_really_full_at_some_size_loses_nothing(stage, kills, place, disk):
+def test_a_small_file_system_that_fills_up_loses_nothing(stage, kills, place, disk):
     tally = disturb(JOBS[stage], place, kills, seed=2, disk=disk)
     assert tally.lost == []
     assert tally.injected == {"full disk at a size": kills}
     assert tally.compared >= 1
 
 
-def test_what_is_half_written_on_a_full_disk_would_be_seen(place, disk):
-    """A stage that leaves a temporary file of its own, and one that says nothing of the disk."""
+def test_half_written_files_on_a_full_disk_are_detected(place, disk):
+    """A stage that leaves a temporary file, and one that does not mention the disk."""
 
     def careless():
         (Path("out") / "x").mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def test_what_is_half_written_on_a_full_disk_would_be_seen(place, disk):
 
     tally = disturb(Job(careless, lambda out: None), place, 2, seed=0, disk=disk)
     assert any("half written" in reason for reason in tally.lost)
-    assert any("said otherwise" in reason for reason in tally.lost)
+    assert any("unexpected output" in reason for reason in tally.lost)
 
 
 def optimizer_state(path):
@@ -224,7 +224,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("room", [PAGE, 20 * PAGE])
-def test_a_full_disk_is_recognised_by_what_each_writer_says(name, room, disk):
+def test_the_full_disk_error_of_each_writer_is_recognised(name, room, disk):
     disk.resize(disk.used() + room)
     with pytest.raises(Exception) as raised:  # noqa: PT011  (of whatever library)
         WRITERS[name](disk.at / "made")
@@ -232,7 +232,7 @@ def test_a_full_disk_is_recognised_by_what_each_writer_says(name, room, disk):
     assert not disk_full(RuntimeError("CUDA error: device-side assert"))
 
 
-def test_a_full_disk_for_temporary_files_is_no_mistake_in_the_data(place, disk, monkeypatch):
+def test_a_full_disk_for_temporary_files_is_not_an_error_in_the_data(place, disk, monkeypatch):
     (place / "plenty").mkdir(exist_ok=True)
     jsonl(place / "plenty" / "a.jsonl", [{"prompt": "p", "chosen": f"a{n}" * 200, "rejected": "b"} for n in range(500)])
     monkeypatch.setattr(tempfile, "tempdir", str(disk.at))
@@ -246,7 +246,7 @@ def test_a_full_disk_for_temporary_files_is_no_mistake_in_the_data(place, disk, 
 
 @pytest.mark.parametrize("room", [PAGE, 100 * PAGE])
 def test_responses_as_parquet_on_a_full_disk_do_not_abort_the_process(room, place, disk):
-    """Arrow's writer does, into a file of Python's, with more words in a column than its dictionary holds."""
+    """Arrow's writer does, if a column holds more words than its dictionary."""
     responses = datasets.Dataset.from_dict(WORDS)
 
     def write():
@@ -267,7 +267,7 @@ def test_responses_as_parquet_on_a_full_disk_do_not_abort_the_process(room, plac
 
 
 def hold(directory, name=".lock"):
-    """A process that holds a lock as long as it lives; returns its id."""
+    """Start a process that holds a lock as long as it lives; return its id."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -295,7 +295,7 @@ STUDY = {
 
 @pytest.fixture
 def judge(place):
-    """A judge that prefers what it is shown first, and what the judges' verbs read."""
+    """A judge that prefers the answer shown first, and the input files of the judge verbs."""
     jsonl(place / "questions.jsonl", [{"question_id": 81, "category": "writing", "turns": ["the small", "a prompt"]}])
     prompts = [
         {"name": name, "system_prompt": "Judge.", "prompt_template": " ".join(f"{{{p}}}" for p in places)}
@@ -339,7 +339,7 @@ def judge(place):
     ],
     ids=lambda value: " ".join(value[: 1 + (value[0] == "judge")]) if isinstance(value, tuple) else "",
 )
-def test_a_second_run_is_refused_until_the_first_is_dead(place, judge, monkeypatch, capsys, arguments, where, name):
+def test_a_second_run_is_refused_until_the_first_ends(place, judge, monkeypatch, capsys, arguments, where, name):
     monkeypatch.chdir(place)
     if arguments[0] == "judge":
         pytest.importorskip("openai", reason="judges are asked through the openai package (extra judges)")
@@ -370,15 +370,15 @@ def test_a_second_run_is_refused_until_the_first_is_dead(place, judge, monkeypat
     ("stage", "kills"),
     [("signals", 5), *(pytest.param(s, 20, marks=pytest.mark.slow) for s in ON_SEVERAL)],
 )
-def test_one_of_two_ranks_is_cut_off_at_random_moments(stage, kills, place):
+def test_a_kill_of_one_of_two_ranks_loses_nothing(stage, kills, place):
     tally = disturb(JOBS[stage], place, kills, seed=3, ranks=2, alone=stage == "signals")
     assert tally.lost == []
     assert tally.injected.total() == kills
     assert tally.compared >= 1
 
 
-def test_a_rank_that_waits_for_a_dead_one_is_ended(place):
-    """As the launcher does it; and one that does not end when it is told to would be seen."""
+def test_a_rank_that_waits_for_a_killed_one_is_terminated(place):
+    """As by the launcher; a rank that ignores the signal is detected."""
 
     def waits(stubborn):
         if os.environ["RANK"] == "0":
@@ -408,7 +408,7 @@ def test_other_stages_refuse_several_processes(place, stage):
     assert not (place / "out").exists()
 
 
-def test_work_for_one_process_refuses_several_from_python_too(place):
+def test_single_process_work_refuses_several_processes_from_python_too(place):
     def sample():
         try:
             sample_responses("model", "pairs.jsonl", out="out/a.jsonl", max_new_tokens=1)
@@ -426,7 +426,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def launched(place, out):
-    """Training on two processes, begun."""
+    """Start a training on two processes."""
     options = {"max_steps": 300, "batch_size": 4, "micro_batch_size": 2, "logging_steps": 1, "save_steps": 10}
     arguments = ["distill", "--student", "model", *PAIRS, "--method", "sft", "--out", out]
     arguments += [f"{name}={value}" for name, value in options.items()]
@@ -436,7 +436,7 @@ def launched(place, out):
 
 
 @pytest.mark.slow
-def test_if_one_rank_is_killed_the_others_end_and_the_next_call_goes_on(place):
+def test_after_a_kill_of_one_rank_the_others_end_and_the_next_call_resumes(place):
     first = launched(place, "out")
     start = time.monotonic()
     while not list((place / "out" / "checkpoints").glob(f"*/{WHOLE}")):
@@ -463,15 +463,15 @@ def test_if_one_rank_is_killed_the_others_end_and_the_next_call_goes_on(place):
     ("calls", "seed", "verb"),
     [(4, 1, "run"), (2, 1, "study"), *(pytest.param(60, 4, verb, marks=pytest.mark.slow) for verb in ("run", "study"))],
 )
-def test_what_a_directory_has_been_through_is_not_seen_in_its_results(calls, seed, verb, tmp_path):
+def test_results_do_not_depend_on_the_history_of_the_directory(calls, seed, verb, tmp_path):
     tally = live(make_place(tmp_path), calls, seed, verb)
     assert tally.differing == []
     assert tally.compared >= max(1, calls // 3)
     assert tally.changes.total() >= tally.compared
 
 
-def test_a_change_that_is_not_noticed_would_be_seen(tmp_path, monkeypatch):
-    """Trainings that are taken for the same, whatever their learning rate."""
+def test_a_change_that_is_missing_from_a_cache_key_is_detected(tmp_path, monkeypatch):
+    """Here: the options of the training."""
     monkeypatch.setattr("prefdistill.training.options.Training.cache_key", lambda self: {})
     monkeypatch.setattr("benchmarks.histories.CHANGES", [change_option])
     monkeypatch.setattr("benchmarks.histories.OPTIONS", {"recipe.yaml": {"training.learning_rate": [0.01, 0.02]}})
