@@ -60,7 +60,7 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
         if request.reference:
             assert data is not None
             signals_for(data, tokenizer, stores)
-    if request.answers:
+    if request.has_responses:
         results |= _evaluate_responses(request, data, out)
     if tokenizer is None:
         return results

@@ -101,23 +101,23 @@ class EvaluateRequest(Loading, Seeded):
 
     @model_validator(mode="after")
     def _consistent(self) -> "EvaluateRequest":
-        if not (self.reference or self.lm_eval or self.answers):
+        if not (self.reference or self.lm_eval or self.has_responses):
             raise ValueError(
                 "nothing to evaluate: give --reference (pairs), --generate, --generations or --reward-model "
                 "(responses), or --lm-eval (benchmarks)"
             )
         if self.model is None and (self.reference or self.lm_eval or not self.generations):
             raise ValueError("--model is required: only --generations can be evaluated without a model")
-        if self.data is None and (self.reference or (self.answers and not self.generations)):
+        if self.data is None and (self.reference or (self.has_responses and not self.generations)):
             raise ValueError("--data is required: the pairs that --reference was extracted from, or prompts")
         if self.generate and self.generations:
             raise ValueError("--generate samples responses and --generations reads them from a file; use only one")
-        sampled = self.answers and not self.generations
+        sampled = self.has_responses and not self.generations
         for present, needs, options in (
             (self.reference, "--reference", ("teacher",)),
             (self.reward_model, "--reward-model, which scores both", ("against",)),
             (self.generations or self.against, "--generations or --against", ("column",)),
-            (self.answers, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
+            (self.has_responses, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
             (sampled, "responses to sample: --generate or --reward-model", SAMPLED),
             (self.lm_eval, "--lm-eval", ("lm_eval_include", "lm_eval_batch_size", "limit")),
         ):
@@ -127,6 +127,6 @@ class EvaluateRequest(Loading, Seeded):
         return self
 
     @property
-    def answers(self) -> bool:
+    def has_responses(self) -> bool:
         """Whether responses are measured."""
         return self.generate or self.generations is not None or self.reward_model is not None

@@ -34,7 +34,7 @@ VARIANCE = {
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Comparison:
     """What one paired difference says. `good`: +1 better than the baseline, -1 worse, 0 where neither is better."""
 
     outcome: Outcome
@@ -83,8 +83,8 @@ def noise_floor(results: Results, column: Column | None) -> float | None:
     return max(noise_floors(results, column).values(), default=None)
 
 
-def judge(results: Results, name: str, column: Column | None) -> Judgement:
-    """Judge the paired difference of a run to the baseline.
+def compare(results: Results, name: str, column: Column | None) -> Comparison:
+    """Compare a run with the baseline by their paired difference.
 
     clear    larger than two standard errors and than the noise floor, and the 95 % interval excludes zero
     leaning  larger than two standard errors and than the noise floor, but with so few repeats that the 95 % interval
@@ -94,20 +94,20 @@ def judge(results: Results, name: str, column: Column | None) -> Judgement:
     """
     estimate = difference(results, name, column)
     if estimate is None or column is None:
-        return Judgement("missing", None)
+        return Comparison("missing", None)
     if not estimate.finite:
-        return Judgement("broken", estimate)
+        return Comparison("broken", estimate)
     direction = 0 if column.higher_is_better is None else 1 if column.higher_is_better else -1
     good = direction * (1 if estimate.mean > 0 else -1 if estimate.mean < 0 else 0)
     interval = estimate.interval()
     if interval is None or estimate.se is None:
-        return Judgement("single", estimate, good)
+        return Comparison("single", estimate, good)
     floor = noise_floor(results, column)
     if abs(estimate.mean) <= 2 * estimate.se:
-        return Judgement("noise", estimate, good)
+        return Comparison("noise", estimate, good)
     if floor is not None and abs(estimate.mean) <= floor:
-        return Judgement("noise", estimate, good, below_floor=True)
-    return Judgement("leaning" if interval[0] <= 0 <= interval[1] else "clear", estimate, good)
+        return Comparison("noise", estimate, good, below_floor=True)
+    return Comparison("leaning" if interval[0] <= 0 <= interval[1] else "clear", estimate, good)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def placebos(results: Results, name: str, column: Column) -> list[Placebo]:
 
 
 def verdict_of(results: Results) -> dict[str, Any]:
-    """Return `verdict` of results.json: the sentence and the judgements behind it.
+    """Return `verdict` of results.json: the sentence and the comparisons behind it.
 
     Returns:
         `{"text", "metric", "baseline", "noise_floor", "runs": {NAME: {"outcome", "good", "below_floor", "placebos":
@@ -144,12 +144,12 @@ def verdict_of(results: Results) -> dict[str, Any]:
     column = headline_column(results)
     runs = {}
     for name in roles_in(results):
-        judgement = judge(results, name, column)
-        if column is not None and judgement.estimate is not None:
+        comparison = compare(results, name, column)
+        if column is not None and comparison.estimate is not None:
             runs[name] = {
-                "outcome": judgement.outcome,
-                "good": judgement.good,
-                "below_floor": judgement.below_floor,
+                "outcome": comparison.outcome,
+                "good": comparison.good,
+                "below_floor": comparison.below_floor,
                 "placebos": {placebo.name: placebo.as_well for placebo in placebos(results, name, column)},
             }
     return {
@@ -168,7 +168,7 @@ def verdict(results: Results) -> str:
     """Return in words whether the headline method beat the baseline, and how every other method came out.
 
     "beat" needs a paired difference of the headline metric of more than two standard errors that also exceeds the
-    noise floor (see `judge`). A loss is said in the same words as a win, and a tie is called one. Without a headline
+    noise floor (see `compare`). A loss is said in the same words as a win, and a tie is called one. Without a headline
     method all are treated alike. Controls are no methods: placebos are mentioned beside the method they control.
     """
     names = [name for name, role in roles_in(results).items() if role.kind == "method"]
@@ -189,8 +189,8 @@ def verdict(results: Results) -> str:
 
 
 def _sentence(results: Results, name: str, baseline: str, column: Column) -> str:
-    judgement = judge(results, name, column)
-    estimate, a, b = judgement.estimate, display_name(results, name), display_name(results, baseline)
+    comparison = compare(results, name, column)
+    estimate, a, b = comparison.estimate, display_name(results, name), display_name(results, baseline)
     if estimate is None:
         own, base = score(results, name, column), score(results, baseline, column)
         if own is None or base is None:
@@ -199,36 +199,36 @@ def _sentence(results: Results, name: str, baseline: str, column: Column) -> str
             f"{a} scored {own.text(column)} and {b} {base.text(column)} on {column.label}, "
             "but no paired difference was recorded, so neither can be called better."
         )
-    if judgement.outcome == "broken":
+    if comparison.outcome == "broken":
         return f"The difference between {a} and {b} on {column.label} is not a finite number: a run failed or diverged."
     size, on = column.format(abs(estimate.mean)), f"on {column.label}"
-    if judgement.outcome == "single":
+    if comparison.outcome == "single":
         how = {1: f"{size} better than", -1: f"{size} worse than", 0: f"{column.format(estimate.mean, sign=True)} from"}
-        came = f"came out {how[judgement.good]} {b}" if estimate.mean else f"came out level with {b}"
+        came = f"came out {how[comparison.good]} {b}" if estimate.mean else f"came out level with {b}"
         if estimate.n and estimate.n > 1:
             return f"{a} {came} {on}{over(results, estimate)}; without a standard error it may be noise."
         return f"{a} {came} {on} in a single run; without repeats this may be noise."
 
     spread = f"(mean ± s.e.{over(results, estimate)})"
-    if judgement.outcome == "noise":
+    if comparison.outcome == "noise":
         limit = _variance(results, estimate)
-        if judgement.below_floor:
+        if comparison.below_floor:
             floors = noise_floors(results, column)
             widest = max(floors, key=lambda floor: floors[floor])
             limit = f"the noise floor ({column.format(floors[widest])}, from {display_name(results, widest)})"
         text = f"{a} differs from {b} {on} by no more than {limit}: {estimate.text(column, sign=True)} {spread}"
     else:
-        clear = judgement.outcome == "clear"
+        clear = comparison.outcome == "clear"
         verb = {
             1: f"beat {b}" if clear else f"came out ahead of {b}",
             -1: f"lost to {b}" if clear else f"came out behind {b}",
             0: f"came out {'above' if estimate.mean > 0 else 'below'} {b}",
-        }[judgement.good]
+        }[comparison.good]
         text = f"{a} {verb} by {size} ± {column.format(estimate.se or 0.0)} {on} {spread}"
         if not clear:
             low, high = (column.format(x, sign=True) for x in estimate.interval() or (0.0, 0.0))
             text += f", but with so few repeats the 95 % interval ({low} to {high}) still includes zero"
-    return text + _caveat(results, estimate) + _placebos(results, name, column, judgement) + "."
+    return text + _caveat(results, estimate) + _placebos(results, name, column, comparison) + "."
 
 
 def _others(results: Results, names: list[str], baseline: str, column: Column) -> str:
@@ -243,14 +243,14 @@ def _others(results: Results, names: list[str], baseline: str, column: Column) -
 
 def _list(results: Results, names: list[str], baseline: str, column: Column) -> str:
     """Return one sentence with the difference of every method."""
-    judgements = [judge(results, name, column) for name in names]
-    measured = [j.estimate for j in judgements if j.estimate is not None and (j.decided or j.outcome == "noise")]
+    comparisons = [compare(results, name, column) for name in names]
+    measured = [c.estimate for c in comparisons if c.estimate is not None and (c.decided or c.outcome == "noise")]
     b = display_name(results, baseline)
     text = f"Against {b} on {column.label}: "
     if (
         measured
         and column.higher_is_better is not None
-        and not any(j.outcome == "clear" and j.good > 0 for j in judgements)
+        and not any(c.outcome == "clear" and c.good > 0 for c in comparisons)
     ):
         over_same = {repeats(results, estimate) for estimate in measured}
         variance = _variance(results, measured[0]) if len(over_same) == 1 else "noise"
@@ -265,20 +265,20 @@ def _list(results: Results, names: list[str], baseline: str, column: Column) -> 
 
 def _part(results: Results, name: str, column: Column) -> str:
     """Return one method of a list: "DCKD ahead (+0.140 ± 0.020)"."""
-    judgement, a = judge(results, name, column), display_name(results, name)
-    if judgement.estimate is None:
+    comparison, a = compare(results, name, column), display_name(results, name)
+    if comparison.estimate is None:
         return f"{a} not compared"
-    if judgement.outcome == "broken":
+    if comparison.outcome == "broken":
         return f"{a} {NOT_FINITE}"
-    amount = judgement.estimate.text(column, sign=True)
-    if judgement.outcome == "single":
+    amount = comparison.estimate.text(column, sign=True)
+    if comparison.outcome == "single":
         return f"{a} {amount} in a single run"
     as_well = [display_name(results, p.name) for p in placebos(results, name, column) if p.as_well]
-    placebo = f"; its placebo {' and '.join(as_well)} did as well" if as_well and judgement.good > 0 else ""
-    return f"{a} {judgement.word} ({amount}{placebo if judgement.decided else ''})"
+    placebo = f"; its placebo {' and '.join(as_well)} did as well" if as_well and comparison.good > 0 else ""
+    return f"{a} {comparison.word} ({amount}{placebo if comparison.decided else ''})"
 
 
-def _placebos(results: Results, name: str, column: Column, own: Judgement) -> str:
+def _placebos(results: Results, name: str, column: Column, own: Comparison) -> str:
     """Return how the placebos of the method did: if one did as well, the teacher's signal is not the reason."""
     won, lost = own.decided and own.good > 0, own.decided and own.good < 0
     text = ""

@@ -19,11 +19,11 @@ from prefdistill.evaluation.results import (
     roles_in,
     score,
 )
-from prefdistill.evaluation.verdict import judge, noise_floor, verdict
+from prefdistill.evaluation.verdict import compare, noise_floor, verdict
 from prefdistill.report import responses
 from prefdistill.report.format import bytes_of, cell_of, cut, duration, flat, interval_of, plural
 from prefdistill.report.run import Run
-from prefdistill.report.table import comparison
+from prefdistill.report.table import compare_runs
 from prefdistill.report.teacher import gauge_sentence, margin_accuracy_of, shaping_of
 from prefdistill.report.training import curves_of
 from prefdistill.report.warnings import warnings_of
@@ -34,7 +34,7 @@ View = dict[str, Any]
 TEXT_BUDGET = 240_000  # characters of samples
 _LINE_BUDGET = 10_000  # points of all mean curves
 _CLOUD_BUDGET = 6_000  # points of all scatter plots
-ROLE_WORDS = {"baseline": "baseline", "noise_floor": "noise floor"}  # in place of a judgement in the table
+ROLE_WORDS = {"baseline": "baseline", "noise_floor": "noise floor"}  # in place of the outcome in the table
 
 
 def title_of(runs: list[Run]) -> str:
@@ -102,13 +102,13 @@ def _seeds(results: Results) -> list[str]:
 
 
 def table_of(results: Results, styles: dict[str, Any]) -> View:
-    """Return the table of methods by metrics, with role and judgement of each."""
+    """Return the table of methods by metrics, with role and comparison of each."""
     columns, baseline, headline = columns_of(results), baseline_of(results), headline_column(results)
     compared = baseline is not None and any(difference(results, n, headline) for n in results["methods"])
     rows = []
     for name, role in roles_in(results).items():
-        judgement = judge(results, name, headline)
-        word = ROLE_WORDS.get(role.kind, judgement.word)
+        comparison = compare(results, name, headline)
+        word = ROLE_WORDS.get(role.kind, comparison.word)
         rows.append(
             {
                 "name": clean(name),
@@ -116,8 +116,8 @@ def table_of(results: Results, styles: dict[str, Any]) -> View:
                 "role": role.kind,
                 "style": styles[name],
                 "cells": [cell_of(score(results, name, column), column) for column in columns],
-                "difference": cell_of(judgement.estimate, headline, sign=True) if headline else None,
-                "interval": interval_of(judgement.estimate, headline) if headline else "",
+                "difference": cell_of(comparison.estimate, headline, sign=True) if headline else None,
+                "interval": interval_of(comparison.estimate, headline) if headline else "",
                 "word": "" if word == "-" else word,
             }
         )
@@ -238,7 +238,7 @@ def comparison_of(runs: list[Run]) -> list[View]:
     """Return a table for each metric that all runs share: methods by runs."""
     results = [run["results"] for run in runs]
     tables = []
-    for column, names, rows in comparison(results):
+    for column, names, rows in compare_runs(results):
         body = []
         for name, estimates in zip(names, rows, strict=True):
             cells = []

@@ -156,7 +156,7 @@ def _wrap(text: str, to: int) -> list[str]:
     return lines
 
 
-def comparison(runs: list[Results]) -> list[tuple[Column, list[str], list[list[Estimate | None]]]]:
+def compare_runs(runs: list[Results]) -> list[tuple[Column, list[str], list[list[Estimate | None]]]]:
     """Return the metrics that all runs measured, each with the methods (rows) and every run's score (columns)."""
     if not runs:
         return []
