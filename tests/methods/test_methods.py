@@ -818,7 +818,7 @@ REFUSED = [
     ("tvkd", {"noise": -1.0}, "noise must be 0 or more, got -1.0"),
     ("tvkd", {"clip": "1"}, f"clip {NUMBER} '1'"),
     ("tvkd", {"standardize": 1}, "standardize must be a boolean, got 1"),
-    ("tvkd", {"shaping": "q", "potential": "reward"}, "shaping=q takes the place of a potential; leave potential out"),
+    ("tvkd", {"shaping": "q", "potential": "reward"}, "shaping=q replaces the potential; leave potential out"),
     ("vanillakd", {"alpha": -1.0}, "vanillakd: alpha must be 0 or more, got -1.0"),
     ("dckd", {"alpha": -1.0}, "dckd: alpha must be 0 or more"),
     ("dckd", {"beta": 1.0}, "dckd has no option 'beta'; its options: alpha"),
@@ -950,7 +950,7 @@ def test_ablations_by_hand():
     assert shaping(signals, **made_from) == ([3.0, 2.0, 0.5], [-1.0, 0.5, -2.0])
     assert shaping(signals, **made_from, terminal="bootstrap") == ([49.0, 70.0, 47.0], [59.0, 60.0, 57.0])
     # 0.5 V(s_1) - V(s_0) + 0.5 V(s_1) - V(s_1) = -V(s_0)
-    with pytest.raises(UserError, match="it tells nothing"):
+    with pytest.raises(UserError, match="it carries no information"):
         shaping(signals, **made_from, discount=0.5)
     with pytest.raises(UserError, match=r"have value_temperature=0\.5, the method needs 2\.0"):
         signals.check_settings(METHODS["tvkd"](values_from="logprobs", value_temperature=2.0).needs)
@@ -978,7 +978,7 @@ def test_standardized_returns_do_not_depend_on_their_scale():
 
 def test_a_margin_that_is_constant_is_refused_unless_it_has_no_weight():
     signals = by_hand(logps=([1.0, 2.0, 3.0], [0.0, 1.0, 2.0]))
-    with pytest.raises(UserError, match=r"is the same number, 1, for all 3 pairs: it tells nothing"):
+    with pytest.raises(UserError, match=r"is the same number, 1, for all 3 pairs: it carries no information"):
         shaping(signals, shaping="log_prob")
     assert shaping(signals, shaping="log_prob", alpha=0.0) == ([1.0, 2.0, 3.0], [0.0, 1.0, 2.0])
 

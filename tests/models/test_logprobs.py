@@ -60,7 +60,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def one_tile_is_kept(monkeypatch):
     """Of the tiles of 7 states that tests ask for: the others are made again in backward."""
-    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 7 * 97)
+    monkeypatch.setattr(logprobs, "STORED_ELEMENTS", 7 * 97)
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -246,7 +246,7 @@ def test_no_logits_of_more_states_than_a_tile_forward_or_backward(model, batch, 
 
 @pytest.mark.parametrize("tiles", [0, 2])
 def test_no_logits_beyond_the_first_tiles_are_kept_from_forward_to_backward(model, batch, monkeypatch, tiles):
-    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", tiles * 3 * 97)
+    monkeypatch.setattr(logprobs, "STORED_ELEMENTS", tiles * 3 * 97)
     kept = []
 
     def keep(x):

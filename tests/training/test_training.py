@@ -478,7 +478,7 @@ def test_a_constant_signal_is_an_error(tmp_path, train, make_model, pairs, token
     model = make_model()
     model.lm_head.weight.data.zero_()
     flat = extract_signals(model, pairs, tokenizer, ("values",), tmp_path / "flat")
-    with pytest.raises(UserError, match="it tells nothing"):
+    with pytest.raises(UserError, match="it carries no information"):
         train(METHODS["tvkd"](), signals=[reference, flat])
 
 

@@ -1,4 +1,4 @@
-"""Advantage-guided distillation: move the student along what preference training has taught a teacher."""
+"""Advantage-guided distillation: move the student along the change that preference training made to a teacher."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from prefdistill.losses.preference import check_shapes
 
 
 def advantage_score(student_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    r"""Expected advantage of the student's next token.
+    r"""Return the expected advantage of the student's next token.
 
     .. math:: \sum_a \pi_\theta(a|s) A(s, a), \qquad A(s, a) = \log\pi_T(a|s) - \log\pi_{T,ref}(a|s)
 
     Args:
         student_logprobs: shape [N, k], in nats. For k < vocabulary, let the last column be the rest of the mass.
-        advantages: of the same tokens, shape [N, k], in nats. Where the student's log-probability is -inf it may be
-            anything, also NaN (an empty rest has no advantage).
+        advantages: of the same tokens, shape [N, k], in nats. Ignored where the student's log-probability is -inf (an
+            empty rest has no advantage): it may be NaN there.
 
     Returns:
         Shape [N], in nats.
 
     Raises:
-        ValueError: on shapes that differ.
+        ValueError: if the shapes differ.
 
     Source: ADPA (arXiv 2502.17927), the advantage-guided term.
 
@@ -31,12 +31,12 @@ def advantage_score(student_logprobs: Tensor, advantages: Tensor) -> Tensor:
     """
     if student_logprobs.shape != advantages.shape or student_logprobs.dim() != 2:
         raise ValueError(f"both must be [N, k], got {list(student_logprobs.shape)} and {list(advantages.shape)}")
-    nothing = student_logprobs == -torch.inf
-    return (student_logprobs.exp() * advantages.masked_fill(nothing, 0.0)).sum(-1)
+    empty = student_logprobs == -torch.inf
+    return (student_logprobs.exp() * advantages.masked_fill(empty, 0.0)).sum(-1)
 
 
 def adpa_loss(sft: Tensor, score: Tensor, *, gamma: float) -> Tensor:
-    r"""ADPA: supervised fine-tuning, and the teacher's advantage at the states that the student itself visits.
+    r"""Return the ADPA loss: supervised fine-tuning, and the teacher's advantage at states that the student visits.
 
     .. math:: -\tfrac{1}{T}\log \pi_\theta(y_w|x)
               - \gamma \, \tfrac{1}{\hat T}\sum_t \sum_a \pi_\theta(a|\hat s_t) A(\hat s_t, a)

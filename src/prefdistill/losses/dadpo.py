@@ -17,7 +17,7 @@ def dadpo_loss(
     beta: float,
     teacher_beta: float,
 ) -> Tensor:
-    r"""DPO for a policy that is held both by its reference and by the teacher.
+    r"""Return the DPO loss of a policy that is regularised towards both its reference and the teacher.
 
     .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
               - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}] + \beta_T [\log\tfrac{\pi_\theta(y_w)}{\pi_T(y_w)}

@@ -1,4 +1,4 @@
-"""Direct preference knowledge distillation by divergence: VanillaKD on the chosen response, DCKD on both."""
+"""Distillation by divergence: VanillaKD on the chosen response, DCKD on both."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from prefdistill.losses.preference import check_shapes
 
 
 def vanillakd_loss(sft: Tensor, kl_chosen: Tensor, *, alpha: float) -> Tensor:
-    r"""Supervised fine-tuning and the teacher's token distribution on the chosen response.
+    r"""Return the loss of supervised fine-tuning with the teacher's token distributions on the chosen response.
 
     .. math:: -\tfrac{1}{T}\log \pi_\theta(y_w|x) + \alpha \, KL_w
 
@@ -30,7 +30,7 @@ def vanillakd_loss(sft: Tensor, kl_chosen: Tensor, *, alpha: float) -> Tensor:
 
 
 def dckd_loss(sft: Tensor, kl_chosen: Tensor, kl_rejected: Tensor, *, alpha: float) -> Tensor:
-    r"""DCKD: the teacher's token distribution on the chosen and on the rejected response.
+    r"""Return the DCKD loss: the teacher's token distributions on the chosen and on the rejected response.
 
     .. math:: -\tfrac{1}{T}\log \pi_\theta(y_w|x) + \alpha \, (KL_w + KL_l), \qquad
               KL = \tfrac{1}{T}\sum_t KL(\pi_T(\cdot|s_t) \,\|\, \pi_\theta(\cdot|s_t))

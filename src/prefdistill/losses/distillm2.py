@@ -1,4 +1,4 @@
-"""DistiLLM-2: pull towards the teacher where the teacher speaks, away from its own mistakes where the student does."""
+"""DistiLLM-2: move towards the teacher on its own responses, and away from the student's mistakes on the student's."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from prefdistill.losses.preference import check_shapes
 
 
 def distillm2_loss(skew_kl_teacher: Tensor, skew_reverse_kl_student: Tensor) -> Tensor:
-    r"""Contrastive distillation: each kind of response with the divergence that suits it.
+    r"""Return the contrastive loss: forward divergence on the teacher's responses, reverse on the student's.
 
     .. math:: \tfrac12 \big[ KL(p \,\|\, \lambda p + (1-\lambda) q_\theta) \text{ on } y_t
               + KL(q_\theta \,\|\, (1-\lambda) p + \lambda q_\theta) \text{ on } y_s \big]

@@ -1,8 +1,7 @@
-"""Divergences of two token distributions that are known at k ids and as one bucket for the rest of the mass.
+"""Divergences of two token distributions, given at k ids and as one bucket for the rest of the mass.
 
-Every state has its own k ids, the same for both models. A log-probability of -inf is an id that does not count: what
-fills up a state with fewer ids than the others. Where the k ids are the whole vocabulary the rest is empty, and every
-number here, value and gradient, is that of the full distributions.
+Every state has its own k ids, the same for both models. A log-probability of -inf pads a state with fewer ids. If the k
+ids are the whole vocabulary, the rest is empty, and all values and gradients are those of the full distributions.
 """
 
 import math
@@ -12,30 +11,30 @@ from torch import Tensor
 
 
 def rest_logprob(logprobs: Tensor) -> Tensor:
-    r"""Log of the mass that k log-probabilities leave: `log(1 - sum_a exp(logprobs_a))`.
+    r"""Return the log of the mass outside k log-probabilities: `log(1 - sum_a exp(logprobs_a))`.
 
-    What rounding leaves of a distribution that is given whole counts as nothing. Where the rest is small and matters,
-    take it from the logits instead, as `logprobs.topk_logps` does.
+    A remainder that is within rounding of zero counts as empty. If a small rest matters, compute it from the logits
+    instead, as `logprobs.topk_logps` does.
 
     Args:
         logprobs: shape [..., k], in nats.
 
     Returns:
-        Shape [...]; -inf where nothing is left.
+        Shape [...]; -inf where the rest is empty.
 
     Example:
         >>> import torch
         >>> rest_logprob(torch.tensor([0.25, 0.25]).log())              # log 0.5
         tensor(-0.6931)
     """
-    given = torch.logsumexp(logprobs, dim=-1)
-    nothing = given > -_rounding(logprobs)
-    left = torch.log(-torch.expm1(given.masked_fill(nothing, -math.log(2))))
-    return left.masked_fill(nothing, -math.inf)
+    total = torch.logsumexp(logprobs, dim=-1)
+    empty = total > -_rounding(logprobs)
+    rest = torch.log(-torch.expm1(total.masked_fill(empty, -math.log(2))))
+    return rest.masked_fill(empty, -math.inf)
 
 
 def _rounding(logprobs: Tensor) -> float:
-    """The mass that rounding may add to or take from a sum of k probabilities."""
+    """Return the rounding error of a sum of k probabilities."""
     return 4 * logprobs.shape[-1] * torch.finfo(logprobs.dtype).eps
 
 
@@ -47,7 +46,7 @@ def skew_kl(
     p_rest: Tensor | None = None,
     q_rest: Tensor | None = None,
 ) -> Tensor:
-    r"""Skew Kullback-Leibler divergence: of p to a mixture of p and q.
+    r"""Return the skew Kullback-Leibler divergence: from p to a mixture of p and q.
 
     .. math:: KL\big(p \,\|\, \lambda p + (1 - \lambda) q\big), \qquad \lambda = skew
 
@@ -62,9 +61,9 @@ def skew_kl(
         Shape [N], in nats, at least 0 (to rounding). Its gradient reaches both p and q.
 
     Raises:
-        ValueError: on shapes that do not fit, or a skew outside 0..1.
+        ValueError: if the shapes do not match, or the skew is outside 0..1.
 
-    Source: DistiLLM (arXiv 2402.03898), equation 4; the bucket is ours.
+    Source: DistiLLM (arXiv 2402.03898), equation 4; the bucket is added here.
 
     Example:
         >>> import torch
@@ -76,14 +75,14 @@ def skew_kl(
         raise ValueError(f"both must be [N, k], got {list(p_logprobs.shape)} and {list(q_logprobs.shape)}")
     if not 0 <= skew <= 1:
         raise ValueError(f"skew must lie in 0..1, got {skew}")
-    if q_rest is None:  # rounding must not make an empty bucket, and an infinite loss, of a small one
+    if q_rest is None:  # rounding must not turn a small bucket into an empty one, and an infinite loss
         q_rest = rest_logprob(q_logprobs).clamp(min=math.log(_rounding(q_logprobs)))
     p, q = with_rest(p_logprobs, p_rest), with_rest(q_logprobs, q_rest)
-    # Where p has no mass the sum has no term; 0 stands there so that no -inf - -inf reaches the gradient.
-    nothing = p == -math.inf
-    p, q = p.masked_fill(nothing, 0.0), q.masked_fill(nothing, 0.0)
+    # Where p has no mass the term is 0; masking keeps -inf - -inf out of the gradient.
+    empty = p == -math.inf
+    p, q = p.masked_fill(empty, 0.0), q.masked_fill(empty, 0.0)
     mixture = torch.logaddexp(p + math.log(skew), q + math.log1p(-skew)) if 0 < skew < 1 else p if skew else q
-    return (p.exp() * (p - mixture)).masked_fill(nothing, 0.0).sum(-1)
+    return (p.exp() * (p - mixture)).masked_fill(empty, 0.0).sum(-1)
 
 
 def topk_kl(
@@ -92,12 +91,12 @@ def topk_kl(
     teacher_rest: Tensor | None = None,
     student_rest: Tensor | None = None,
 ) -> Tensor:
-    r"""Forward divergence of a teacher and a student at the teacher's k ids; the rest of the mass is one bucket more.
+    r"""Return the forward divergence from a teacher to a student at the teacher's k ids and the bucket of the rest.
 
     .. math:: KL(\pi_T \| \pi_\theta) = \sum_{a \in k} \pi_T(a) \log\frac{\pi_T(a)}{\pi_\theta(a)}
               + \bar\pi_T \log\frac{\bar\pi_T}{\bar\pi_\theta}, \qquad \bar\pi = 1 - \sum_{a \in k} \pi(a)
 
-    Equal to the divergence over the vocabulary where the k ids are all of it, and never above it otherwise.
+    Equal to the divergence over the vocabulary if the k ids are all of it, and never above it otherwise.
 
     Args:
         teacher_logprobs, student_logprobs: log-probabilities of the same ids, shape [N, k], in nats.
@@ -107,7 +106,7 @@ def topk_kl(
         Shape [N], in nats.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: if the shapes do not match.
 
     Source: Hinton et al. (arXiv 1503.02531) per token; ADPA (arXiv 2502.17927) on both responses of a pair.
 
@@ -121,7 +120,7 @@ def topk_kl(
 
 
 def with_rest(logprobs: Tensor, rest: Tensor | None = None) -> Tensor:
-    """The k log-probabilities and that of the rest as one tensor: [N, k], [N] -> [N, k + 1].
+    """Return the k log-probabilities and that of the rest as one tensor: [N, k], [N] -> [N, k + 1].
 
     Example:
         >>> import torch

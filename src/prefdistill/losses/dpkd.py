@@ -8,7 +8,7 @@ from prefdistill.losses.preference import dpo_loss
 def dpkd_loss(
     student_preferred: Tensor, student_other: Tensor, teacher_preferred: Tensor, teacher_other: Tensor, *, beta: float
 ) -> Tensor:
-    r"""DPKD: the DPO loss with the teacher as the reference, on what the teacher and the student would say.
+    r"""Return the DPKD loss: DPO with the teacher as the reference, on a teacher's and a student's output.
 
     .. math:: -\log\sigma\big(\beta [\log\tfrac{q_\theta(y_t|x)}{p(y_t|x)} - \log\tfrac{q_\theta(y_s|x)}{p(y_s|x)}]\big)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
-    r"""Negative log-likelihood of the chosen response per response token.
+    r"""Return the negative log-likelihood of the chosen response per response token.
 
     .. math:: -\log \pi_\theta(y | x) / T
 
@@ -29,7 +29,7 @@ def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
 def dpo_loss(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
 ) -> Tensor:
-    r"""Direct preference optimisation.
+    r"""Return the loss of direct preference optimisation.
 
     .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
               - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}]\big)
@@ -64,7 +64,7 @@ def tvkd_loss(
     beta: float,
     alpha: float,
 ) -> Tensor:
-    r"""Teacher value-based knowledge distillation: the DPO margin plus the margin of the teacher's shaping return.
+    r"""Return the TVKD loss: the DPO margin plus the margin of the teacher's shaping return.
 
     .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
               - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}] + \alpha [\Psi(y_w) - \Psi(y_l)]\big)

@@ -1,4 +1,4 @@
-"""The teacher's soft value and the return of the shaping term made from it."""
+"""The teacher's soft value, and the return of its shaping term."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ TERMINALS = ("last", "bootstrap", "zero")
 
 
 def soft_value(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Soft (maximum-entropy) value of a state under a policy's logits.
+    r"""Return the soft (maximum-entropy) value of a state under a policy's logits.
 
     .. math:: V(s) = b \log \sum_a \exp(z(s, a) / b)
 
@@ -44,12 +44,12 @@ def shaping_return(
     terminal: str = "last",
     ended: Tensor | None = None,
 ) -> Tensor:
-    r"""Return of the potential-based shaping term over a response.
+    r"""Return the sum of the potential-based shaping term over a response.
 
     .. math:: \Psi(y) = \sum_{t=0}^{T-1} \gamma V(s_{t+1}) - V(s_t)
 
-    With `discount=1` the sum telescopes to `V(s_T) - V(s_0)`. `terminal` says what stands in for `V(s_T)` where the
-    response ended: "last" takes `V(s_{T-1})`, the last state before the end token; "bootstrap" takes the value after
+    With `discount=1` the sum telescopes to `V(s_T) - V(s_0)`. `terminal` defines `V(s_T)` where the response
+    ended: "last" takes `V(s_{T-1})`, the last state before the end token; "bootstrap" takes the value after
     the end token, as the formula reads; "zero" takes 0, which with `discount=1` keeps the optimal policy of the task
     unchanged where every response ends. A truncated response has no terminal state, so its `V(s_T)` is used as it is.
 
@@ -64,7 +64,7 @@ def shaping_return(
         Psi in nats, shape [B], in the dtype of `values`.
 
     Raises:
-        ValueError: on an unknown `terminal`, shapes that do not fit, or a length below 1 or beyond `values`.
+        ValueError: on an unknown `terminal`, shapes that do not match, or a length below 1 or beyond `values`.
 
     Source: TVKD (arXiv 2509.16965), shaping term psi; Ng, Harada & Russell (1999) for the invariance.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BatchSignals: TypeAlias = "dict[str, Tensor]"
 Metrics: TypeAlias = "dict[str, Tensor]"
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-BOUNDS = {"greater than 0": "positive", "greater than or equal to 0": "0 or more"}  # pydantic's words, and ours
+BOUNDS = {"greater than 0": "positive", "greater than or equal to 0": "0 or more"}  # instead of pydantic's words
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ class ADPA(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class DistiLLM2(Method):
-    """Contrastive distillation (arXiv 2503.07067): towards the teacher where it speaks, away from the student's own
-    mistakes where it does.
+    """Contrastive distillation (arXiv 2503.07067): towards the teacher on its responses, away from the student's
+    mistakes on its own.
 
     Args:
         skew: how much of the first distribution is mixed into the second, 0 (plain divergences) to below 1.
@@ -114,7 +114,7 @@ class DistiLLM2(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.skew < 1:
-            raise UserError(f"skew must lie in 0..1 (below 1, where nothing is learnt), got {self.skew}")
+            raise UserError(f"skew must lie in 0..1 (below 1, where the gradient is 0), got {self.skew}")
 
     @property
     def responses(self) -> tuple[str, ...]:

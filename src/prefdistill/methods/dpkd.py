@@ -66,7 +66,7 @@ class DPKD(Method):
     def _tokens(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         ids, teacher = signals["teacher_response_ids"], signals["teacher_teacher_response_topk"]
         student_best, student_best_logp = student.likeliest["teacher_response"]
-        # the teacher's likeliest token comes first; where the student's is not among the k, the teacher gives it an
+        # the teacher's most likely token comes first; where the student's is not among the k, the teacher gives it an
         # equal share of the mass outside the k
         among = ids == student_best[:, None]
         outside = signals["vocabulary"][0] - (ids >= 0).sum(1)

@@ -85,7 +85,7 @@ class DaDPO(DPO):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta + self.teacher_beta == 0:
-            raise UserError("beta and teacher_beta are both 0: nothing would be learnt")
+            raise UserError("beta and teacher_beta are both 0: there is nothing to learn from")
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -36,11 +36,11 @@ class TVKD(DPO):
             row, a placebo.
         shaping: "state", the difference of potentials, as in the paper; or action-dependent terms in its place, which
             the paper compares with: "log_prob", the teacher's log-probability of each token, and "q", its raw logit.
-        values_from: what the soft value is made from: raw "logits", as in the paper, or "logprobs" (a value
-            temperature other than 1 is needed then), whose value no change of gauge moves.
+        values_from: what the soft value is computed from: raw "logits", as in the paper, or "logprobs" (needs a value
+            temperature other than 1), whose value does not change with an offset of the logits.
         discount: gamma of the shaping term; potentials "value" and "shuffled" only.
         terminal: the potential after the end token, see `losses.shaping_return`; "value" and "shuffled" only.
-        value_temperature: b of the soft value the signals must have been made with.
+        value_temperature: b of the soft value; the signals must have the same.
         teacher_beta: scale of the implicit reward, per nat; "implicit_reward" only.
         noise: standard deviation of Gaussian noise added to each return, in units of the returns' own spread over all
             responses of the pairs at hand; the same row always gets the same noise. For studies of how good the
@@ -67,12 +67,12 @@ class TVKD(DPO):
         if not 0 <= self.discount <= 1:
             raise UserError(f"discount must lie in 0..1, got {self.discount}")
         if self.shaping != "state" and self.potential != "value":
-            raise UserError(f"shaping={self.shaping} takes the place of a potential; leave potential out")
+            raise UserError(f"shaping={self.shaping} replaces the potential; leave potential out")
         unused = {"teacher_beta"} if self.potential != "implicit_reward" else set()
         unused |= set() if self.uses_values else {"values_from", "discount", "terminal", "value_temperature"}
         for option in fields(self):
             if option.name in unused and getattr(self, option.name) != option.default:
-                raise UserError(f"{option.name} has no part in a shaping term made of {self.source}; leave it out")
+                raise UserError(f"{option.name} has no effect on shaping from {self.source}; leave it out")
         if self.uses_values and self.values_from == "logprobs" and self.value_temperature == 1:
             raise UserError("values_from=logprobs needs a value_temperature other than 1, where every value is 0")
 
@@ -116,12 +116,12 @@ class TVKD(DPO):
         if len(margin) > 1 and self.alpha != 0 and not constant and _same(margin, *shaping.values()):
             raise UserError(
                 f"the shaping margin ({self.source}) is the same number, {margin[0]:.3g}, for all {len(margin)} "
-                "pairs: it tells nothing"
+                "pairs: it carries no information"
             )
         if self.noise:
             spread = float(np.concatenate(list(shaping.values())).std())
-            drawn = _noise_of_rows(signals.rows)
-            shaping = {side: psi + self.noise * spread * drawn[side] for side, psi in shaping.items()}
+            noise = _noise_of_rows(signals.rows)
+            shaping = {side: psi + self.noise * spread * noise[side] for side, psi in shaping.items()}
         if self.standardize:
             everything = np.concatenate(list(shaping.values()))
             spread = float(everything.std()) or 1.0
@@ -135,7 +135,7 @@ class TVKD(DPO):
         return self.alpha * (shaping["shaping_chosen"] - shaping["shaping_rejected"])
 
     def _check_values(self, signals: SignalSet) -> None:
-        """A value that is the same everywhere leaves a term that depends on the lengths alone, or on nothing."""
+        """Refuse a value that is the same everywhere: its term depends on the lengths alone, or on nothing."""
         if len(signals.rows) < 2:
             return
         from prefdistill.signals.shaping import value_range
@@ -143,8 +143,8 @@ class TVKD(DPO):
         extremes = np.array([value_range(signals, side, VALUES[self.values_from]) for side in SIDES])
         if _same(extremes, extremes):
             raise UserError(
-                f"the teacher's value is the same number, {extremes[0, 0]:.3g}, in every state: it tells nothing. "
-                "Values of normalised log-probabilities at temperature 1 are 0; raw logits are needed"
+                f"the teacher's value is the same number, {extremes[0, 0]:.3g}, in every state: it carries no "
+                "information. Values of normalised log-probabilities at temperature 1 are 0; raw logits are needed"
             )
 
     def _return(self, signals: SignalSet, side: str) -> np.ndarray:
@@ -176,18 +176,18 @@ class TVKD(DPO):
 
 
 def _same(numbers: np.ndarray, *scale: np.ndarray) -> bool:
-    """Whether numbers differ by no more than what float32 leaves of others, of which they are differences."""
+    """Return whether numbers differ by no more than float32 rounding of others, of which they are differences."""
     return bool(np.ptp(numbers) <= 1e-6 * max(1.0, *(np.abs(other).max() for other in scale)))
 
 
 def _noise_of_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Standard normal noise for both sides of each row, [rows] each: a row's own, whichever others are at hand."""
-    drawn = np.random.default_rng(0).standard_normal((int(rows.max(initial=-1)) + 1, len(SIDES)), dtype=np.float32)
-    return {side: drawn[rows, place] for place, side in enumerate(SIDES)}
+    """Return standard normal noise for both sides of each row, [rows] each; a row always gets the same noise."""
+    noise = np.random.default_rng(0).standard_normal((int(rows.max(initial=-1)) + 1, len(SIDES)), dtype=np.float32)
+    return {side: noise[rows, place] for place, side in enumerate(SIDES)}
 
 
 def _other_rows(n: int) -> np.ndarray:
-    """A fixed permutation of n rows that leaves no row where it is (for n > 1): a random cycle."""
+    """Return a fixed permutation of n rows that moves every row (for n > 1): a random cycle."""
     cycle = np.random.default_rng(0).permutation(n)
     other = np.empty(n, dtype=np.int64)
     other[cycle] = np.roll(cycle, 1)

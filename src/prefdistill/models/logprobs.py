@@ -1,7 +1,7 @@
-"""What a causal language model says at the states of its responses; the only place that gathers from logits and masks.
+"""Reduce a causal language model's logits to a few numbers per state; the only place that gathers from logits.
 
-Where the states are is `batches.py`'s word. Logits are made for the states asked for and no others, a tile at a time,
-and each tile is reduced to a few numbers per state before the next is made.
+`data/batches.py` says where the states are. Logits are computed for the requested states only, a tile at a time, and
+each tile is reduced before the next one is computed.
 """
 
 import functools
@@ -15,24 +15,24 @@ from torch.utils.checkpoint import checkpoint
 
 from prefdistill.models.backbone import backbone_of, causal_lm, model_inputs
 
-# Logits alive at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB: the fastest of 2..128 MiB
-# where it was measured), elsewhere enough rows to keep the matrix product at full speed (256 MiB). In training every
-# tile adds a gradient as large as the head, so there are fewer of them (128 MiB), and the first ones stay for backward
-# (256 MiB): making them again is a third of their matrix products.
+# Logits in memory at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB was the fastest of
+# 2..128 MiB), elsewhere enough rows for the matrix product to run at full speed (256 MiB). In training every tile adds
+# a gradient as large as the head, so there should be few (128 MiB each, on any device); the first ones stay in memory
+# for backward (256 MiB): recomputing a tile costs a third of its matrix products.
 TILE_ELEMENTS = {"cpu": 2**21, "other": 2**26}
 TRAINING_TILE_ELEMENTS = 2**25
-KEPT_ELEMENTS = 2**26
+STORED_ELEMENTS = 2**26
 
 Reduce = Callable[..., tuple[Tensor, ...]]
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
-    """Log-probability of each state's token: logits [n, vocab], tokens [n] -> [n]."""
+    """Return the log-probability of each state's token: logits [n, vocab], tokens [n] -> [n]."""
     return (_TokenLogps.apply(logits, tokens),)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """z_a - logsumexp(z), whose gradient, 1[a] - softmax(z), is made in one [n, vocab] tensor and not three."""
+    """z_a - logsumexp(z), whose gradient, 1[a] - softmax(z), takes one [n, vocab] tensor and not three."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
@@ -49,14 +49,14 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities at k ids, of all the mass besides, and the log-normaliser.
+    """Return log-probabilities at k ids, of the rest of the mass, and the log-normaliser.
 
-    The rest is summed from the logits of the other tokens, so it is exact where it is small; the normaliser from the
-    two, so the vocabulary is gone through once.
+    The rest is summed from the logits of the other tokens, so it is exact where it is small; the normaliser is the sum
+    of the two, so the vocabulary is read once.
 
     Args:
         logits: [n, vocab].
-        ids: [n, k], distinct in each row; -1 fills up a row that has fewer.
+        ids: [n, k], distinct in each row; -1 pads a row that has fewer.
 
     Returns:
         [n, k], -inf where the id is -1; [n], -inf where the ids are all tokens with a finite logit; [n].
@@ -66,13 +66,13 @@ def topk_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_and_topk_logps(logits: Tensor, tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_logps` [n], and of `topk_logps` what stands at the ids [n, k] and the rest [n], in one go."""
+    """Return `token_logps` [n], and the log-probabilities at ids [n, k] and the rest [n] of `topk_logps`."""
     at_ids, rest, _, of_token = _TopkLogps.apply(logits, ids, tokens)
     return of_token, at_ids, rest
 
 
 class _TopkLogps(torch.autograd.Function):
-    """log p_i = z_i - L at the ids, log r = O - L of the others, L; the gradient in one [n, vocab] tensor.
+    """log p_i = z_i - L at the ids, log r = O - L of the others, L; the gradient takes one [n, vocab] tensor.
 
     d log p_i / dz_a = [a = i] - p_a, d log r / dz_a = [a other] e^(z_a - O) - p_a, dL / dz_a = p_a.
     """
@@ -92,20 +92,20 @@ class _TopkLogps(torch.autograd.Function):
         ctx: Any, of_ids: Tensor, of_rest: Tensor, of_total: Tensor, of_token: Tensor | None
     ) -> tuple[Tensor, None, None]:
         logits, ids, rest, total, tokens = ctx.saved_tensors
-        given = ids >= 0
-        of_ids = of_ids.masked_fill(~given, 0.0)
-        of_rest = of_rest.masked_fill(~given.any(-1) | (rest == float("-inf")), 0.0)
+        is_id = ids >= 0
+        of_ids = of_ids.masked_fill(~is_id, 0.0)
+        of_rest = of_rest.masked_fill(~is_id.any(-1) | (rest == float("-inf")), 0.0)
         of_all = of_total - of_ids.sum(-1) - of_rest
         if of_token is not None:
             of_all = of_all - of_token
-        # e^(z - O) is e^(z - L) / r, but where r is next to nothing
+        # e^(z - O) is e^(z - L) / r, except where r is almost 0
         faint = rest < FAINT
         of_others = of_all + torch.where(faint, 0.0, of_rest * (-rest.clamp(min=FAINT)).exp())
         back = (logits - total[:, None]).exp_()
-        last = ids.argmax(-1, keepdim=True)  # an empty place does what another place of its row does
-        at = torch.where(given, ids, ids.gather(-1, last).clamp(min=0))
+        last = ids.argmax(-1, keepdim=True)  # padding repeats another place of its row
+        at = torch.where(is_id, ids, ids.gather(-1, last).clamp(min=0))
         named = back.gather(-1, at) * of_all[:, None] + of_ids
-        named = torch.where(given, named, named.gather(-1, last))
+        named = torch.where(is_id, named, named.gather(-1, last))
         back.mul_(of_others[:, None]).scatter_(-1, at, named)
         if bool(faint.any()):
             others = logits[faint].scatter(-1, at[faint], float("-inf"))
@@ -117,18 +117,18 @@ class _TopkLogps(torch.autograd.Function):
         return back, None, None
 
 
-FAINT = -60.0  # log-mass of the rest below which its gradient is made by itself
+FAINT = -60.0  # log-mass of the rest below which its gradient is computed separately
 
 
 def _topk_logps_in_one_pass(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The others are summed without the ids: their mass is exact where it is small, as far as float32 goes."""
-    given, at = ids >= 0, ids.clamp(min=0)
+    """Sum the others without the ids: their mass is exact where it is small, within float32."""
+    is_id, at = ids >= 0, ids.clamp(min=0)
     peak = logits.amax(dim=-1, keepdim=True)
     powers = (logits - peak).exp_()
-    named = powers.gather(-1, at).masked_fill(~given, 0.0)
+    named = powers.gather(-1, at).masked_fill(~is_id, 0.0)
     others = powers.scatter_add_(-1, at, -named).sum(-1)
     total = (named.sum(-1) + others).log() + peak[:, 0]
-    at_ids = (logits.gather(-1, at) - total[:, None]).masked_fill(~given, float("-inf"))
+    at_ids = (logits.gather(-1, at) - total[:, None]).masked_fill(~is_id, float("-inf"))
     rest = others.log() + peak[:, 0] - total
     if bool((unclear := others <= 0).any()):
         rest[unclear] = _rest(logits[unclear], ids[unclear])
@@ -136,25 +136,25 @@ def _topk_logps_in_one_pass(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
 
 
 def _rest(logits: Tensor, ids: Tensor) -> Tensor:
-    """The log of the mass besides the ids, from the others' own logsumexp."""
-    given = ids >= 0
-    # what fills up a row repeats one of its ids, or stands for none
-    at = torch.where(given, ids, ids.amax(dim=-1, keepdim=True).clamp(min=0))
+    """Return the log of the mass outside the ids, from the logsumexp of the others."""
+    is_id = ids >= 0
+    # padding repeats one of the row's ids, or is ignored
+    at = torch.where(is_id, ids, ids.amax(dim=-1, keepdim=True).clamp(min=0))
     others = torch.logsumexp(logits.scatter(-1, at, float("-inf")), dim=-1)
-    return (others - torch.logsumexp(logits, dim=-1)).masked_fill(~given.any(dim=-1), 0.0)
+    return (others - torch.logsumexp(logits, dim=-1)).masked_fill(~is_id.any(dim=-1), 0.0)
 
 
 def likeliest(logits: Tensor, k: int, mass: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The most likely tokens of each state, likeliest first.
+    """Return the most likely tokens of each state, most likely first.
 
     Args:
-        logits: [n, vocab]; -inf is a token that cannot be.
-        k: how many at most; more than there are gives all.
-        mass: keep no more of the k than make up this share of the probability (a nucleus; at least one token).
+        logits: [n, vocab]; -inf for tokens that the tokenizer cannot emit.
+        k: how many at most; capped at the vocabulary.
+        mass: top-p cut-off within the k (at least one token).
 
     Returns:
-        ids [n, k] (int32, -1 where there is none), their log-probabilities [n, k] (-inf there), and the log of the
-        mass of all others [n].
+        ids [n, k] (int32, -1 for padding), their log-probabilities [n, k] (-inf there), and the log of the mass of all
+        others [n].
     """
     k = min(k, logits.shape[-1])
     top, ids = logits.topk(k, dim=-1)
@@ -168,7 +168,7 @@ def likeliest(logits: Tensor, k: int, mass: float | None = None) -> tuple[Tensor
 
 
 def sum_by_response(per_state: Tensor, sizes: Tensor) -> Tensor:
-    """Sum of a quantity over the states of each response: [states], states of each response [M] -> [M].
+    """Return the sum of a quantity over the states of each response: [states], states of each response [M] -> [M].
 
     Example:
         >>> import torch
@@ -180,7 +180,7 @@ def sum_by_response(per_state: Tensor, sizes: Tensor) -> Tensor:
 
 
 def vocabulary_rows(model: nn.Module) -> int:
-    """Rows of a model's head, padding of the vocabulary included."""
+    """Return the rows of a model's head, padding of the vocabulary included."""
     return causal_lm(model).get_output_embeddings().weight.shape[0]
 
 
@@ -194,18 +194,18 @@ def reduce_logits(
 ) -> tuple[Tensor, ...]:
     """Reduce a model's final logits at some states, without the [batch, tokens, vocabulary] tensor.
 
-    The model is called as a whole, so wrappers (data parallel, PEFT) do their work; only its forward is replaced for
-    the call. The new forward runs the backbone, then the model's *own* code from the last hidden state to the logits
-    (soft-capping and scaling included) tile by tile. With gradients on, the first tiles stay and the logits of the
-    others are made again in backward.
+    The model is called as a whole, so wrappers (data parallel, PEFT) work; only its forward is replaced for the call.
+    The new forward runs the backbone, then the model's *own* code from the last hidden state to the logits (with its
+    soft-capping and scaling) tile by tile. With gradients, the first tiles stay in memory and the logits of the others
+    are recomputed in backward.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
-        batch: of `batches.make_batch`, on the model's device; `batch["states"]` says where to look.
+        batch: of `batches.make_batch`, on the model's device; `batch["states"]` are the states to read.
         reduce: called as `reduce(logits, *slices)` with float32 logits [n, vocab] of a tile; returns tensors [n, ...].
         per_state: tensors [number of states, ...] that are cut into tiles along with the states.
-        emittable: bool [vocab rows]; rows the tokenizer cannot emit get -inf, or are cut off where they are the last
-            ones. None: all can.
+        emittable: bool [vocab rows]; rows the tokenizer cannot emit get -inf, or are cut off if they are the last ones.
+            None: all can be emitted.
         tile: states per tile; default: as many as fit `TILE_ELEMENTS`.
 
     Returns:
@@ -214,27 +214,27 @@ def reduce_logits(
     lm = causal_lm(model)
     own_forward = type(lm).forward
     backbone = backbone_of(lm)
-    known = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
-    gaps = emittable is not None and not bool(emittable[:known].all())
+    columns = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
+    gaps = emittable is not None and not bool(emittable[:columns].all())
 
     def logits_of(hidden: Tensor, outputs: Any) -> Tensor:
-        """The model's own forward, started from the last hidden state: its backbone is replaced by a constant."""
+        """Run the model's own forward from the last hidden state: its backbone is replaced by a constant."""
         constant = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        asked = False
+        called = False
 
-        def answer(*_: Any, **__: Any) -> Any:
-            nonlocal asked
-            asked = True
+        def hidden_states(*_: Any, **__: Any) -> Any:
+            nonlocal called
+            called = True
             return constant
 
-        with _forward(backbone, answer):
+        with _forward(backbone, hidden_states):
             logits = own_forward(lm, input_ids=ids, use_cache=False).logits.squeeze(0).float()
-        if not asked:  # then those logits are not of these hidden states
+        if not called:  # then the logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
         if emittable is not None and gaps:
             return logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
-        return logits[:, :known]
+        return logits[:, :columns]
 
     def forward(**kwargs: Any) -> tuple[Tensor, ...]:
         outputs = backbone(**kwargs, use_cache=False)
@@ -248,11 +248,11 @@ def reduce_logits(
         training = torch.is_grad_enabled()
         elements = TRAINING_TILE_ELEMENTS if training else TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
         size = tile or max(1, elements // vocabulary_rows(lm))
-        kept = KEPT_ELEMENTS // (size * vocabulary_rows(lm)) if training else len(hidden)
-        again = functools.partial(checkpoint, reduced, use_reentrant=False)
+        stored = STORED_ELEMENTS // (size * vocabulary_rows(lm)) if training else len(hidden)
+        recomputed = functools.partial(checkpoint, reduced, use_reentrant=False)
         tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
-        found = [(reduced if i < kept else again)(*slices) for i, slices in enumerate(tiles)]
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        results = [(reduced if i < stored else recomputed)(*slices) for i, slices in enumerate(tiles)]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
     with _forward(lm, forward):
         return model(**model_inputs(batch, model))
@@ -276,7 +276,7 @@ class _forward:
 
 
 def emittable_ids(tokenizer: Any, rows: int) -> Tensor | None:
-    """Which of a model's vocabulary rows its tokenizer can emit, bool [rows]; None when it can emit all of them."""
+    """Return which of a model's vocabulary rows its tokenizer can emit, bool [rows]; None if all."""
     ids: Sequence[int] = [i for i in tokenizer.get_vocab().values() if i < rows]
     mask = torch.zeros(rows, dtype=torch.bool)
     mask[torch.tensor(ids, dtype=torch.long)] = True

@@ -1,6 +1,6 @@
-"""How token distributions are stored: about 126 bytes for the 50 likeliest of 128,256 tokens, in place of 400.
+"""The packed format of token distributions: about 126 bytes for the top 50 of 128,256 tokens, instead of 400.
 
-A state has c ids, likeliest first, and one bucket for the rest of the mass. Three float16 say how it spreads, in nats:
+A state has c ids, most likely first, and one bucket for the rest of the mass. Three float16, in nats:
 
     gap   from the first id down to the second
     span  from the second down to the last, at most `SPAN`
@@ -9,19 +9,19 @@ A state has c ids, likeliest first, and one bucket for the rest of the mass. Thr
     log p(i) = top - drop(i),  drop = 0 for the first id, gap + span * u(1 + 4u)/5 for the others,  u = level / L
     log rest = top + odds,     top  = -log(sum_i exp(-drop(i)) + exp(odds)), so a decoded state sums to one
 
-What is left is a level in 0..L for each id. Levels never fall from one id to the next, so their order costs nothing:
+The remainder is a level in 0..L for each id. Levels never fall from one id to the next, so their order costs nothing:
 
     ids     the ids of all states of a response, one after another, `id_bits(vocabulary)` bits each
     levels  for each state a frame of c + L bits with a 1 at level + rank of each id; the first level is 0, the last L,
             so a frame starts and ends with a 1. L = 16c - 47, but at least 0 and at most 62 (from c = 7)
 
-Both are bit streams, least significant bit first, filled up with zeros to whole bytes at the end of each response.
+Both are bit streams, least significant bit first, padded with zeros to whole bytes at the end of each response.
 
 Log-probabilities at the ids of another store are not sorted: there `gap` is absent, `span` goes from the likeliest of
 the ids down to the least likely, `levels` has one byte for each id, and L = 255.
 
-Everything needed to read it is numpy. The levels are closer together near the top, where the divergence is made; what
-lies more than `SPAN` below (e^-48 = 1e-21 of the mass) comes back as if it were at `SPAN`.
+Reading it needs only numpy. The levels are closer together near the top, where errors count most; anything more than
+`SPAN` below (e^-48 = 1e-21 of the mass) is decoded as if it were at `SPAN`.
 """
 
 from collections.abc import Sequence
@@ -34,17 +34,17 @@ SPAN = 48.0
 ID_BITS = 25  # with the up to 7 bits before it in its first byte an id must fit in 32
 MOST = 62  # levels above 0; with 50 ids a frame has 14 bytes
 BYTE = 255
-BEND = 4.0  # straighter costs divergence where a few ids share the mass, more bent where many do and in the tail
+BEND = 4.0  # a smaller one costs divergence where a few ids share the mass, a larger one where many do
 HALF = float(np.finfo(np.float16).max)
 
 
 def _curve(u: np.ndarray) -> np.ndarray:
-    """Level as a share of L -> drop as a share of the span; both 0..1."""
+    """Map a level, as a share of L, to a drop, as a share of the span; both 0..1."""
     return u * (1 + BEND * u) / (1 + BEND)
 
 
 def _nearest(share: np.ndarray, most: np.ndarray | int) -> np.ndarray:
-    """The level in 0..most whose drop is nearest to a share of the span."""
+    """Return the level in 0..most whose drop is nearest to a share of the span."""
     u = (np.sqrt(1 + 4 * BEND * (1 + BEND) * share) - 1) / (2 * BEND)
     below = np.floor(u * most)
     low, high = (_curve(level / np.maximum(most, 1)) for level in (below, below + 1))
@@ -56,7 +56,7 @@ _BYTE_SHARES = _curve(np.arange(BYTE + 1) / BYTE).astype(np.float32)
 
 
 def id_bits(vocabulary: int) -> int:
-    """Bits that an id of a vocabulary takes.
+    """Return the bits that an id of a vocabulary takes.
 
     Example:
         >>> id_bits(128256)
@@ -66,10 +66,10 @@ def id_bits(vocabulary: int) -> int:
 
 
 def pack_sorted(ids: ArrayLike, logps: ArrayLike, rest: ArrayLike, counts: ArrayLike, bits: int) -> dict[str, Any]:
-    """One response's distributions as columns: `ids` and `levels`, bytes; `gap`, `span` and `odds`, float16 [T].
+    """Pack one response's distributions into columns: `ids` and `levels`, bytes; `gap`, `span` and `odds`, float16 [T].
 
     Args:
-        ids, logps: [n], of all states one after another, likeliest first in each; log-probabilities in nats.
+        ids, logps: [n], of all states one after another, most likely first in each; log-probabilities in nats.
         rest: log of the mass of all other ids, [T]; may be -inf.
         counts: how many ids each state has, [T], at least 1; they add up to n.
         bits: of an id, see `id_bits`.
@@ -95,7 +95,7 @@ def pack_sorted(ids: ArrayLike, logps: ArrayLike, rest: ArrayLike, counts: Array
     rises = np.diff(logps) > 0
     rises[last[:-1]] = False
     if rises.any():
-        raise ValueError("log-probabilities must be sorted, likeliest first in each state")
+        raise ValueError("log-probabilities must be sorted, most likely first in each state")
 
     drop = np.repeat(logps[first], counts) - logps
     gap = _half(drop[np.minimum(first + 1, last)])
@@ -126,7 +126,7 @@ def unpack_sorted(
     states: ArrayLike,
     bits: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distributions of R responses at once, as `pack_sorted` takes those of one.
+    """Decode the distributions of R responses at once, each as `pack_sorted` takes it.
 
     Args:
         ids, levels: of each response, R each.
@@ -138,7 +138,7 @@ def unpack_sorted(
         Ids [n], int32, log-probabilities [n] and the log of the rest's mass [S], float32.
 
     Raises:
-        ValueError: where the parts do not fit each other: something was cut, swapped or damaged.
+        ValueError: if the parts do not fit each other: something was truncated, swapped or damaged.
 
     Example:
         >>> import numpy as np
@@ -172,12 +172,12 @@ def unpack_sorted(
     at = np.arange(0, len(drop) * bits, bits) + np.repeat(padding, each)
     stream = np.concatenate([stream, np.zeros(3, np.uint8)])
     words = np.ndarray(len(stream) - 3, "<u4", stream, strides=(1,))  # the 32 bits from each byte on
-    found = words.take(at >> 3) >> (at & 7).astype(np.uint32) & np.uint32((1 << bits) - 1)
-    return found.view(np.int32), *_normalised(drop, odds, counts, first)
+    decoded_ids = words.take(at >> 3) >> (at & 7).astype(np.uint32) & np.uint32((1 << bits) - 1)
+    return decoded_ids.view(np.int32), *_normalised(drop, odds, counts, first)
 
 
 def pack_unsorted(logps: ArrayLike, rest: ArrayLike, counts: ArrayLike) -> dict[str, Any]:
-    """One response's log-probabilities at another store's ids: `levels`, bytes; `span` and `odds`, float16 [T].
+    """Pack one response's log-probabilities at another store's ids: `levels`, bytes; `span` and `odds`, float16 [T].
 
     Args and errors: as in `pack_sorted`, but in any order.
 
@@ -198,7 +198,7 @@ def pack_unsorted(logps: ArrayLike, rest: ArrayLike, counts: ArrayLike) -> dict[
 def unpack_unsorted(
     levels: Sequence[bytes], span: ArrayLike, odds: ArrayLike, counts: ArrayLike, states: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probabilities [n] and rests [S] of R responses at once; otherwise as `unpack_sorted`.
+    """Decode the log-probabilities [n] and rests [S] of R responses at once; otherwise as `unpack_sorted`.
 
     Example:
         >>> import numpy as np
@@ -211,7 +211,7 @@ def unpack_unsorted(
     span, odds = _scalars(len(counts), span, odds)
     stream, _ = _joined("levels", levels, _by_response(counts, states) * 8)
     if np.minimum.reduceat(stream, first).any():
-        raise ValueError("levels are damaged: no id of a state is its likeliest")
+        raise ValueError("levels are damaged: no id of a state is its most likely")
     drop = _BYTE_SHARES.take(stream)
     drop *= np.repeat(span, counts)
     return _normalised(drop, odds, counts, first)
@@ -220,11 +220,11 @@ def unpack_unsorted(
 def kl_error(
     logps: ArrayLike, rest: ArrayLike, decoded_logps: ArrayLike, decoded_rest: ArrayLike, counts: ArrayLike
 ) -> np.ndarray:
-    r"""What packing did to each state.
+    r"""Return the compression error of each state.
 
     .. math:: KL(p \,\|\, q) = \sum_i p_i \log\frac{p_i}{q_i} + \bar p \log\frac{\bar p}{\bar q}
 
-    Of the distributions that were packed, p, to the decoded ones, q, over the ids and the bucket of the rest.
+    The divergence of the decoded distributions q from the original ones p, over the ids and the bucket of the rest.
 
     Args:
         logps, decoded_logps: [n], of all states one after another.
@@ -256,7 +256,7 @@ def _term(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _checked(logps: ArrayLike, rest: ArrayLike, counts: ArrayLike) -> tuple[np.ndarray, ...]:
-    """What is to be packed, in float64, and where each state begins."""
+    """Return what is to be packed, checked and in float64, and the start of each state."""
     logps, rest = np.asarray(logps, np.float64), np.asarray(rest, np.float64)
     counts, _, first = _counted(counts)
     if logps.shape != (counts.sum(),) or rest.shape != counts.shape:
@@ -274,11 +274,11 @@ def _checked(logps: ArrayLike, rest: ArrayLike, counts: ArrayLike) -> tuple[np.n
 
 
 def _counted(counts: ArrayLike, states: ArrayLike | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts and states as int64 (default: all are one response's), and where each state begins."""
+    """Return counts and states as int64 (default: all are one response's), and the start of each state."""
     counts = np.asarray(counts)
     states = np.asarray([counts.size] if states is None else states)
-    for name, given, least in (("counts", counts, 1), ("states", states, 0)):
-        if given.ndim != 1 or (given.size and (given.dtype.kind not in "iu" or given.min() < least)):
+    for name, numbers, least in (("counts", counts, 1), ("states", states, 0)):
+        if numbers.ndim != 1 or (numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < least)):
             raise ValueError(f"{name} must be a list of whole numbers, {least} or more")
     counts, states = counts.astype(np.int64), states.astype(np.int64)
     if states.sum() != len(counts):
@@ -287,13 +287,13 @@ def _counted(counts: ArrayLike, states: ArrayLike | None = None) -> tuple[np.nda
 
 
 def _scalars(states: int, *columns: ArrayLike) -> list[np.ndarray]:
-    """A number for each state, checked: those before the last, the odds, are finite and not below 0."""
-    *drops, odds = found = [np.asarray(column, np.float32) for column in columns]
-    if any(column.shape != (states,) for column in found):
+    """Return columns with a number per state, checked: all but the last, the odds, are finite and not below 0."""
+    *drops, odds = arrays = [np.asarray(column, np.float32) for column in columns]
+    if any(column.shape != (states,) for column in arrays):
         raise ValueError(f"gap, span and odds must have one number for each of the {states} states")
     if not (odds < np.inf).all() or not all(((drop >= 0) & (drop < np.inf)).all() for drop in drops):
-        raise ValueError("gap, span or odds are damaged: no number, infinite or negative")
-    return found
+        raise ValueError("gap, span or odds are damaged: NaN, infinite or negative")
+    return arrays
 
 
 def _check_bits(bits: int) -> None:
@@ -302,18 +302,18 @@ def _check_bits(bits: int) -> None:
 
 
 def _most(counts: np.ndarray) -> np.ndarray:
-    """L, the last level of a state of so many ids: the fewer there are the fewer it takes."""
+    """Return L, the last level of a state with so many ids: fewer ids need fewer levels."""
     return np.clip(16 * counts - 47, 0, MOST)
 
 
 def _half(x: np.ndarray) -> np.ndarray:
-    """As float16; too large is the largest, not inf, but -inf stays."""
+    """Convert to float16; too large becomes the largest number, not inf, but -inf stays."""
     with np.errstate(over="ignore"):
         return np.minimum(x, HALF).astype(np.float16)
 
 
 def _share(drop: np.ndarray, span: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Of the span, 0..1."""
+    """Return the drop as a share of the span, 0..1."""
     spans = np.repeat(span.astype(np.float64), counts)
     return np.clip(np.divide(drop, spans, out=np.zeros_like(drop), where=spans > 0), 0, 1)
 
@@ -323,13 +323,13 @@ def _bytes_of(bits: np.ndarray) -> bytes:
 
 
 def _by_response(of_states: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Sums over the states of each response: [S] -> [R]; a response may have none."""
+    """Return sums over the states of each response: [S] -> [R]; a response may have none."""
     before = np.concatenate([[0], np.cumsum(of_states)])
     return np.diff(before[np.cumsum(states)], prepend=0)
 
 
 def _joined(name: str, streams: Sequence[bytes], bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The streams of R responses as one, and how many bits of padding it has before each response."""
+    """Join the streams of R responses, and return how many bits of padding are before each response."""
     sizes = -(-bits // 8)
     if [len(stream) for stream in streams] != sizes.tolist():
         raise ValueError(f"{name} are damaged: a response has more or fewer bytes than its counts need")
@@ -340,6 +340,6 @@ def _joined(name: str, streams: Sequence[bytes], bits: np.ndarray) -> tuple[np.n
 def _normalised(
     drop: np.ndarray, odds: np.ndarray, counts: np.ndarray, first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [n] and rests [S] from how far each id lies below the likeliest, and the odds of the rest."""
+    """Return log-probabilities [n] and rests [S] from the drop of each id below the top, and the odds of the rest."""
     top = -np.logaddexp(np.log(np.add.reduceat(np.exp(-drop), first, dtype=np.float64)), odds)
     return np.repeat(top.astype(np.float32), counts) - drop, (top + odds).astype(np.float32)

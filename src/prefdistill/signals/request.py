@@ -1,4 +1,4 @@
-"""An extraction: the model, the data and the request that says everything the signals depend on."""
+"""An extraction: the model, the data, and the request with everything that the signals depend on."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def check_request(options: SignalRequest, ids_from: Signals | None, model: "PreT
     if ids_from is not None and "topk" not in options.kinds:
         raise UserError(f"ids_from applies to the kind topk, not to {', '.join(options.kinds)}; leave it out")
     if ids_from is not None and (options.k, options.p) != (DEFAULTS.k, DEFAULTS.p):
-        raise UserError("with ids_from, the other store says which tokens are kept; leave k and p out")
+        raise UserError("with ids_from, the other store defines which tokens are kept; leave k and p out")
     if options.quantization is not None and not isinstance(model, str):
         raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
 

@@ -150,16 +150,16 @@ class _Scorer:
         if self.has_final_state:
             last[np.cumsum(sizes) - 1 - np.array(ended)] = True
         inputs = {kind.name: kind.state_inputs(places, self.has_final_state) for kind in self.kinds}
-        given = {name: x.to(device) for name, x in inputs.items() if x is not None}
+        state_inputs = {name: x.to(device) for name, x in inputs.items() if x is not None}
         counts: list[int] = []  # tensors of each kind
 
         def reduce(logits: Tensor, tokens: Tensor, last: Tensor, *of_kinds: Tensor) -> tuple[Tensor, ...]:
-            tile = Tile(logits, tokens, last, dict(zip(given, of_kinds, strict=True)))
+            tile = Tile(logits, tokens, last, dict(zip(state_inputs, of_kinds, strict=True)))
             reduced = [kind.reduce(tile) for kind in self.kinds]
             counts[:] = [len(parts) for parts in reduced]
             return tuple(part for parts in reduced for part in parts)
 
-        per_state = (batch["tokens"], last.to(device), *given.values())
+        per_state = (batch["tokens"], last.to(device), *state_inputs.values())
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             reduced = reduce_logits(self.model, batch, reduce, *per_state, emittable=self.emittable)
         split = iter([[part.numpy().copy() for part in x.cpu().split(sizes)] for x in reduced])
