@@ -111,6 +111,10 @@ def test_entry_points_reach_the_whole_pipeline(installed, capsys):
 
     registry("prefdistill.methods").register("entropy-hinge", EntropyHinge)
     Path("recipe.yaml").write_text(RECIPE + "  entropy-hinge: {}\n")
+    capsys.readouterr()
+    assert main(["plan", "recipe.yaml", "--out", "run", "--json"]) == 0
+    steps = {step["name"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert steps["signals-teacher-train"]["disk"] > 0  # the plan prices the kind that entropy-hinge needs
     assert main(["run", "recipe.yaml", "--out", "run"]) == 0, capsys.readouterr().err
     results = json.loads(Path("run/results.json").read_text())
     methods = results["methods"]
