@@ -506,7 +506,7 @@ def files(directory):
     return {path: path.is_dir() or path.lstat().st_mtime_ns for path in directory.rglob("*")}
 
 
-def test_the_table_is_long_and_says_nothing_twice():
+def test_the_table_has_no_duplicates():
     assert len(BAD) >= 60
     assert len({tuple(arguments) for arguments, _ in BAD}) == len(BAD)
 
@@ -529,7 +529,7 @@ def test_bad_input(place, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("student", ["bad-template", "few-rows", "infinite"])
-def test_what_a_stage_refuses_is_refused_by_a_study_as_by_a_run(place, capsys, student):
+def test_a_study_reports_what_a_run_reports(place, capsys, student):
     before = files(place)
     assert main(run(f"model.student={student}")) == 2
     reason = capsys.readouterr().err.strip().splitlines()[-1].removeprefix("prefdistill: ")
@@ -539,7 +539,7 @@ def test_what_a_stage_refuses_is_refused_by_a_study_as_by_a_run(place, capsys, s
     assert files(place) == before
 
 
-def test_a_shell_shows_no_table_of_transformers(place):
+def test_transformers_prints_no_table_of_weights(place):
     """It is written to the stderr that was there when transformers was imported."""
     told = []
     for model, status in (("headless", 2), ("model", 0)):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prefdistill
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_sealed, write_json, write_sealed
+from prefdistill.core.yaml import as_yaml, read_yaml
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe, _read, load_recipe
@@ -31,7 +31,7 @@ STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def both_outcomes_are_seen():
+def accepts_some_and_refuses_some():
     """In each test: else it would prove little."""
     OUTCOMES.clear()
     yield
@@ -128,9 +128,9 @@ def read(reader, path, kind):
 
 @fuzz
 @given(mutated([complete(path) for path in RECIPES]), st.booleans())
-def test_recipes_of_odd_values(tmp_path, recipe, fast):
+def test_mutated_recipes(tmp_path, recipe, fast):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(as_yaml(recipe), encoding="utf-8")
     found = read(lambda path: load_recipe(path, fast=fast), path, Recipe)
     if found:  # and what was made of it says the same again
         found.save(path)
@@ -139,16 +139,16 @@ def test_recipes_of_odd_values(tmp_path, recipe, fast):
 
 
 @fuzz
-@given(garbled([yaml.safe_dump(complete(path)) for path in RECIPES]))
-def test_recipes_of_odd_characters(tmp_path, text):
+@given(garbled([as_yaml(complete(path)) for path in RECIPES]))
+def test_garbled_recipes(tmp_path, text):
     (tmp_path / "recipe.yaml").write_bytes(text.encode("utf-8", errors="replace"))
     read(load_recipe, tmp_path / "recipe.yaml", Recipe)
 
 
 @fuzz
-@given(mutated([yaml.safe_load(path.read_text()) for path in STUDIES]))
-def test_studies(tmp_path, study):
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+@given(mutated([read_yaml(path, "study", "", "") for path in STUDIES]))
+def test_mutated_studies(tmp_path, study):
+    (tmp_path / "study.yaml").write_text(as_yaml(study), encoding="utf-8")
     read(load_study, tmp_path / "study.yaml", Study)
 
 
@@ -179,7 +179,7 @@ rows = st.one_of(whole, whole, whole, st.dictionaries(columns, cells, max_size=5
 
 @settings(fuzz, max_examples=250)
 @given(st.lists(rows, max_size=4), st.sampled_from([load_pairs, load_messages, load_prompts]))
-def test_data_of_odd_values(tmp_path, rows, reader):
+def test_random_rows(tmp_path, rows, reader):
     datasets.disable_progress_bars()
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -194,7 +194,7 @@ LINES = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3
 
 @settings(fuzz, max_examples=100)
 @given(garbled([LINES]), st.sampled_from(["rows.jsonl", "rows.jsonl.gz", "rows.parquet"]))
-def test_data_of_odd_characters(tmp_path, text, name):
+def test_garbled_rows(tmp_path, text, name):
     datasets.disable_progress_bars()
     (tmp_path / name).write_bytes(text.encode("utf-8", errors="replace"))
     read(lambda path: load_pairs(str(path)), tmp_path / name, datasets.Dataset)
@@ -210,9 +210,9 @@ def store(tmp_path_factory, make_model, tokenizer, pairs):
     return out
 
 
-@fuzz
+@settings(fuzz, max_examples=400)
 @given(st.data())
-def test_manifests(store, tmp_path, pairs, data):
+def test_mutated_manifests(store, tmp_path, pairs, data):
     manifest = data.draw(mutated([read_sealed(store / "manifest.json")]))
     place = tmp_path / "store"
     shutil.copytree(store, place, dirs_exist_ok=True)
@@ -229,7 +229,7 @@ def test_manifests(store, tmp_path, pairs, data):
 
 @settings(fuzz, max_examples=60)
 @given(st.data())
-def test_manifests_of_odd_characters(store, tmp_path, data):
+def test_garbled_manifests(store, tmp_path, data):
     text = data.draw(garbled([(store / "manifest.json").read_text()]))
     place = tmp_path / "store"
     shutil.copytree(store, place, dirs_exist_ok=True)

@@ -229,7 +229,7 @@ def test_on_the_command_line(made, monkeypatch, capsys, tmp_path):
     assert main(again) == 2
     assert f"`prefdistill signals --repair --out {tmp_path / 's'}`" in capsys.readouterr().err
     assert main(["signals", "--repair", "--out", str(tmp_path / "s"), "--kind", "values"]) == 2
-    assert "--repair uses the options of the store; leave --kinds out" in capsys.readouterr().err
+    assert "--repair uses the options of the store; leave --kind out" in capsys.readouterr().err
     assert main(["signals", "--repair", "--out", str(tmp_path / "s")]) == 0
     assert capsys.readouterr().out == "rebuilt: shards/00000.parquet\n"
     assert contents(tmp_path / "s") == whole

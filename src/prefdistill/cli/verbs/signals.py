@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from prefdistill.cli.flags import flag_of
 from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import PAIRS
 from prefdistill.data.options import Lengths
@@ -27,7 +28,7 @@ class SignalFlags(SignalRequest, Lengths):
         if self.repair:
             allowed = {"repair", "out", "model", "data", "ids_from", "trust_remote_code"}
             if extra := sorted(self.model_fields_set - allowed):
-                raise ValueError(f"--repair uses the options of the store; leave --{extra[0].replace('_', '-')} out")
+                raise ValueError(f"--repair uses the options of the store; leave {flag_of(SignalFlags, extra[0])} out")
         elif self.model is None or self.data is None:
             raise ValueError(f"--{'data' if self.model else 'model'} is required")
         return self
