@@ -184,6 +184,7 @@ def test_a_control_brings_the_method_it_controls_and_a_headline_may_be_left_out(
         ("headline.method=dpo", "headline.method 'dpo' is the baseline or a control"),
         ("headline.method=oracle-margin", "'oracle-margin' is the baseline or a control"),
         ("headline.method=nobody", "headline.method 'nobody' is not among the methods"),
+        ("headline.metric='math:pi'", "headline.metric: 'math:pi' is not registered"),
         ("headline.metric=rewad", "headline.metric: unknown metric 'rewad'; did you mean 'reward'?"),
     ],
 )
@@ -223,3 +224,11 @@ def test_a_registered_metric_is_in_the_results_the_table_and_the_report(exclamat
     assert "exclamation marks" in verdict(results)
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert "exclamation marks</b> by the length" in render_html([tmp_path])
+
+
+def test_a_metric_that_some_runs_lack_is_left_out_of_their_rows():
+    partly = [measured([1, 2], accuracy=0.5)[0], measured([1, 2])[0]]
+    models = {"dpo": measured([1, 2], [1, 2]), "tvkd": measured([1, 2], [3, 4], accuracy=1.0), "shuffled": partly}
+    results = summarise(recipe(), [models])
+    assert results["methods"]["tvkd"].keys() == {"reward", "reward_accuracy"}
+    assert results["methods"]["shuffled"].keys() == results["differences"]["tvkd"].keys() == {"reward"}

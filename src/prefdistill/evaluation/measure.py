@@ -49,6 +49,11 @@ class Measured:
         return subset
 
 
+def complete(by_seed: list[list[Measured]], metric: str) -> bool:
+    """Return whether every run of every seed has a metric; a mean over some of them would not be comparable."""
+    return all(metric in run.items for runs in by_seed for run in runs)
+
+
 def add_win_rates(models: dict[str, list[Measured]], start: str) -> None:
     """Add the metrics that compare every model with the student's start on the same prompts.
 
@@ -61,9 +66,8 @@ def add_win_rates(models: dict[str, list[Measured]], start: str) -> None:
         if score is None or start not in models or score not in models[start][0].items:
             continue
         start_scores = models[start][0].items[score]
-        for runs in models.values():
-            for run in runs:
-                run.add(name, pair_wins(run.items[score], start_scores), run.groups.get(score))
+        for run in (run for runs in models.values() for run in runs if score in run.items):
+            run.add(name, pair_wins(run.items[score], start_scores), run.groups.get(score))
 
 
 def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | No
     for low, high in length_ranges(first.items["reference_words"], edges):
         subsets = {n: [[run.among(metrics, low, high) for run in runs] for runs in s] for n, s in models.items()}
         for metric in metrics:
-            means = {name: mean_of(s, metric) for name, s in subsets.items() if metric in s[0][0].items}
+            means = {name: mean_of(s, metric) for name, s in subsets.items() if complete(s, metric)}
             if means:
                 sample = next(s[0][0] for s in subsets.values() if metric in s[0][0].items)
                 n = len(set(sample.groups.get(metric) or range(len(sample.items[metric]))))

@@ -37,12 +37,13 @@ class Headline(Section):
         from prefdistill.core.errors import UserError
         from prefdistill.evaluation.metrics import METRICS
 
+        if metric is None or metric.lower() in METRICS:
+            return metric and metric.lower()
         try:
-            if metric is not None:
-                METRICS.find(metric)
+            METRICS.find(metric)
         except UserError as error:
             raise ValueError(f"headline.metric: {error}") from error
-        return metric
+        raise ValueError(f"headline.metric: {metric!r} is not registered; METRICS.register it under a name")
 
 
 def refuse_flag(control: Any) -> Any:

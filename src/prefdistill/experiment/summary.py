@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prefdistill.evaluation.measure import Measured, add_win_rates, by_length, difference_of, mean_of, points
+from prefdistill.evaluation.measure import Measured, add_win_rates, by_length, complete, difference_of, mean_of, points
 from prefdistill.evaluation.metrics import METRICS, headline_metric
 from prefdistill.evaluation.pairs import SHAPING_TERMS
 from prefdistill.evaluation.reward_model import accuracy_of
@@ -35,10 +35,10 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
     baseline = [models[recipe.baseline] for models in by_seed]
     for name in names:
         runs = [models[name] for models in by_seed]
-        own = [metric for metric in metrics if metric in runs[0][0].metrics]
-        methods[name] = {metric: mean_of(runs, metric) for metric in own}
+        methods[name] = {metric: mean_of(runs, metric) for metric in metrics if complete(runs, metric)}
         if name != recipe.baseline and name in recipe.methods:
-            differences[name] = {metric: difference_of(runs, baseline, metric) for metric in own}
+            shared = [metric for metric in methods[name] if complete(baseline, metric)]
+            differences[name] = {metric: difference_of(runs, baseline, metric) for metric in shared}
     return {
         "methods": methods,
         "differences": differences,
