@@ -128,3 +128,13 @@ def test_the_python_example_trains(tmp_path, monkeypatch, make_model, tokenizer,
     names: dict[str, object] = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
     assert names["trainer"].state.global_step > 0
+
+
+def test_the_reading_path_names_functions_where_they_are():
+    """In docs/architecture.md, `name` (file) says that the file defines the name."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)(?:\.(\w+))?`\s\(([\w/]+\.py)\)", page)
+    assert len(named) > 12
+    for name, attribute, file in named:
+        source = (ROOT / "src" / "prefdistill" / file).read_text(encoding="utf-8")
+        assert re.search(rf"(def|class) ({name}|{attribute or name})\b", source), (name, file)
