@@ -17,7 +17,7 @@ from prefdistill.core.files import read_sealed, write_json, write_sealed
 from prefdistill.core.yaml import as_yaml, read_yaml
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
-from prefdistill.experiment.recipe import Recipe, _read, load_recipe
+from prefdistill.experiment.recipe import Recipe, load_recipe, read_recipe
 from prefdistill.experiment.study.load import load_study
 from prefdistill.experiment.study.options import Study
 from prefdistill.signals import Signals, extract_signals
@@ -42,7 +42,7 @@ def accepts_some_and_refuses_some():
 
 def complete(path):
     """A shipped recipe with what it leaves to the command line."""
-    recipe = _read(path)
+    recipe = read_recipe(path)
     if not recipe["data"].get("synthetic"):
         recipe["data"]["train"] = "pairs.jsonl"
         recipe["model"] = {**recipe.get("model", {}), "teacher": "a", "student": "b", "teacher_reference": None}

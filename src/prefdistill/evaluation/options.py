@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section, Seeded
 from prefdistill.models.options import Dtype, Loading
@@ -35,10 +35,10 @@ class RewardModelOptions(Section):
         return self
 
 
-def rising(edges: list[int] | tuple[int, ...] | None) -> None:
-    """Raise a ValueError if the edges of length ranges do not rise."""
-    if edges and any(low >= high for low, high in pairwise(edges)):
+def _rising(edges: tuple[int, ...]) -> tuple[int, ...]:
+    if any(low >= high for low, high in pairwise(edges)):
         raise ValueError(f"length_ranges must rise, e.g. 5,10,50; got {','.join(map(str, edges))}")
+    return edges
 
 
 class Evaluation(Section):
@@ -75,7 +75,7 @@ class EvaluateRequest(Loading, Seeded):
         None, description="Win rate against the responses in this file; default: the chosen ones of --data."
     )
     column: str = Field("response", description="Column of the responses in --generations and --against.")
-    length_ranges: tuple[PositiveInt, ...] = Field(
+    length_ranges: Annotated[tuple[PositiveInt, ...], AfterValidator(_rising)] = Field(
         (), strict=False, description=f"Comma-separated. {Evaluation.model_fields['length_ranges'].description}"
     )
     prompts: PositiveInt | None = Field(None, description="Respond to the first prompts only.")
@@ -92,12 +92,6 @@ class EvaluateRequest(Loading, Seeded):
     lm_eval_batch_size: PositiveInt = Field(8, description="Requests of a benchmark per batch.")
     limit: PositiveInt | None = Field(None, description="The first items of each benchmark only.")
     dtype: Dtype = Loading.redefault("dtype", "float32")
-
-    @field_validator("length_ranges")
-    @classmethod
-    def _rising(cls, edges: tuple[int, ...]) -> tuple[int, ...]:
-        rising(edges)
-        return edges
 
     @model_validator(mode="after")
     def _consistent(self) -> "EvaluateRequest":

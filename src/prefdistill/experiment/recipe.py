@@ -204,7 +204,7 @@ def load_recipe(
         UserError: on a missing file or broken YAML; naming every unknown key, wrong type and unknown method.
     """
     path = Path(path)
-    raw = _read(path)
+    raw = read_recipe(path)
     try:
         profile = as_mapping(raw.get("fast"), "fast") if fast else {}
     except ValueError as error:
@@ -274,7 +274,7 @@ def refuse_trust(files: Iterable[dict[str, Any]], where: str) -> None:
             )
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, merged over the one it `extends`, a file named relative to it."""
     raw = read_yaml(path, "recipe", "the shipped ones are under recipes/", "data, model, methods")
     base = raw.pop("extends", None)
@@ -286,7 +286,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if below.resolve() in {file.resolve() for file in files}:
         circle = " -> ".join(map(str, (*files, below)))
         raise UserError(f"{path}: extends goes in a circle ({circle}); take it out of one of these")
-    return merged(_read(below, files), raw)
+    return merged(read_recipe(below, files), raw)
 
 
 def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:
