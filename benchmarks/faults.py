@@ -111,11 +111,15 @@ def command(*arguments: str) -> Callable[[], int]:
     return lambda: cli.main(list(arguments))
 
 
+def in_small_parts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that does its work in several parts of few rows, whatever the verb asks for."""
+    return lambda *arguments, **options: function(*arguments, **options | {"shard_rows": 2})
+
+
 def _signals() -> int:
     import prefdistill.signals
 
-    make = prefdistill.signals.extract_signals
-    prefdistill.signals.extract_signals = partial(make, shard_rows=2)  # several shards of few pairs
+    prefdistill.signals.extract_signals = in_small_parts(prefdistill.signals.extract_signals)
     kinds = ("--kind", "values,logps,topk", "--k", "3")
     return cli.main(["signals", "--model", "teacher", *PAIRS, *kinds, "--out", "out"])
 
@@ -123,8 +127,7 @@ def _signals() -> int:
 def _sample() -> int:
     import prefdistill.sampling.files
 
-    make = prefdistill.sampling.files.sample_responses
-    prefdistill.sampling.files.sample_responses = partial(make, shard_rows=2)
+    prefdistill.sampling.files.sample_responses = in_small_parts(prefdistill.sampling.files.sample_responses)
     few = ("--max-new-tokens", "4", "--batch-size", "2")
     return cli.main(["sample", "--model", "model", *PAIRS, *few, "--out", "out/rows.jsonl"])
 

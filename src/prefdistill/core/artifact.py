@@ -193,44 +193,48 @@ class Artifact(ABC):
             main = team.is_main_process
             if main:
                 self.sweep()
-            found = self.inspect()
-            self._refuse(found)
-            if main and found.state is not State.FINISHED and self.fetch():
-                found = self.inspect()
-            if found.state is State.FINISHED and reuse:
+            inspection = self.inspect()
+            self._refuse(inspection)
+            if main and inspection.state is not State.FINISHED and self.fetch():
+                inspection = self.inspect()
+            if inspection.state is State.FINISHED and reuse:
                 if main:
                     self.tidy()
                     say(f"{self.name}: reused")
-                return found.seal
-            if found.state is State.UNFINISHED:
-                self.request |= found.note.get("request", {})  # keeps the names that it was begun with
+                return inspection.seal
+            if inspection.state is State.UNFINISHED:
+                self.request |= inspection.note.get("request", {})  # keeps the names that it was begun with
             elif main:
-                self._rebuild(found)
+                self._rebuild(inspection)
             if main:
-                if found.state is State.UNFINISHED:
+                if inspection.state is State.UNFINISHED:
                     say(f"{self.name}: resuming")
-                self.write_note({} if found.state in (State.STALE, State.DAMAGED) else found.note)
+                self.write_note({} if inspection.state in (State.STALE, State.DAMAGED) else inspection.note)
         return None
 
-    def _refuse(self, found: Inspection) -> None:
-        if found.state is State.FOREIGN:
-            raise UserError(found.reason)
-        if found.state is State.DAMAGED and self.repair:
-            raise self.damaged(found.reason)
-        if found.state is State.STALE and not self.replace:
-            changes = f" ({found.reason})" if found.reason else ""
+    def _refuse(self, inspection: Inspection) -> None:
+        if inspection.state is State.FOREIGN:
+            raise UserError(inspection.reason)
+        if inspection.state is State.DAMAGED and self.repair:
+            raise self.damaged(inspection.reason)
+        if inspection.state is State.STALE and not self.replace:
+            changes = f" ({inspection.reason})" if inspection.reason else ""
             raise UserError(f"{self.place} holds work of another request{changes}; delete it or give another --out")
 
     def damaged(self, reason: str) -> UserError:
         """Return the error that says how to repair damaged work."""
         return UserError(f"{reason}; {self.repair}")
 
-    def _rebuild(self, found: Inspection) -> None:
-        if found.state is State.DAMAGED:
-            say(f"{self.name}: rebuilding: {found.reason} is missing or damaged")
-            self.unseal(found.seal)
-        elif found.state is State.STALE:
-            changes = f"its inputs changed ({found.reason})" if found.reason else "it is of an unknown earlier request"
+    def _rebuild(self, inspection: Inspection) -> None:
+        if inspection.state is State.DAMAGED:
+            say(f"{self.name}: rebuilding: {inspection.reason} is missing or damaged")
+            self.unseal(inspection.seal)
+        elif inspection.state is State.STALE:
+            changes = (
+                f"its inputs changed ({inspection.reason})"
+                if inspection.reason
+                else "it is of an unknown earlier request"
+            )
             say(f"{self.name}: rebuilding: {changes}")
             self.clear()
 

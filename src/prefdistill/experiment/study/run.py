@@ -77,7 +77,7 @@ class StudyRun:
             options = {key: value for key, value in recipe.cache_key().items() if key != "seed"}
             for seed in self.seeds:
                 sources = self.fingerprints[names]
-                request = {"recipe": options, "given": sources, "seed": seed, "version": __version__}
+                request = {"recipe": options, "sources": sources, "seed": seed, "version": __version__}
                 place = self.out / "cells" / f"{cell.file(seed)}.json"
                 self.artifacts[cell.name, seed] = RecordArtifact(
                     f"cell {cell.name}, seed {seed}", place, request, "study"
@@ -85,10 +85,10 @@ class StudyRun:
 
     def finished(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Return the records of the cells that need not be run."""
-        found = {
+        inspections = {
             (cell.name, seed): self.artifacts[cell.name, seed].inspect() for cell in self.cells for seed in self.seeds
         }
-        return {at: inspection.seal for at, inspection in found.items() if inspection.state is State.FINISHED}
+        return {at: inspection.seal for at, inspection in inspections.items() if inspection.state is State.FINISHED}
 
     def summary(self, failed: list[dict[str, Any]]) -> dict[str, Any]:
         """Return results.json as it stands."""
