@@ -141,7 +141,8 @@ class Recipe(Section):
             if run.start is not None and self.methods[run.start].first_order != run.first_order:
                 raise ValueError(f"methods.{name}.first_order differs from that of {run.start}, which it starts from")
             seen.append(name)
-        check_roles(self)
+        controls = {name: run.control for name, run in self.methods.items()}
+        check_roles(self.baseline, controls, self.headline.method)
         if (self.data.train is None) == (self.data.synthetic is None):
             raise ValueError("data needs either `train` (pairs) or `synthetic`; give data.train=FILE_OR_HUB_NAME")
         if self.data.synthetic:

@@ -1,13 +1,11 @@
 """Declared roles of a recipe's runs: the baseline, methods and controls, and the headline of the results."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from prefdistill.core.options import Section
-
-if TYPE_CHECKING:
-    from prefdistill.experiment.recipe import Recipe
 
 # Models that are evaluated beside the methods, under these names; no method may take them.
 TEACHER, START = "teacher", "start"
@@ -65,59 +63,32 @@ def refuse_flag(control: Any) -> Any:
     return control
 
 
-def check_roles(recipe: "Recipe") -> None:
+def check_roles(baseline: str, controls: Mapping[str, Control | None], headline: str | None) -> None:
     """Check that the baseline, the controls and the headline name runs of the recipe that can have these roles.
+
+    Args:
+        baseline: of the recipe.
+        controls: what each run controls for, by its name.
+        headline: the method of the headline.
 
     Raises:
         ValueError: if one does not.
     """
-    known = ", ".join(recipe.methods)
-    if recipe.baseline not in recipe.methods:
-        raise ValueError(f"baseline {recipe.baseline!r} is not among the methods: {known}")
-    for name, run in recipe.methods.items():
-        if run.control is None:
+    known = ", ".join(controls)
+    if baseline not in controls:
+        raise ValueError(f"baseline {baseline!r} is not among the methods: {known}")
+    for name, control in controls.items():
+        if control is None:
             continue
-        if name == recipe.baseline:
+        if name == baseline:
             raise ValueError(f"methods.{name}.control: the baseline cannot be a control; leave it out")
-        of = recipe.methods.get(run.control.of)
-        if of is None:
-            raise ValueError(f"methods.{name}.control.of: {run.control.of!r} is not among the methods: {known}")
-        if of.control is not None or of is run:
-            raise ValueError(f"methods.{name}.control.of: {run.control.of!r} is a control; name a method")
-    headline = recipe.headline.method
+        if control.of not in controls:
+            raise ValueError(f"methods.{name}.control.of: {control.of!r} is not among the methods: {known}")
+        if controls[control.of] is not None:
+            raise ValueError(f"methods.{name}.control.of: {control.of!r} is a control; name a method")
     if headline is None:
         return
-    if headline not in recipe.methods:
+    if headline not in controls:
         raise ValueError(f"headline.method {headline!r} is not among the methods: {known}")
-    if headline == recipe.baseline or recipe.methods[headline].control is not None:
+    if headline == baseline or controls[headline] is not None:
         raise ValueError(f"headline.method {headline!r} is the baseline or a control; name a method, or null for all")
-
-
-def roles_of(recipe: "Recipe", names: list[str]) -> dict[str, dict[str, str | None]]:
-    """Return `roles` of results.json: the kind of each row, and the run a control is a control of.
-
-    Args:
-        names: the rows of the results, in their order.
-    """
-    roles: dict[str, dict[str, str | None]] = {}
-    for name in names:
-        run = recipe.methods.get(name)
-        if run is None:
-            roles[name] = {"kind": REFERENCE_KINDS[name], "of": None}
-        elif run.control is not None:
-            roles[name] = {"kind": run.control.kind, "of": run.control.of}
-        else:
-            roles[name] = {"kind": "baseline" if name == recipe.baseline else "method", "of": None}
-    return roles
-
-
-def display_names(recipe: "Recipe") -> dict[str, str]:
-    """Return how sentences write the runs: as the recipe says, else as the method does that gives the run its name."""
-    from prefdistill.methods import METHODS
-
-    names = {}
-    for name, run in recipe.methods.items():
-        own = METHODS.find(run.method).display_name if run.method.lower() == name.lower() else ""
-        if shown := run.display_name or own:
-            names[name] = shown
-    return names

@@ -14,7 +14,8 @@ from prefdistill.evaluation.pairs import SHAPING_TERMS
 from prefdistill.evaluation.reward_model import accuracy_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.roles import START, TEACHER, display_names, roles_of
+from prefdistill.experiment.roles import REFERENCE_KINDS, START, TEACHER
+from prefdistill.methods import METHODS as METHOD_CLASSES
 
 LABELS = {TEACHER: "the teacher", START: "the student before any method"}
 
@@ -95,3 +96,31 @@ def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
 def reward_model_accuracy(name: str, by_seed: list[Measured]) -> dict[str, Any]:
     """Return `reward_model` of results.json, its accuracy on the held-out pairs; {} without one."""
     return {"reward_model": accuracy_of(name, by_seed)} if by_seed else {}
+
+
+def roles_of(recipe: Recipe, names: list[str]) -> dict[str, dict[str, str | None]]:
+    """Return `roles` of results.json: the kind of each row, and the run a control is a control of.
+
+    Args:
+        names: the rows of the results, in their order.
+    """
+    roles: dict[str, dict[str, str | None]] = {}
+    for name in names:
+        run = recipe.methods.get(name)
+        if run is None:
+            roles[name] = {"kind": REFERENCE_KINDS[name], "of": None}
+        elif run.control is not None:
+            roles[name] = {"kind": run.control.kind, "of": run.control.of}
+        else:
+            roles[name] = {"kind": "baseline" if name == recipe.baseline else "method", "of": None}
+    return roles
+
+
+def display_names(recipe: Recipe) -> dict[str, str]:
+    """Return how sentences write the runs: as the recipe says, else as the method does that gives the run its name."""
+    names = {}
+    for name, run in recipe.methods.items():
+        own = METHOD_CLASSES.find(run.method).display_name if run.method.lower() == name.lower() else ""
+        if shown := run.display_name or own:
+            names[name] = shown
+    return names

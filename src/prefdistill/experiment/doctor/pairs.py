@@ -19,7 +19,7 @@ from prefdistill.experiment.doctor.characters import around
 from prefdistill.experiment.doctor.findings import Finding, finding_for_rows
 
 if TYPE_CHECKING:
-    from prefdistill.experiment.doctor.tokens import Tokens
+    import numpy as np
 
 FORMS = ("conversational", "plain")
 COLUMNS = ("prompt", *SIDES)
@@ -44,6 +44,16 @@ NOT_A_PAIR = {
         "Use one form in all rows and columns. The other checks use the rows of the more frequent form only.",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A pair before truncation: the tokens of the prompt and of each response, or why training would drop it."""
+
+    dropped: str
+    ids: dict[str, np.ndarray]  # int32, by column
+    ended: dict[str, bool]
+    changed: tuple[str, str]  # a message that the template changes: how, and its start
 
 
 @dataclass

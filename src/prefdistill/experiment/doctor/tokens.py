@@ -16,6 +16,7 @@ from prefdistill.data.encode import encode_untruncated
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows, first_hit_per_row
+from prefdistill.experiment.doctor.pairs import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,16 +39,6 @@ DROPPED = {
     reasons.PROMPT_EMPTY: ("tokens.prompt-empty", "Give these rows a prompt."),
     reasons.RESPONSE_EMPTY: ("tokens.response-empty", "Remove these rows."),
 }
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A pair before truncation: the tokens of the prompt and of each response, or why training would drop it."""
-
-    dropped: str
-    ids: dict[str, np.ndarray]  # int32, by column
-    ended: dict[str, bool]
-    changed: tuple[str, str]  # a message that the template changes: how, and its start
 
 
 @dataclass(frozen=True)
