@@ -104,8 +104,10 @@ def example_files(tmp_path_factory, make_model, tokenizer, pairs):
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
     config = model.config.to_dict() | {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
-    AutoModelForSequenceClassification.from_config(type(model.config)(**config)).save_pretrained(directory / "my/judge")
-    tokenizer.save_pretrained(directory / "my/judge")
+    AutoModelForSequenceClassification.from_config(type(model.config)(**config)).save_pretrained(
+        directory / "my/reward-model"
+    )
+    tokenizer.save_pretrained(directory / "my/reward-model")
     shutil.copytree(ROOT / "recipes", directory / "recipes")
     shutil.copytree(ROOT / "studies", directory / "studies")
     own = {"model": str(directory / "my/student"), "dataset": str(directory / "pairs.jsonl")}

@@ -16,7 +16,7 @@ class EvaluateFlags(EvaluateRequest):
 def evaluate(options: EvaluateFlags) -> dict[str, Any]:
     """Evaluate a student: held-out pairs, responses, reward model, benchmarks.
 
-    Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reward-model my/judge --out e.json
+    Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reward-model my/reward-model --out e.json
     """
     one_process("evaluate")
     from prefdistill.core.files import sweep, write_json
