@@ -44,7 +44,7 @@ class SignalOptions(Section):
 
 
 class SignalRequest(SignalOptions, Trust):
-    """What `extract_signals` is asked for, but the model, the data and the place."""
+    """Everything that `extract_signals` takes but the model, the data and the output directory."""
 
     kinds: Annotated[tuple[str, ...], Flag("--kind")] = Field(
         ("values", "logps"), strict=False, description=f"Comma-separated: {', '.join(KINDS)}."

@@ -1,0 +1,54 @@
+"""Models by role, data with sampled responses, stores and trainers, shared by the methods' tests."""
+
+import pytest
+
+from prefdistill.methods import TRLMethod
+from prefdistill.training.factory import make_trainer
+from prefdistill.training.options import Training
+from support.methods import MODELS, SAMPLED, SIDES, Stores
+
+
+@pytest.fixture(scope="session")
+def model_of(make_model):
+    """Models by role. The student starts as the reference; the others differ from it and are surer of themselves."""
+
+    def make(role):
+        seed, sharpness = MODELS[role]
+        model = make_model(seed)
+        model.lm_head.weight.data *= sharpness
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rows(pairs):
+    """The pairs, with what a teacher and a student might have answered; some of it was cut before its end."""
+    data = pairs
+    for n, name in enumerate(SAMPLED):
+        data = data.add_column(name, [pairs[(5 * i + 7 * n + 3) % 24][SIDES[n]] for i in range(24)])
+        data = data.add_column(f"{name}_ended", [(i + n) % 3 != 0 for i in range(24)])
+    return data
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory, model_of, rows, tokenizer):
+    return Stores(tmp_path_factory.mktemp("stores"), model_of, rows, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def trainer_of(tmp_path_factory, model_of, rows, tokenizer, stores):
+    """The trainer of a method, ours or TRL's, before its first step."""
+
+    def make(method, *, k="vocab", p=None, same="", signals=None, **training):
+        if signals is None:
+            signals = [] if isinstance(method, TRLMethod) else stores(k, p, same)
+        options = {"batch_size": 4, "max_steps": 8, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 100}
+        trainer = make_trainer(
+            method, lambda: model_of(same or "student"), rows, tokenizer, Training(**options | training),
+            tmp_path_factory.mktemp("out"), signals=signals, seed=11,
+        )  # fmt: skip
+        trainer.model.eval()
+        return trainer
+
+    return make
