@@ -15,15 +15,9 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.load import load_prompts
 from prefdistill.data.messages import prompt_text
+from prefdistill.evaluation.items import Responses, rouge_l
 from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
-from prefdistill.evaluation.responses import (
-    Responses,
-    measure_texts,
-    references_of,
-    rouge_l,
-    scores_by_prompt,
-    unique_prompts,
-)
+from prefdistill.evaluation.responses import measure_texts, references_of, scores_by_prompt, unique_prompts
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of
 from prefdistill.evaluation.stats import estimate, mean_and_error, pair_wins
 from prefdistill.models.scratch import random_model
@@ -194,12 +188,8 @@ def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
 
 
 def test_wins_against_all_other_responses_to_a_prompt():
-    class LengthModel:
-        def score(self, prompts, responses, what=""):
-            return np.array([float(response) for response in responses])
-
     others = scores_by_prompt(["p", "q", "p", "p", "r"], [1, 5, 2, 3, 9])
-    responses = Responses(["p", "q"], ["2", "5"], opponents={"chosen": others}).scored(LengthModel())
+    responses = Responses(["p", "q"], ["2", "5"], scores=[2, 5], opponents={"chosen": others})
     measured = Measured()
     measure_texts(measured, responses)
     assert measured.items["reward_model_score"] == [2, 5]

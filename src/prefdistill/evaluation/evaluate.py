@@ -11,18 +11,12 @@ from prefdistill.data.encode import drop_refused
 from prefdistill.data.load import check_pairs, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
+from prefdistill.evaluation.items import RESPONSE, Responses
 from prefdistill.evaluation.measure import Measured, by_length, mean_of, points
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
-from prefdistill.evaluation.responses import (
-    RESPONSE,
-    Responses,
-    measure_texts,
-    references_of,
-    scores_by_prompt,
-    unique_prompts,
-)
+from prefdistill.evaluation.responses import measure_texts, references_of, scores_by_prompt, unique_prompts
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of, check_prompts
 from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.sampling.files import sample_responses
@@ -151,7 +145,7 @@ def _score(request: EvaluateRequest, responses: Responses, data: "Dataset | None
         about["against"] = str(request.against)
     if not opponents:
         say("evaluate: no win rate: nothing to compare with; use --against, or data with chosen responses")
-    return replace(responses.scored(reward_model), opponents=opponents), about
+    return replace(reward_model.scored(responses), opponents=opponents), about
 
 
 def as_text(results: dict[str, Any]) -> str:

@@ -154,14 +154,3 @@ def points(measured: Measured, limit: int = 500) -> list[list[float]]:
     if not scores or not tokens:
         return []
     return [[n, score] for n, score in zip(tokens[:limit], scores[:limit], strict=True)]
-
-
-def numbered(prompts: list[str]) -> list[int]:
-    """Return the number of each prompt, in order of first appearance.
-
-    Example:
-        >>> numbered(["b", "a", "b"])
-        [0, 1, 0]
-    """
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]

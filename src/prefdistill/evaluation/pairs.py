@@ -1,7 +1,6 @@
 """Held-out preference pairs: the implicit reward of a student, and how well terms of the teacher order them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.messages import prompt_text
 from prefdistill.data.truncation import Truncation
-from prefdistill.evaluation.measure import Measured, mean_of, numbered
-from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, pair_wins
+from prefdistill.evaluation.measure import Measured, mean_of
+from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, numbered, pair_wins
 from prefdistill.signals.needs import Need
 from prefdistill.signals.scoring import score_pairs
 from prefdistill.signals.shaping import shaping_returns
@@ -23,26 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefdistill.evaluation.items import PairRewards
 
 SHAPING_TERMS = ("shaping return", "value after the end token")  # of `pair_terms`; the others are for comparison
-
-
-@dataclass(frozen=True)
-class PairRewards:
-    """Log-ratios of a student to its reference on held-out pairs; metrics of pairs are computed from this.
-
-    Args:
-        chosen, rejected: log-ratio of each response, nats, [pairs].
-        chosen_logp: the student's log-probability of the chosen response per token, [pairs].
-        row: the row of each pair in the data, [pairs].
-        groups: the number of each pair's prompt, over which error bars are computed.
-    """
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    chosen_logp: np.ndarray
-    row: np.ndarray
-    groups: list[int]
 
 
 def implicit_rewards(

@@ -1,19 +1,11 @@
 """Responses of a model: their text, length, references and scores, and everything measured from them."""
 
-import dataclasses
-import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from prefdistill.core.errors import UserError
-from prefdistill.data.columns import tokens_column
 from prefdistill.data.messages import prompt_text
-from prefdistill.evaluation.measure import Measured, numbered
-from prefdistill.evaluation.stats import pair_wins
+from prefdistill.evaluation.measure import Measured
 from prefdistill.sampling.sampler import Response
 
 if TYPE_CHECKING:
@@ -21,119 +13,9 @@ if TYPE_CHECKING:
 
     from prefdistill.evaluation.reward_model import RewardModel
 
-RESPONSE = "response"  # the column of sampled responses
+from prefdistill.evaluation.items import RESPONSE, Responses, Scores, first_rows, text_of, word_count
+
 REFERENCES = ("chosen", "completion")  # columns of reference responses: the first of these that the data have
-Scores = dict[str, list[float]]  # of the responses to each prompt
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Responses to prompts and what is known of each; one row per response. Metrics are computed from this.
-
-    Args:
-        prompts: messages or text.
-        texts: the text of each response.
-        tokens: the number of tokens of each; None where the file does not have it.
-        references: the reference response of each prompt's text, where the data have one.
-        rewards: the true reward of each, where it is known.
-        scores: of each by a reward model.
-        opponents: scores by the same reward model of other responses to the same prompts: "chosen" (the data's), or
-            "against" (a file's).
-    """
-
-    prompts: list[Any]
-    texts: list[str]
-    tokens: list[int] | None = None
-    references: list[str] | None = None
-    rewards: Sequence[float] | None = None
-    scores: Sequence[float] | np.ndarray | None = None
-    opponents: dict[str, Scores] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def read(cls, rows: "Dataset", column: str = RESPONSE, references: dict[str, str] | None = None) -> "Responses":
-        """Read a data set with prompts and a column of responses.
-
-        Raises:
-            UserError: if there is no such column, or `references` lacks a prompt.
-        """
-        if column not in rows.column_names:
-            raise UserError(
-                f"the responses have no column {column!r}; their columns: {', '.join(rows.column_names)}. Name the "
-                "right one with --column"
-            )
-        prompts = rows["prompt"][:]
-        for row, response in enumerate(rows[column][:]):
-            if not isinstance(response, str) and not _are_messages(response):
-                raise UserError(
-                    f"row {row} of the responses has no response: {column!r} must be text or a list of messages, not "
-                    f"{reprlib.repr(response)}"
-                )
-        reference_texts = None
-        if references:
-            texts = [prompt_text(prompt) for prompt in prompts]
-            if missing := [text for text in texts if text not in references]:
-                raise UserError(f"{len(missing)} prompts of the responses are not in the data, e.g. {missing[0]:.80}")
-            reference_texts = [references[text] for text in texts]
-        counts = tokens_column(column)
-        return cls(
-            prompts,
-            [text_of(response) for response in rows[column][:]],
-            rows[counts][:] if counts in rows.column_names else None,
-            reference_texts,
-        )
-
-    @property
-    def groups(self) -> list[int]:
-        """The number of each response's prompt, over which error bars are computed."""
-        return numbered([prompt_text(prompt) for prompt in self.prompts])
-
-    def first(self, count: int) -> "Responses":
-        """Return the first `count` responses."""
-        columns = ("prompts", "texts", "tokens", "references", "rewards", "scores")
-        values: dict[str, Any] = {name: getattr(self, name) for name in columns}
-        cut: dict[str, Any] = {name: None if value is None else value[:count] for name, value in values.items()}
-        return replace(self, **cut)
-
-    def scored(self, reward_model: "RewardModel") -> "Responses":
-        """Return the responses with their scores by a reward model."""
-        return replace(self, scores=reward_model.score(self.prompts, self.texts))
-
-    def win_rates(self, opponent: str) -> list[float] | None:
-        r"""Return each response's share of wins against the opponent's responses A_i to its prompt, by score.
-
-        .. math:: \frac1{|A_i|} \sum_{a \in A_i} [S(y_i) > a] + \tfrac12 [S(y_i) = a]
-
-        None without scores or such an opponent.
-
-        Raises:
-            UserError: if the opponent lacks a prompt.
-        """
-        if self.scores is None or opponent not in self.opponents:
-            return None
-        wins = []
-        for prompt, score in zip(self.prompts, self.scores, strict=True):
-            others = self.opponents[opponent].get(prompt_text(prompt))
-            if not others:
-                raise UserError(f"no win rate: the responses to compare with lack the prompt {prompt_text(prompt):.80}")
-            wins.append(float(np.mean(pair_wins(np.full(len(others), score), others))))
-        return wins
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
-
-
-def text_of(response: Any) -> str:
-    """Return a response as text; several messages, line by line."""
-    return response if isinstance(response, str) else "\n".join(message["content"] for message in response)
-
-
-def first_rows(prompts: list[Any], limit: int | None = None) -> list[int]:
-    """Return the first row of each of the first `limit` different prompts."""
-    rows: dict[str, int] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt_text(prompt), row)
-    return list(rows.values())[:limit]
 
 
 def unique_prompts(rows: "Dataset", limit: int | None = None) -> "Dataset":
@@ -149,25 +31,6 @@ def references_of(rows: "Dataset") -> dict[str, str]:
         for prompt, response in zip(rows["prompt"][:], rows[column][:], strict=True):
             references.setdefault(prompt_text(prompt), text_of(response))
     return references
-
-
-def word_count(text: str) -> int:
-    """Return the number of words, split at white space."""
-    return len(text.split())
-
-
-def rouge_l(responses: Sequence[str], references: Sequence[str]) -> list[float]:
-    """Return ROUGE-L (F1, stemmed) of each response, by the rouge-score package.
-
-    Example:
-        >>> rouge_l(["the cat sat"], ["the cats sat down"])
-        [0.8571428571428571]
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(references, responses, strict=True)
-    return [scorer.score(reference, response)["rougeL"].fmeasure for reference, response in pairs]
 
 
 def scores_by_prompt(prompts: list[Any], scores: Any) -> Scores:
@@ -207,7 +70,7 @@ def measure_responses(
     responses = Responses.read(rows, RESPONSE, references_of(data))
     if prompts:
         counted = responses.first(prompts)
-        measure_texts(measured, counted.scored(reward_model) if reward_model else counted)
+        measure_texts(measured, reward_model.scored(counted) if reward_model else counted)
     scores = measured.items.get("reward_model_score", [])
     measured.samples = [
         {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "response": text}

@@ -1,5 +1,6 @@
 """Reward models: scores of responses, and the reward model's own accuracy on held-out pairs."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +10,10 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encoder import accepts_prompt, reward_model_ids
-from prefdistill.evaluation.measure import Measured, mean_of, numbered
+from prefdistill.evaluation.items import Responses, first_rows
+from prefdistill.evaluation.measure import Measured, mean_of
 from prefdistill.evaluation.pairs import prompts_of
-from prefdistill.evaluation.responses import first_rows
-from prefdistill.evaluation.stats import pair_wins
+from prefdistill.evaluation.stats import numbered, pair_wins
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class RewardModel:
                 scores[rows] = self._forward([ids[row] for row in rows])
                 progress.update(len(rows))
         return scores
+
+    def scored(self, responses: Responses) -> Responses:
+        """Return the responses with their scores."""
+        return replace(responses, scores=self.score(responses.prompts, responses.texts))
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         batches: list[list[int]] = []

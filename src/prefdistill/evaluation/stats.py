@@ -147,3 +147,14 @@ def margin_accuracy(chosen: Any, rejected: Any) -> float:
         0.75
     """
     return float(pair_wins(chosen, rejected).mean())
+
+
+def numbered(prompts: list[str]) -> list[int]:
+    """Return the number of each prompt, in order of first appearance.
+
+    Example:
+        >>> numbered(["b", "a", "b"])
+        [0, 1, 0]
+    """
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]

@@ -3,9 +3,10 @@
 import functools
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.evaluation.measure import Measured, numbered
+from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompts_of
 from prefdistill.evaluation.shaping import shaping_of
+from prefdistill.evaluation.stats import numbered
 from prefdistill.experiment.plan import Plan
 from prefdistill.signals import SignalSet
 

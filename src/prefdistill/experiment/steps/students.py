@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data import synthetic
+from prefdistill.evaluation.items import RESPONSE
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.pairs import measure_pairs
-from prefdistill.evaluation.responses import RESPONSE, measure_responses, measure_rewards, unique_prompts
+from prefdistill.evaluation.responses import measure_responses, measure_rewards, unique_prompts
 from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer, Trained
 from prefdistill.experiment.steps.reward_model import load_reward_model
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
