@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from prefdistill.signals.store import Signals, SignalSet
+    from prefdistill.signals.interfaces import Store, Stores
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Settings:
     value_dtype: str = "float32"
     value_temperature: float = 1.0
     topk: Mapping[str, Any] = field(default_factory=dict)
-    ids_from: Signals | None = None
+    ids_from: Store | None = None
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Settings:
@@ -159,11 +159,11 @@ class Kind:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def read(self, store: Signals, response: str, row: int) -> dict[str, Any]:
+    def read(self, store: Store, response: str, row: int) -> dict[str, Any]:
         """Return what `Signals.row` shows of one response."""
         return {name: store.value(self.column_name(name, response), row) for name in self.columns}
 
-    def batch(self, signals: SignalSet, role: str, response: str) -> dict[str, np.ndarray]:
+    def batch(self, signals: Stores, role: str, response: str) -> dict[str, np.ndarray]:
         """Return what a method gets of a batch: name -> [states, ...], the rows' states one after another."""
         store = signals.store(role, self.name, response)
         return {f"{role}_{response}_{name}": store.flat(f"{response}_{name}", signals.rows) for name in self.columns}

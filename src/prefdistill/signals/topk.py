@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from prefdistill.signals.store import Signals, SignalSet
+    from prefdistill.signals.interfaces import Store, Stores
 
 COLUMNS = {
     "counts": Column("int32", ragged=True, encoding="DICTIONARY"),  # often the same number throughout
@@ -66,7 +66,7 @@ class TopKRequest:
 
     k: int | Literal["vocab"] = 50
     p: float | None = None
-    ids_from: Signals | None = None
+    ids_from: Store | None = None
     coding: Literal["packed", "float32"] | None = None
 
     def __post_init__(self) -> None:
@@ -193,7 +193,7 @@ class TopKKind(Kind):
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def distributions(
-        self, store: Signals, response: str, rows: np.ndarray
+        self, store: Store, response: str, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
         """Return counts [states], ids and log-probabilities [n] and rests [states], one state after another."""
         table = store.table(rows, tuple(f"{response}_topk_{name}" for name in self.names))
@@ -204,7 +204,7 @@ class TopKKind(Kind):
             return counts, columns.get("ids"), columns["logps"], columns["rest"]
         return counts, *self._unpack(columns, counts, arrays["counts"].value_lengths().to_numpy())
 
-    def topk(self, store: Signals, response: str, rows: np.ndarray, ids_from: Signals | None = None) -> TopK:
+    def topk(self, store: Store, response: str, rows: np.ndarray, ids_from: Store | None = None) -> TopK:
         """Return the distributions at s_0 .. s_{T-1} of each row in turn, as [states, k]."""
         counts, ids, logps, rest = self.distributions(store, response, rows)
         if ids_from is not None:
@@ -218,11 +218,11 @@ class TopKKind(Kind):
         padded.ids[filled], padded.logps[filled] = ids, logps
         return padded
 
-    def read(self, store: Signals, response: str, row: int) -> dict[str, Any]:
+    def read(self, store: Store, response: str, row: int) -> dict[str, Any]:
         parts = zip(COLUMNS, self.distributions(store, response, np.array([row])), strict=True)
         return {f"topk_{name}": part for name, part in parts if part is not None}
 
-    def batch(self, signals: SignalSet, role: str, response: str) -> dict[str, np.ndarray]:
+    def batch(self, signals: Stores, role: str, response: str) -> dict[str, np.ndarray]:
         states = signals.topk(role, response)
         return {
             f"{response}_ids": states.ids,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from prefdistill.core.progress import Progress
-    from prefdistill.experiment.doctor.pairs import Pair, PairSet
+    from prefdistill.experiment.doctor.pairs import Pair, PairSet, Tokens
 
 BATCH = 256
 # Why training would drop a row: the check, and the fix.
