@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
 from prefdistill.data.columns import SIDES
