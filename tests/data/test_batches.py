@@ -36,7 +36,7 @@ def test_one_response_and_no_features():
 
 
 def test_masked_by_hand():
-    """Both responses behind one prompt, and what each of their tokens may see."""
+    """Both responses share a prompt; each token sees the tokens that the mask allows."""
     batch = PairCollator(pad_token_id=0, layout=FREE)(ROWS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 8], [1, 2, 3, 9, 4, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 1, 2], [0, 1, 2, 3, 2, 0, 0]]
@@ -76,7 +76,7 @@ pairs_of_texts = st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=5
 @settings(deadline=None, max_examples=200)
 @given(pairs_of_texts, st.sampled_from([PADDED, FREE, Layout("masked", 0.1), Layout("packed")]))
 def test_states_of_every_response_are_indexed(pairs, layout):
-    """Whatever the layout: the states in order, behind exactly the text before them, at the positions of that text."""
+    """In every layout, each state sees exactly the text before it, at the positions of that text."""
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
     batch = PairCollator(pad_token_id=0, layout=layout)(rows)
     ids, width = batch["input_ids"], batch["input_ids"].shape[1]
@@ -93,7 +93,7 @@ def test_states_of_every_response_are_indexed(pairs, layout):
 
 
 def text_seen(batch, row, at):
-    """The tokens that a state is made from, by the batch's own masks and positions."""
+    """Return the tokens that a state sees, by the batch's masks and positions."""
     ids = batch["input_ids"][row].tolist()
     if "attention_mask" in batch:
         assert batch["attention_mask"][row, : at + 1].all()
@@ -173,10 +173,10 @@ def test_masks_work_in_autocast_and_half_precision():
         (tf.LlamaConfig(**SMALL), None, "masked"),
         (tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4), 64, "masked"),
         (tf.MistralConfig(**SMALL, num_key_value_heads=4, sliding_window=64), 64, "masked"),
-        # a mask of one's own would take the place of the window's
+        # an explicit mask would replace that of the window
         (tf.MistralConfig(**SMALL, num_key_value_heads=4, sliding_window=64), 65, "padded"),
         (tf.MistralConfig(**SMALL, num_key_value_heads=4, sliding_window=64), None, "padded"),
-        # positions that count the mask, states that go through it
+        # positions counted along the mask; recurrent states that ignore it
         (tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4), 64, "padded"),
         (tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4), 64, "padded"),
     ],
@@ -188,7 +188,7 @@ def test_layout_for_each_kind_of_model(config, longest, kind):
 
 
 def test_a_model_that_ignores_the_mask_gets_padded_rows():
-    """It takes positions and masks and does not heed them."""
+    """A model may accept positions and masks and ignore them."""
     model = loud(tf.LlamaConfig(**SMALL))
     assert layout_for(model).kind == "masked"
     forward = model.model.forward

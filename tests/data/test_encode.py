@@ -67,7 +67,7 @@ def contents(style):
 
 
 def assert_row_is_the_conversation(row, encoded, tokenizer, style):
-    """What the tokens of one encoded row must be, from the template's text and the style's own description."""
+    """Check the tokens of an encoded row against the template's text and the description of the style."""
     prompt_text = template(tokenizer, row["prompt"], add_generation_prompt=True)
     end = tokenizer.convert_tokens_to_ids(style.end)
     for name in ("chosen", "rejected"):
@@ -101,7 +101,7 @@ def test_encoded_conversations_decode_to_the_templates_text_or_are_dropped(style
     assert encoded[0]["row"] == 0
     for row in encoded:
         assert_row_is_the_conversation(rows[row["row"]], row, tokenizer, STYLES[style])
-    # Refused rows are those whose tokens do not start with the tokens of the prompt, and no others.
+    # Dropped rows are exactly those whose tokens do not start with the tokens of the prompt.
     refused = []
     for index, row in enumerate(rows):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
@@ -302,7 +302,7 @@ def test_a_cut_response_has_the_tokens_of_the_ended_one_without_its_end_token(st
     assert tokenizer.decode(cut["ids"]) == text
     assert cut["offsets"] == ended["offsets"][:-1]
     assert cut["offsets"][-1] == len(text)
-    # the same tokens as of a pair
+    # the same tokens as in a pair
     pair, _ = encode([form("What is the capital?", text, "x")], tokenizer)
     assert pair[0]["chosen_ids"] == ended["ids"]
 
@@ -330,7 +330,7 @@ def test_cut_responses_can_be_truncated_and_empty_ones_are_dropped():
 
 
 def test_only_the_requested_responses_are_encoded():
-    """Also where the same rows were encoded before, for others."""
+    """Also if the same rows were encoded before with other responses."""
     tokenizer = make_tokenizer("chatml")
     row = {**conversation("Q?", "yes", "no"), "student_response": [assistant("perhaps")], "note": "kept out"}
     data = Dataset.from_list([row])

@@ -362,7 +362,7 @@ def test_errors_of_sampled_rows(tmp_path, change, message):
 
 
 def test_a_rebuilt_saved_data_set_gives_its_new_rows(tmp_path):
-    """The fingerprint is that of the code that made them, and what was mapped before lies beside the old rows."""
+    """The fingerprint of `datasets` depends on the code, so its cache files may hold older rows."""
     answers = tmp_path / "answers.txt"
     source = Dataset.from_list([{"prompt": "p", "rejected": "no"}])
 
@@ -378,7 +378,7 @@ def test_a_rebuilt_saved_data_set_gives_its_new_rows(tmp_path):
 
 @pytest.mark.parametrize("source", ["pairs.parquet", "directory"])
 def test_a_new_file_of_the_same_name_and_time_is_not_taken_from_a_cache(tmp_path, source):
-    """Archives and copies keep times; a cache that goes by them would give the rows of the older file."""
+    """Archives and copies preserve times; a cache keyed by them would give the rows of the older file."""
     (tmp_path / "directory").mkdir()
     file = tmp_path / ("pairs.parquet" if source == "pairs.parquet" else "directory/0.parquet")
     for chosen in ("old", "new"):

@@ -332,7 +332,7 @@ def test_computing_config_holds_only_what_changes_outputs(make_model, tmp_path):
 
 
 def test_state_that_is_not_a_tensor_is_part_of_the_digest():
-    """As quantisation has them: several tensors in one, or numbers beside it."""
+    """Quantised state: a tensor that consists of several, or values that are not tensors."""
 
     class Packed:
         def __init__(self, codes, scale):

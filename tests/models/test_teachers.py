@@ -35,7 +35,7 @@ FAMILIES = {
     "llama": (tf.LlamaConfig, COMMON),
     "qwen3": (tf.Qwen3Config, {**COMMON, "head_dim": 8}),
     "phi3": (tf.Phi3Config, COMMON),
-    # positions that are learned; learned and counted along the mask; no more than a bias on distances
+    # learned positions; learned and counted along the mask; a bias on distances
     "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "opt": (tf.OPTConfig, {**WIDTH, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "bloom": (tf.BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
@@ -43,7 +43,7 @@ FAMILIES = {
     # logits that are scaled or capped
     "cohere": (tf.CohereConfig, {**COMMON, "logit_scale": 0.3}),
     "granite": (tf.GraniteConfig, {**COMMON, "logits_scaling": 4.0, "attention_multiplier": 0.2}),
-    # a window of the text: in every layer, in every other one; with sinks
+    # sliding windows: in every layer, in every other one; with sinks
     "mistral": (tf.MistralConfig, {**COMMON, **WINDOW}),
     "gemma2": (tf.Gemma2Config, {**COMMON, **WINDOW, "final_logit_softcapping": 5.0}),
     "gemma3": (
@@ -61,7 +61,7 @@ FAMILIES = {
         {**COMMON, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
     ),
     "modernbert-decoder": (tf.ModernBertDecoderConfig, {**COMMON, "cls_token_id": 1, "sep_token_id": 2}),
-    # a state in place of attention, or of some of it
+    # a recurrent state in place of all or some attention
     "mamba": (tf.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "lfm2": (tf.Lfm2Config, {**COMMON, "layer_types": ["conv", "full_attention"]}),
     "recurrent-gemma": (
@@ -154,7 +154,7 @@ def test_padded_vocabulary_rows_get_no_probability(family, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_bfloat16(family, tokenizer, tmp_path):
-    """Rounding may differ between a batch and a response alone, but by no more than a few of its steps."""
+    """Rounding may differ between a batch and a single response, by a few units in the last place."""
     model = make(tokenizer, family).bfloat16()
     store = check(model, tokenizer, tmp_path, atol=0.08, rtol=0.02)
     assert store.manifest["model"]["dtype"] == "bfloat16"
@@ -164,7 +164,7 @@ def test_bfloat16(family, tokenizer, tmp_path):
 
 
 def small(tokenizer, directory, **settings):
-    """A float32 model on disk, so that nothing but the quantisation rounds."""
+    """A float32 model on disk, so that only quantisation rounds."""
     make(tokenizer, "llama", hidden_size=64, intermediate_size=128, **settings).save_pretrained(directory)
     return str(directory)
 

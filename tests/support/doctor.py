@@ -36,7 +36,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 
 
 def clean(first=0):
-    """Twelve pairs with nothing to find in them; in half of them the chosen response is the longer one."""
+    """Return twelve pairs without faults; in half of them the chosen response is the longer one."""
     rows = []
     for i, subject in enumerate(SUBJECTS, first):
         short, long = f"Short words on {subject}.", f"Rather more words that are about {subject} and nothing else."
@@ -87,7 +87,7 @@ def finding_of(checkup, check):
 
 
 def edited(changes):
-    """The clean rows, some of them changed: {row: {column: value}}; text becomes a message of the right role."""
+    """Return the clean rows with changes {row: {column: value}}; text becomes a message of the right role."""
     rows = clean()
     for row, columns in changes.items():
         for name, value in columns.items():
@@ -98,7 +98,7 @@ def edited(changes):
 
 
 def scored(*values):
-    """The clean rows, a few of them, with these scores of the chosen responses and 0 of the others."""
+    """Return the first clean rows with these scores of the chosen responses and 0 of the rejected ones."""
     pairs = zip(clean(), values, strict=False)
     return [{**row, "score_chosen": value, "score_rejected": 0.0} for row, value in pairs]
 
@@ -117,7 +117,7 @@ GENERATE = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 def templated(template):
-    """The shared tokenizer under another chat template."""
+    """Return a function that sets another chat template on a tokenizer."""
 
     def change(tokenizer):
         tokenizer.chat_template = template
@@ -131,7 +131,7 @@ def tokenizer_of_style(name, **options):
 
 
 def word_tokenizer(_):
-    """A tokenizer that knows a few words."""
+    """Return a word-level tokenizer of a few words."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", "Question", "what", "of", "Short", "words"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

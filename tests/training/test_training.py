@@ -146,7 +146,7 @@ def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, train):
 
 
 def test_bf16_autocast_is_active_and_close_to_float32(tmp_path, train):
-    """Accelerate puts autocast on the model's forward, which the log-probabilities go around."""
+    """Accelerate puts autocast on the model's forward, which scoring bypasses."""
     plain = train(METHODS["dpo"]())
     half = train(METHODS["dpo"](), args=arguments(tmp_path, bf16=True))
     assert history(plain) != history(half)
@@ -260,7 +260,7 @@ def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(
 
 
 def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, make_model, pairs, tokenizer):
-    """TRL counts tokens, and the Trainer averages the loss, from where a process began."""
+    """TRL counts tokens, and the Trainer averages the loss, from the start of the process."""
     training = Training(max_steps=4, batch_size=4, micro_batch_size=4, logging_steps=1)
     rows = pairs.select_columns(["prompt", "chosen", "rejected"])
 
@@ -343,8 +343,8 @@ DAMAGE = {
 def test_a_checkpoint_with_a_lost_file_is_discarded(
     name, earlier, tmp_path, make_model, pairs, tokenizer, reference, teacher, capsys
 ):
-    """Training goes on from an earlier one or begins again, and the damaged one cannot be taken for a whole one later:
-    it would outlive the one at step 2, which is older."""
+    """Training resumes from an earlier checkpoint or starts again. The damaged one is removed: it is newer than the one
+    at step 2 and would outlive it."""
     signals = [reference, teacher]
     every = {"save_steps": 2, "save_total_limit": 2 if earlier else 1}
     fit(whole_run(tmp_path / "straight", make_model, pairs, tokenizer, signals), tmp_path / "straight", "straight")
@@ -373,7 +373,7 @@ def test_a_checkpoint_with_a_lost_file_is_discarded(
 def test_a_checkpoint_is_synced_before_an_old_one_is_removed(
     limit, gone, tmp_path, make_model, pairs, tokenizer, reference, teacher, monkeypatch
 ):
-    """And the model before the stage is called done: what was not synced, a loss of power may take back."""
+    """And the model before its stage is marked done: a power loss can undo what was not synced."""
     synced, removed = set(), []
     fsync, rmtree = os.fsync, shutil.rmtree
 
@@ -474,7 +474,7 @@ def test_values_of_another_temperature_are_refused(train):
 
 
 def test_a_constant_signal_is_an_error(tmp_path, train, make_model, pairs, tokenizer, reference):
-    """A head of zeros has the same value everywhere."""
+    """A head of zeros gives every state the same value."""
     model = make_model()
     model.lm_head.weight.data.zero_()
     flat = extract_signals(model, pairs, tokenizer, ("values",), tmp_path / "flat")
@@ -513,7 +513,7 @@ def test_held_out_reference_signals_are_checked_too(tmp_path, train, make_model,
 def test_a_reference_in_another_dtype_passes_if_its_weights_are_equal(
     tmp_path, train, make_model, pairs, tokenizer, dtype
 ):
-    """What is stored in 16 bits and read in 32 is the same model; what loses bits on the way is not."""
+    """16-bit weights loaded in 32 bits are the same model; weights that lost bits are not."""
     stored = make_model().to(dtype)
     narrow = extract_signals(stored, pairs, tokenizer, ("logps",), tmp_path / "narrow", role="reference")
     train(METHODS["dpo"](), model=make_model().to(dtype).float(), signals=[narrow])
@@ -540,7 +540,7 @@ def test_a_reference_in_another_precision_warns(tmp_path, train, make_model, pai
 
 
 def test_an_adapter_that_differs_from_its_reference_warns(train, make_model, capsys):
-    """Around a model that is an adapter already: its weights are not output apart, its numbers are."""
+    """With a model that is wrapped in an adapter already: its weights are not compared, its log-probs are."""
     from peft import LoraConfig, get_peft_model
 
     def adapted(**options):
@@ -554,7 +554,7 @@ def test_an_adapter_that_differs_from_its_reference_warns(train, make_model, cap
 
 
 def test_a_checkpoint_saved_twice_is_complete(tmp_path, make_model, tokenizer, pairs):
-    """At the end of a step that Ctrl-C ends, and at that of the epoch it ends with it."""
+    """Once for the step that Ctrl-C ends, and once for the epoch that ends with it."""
     from transformers import TrainerControl, TrainerState
 
     from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint

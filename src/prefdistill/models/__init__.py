@@ -1,1 +1,1 @@
-"""Loading models, telling them apart, and scoring tokens with them."""
+"""Load and identify models, and score tokens with them."""
