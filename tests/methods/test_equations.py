@@ -305,7 +305,7 @@ def test_loss_and_gradient_are_those_of_the_equation(case, trainer_of, naive):
 
 
 @pytest.mark.parametrize("case", table(case for case in CASES if case.alike))
-def test_where_all_models_are_one_the_teacher_adds_nothing(case, trainer_of, naive):
+def test_identical_models_leave_no_teacher_term(case, trainer_of, naive):
     """Neither to the loss nor to its gradient: what is left is SFT, the start of DPO, or nothing at all."""
     trainer = trainer_of(case.make(), k=case.k, p=case.p, same="teacher")
     loss, gradient = value_and_gradient(trainer, batch_of(trainer, ROWS))
@@ -358,7 +358,7 @@ def test_a_row_without_tokens_is_finite_and_has_no_gradient(case, trainer_of):
 
 
 @pytest.mark.parametrize("case", table(case for case in DISTRIBUTIONS if case.method != "adpa"))
-def test_the_more_ids_the_closer_and_no_divergence_is_overstated(case, trainer_of):
+def test_more_ids_bring_the_divergence_closer_from_below(case, trainer_of):
     trainer = trainer_of(case.make())
     full, gradient = value_and_gradient(trainer, batch_of(trainer, ROWS))
     errors = []

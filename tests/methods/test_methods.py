@@ -55,12 +55,12 @@ MISSING = [  # method, options, the signals at hand, what is said
 ]  # fmt: skip
 
 
-def test_the_list_of_what_may_be_missing_has_every_method():
+def test_missing_signals_are_listed_for_every_method():
     assert {name for name, *_ in MISSING} == {name for name in METHODS if METHODS[name]().needs}
 
 
 @pytest.mark.parametrize(("name", "options", "roles", "message"), MISSING)
-def test_a_missing_signal_says_which_command_makes_it(name, options, roles, message, trainer_of, stores):
+def test_a_missing_signal_names_the_command_that_extracts_it(name, options, roles, message, trainer_of, stores):
     """All other signals of the models in `roles` are there, of the pairs or, of a teacher alone, of the samples."""
     where = SAMPLED if roles == ["teacher"] else SIDES
     at_hand = [s for s in stores() if s.role in roles and set(s.responses) <= set(where)]
@@ -70,7 +70,7 @@ def test_a_missing_signal_says_which_command_makes_it(name, options, roles, mess
     assert message in str(refusal.value)
 
 
-def test_responses_that_were_not_sampled_say_which_command_samples_them(pairs, tokenizer, model_of, tmp_path):
+def test_missing_responses_name_the_command_that_samples_them(pairs, tokenizer, model_of, tmp_path):
     training = Training(batch_size=1, max_steps=1)
     with pytest.raises(UserError, match=r"no column 'teacher_response'.*prefdistill sample --column teacher_response"):
         make_trainer(METHODS["seqkd"](), lambda: model_of("student"), pairs, tokenizer, training, tmp_path)
@@ -150,12 +150,12 @@ def test_bad_methods(name, options, message):
     assert message in str(refusal.value)
 
 
-def test_numbers_may_be_whole():
+def test_integers_are_accepted_as_numbers():
     assert make_method("tvkd", {"alpha": 1, "clip": 2}) == METHODS["tvkd"](alpha=1.0, clip=2.0)
     assert METHODS["dadpo"](beta=0).needs == (Need("reference", "logps"), Need("teacher", "logps"))
 
 
-def test_responses_that_have_to_be_sampled_first():
+def test_sampled_responses_of_each_method():
     found = {name: sampled(METHODS[name]()) for name in METHODS}
     assert {name: part for name, part in found.items() if part} == {
         "seqkd": ("teacher_response",),

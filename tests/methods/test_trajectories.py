@@ -54,7 +54,7 @@ def test_evaluation_reads_the_signals_of_the_rows_it_is_given(tmp_path_factory, 
         trainer.evaluate(trainer.train_dataset.select(range(2)))
 
 
-def test_trl_reads_its_reference_as_it_goes(trainer_of):
+def test_trl_computes_its_reference_during_training(trainer_of):
     with pytest.raises(UserError, match="precompute_ref_log_probs is not supported"):
         trainer_of(METHODS["wpo"](), arguments={"precompute_ref_log_probs": True})
 
@@ -63,7 +63,7 @@ def test_trl_reads_its_reference_as_it_goes(trainer_of):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_trains_and_micro_batches_do_not_change_how(name, trainer_of, model_of):
+def test_training_does_not_depend_on_micro_batches(name, trainer_of, model_of):
     whole = trained(trainer_of(METHODS[name](), k=7))
     assert len(set(history(whole))) == 8
     start = torch.cat([p.detach().flatten() for p in model_of("student").parameters()])
@@ -180,7 +180,7 @@ def test_trl_trains_on_our_tokens(name, truncation, tmp_path, model_of, rows, to
 
 @pytest.mark.parametrize("style", ["llama3", "chatml", "zephyr", "phi3"])
 @pytest.mark.parametrize("name", THEIRS)
-def test_trl_trains_on_nothing_behind_the_end_token(name, style, tmp_path):
+def test_trl_trains_on_nothing_after_the_end_token(name, style, tmp_path):
     """Neither on what the template writes there nor on an end token that TRL adds."""
     tokenizer = make_tokenizer(style)
     row = {"prompt": ("user", "a"), "chosen": ("assistant", "b"), "rejected": ("assistant", "c")}

@@ -166,7 +166,7 @@ def test_psi_by_hand():
     np.testing.assert_allclose(token_psi(values, True, 0.5, "bootstrap"), [0.5, -1.75, 1.0])
 
 
-def test_text_and_tokens_are_those_that_were_read(full, pairs, tokenizer):
+def test_text_and_tokens_are_those_of_the_data(full, pairs, tokenizer):
     page = Page(full[0])
     encoded, _ = encode_pairs(pairs, tokenizer, Truncation(32))
     for at, row in enumerate(encoded):
@@ -231,7 +231,7 @@ def test_a_token_that_was_not_kept_has_no_log_prob(stores, make_model, pairs, to
     assert page.page["kept"] == {"teacher": "the 3 most likely"}
 
 
-def test_what_truncation_took_is_counted(make_model, pairs, tokenizer, tmp_path):
+def test_truncated_tokens_are_counted(make_model, pairs, tokenizer, tmp_path):
     short = Truncation(12, 6)
     store = extract_signals(make_model(), pairs, tokenizer, out=tmp_path / "short", truncation=short)
     write_token_view(pairs, [store], tmp_path / "short.html", tokenizer)
@@ -262,7 +262,7 @@ def test_rows_without_signals_and_pairs_beyond_the_most(make_model, pairs, token
     np.testing.assert_allclose(page.path(3, "chosen"), store.row(4)["chosen"]["values"], atol=0.01)
 
 
-def test_only_what_is_stored_is_offered_and_the_rest_is_named(stores, make_model, pairs, tokenizer, tmp_path, full):
+def test_the_page_offers_what_is_stored_and_names_the_rest(stores, make_model, pairs, tokenizer, tmp_path, full):
     def shows(*given):
         made = write_token_view(pairs, list(given), tmp_path / "p.html", tokenizer)
         return made["shows"], re.findall(r"<dt>([^<]*)</dt><dd><code>([^<]*)</code>", Page(tmp_path / "p.html").html)

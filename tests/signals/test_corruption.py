@@ -67,13 +67,13 @@ def test_every_field_of_the_manifest_is_under_its_checksum(store):
     assert tried.total() == manifest.stat().st_size
 
 
-def test_files_cut_short_are_found(store):
+def test_truncated_files_are_detected(store):
     for path in (store / "shards" / "00000.parquet", store / "manifest.json"):
         tried, found = try_truncations(store, path, stride=101)
         assert tried == found > 10
 
 
-def test_shards_that_have_changed_places_are_found(store):
+def test_swapped_shards_are_detected(store):
     first, second = (store / "shards" / f"0000{n}.parquet" for n in (0, 1))
     swapped = first.read_bytes()
     second.replace(first)
@@ -84,7 +84,7 @@ def test_shards_that_have_changed_places_are_found(store):
         Signals.open(store)
 
 
-def test_a_value_written_otherwise_is_no_longer_what_was_sealed(tmp_path):
+def test_a_reformatted_value_breaks_the_seal(tmp_path):
     write_sealed(tmp_path / "a.json", {"x": 1e-05, "y": [1, None]})
     assert read_sealed(tmp_path / "a.json") == {"x": 1e-05, "y": [1, None]}
     text = (tmp_path / "a.json").read_text()
@@ -132,7 +132,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_only_what_is_damaged_is_made_again_to_the_last_byte(damage, store, made, monkeypatch):
+def test_repair_rebuilds_only_what_is_damaged_to_the_last_byte(damage, store, made, monkeypatch):
     harm, expected = DAMAGE[damage]
     whole, calls, real = contents(store), [], request.score_pairs
     monkeypatch.setattr(request, "score_pairs", lambda *args, **given: calls.append(1) or real(*args, **given))
@@ -144,7 +144,7 @@ def test_only_what_is_damaged_is_made_again_to_the_last_byte(damage, store, made
     assert len(found) == 6
 
 
-def test_a_repair_that_is_interrupted_goes_on(store, monkeypatch):
+def test_an_interrupted_repair_resumes(store, monkeypatch):
     whole, real = contents(store), request.score_pairs
     shutil.rmtree(store / "shards")
     calls = []
@@ -164,7 +164,7 @@ def test_a_repair_that_is_interrupted_goes_on(store, monkeypatch):
     assert contents(store) == whole
 
 
-def test_an_interrupted_extraction_does_not_go_on_with_a_shard_that_has_been_damaged(store, made):
+def test_resuming_rebuilds_damaged_shards(store, made):
     whole = contents(store)
     (store / "manifest.json").unlink()
     flip(store / "shards" / "00000.parquet")
@@ -173,7 +173,7 @@ def test_an_interrupted_extraction_does_not_go_on_with_a_shard_that_has_been_dam
     assert contents(store) == whole
 
 
-def test_what_cannot_be_repaired_says_why(store, made, make_model, pairs, tokenizer, tmp_path):
+def test_impossible_repairs_say_why(store, made, make_model, pairs, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no signals in .* to repair"):
         repair_signals(tmp_path / "nowhere")
     flip(store / "shards" / "00000.parquet")
@@ -189,7 +189,7 @@ def test_what_cannot_be_repaired_says_why(store, made, make_model, pairs, tokeni
         repair_signals(store)
 
 
-def test_a_store_read_at_the_ids_of_another_is_repaired_with_it(store, made, make_model, pairs, tokenizer, tmp_path):
+def test_a_store_at_ids_of_another_is_repaired_with_that_one(store, made, make_model, pairs, tokenizer, tmp_path):
     some = pairs.select(range(6))
     ids = Signals.open(store)
     extract_signals(make_model(3), some, tokenizer, ("topk",), tmp_path / "own", role="reference", ids_from=ids)
@@ -206,7 +206,7 @@ def test_a_store_read_at_the_ids_of_another_is_repaired_with_it(store, made, mak
     assert contents(tmp_path / "own") == whole
 
 
-def test_data_that_have_moved(store, made, tmp_path):
+def test_repair_with_data_that_moved(store, made, tmp_path):
     repair_signals(store)  # nothing is damaged, and nobody asks for them
     flip(store / "shards" / "00000.parquet")
     moved = (made / "pairs.jsonl").rename(tmp_path / "moved.jsonl")

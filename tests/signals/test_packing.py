@@ -218,7 +218,7 @@ def test_unsorted_round_trip(per_response, seed, rest):
             assert np.abs(down - was).max() <= was.max() * (2.0**-11 + 0.9 / 255) + 1e-5
 
 
-def test_little_is_lost(family):
+def test_compression_error_is_small(family):
     name, ids, logps, rest, other, other_rest, counts = family
     packed = pack_sorted(ids, logps, rest, counts, 15)
     decoded_ids, decoded, decoded_rest = unpack_sorted(*joined([packed], [counts]), 15)
@@ -339,7 +339,7 @@ GOOD = {"ids": [1, 2], "logps": np.log([0.5, 0.25]), "rest": np.log([0.25]), "co
         ({"counts": [[2]]}, "counts must be"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(change, says):
+def test_invalid_distributions_are_refused(change, says):
     pack_sorted(**GOOD)
     with pytest.raises(ValueError, match=says):
         pack_sorted(**GOOD | change)
@@ -399,7 +399,7 @@ def number(value):
         ("unsorted", "levels", lambda x: [b"\1" * len(x[0]), *x[1:]]),
     ],
 )
-def test_damage_is_noticed(stored, kind, name, damage):
+def test_damage_is_detected(stored, kind, name, damage):
     unpack, columns = {"sorted": unpack_sorted, "unsorted": unpack_unsorted}[kind], stored[kind]
     unpack(**columns)
     with pytest.raises(ValueError, match=r"damaged|must|takes|have"):
@@ -411,7 +411,7 @@ def flipped(stream, *bits):
 
 
 @pytest.mark.parametrize("response", [0, 2])
-def test_every_flipped_bit_of_the_levels_is_noticed(stored, response):
+def test_every_flipped_bit_of_the_levels_is_detected(stored, response):
     columns = stored["sorted"]
     for bit in range(8 * len(columns["levels"][response])):
         levels = columns["levels"].copy()
@@ -438,7 +438,7 @@ def test_counts_that_need_as_many_bytes_are_told_apart(stored):
         unpack_sorted(**columns | {"counts": counts})
 
 
-def test_nothing_at_all():
+def test_no_states():
     none = np.zeros(0, np.float16)
     packed = pack_sorted([], [], [], [], 17)
     assert packed["ids"] == packed["levels"] == b""

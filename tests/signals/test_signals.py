@@ -134,7 +134,7 @@ def test_dropped_rows_are_named_and_have_no_signals(tmp_path, make_model, pairs,
         store.row(24)
 
 
-def test_a_finished_store_is_opened_not_made_again(store, tmp_path, make_model, pairs, tokenizer, monkeypatch):
+def test_a_finished_store_is_reused(store, tmp_path, make_model, pairs, tokenizer, monkeypatch):
 
     def forbidden(*_, **__):
         raise AssertionError("computed again")
@@ -145,7 +145,7 @@ def test_a_finished_store_is_opened_not_made_again(store, tmp_path, make_model, 
 
 
 @pytest.mark.parametrize("kinds", [("values", "logps"), ("topk",), ("topk", "at ids")])
-def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
+def test_an_interrupted_extraction_resumes_to_the_same_bytes(
     kinds, tmp_path, make_model, pairs, tokenizer, monkeypatch
 ):
 
@@ -190,7 +190,7 @@ def test_another_request_does_not_overwrite_a_store(store, tmp_path, make_model,
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
-def test_damage_is_found_at_open(store, tmp_path):
+def test_damage_is_detected_at_open(store, tmp_path):
     shard = tmp_path / "store" / "shards" / "00001.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
@@ -222,7 +222,7 @@ def test_a_gap_is_refused(store, tmp_path):
         ('{"schema": 3}', "written by an older version"),
     ],
 )
-def test_a_manifest_that_is_not_one(store, tmp_path, content, message):
+def test_an_invalid_manifest_is_refused(store, tmp_path, content, message):
     (tmp_path / "store" / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=message):
         Signals.open(tmp_path / "store")
@@ -231,7 +231,7 @@ def test_a_manifest_that_is_not_one(store, tmp_path, content, message):
         Signals.open(tmp_path / "store")
 
 
-def test_no_store_says_which_command_makes_one(tmp_path):
+def test_a_missing_store_names_the_command_that_extracts_one(tmp_path):
     with pytest.raises(UserError, match="prefdistill signals --out"):
         Signals.open(tmp_path / "nowhere")
 
@@ -267,7 +267,7 @@ def test_bad_requests(tmp_path, make_model, pairs, tokenizer, options, message):
     assert not (tmp_path / "s").exists()
 
 
-def test_the_manifest_says_where_the_signals_come_from(store, pairs):
+def test_the_manifest_has_the_provenance(store, pairs):
     manifest = store.manifest
     assert manifest["data"]["fingerprint"] == data_fingerprint(pairs)
     assert (manifest["responses"], manifest["topk"]) == (["chosen", "rejected"], {})
@@ -278,7 +278,7 @@ def test_the_manifest_says_where_the_signals_come_from(store, pairs):
     assert [shard["rows"] for shard in manifest["shards"]] == [10, 10, 4]
 
 
-def test_the_store_is_plain_parquet_for_datasets(store, tmp_path):
+def test_datasets_can_read_the_store_as_parquet(store, tmp_path):
     from datasets import Dataset
 
     files = sorted(str(path) for path in (tmp_path / "store" / "shards").iterdir())
@@ -342,7 +342,7 @@ def test_distributions_equal_a_naive_forward(extract, padded_model, pairs, token
     assert widths == {widest} if "p" not in ask else len(widths) > 3  # a nucleus is as wide as it has to be
 
 
-def test_distributions_of_some_rows_come_state_by_state(extract, sharp_model):
+def test_distributions_of_some_rows_are_in_state_order(extract, sharp_model):
     store = extract(sharp_model, "topk", k=6, p=0.6)
     rows = np.array([5, 0, 17])
     found = store.topk("rejected", rows)
@@ -383,7 +383,7 @@ def test_padded_rows_of_the_head_have_no_part_in_the_value_and_its_gauge(extract
             np.testing.assert_allclose(found["gauge"], logits[-2] @ directions, atol=1e-3)
 
 
-def test_kinds_read_together_are_those_read_alone(extract, make_model):
+def test_kinds_extracted_together_equal_kinds_extracted_alone(extract, make_model):
     """The values look at one state more than the rest."""
     kinds = ("topk", "q", "values", "logps", "logprob_values")
     warm, kept = {"value_temperature": 0.5}, {"k": 4, "p": 0.9, **EXACT}
@@ -403,7 +403,7 @@ def test_kinds_read_together_are_those_read_alone(extract, make_model):
 
 
 @pytest.mark.parametrize("kinds", [("topk",), ("topk", "values")])
-def test_a_reference_is_read_at_the_ids_of_the_teacher(extract, make_model, sharp_model, pairs, tokenizer, kinds):
+def test_a_reference_is_scored_at_the_ids_of_the_teacher(extract, make_model, sharp_model, pairs, tokenizer, kinds):
     teacher = extract(sharp_model, "topk", k=6, p=0.8, **EXACT)
     reference = extract(make_model(0), *kinds, role="teacher_reference", ids_from=teacher)
     made = {"ids_from": teacher.digest, "vocabulary": len(tokenizer), "coding": "float32"}
@@ -424,7 +424,7 @@ def test_a_reference_is_read_at_the_ids_of_the_teacher(extract, make_model, shar
         assert np.exp(rest) == pytest.approx(1 - chance[named].sum(), abs=1e-5)
 
 
-def test_a_model_read_at_its_own_ids_says_the_same_again(extract, sharp_model, pairs):
+def test_a_model_scored_at_its_own_ids_gives_the_same_numbers(extract, sharp_model, pairs):
     """To the last bit: teachers that agree have no advantage at all."""
     teacher = extract(sharp_model, "topk", k=6, p=0.8, **EXACT)
     again = extract(sharp_model, "topk", role="reference", ids_from=teacher)
@@ -530,7 +530,7 @@ def test_a_set_of_signals_is_of_one_data_set_one_truncation_one_role_each(store,
         SignalSet.of([store, short], pairs)
 
 
-def test_stores_of_one_role_that_say_different_things_go_together(extract, make_model, pairs, sampled):
+def test_stores_of_one_role_with_different_kinds_join(extract, make_model, pairs, sampled):
     """Other kinds, or other responses; what is missing is named with the responses that lack it."""
     rows = pairs.add_column("student_response", sampled["student_response"][:])
     chosen = extract(make_model(5), "logps", responses=("chosen",))
@@ -569,7 +569,7 @@ def test_rows_are_those_that_all_stores_have(extract, make_model, pairs):
     assert some.column("score_chosen").tolist() == [data[int(i)]["score_chosen"] for i in found.rows[[2, 0]]]
 
 
-def test_a_store_read_at_other_ids_than_the_teachers_is_refused(extract, make_model, pairs):
+def test_a_store_at_other_ids_than_the_teachers_is_refused(extract, make_model, pairs):
     """Numbers of different tokens would be taken for numbers of the same ones."""
     teacher, other = extract(make_model(5), "topk", k=6), extract(make_model(6), "topk", k=6)
     message = (
@@ -596,7 +596,7 @@ def shifted(model, direction):
     return moved, u.double()
 
 
-def test_a_gauge_moves_the_values_as_the_store_says_and_nothing_else(extract, make_model, pairs, tokenizer):
+def test_logit_offsets_change_the_values_as_stored_and_nothing_else(extract, make_model, pairs, tokenizer):
     model = make_model(5)
     moved, u = shifted(model, 2)
     before, after = (extract(m, "values", "logps", "topk", k=5) for m in (model, moved))
@@ -636,7 +636,7 @@ def test_gauge_directions_are_as_long_as_a_row_of_the_head(make_model):
     assert torch.equal(gauge_directions(50), gauge_directions(50))
 
 
-def test_gauge_flips_are_the_pairs_that_other_gauges_order_otherwise(extract, make_model, pairs):
+def test_gauge_flips_count_pairs_whose_order_changes(extract, make_model, pairs):
     """Every direction for real: a model with that gauge, its signals, the order of the pairs by its shaping return."""
     model = make_model(5)
     original = extract(model, "values", "logps")
@@ -795,7 +795,7 @@ def test_bad_requests_of_storage(tmp_path, make_model, pairs, tokenizer, options
     assert not (tmp_path / "s").exists()
 
 
-def test_a_few_rows_are_read_without_the_rest(extract, make_model, monkeypatch):
+def test_reading_a_few_rows_reads_only_their_row_groups(extract, make_model, monkeypatch):
     """Small row groups, of which those asked for are read and the last ones kept."""
     from prefdistill.signals import shards
 
@@ -815,7 +815,7 @@ def test_a_few_rows_are_read_without_the_rest(extract, make_model, monkeypatch):
     np.testing.assert_array_equal(again.topk("chosen", np.array([7])).logps, whole[7])
 
 
-def test_no_pair_that_is_left_leaves_nothing_behind(tmp_path, make_model, pairs, tokenizer):
+def test_nothing_is_left_if_every_pair_is_dropped(tmp_path, make_model, pairs, tokenizer):
     with pytest.raises(UserError, match="No row is left: dropped 24 rows"):
         extract_signals(
             make_model(), pairs, tokenizer, out=tmp_path / "s", truncation=Truncation(max_length=3), shard_rows=5
@@ -823,7 +823,7 @@ def test_no_pair_that_is_left_leaves_nothing_behind(tmp_path, make_model, pairs,
     assert not (tmp_path / "s").exists()
 
 
-def test_a_shard_of_which_nothing_is_left(tmp_path, make_model, pairs, tokenizer):
+def test_a_shard_whose_rows_are_all_dropped(tmp_path, make_model, pairs, tokenizer):
     rows = [dict(row) for row in pairs]
     for row in rows[5:10]:
         row["prompt"] = [{"role": "user", "content": "long " * 60}]
@@ -835,7 +835,7 @@ def test_a_shard_of_which_nothing_is_left(tmp_path, make_model, pairs, tokenizer
     assert store.topk("chosen", np.array([12, 2])).ids.shape[1] == 4
 
 
-def test_the_page_on_stores_shows_how_to_read_one_without_us(tmp_path, make_model, pairs, tokenizer, monkeypatch):
+def test_the_documented_code_reads_a_store(tmp_path, make_model, pairs, tokenizer, monkeypatch):
     from pathlib import Path
 
     page = (Path(__file__).parents[2] / "docs" / "signals.md").read_text()
