@@ -31,13 +31,13 @@ def named(finished, tmp_path_factory):
 
     from datasets import Dataset
 
-    made = finished[0] / "seed-0"
+    root = finished[0] / "seed-0"
     place = tmp_path_factory.mktemp("named")
-    pairs = load_pairs(str(made / "pairs" / "train.jsonl"))
+    pairs = load_pairs(str(root / "pairs" / "train.jsonl"))
     rows = [{**row, "when": datetime(2020, 1, 1), "student_response": row["chosen"]} for row in pairs]
     Dataset.from_list(rows).to_parquet(str(place / "pairs.parquet"))
     for name in ("teacher-dpo", "teacher-sft", "student-sft"):
-        shutil.copytree(made / name, place / name)
+        shutil.copytree(root / name, place / name)
     recipe = {
         "name": "named",
         "data": {"train": str(place / "pairs.parquet"), "test": str(place / "pairs.parquet"), "max_length": 48},

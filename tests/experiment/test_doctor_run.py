@@ -46,10 +46,10 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 @pytest.mark.parametrize(
     ("there", "check", "severity"),
     [
-        ({"memory_there": ("cpu", 10**12, 10**12), "disk_there": 10**12}, "machine.memory", "note"),
-        ({"memory_there": ("cpu", 10**5, 10**12), "disk_there": 10**12}, "machine.memory", "warning"),
-        ({"memory_there": ("cuda", 10**5, 10**5), "disk_there": 10**12}, "machine.memory", "error"),
-        ({"memory_there": ("cpu", 10**12, 10**12), "disk_there": 10**5}, "machine.disk", "error"),
+        ({"available_memory": ("cpu", 10**12, 10**12), "free_disk": 10**12}, "machine.memory", "note"),
+        ({"available_memory": ("cpu", 10**5, 10**12), "free_disk": 10**12}, "machine.memory", "warning"),
+        ({"available_memory": ("cuda", 10**5, 10**5), "free_disk": 10**12}, "machine.memory", "error"),
+        ({"available_memory": ("cpu", 10**12, 10**12), "free_disk": 10**5}, "machine.disk", "error"),
     ],
 )
 def test_memory_and_disk_are_compared_with_the_machine(tmp_path, tokenizer, monkeypatch, there, check, severity):
@@ -66,11 +66,11 @@ def test_file_cache_of_a_container_counts_as_free_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
     for name, text in (("max", "1000000\n"), ("current", "900000\n"), ("stat", "anon 100000\ninactive_file 700000\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert machine.memory_there() == ("cpu", 800_000, 1_000_000)
+    assert machine.available_memory() == ("cpu", 800_000, 1_000_000)
     (tmp_path / "memory.stat").unlink()
-    assert machine.memory_there() == ("cpu", 100_000, 1_000_000)
+    assert machine.available_memory() == ("cpu", 100_000, 1_000_000)
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory_there()[2] > 1_000_000
+    assert machine.available_memory()[2] > 1_000_000
 
 
 def test_an_unwritable_output_is_an_error(tmp_path, tokenizer):

@@ -29,8 +29,8 @@ def test_a_named_teacher_and_its_reference(named, tmp_path, capsys):
     again = stages(
         run_recipe(load_recipe(named / "recipe.yaml", [f"model.teacher_reference={other}"]), tmp_path / "run")
     )
-    made = {name for name, reused in again.items() if not reused}
-    assert made == {
+    changed = {name for name, reused in again.items() if not reused}
+    assert changed == {
         "signals-teacher_reference-test",
         "signals-teacher_reference-student_response-start",
         "distill-adpa-0",
@@ -70,8 +70,8 @@ def test_a_model_that_changes_during_the_run_stops_it(mine, tmp_path, monkeypatc
         context.setattr(students, "fit", fit_meanwhile)
         with pytest.raises(UserError, match="teacher-dpo was changed during the run"):
             run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
-    made = {path.parent.name for path in tmp_path.glob("run/seed-0/distill-*/model.safetensors")}
-    assert made == {"distill-dpo-0"}  # of which the teacher is no part
+    trained = {path.parent.name for path in tmp_path.glob("run/seed-0/distill-*/model.safetensors")}
+    assert trained == {"distill-dpo-0"}  # which does not depend on the teacher
     results = run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
     assert stages(results)["distill-dpo-0"]
     new = run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "new")
@@ -93,8 +93,8 @@ def test_only_dependants_of_a_changed_teacher_are_rebuilt(mine, tmp_path):
     run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run")
     change_weights(mine / "teacher-dpo")
     again = stages(run_recipe(load_recipe(mine / "recipe.yaml"), tmp_path / "run"))
-    made = {name for name, reused in again.items() if not reused}
-    assert made == {"signals-teacher-test", "signals-teacher-train", "distill-tvkd-0", "evaluate-tvkd-0"}
+    changed = {name for name, reused in again.items() if not reused}
+    assert changed == {"signals-teacher-test", "signals-teacher-train", "distill-tvkd-0", "evaluate-tvkd-0"}
 
 
 def test_pairs_of_a_named_teacher_depend_on_its_reference_and_the_prompts(mine, tmp_path):
@@ -124,20 +124,20 @@ def test_a_tokenizer_is_not_trained_on_other_columns(finished, tmp_path):
         "methods": {"dpo": {}},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    found = []
+    tokenizers = []
     for text in ("of no part", "xyzzy " * 9):
         write_jsonl(tmp_path / "pairs.jsonl", [{**row, "completion": text} for row in pairs])
         run_recipe(load_recipe(tmp_path / "recipe.yaml"), tmp_path / text[:2])
-        found.append((tmp_path / text[:2] / "seed-0" / "init" / "tokenizer" / "tokenizer.json").read_bytes())
-    assert found[0] == found[1]
+        tokenizers.append((tmp_path / text[:2] / "seed-0" / "init" / "tokenizer" / "tokenizer.json").read_bytes())
+    assert tokenizers[0] == tokenizers[1]
 
 
 def test_models_from_scratch_get_the_tokenizer_of_the_named_model(mine, tmp_path):
     shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     scratch = f"model.scratch={json.dumps({'teacher': shape, 'student': shape, 'vocab_size': 300})}"
     recipe = [mine / "recipe.yaml", ["model.student=null", scratch, "model.teacher_reference=null"]]
-    made = stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))
-    assert not made["init"]
+    first = stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))
+    assert not first["init"]
     assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]
     change_weights(mine / "teacher-dpo")  # of which the student takes nothing
     assert stages(run_recipe(load_recipe(*recipe), tmp_path / "run"))["init"]

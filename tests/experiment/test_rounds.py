@@ -12,7 +12,7 @@ from prefdistill.experiment.run import run_recipe
 from prefdistill.methods import METHODS
 from prefdistill.models.identity import model_key
 from prefdistill.signals import Signals
-from support.tiny_runs import QUICKSTART, SMALL, TINY, stages
+from support.tiny_runs import QUICKSTART, SMALL, TINY, rebuilt, stages
 
 
 def requests(out, stage):
@@ -34,23 +34,23 @@ def test_all_methods_on_the_quickstart(tmp_path):
         assert (name == "dpo") or name in results["differences"]
     # ADPA+ starts from the DCKD student, and so do the samples whose states it learns from
     dckd = str(out / "seed-0" / "distill-dckd-0")
-    made = requests(out, "distill-adpa-plus-0")["inputs"]
-    assert made["distill-dckd-0"] == keys(out, "distill-dckd-0")
-    assert "student-sft" not in made
+    inputs = requests(out, "distill-adpa-plus-0")["inputs"]
+    assert inputs["distill-dckd-0"] == keys(out, "distill-dckd-0")
+    assert "student-sft" not in inputs
     sampled = requests(out, "sample-dckd-0")
     assert sampled["inputs"]["distill-dckd-0"] == keys(out, "distill-dckd-0")
-    told = json.loads((out / "seed-0" / "sample-dckd-0" / "responses.jsonl.meta.json").read_text())
-    assert told["request"]["model"]["key"] == model_key(dckd)
+    seal = json.loads((out / "seed-0" / "sample-dckd-0" / "responses.jsonl.meta.json").read_text())
+    assert seal["request"]["model"]["key"] == model_key(dckd)
     # the teacher's reference is read where the teacher was, at its tokens
     teacher, reference = (
         Signals.open(out / "seed-0" / f"signals-{role}-student_response-dckd-0" / "store")
         for role in ("teacher", "teacher_reference")
     )
     assert reference.manifest["topk"]["ids_from"] == teacher.digest
-    # only what is needed is made: no distributions of the pairs from the teacher's reference, no values of samples
+    # nothing else is read: no distributions of the pairs from the teacher's reference, no values of samples
     assert teacher.kinds == ("topk",)
     assert not (out / "seed-0" / "signals-teacher_reference-train").exists()
-    # a stage that several methods share is made once
+    # a stage that several methods share runs once
     names = [stage["name"] for stage in results["stages"]]
     assert len(names) == len(set(names))
     again = run_recipe(recipe, out)
@@ -73,22 +73,21 @@ def test_each_round_starts_from_the_student_of_the_last(tmp_path):
     weights = {(out / "seed-0" / name / "model.safetensors").read_bytes() for name in (first, second, third)}
     assert len(weights) == 3
     assert results["methods"]["adpa"]["reward"]["n"] == 24
-    # fewer rounds: the last student is another one, and is made again from what there is
+    # fewer rounds: the last student is another one, and is rebuilt
     fewer = run_recipe(load_recipe(QUICKSTART, [*SMALL, "methods.adpa.rounds=2"], only=["adpa"]), out)
-    made = {name for name, reused in stages(fewer).items() if not reused}
-    assert made == {"distill-adpa-0", "evaluate-adpa-0"}
+    assert rebuilt(fewer) == {"distill-adpa-0", "evaluate-adpa-0"}
 
 
 def test_several_samples_of_each_prompt(tmp_path):
     out = tmp_path / "run"
     run_recipe(load_recipe(QUICKSTART, [*SMALL, "sampling.n=2"], only=["dpkd", "adpa"]), out)
-    made = out / "seed-0"
-    pairs = load_pairs(str(made / "pairs" / "train.jsonl"))
-    teacher = load_pairs(str(made / "sample-teacher" / "responses.jsonl"), responses=("teacher_response",))
-    student = load_pairs(str(made / "sample-start" / "responses.jsonl"), responses=("student_response",))
+    root = out / "seed-0"
+    pairs = load_pairs(str(root / "pairs" / "train.jsonl"))
+    teacher = load_pairs(str(root / "sample-teacher" / "responses.jsonl"), responses=("teacher_response",))
+    student = load_pairs(str(root / "sample-start" / "responses.jsonl"), responses=("student_response",))
     prompts = [row["prompt"] for row in pairs][: len(teacher) // 2]
     assert teacher["prompt"][::2] == teacher["prompt"][1::2] == student["prompt"][::2] == prompts
-    store = Signals.open(made / "signals-teacher-teacher_response" / "store")
+    store = Signals.open(root / "signals-teacher-teacher_response" / "store")
     assert len(store) == len(teacher) == len(student)
 
 
@@ -125,9 +124,9 @@ def test_wrong_recipes_are_refused_before_anything_is_written(tmp_path, override
 def test_endpoints_are_enough_for_tvkd(copy, finished):
     recipe = load_recipe(QUICKSTART, [*TINY, "signals.positions=endpoints"], only=["tvkd"])
     results = run_recipe(recipe, copy)
-    made = {name for name, reused in stages(results).items() if not reused}
-    assert "signals-teacher-train" in made
-    assert "signals-teacher-test" not in made  # whose terms are compared with that of the value after the end token
+    steps = rebuilt(results)
+    assert "signals-teacher-train" in steps
+    assert "signals-teacher-test" not in steps  # whose terms are compared with that of the value after the end token
     assert Signals.open(copy / "seed-0" / "signals-teacher-train" / "store").manifest["positions"] == "endpoints"
     for metric, value in results["methods"]["tvkd"].items():
         assert value["mean"] == pytest.approx(finished[1]["methods"]["tvkd"][metric]["mean"], abs=1e-3), metric

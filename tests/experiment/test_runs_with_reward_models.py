@@ -13,7 +13,7 @@ from prefdistill.experiment.check import check_plan
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
-from support.tiny_runs import stages
+from support.tiny_runs import rebuilt, stages
 
 JUDGE = {
     "share": 0.3,
@@ -45,15 +45,15 @@ def test_a_reward_model_is_trained_on_prompts_of_its_own_and_scores_every_model(
     metrics = ["reward_model_win_rate_start", "reward_model_score", "rouge_l", "exact_match", "response_tokens"]
     assert list(results["methods"]) == ["teacher", "start", "dpo"]
     for name in results["methods"]:
-        found = results["methods"][name]
-        assert [metric for metric in found if metric in metrics] == metrics
+        scores = results["methods"][name]
+        assert [metric for metric in scores if metric in metrics] == metrics
         for metric in metrics:
-            assert (found[metric]["n"], found[metric]["over"]) == (10, "test prompts")
-            assert found[metric]["low"] <= found[metric]["mean"] <= found[metric]["high"]
+            assert (scores[metric]["n"], scores[metric]["over"]) == (10, "test prompts")
+            assert scores[metric]["low"] <= scores[metric]["mean"] <= scores[metric]["high"]
         points = results["responses"][name]["points"]
         assert len(points) == 10
-        assert sum(score for _, score in points) / 10 == pytest.approx(found["reward_model_score"]["mean"])
-        assert sum(tokens for tokens, _ in points) / 10 == pytest.approx(found["response_tokens"]["mean"])
+        assert sum(score for _, score in points) / 10 == pytest.approx(scores["reward_model_score"]["mean"])
+        assert sum(tokens for tokens, _ in points) / 10 == pytest.approx(scores["response_tokens"]["mean"])
     assert results["methods"]["start"]["reward_model_win_rate_start"]["mean"] == 0.5
     assert "reward_accuracy" not in results["methods"]["teacher"]
     assert results["metrics"]["reward_model_win_rate_start"]["label"] == "reward model: win rate against the start"
@@ -74,23 +74,30 @@ def test_a_reward_model_is_trained_on_prompts_of_its_own_and_scores_every_model(
     from prefdistill.evaluation.reward_model import RewardModel
 
     data = build_plan(load_recipe(judged), out, 0).user_data
-    ours, theirs = ({json.dumps(prompt) for prompt in rows["prompt"]} for rows in (data.train, data.reward_pairs))
-    assert ours
-    assert theirs
-    assert not ours & theirs
+    student_prompts, reward_prompts = (
+        {json.dumps(prompt) for prompt in rows["prompt"]} for rows in (data.train, data.reward_pairs)
+    )
+    assert student_prompts
+    assert reward_prompts
+    assert not student_prompts & reward_prompts
     assert len(data.train) + len(data.reward_pairs) == len(load_pairs(str(judged.parent / "pairs.jsonl")))
-    assert len(theirs) == round(0.3 * len(ours | theirs))
+    assert len(reward_prompts) == round(0.3 * len(student_prompts | reward_prompts))
     answers = load_prompts(str(out / "seed-0" / "evaluate-dpo-0" / "responses.jsonl"))
-    scores = RewardModel(str(out / "seed-0" / "reward-model")).score(answers["prompt"][:], answers["response"][:])
-    assert results["methods"]["dpo"]["reward_model_score"]["mean"] == pytest.approx(scores.mean(), abs=1e-5)
+    rescored = RewardModel(str(out / "seed-0" / "reward-model")).score(answers["prompt"][:], answers["response"][:])
+    assert results["methods"]["dpo"]["reward_model_score"]["mean"] == pytest.approx(rescored.mean(), abs=1e-5)
 
     # reused as it is; another judge is another judge, and the students learn from other pairs
     again = run_recipe(load_recipe(judged), out)
     assert all(stages(again).values())
     assert again["methods"] == results["methods"]
     longer = run_recipe(load_recipe(judged, ["reward_model.training.max_steps=3", "evaluate.length_ranges=[4]"]), out)
-    made = {name for name, reused in stages(longer).items() if not reused}
-    assert made == {"reward-model", "evaluate-reward-model", "evaluate-teacher", "evaluate-start", "evaluate-dpo-0"}
+    assert rebuilt(longer) == {
+        "reward-model",
+        "evaluate-reward-model",
+        "evaluate-teacher",
+        "evaluate-start",
+        "evaluate-dpo-0",
+    }
     assert longer["methods"]["dpo"]["reward_accuracy"] == results["methods"]["dpo"]["reward_accuracy"]
     assert longer["methods"]["dpo"]["reward_model_score"] != results["methods"]["dpo"]["reward_model_score"]
 
@@ -122,9 +129,9 @@ def test_every_step_drops_rows_that_the_chat_template_refuses(judged, tmp_path, 
     capfd.readouterr()
     results = run_recipe(load_recipe(judged), tmp_path / "run")
     assert results["reward_model"]["accuracy"]["n"] == 10
-    told = capfd.readouterr().err
+    log = capfd.readouterr().err
     for stage in ("signals", "sample", "evaluate-reward-model"):
-        assert f"{stage}: dropped 2 rows: the chat template refuses its messages (2, first row 1)" in told
+        assert f"{stage}: dropped 2 rows: the chat template refuses its messages (2, first row 1)" in log
 
 
 def test_a_named_reward_model_leaves_all_pairs_to_the_students(judged, tmp_path):

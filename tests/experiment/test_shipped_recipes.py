@@ -65,11 +65,11 @@ def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
         assert results["methods"][name]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
     assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test prompts"
 
-    made = tmp_path / "scratch" / "seed-0"
+    root = tmp_path / "scratch" / "seed-0"
     named = [
         *overrides,
-        f"model.teacher={made / 'teacher-dpo'}",
-        f"model.student={made / 'student-sft'}",
+        f"model.teacher={root / 'teacher-dpo'}",
+        f"model.student={root / 'student-sft'}",
         "teacher.sft=null",
         "teacher.dpo=null",
         "student.sft=null",

@@ -24,6 +24,11 @@ def stages(results):
     return {stage["name"]: stage["reused"] for stage in results["stages"]}
 
 
+def rebuilt(results):
+    """Return the names of the stages of a run that were not reused."""
+    return {name for name, reused in stages(results).items() if not reused}
+
+
 def stop(*_, **__):
     raise KeyboardInterrupt
 

@@ -287,10 +287,10 @@ def _check_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out
         **({"reward_model": models.reward_model} if models.reward_model is not None else {}),
     }
     needs = machine.needs_of(recipe, shapes, lengths.get("train"), lengths.get("test"))
-    device, free, total = machine.memory_there()
+    device, free, total = machine.available_memory()
     checkup.facts |= {"memory": needs.memory, "disk": needs.disk}
     checkup.facts["machine"] = {"device": device, "memory_free": free, "memory_total": total}
     checkup.findings += machine.memory(needs, device, free, total)
     if out is not None:
-        space = checkup.facts["machine"]["disk_free"] = machine.disk_there(out)
+        space = checkup.facts["machine"]["disk_free"] = machine.free_disk(out)
         checkup.findings += machine.disk(needs, out, space)

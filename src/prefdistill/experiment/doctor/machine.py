@@ -1,4 +1,4 @@
-"""Memory and disk that a run needs, from the shapes of its models alone, against what is there."""
+"""Check the memory and the disk that a run needs, from the shapes of its models, against the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,12 +24,9 @@ from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill
 from prefdistill.models.device import default_device
 
-if TYPE_CHECKING:
-    pass
-
-NEARLY = 0.8  # of what is free: more than that deserves a warning
+NEARLY = 0.8  # share of the free bytes from which on a need is a warning
 CGROUP = Path("/sys/fs/cgroup")
-# What is planned without a recipe; the names stand for what the caller gives.
+# The recipe that is planned where the user names none; its names stand for the models and data of the caller.
 USUAL = {
     "name": "usual",
     "data": {"train": "train"},
@@ -97,22 +93,22 @@ def _labels(step: Step) -> tuple[str, str]:
     return f"training {what}", f"weights of {what}"
 
 
-# -- what is there -----------------------------------------------------------------------------------------------------
+# -- the machine -------------------------------------------------------------------------------------------------------
 
 
-def memory_there() -> tuple[str, int, int]:
-    """Device, free and total bytes of the memory that models are held in; a container's limit counts.
+def available_memory() -> tuple[str, int, int]:
+    """Return the device, and the free and total bytes of the memory that holds models, within a container's limit.
 
-    What a container holds of files that were read is there for the taking, as it is in a machine's "available".
+    The page cache of a container counts as free, as it does in a machine's "available" memory.
     """
     device = default_device().type
-    if device not in ("cpu", "mps"):  # these two share the machine's
+    if device not in ("cpu", "mps"):  # these two use the machine's memory
         free, total = torch.accelerator.get_memory_info()
         return device, free, total
     import psutil
 
-    there = psutil.virtual_memory()
-    free, total = there.available, there.total
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total
     if (limit := _number(CGROUP / "memory.max")) is not None:
         used = (_number(CGROUP / "memory.current") or 0) - _cached_files()
         free, total = min(free, limit - used), min(total, limit)
@@ -134,8 +130,8 @@ def _cached_files() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
-def disk_there(place: Path) -> int:
-    """Free bytes where `place` will be."""
+def free_disk(place: Path) -> int:
+    """Return the free bytes of the disk that `place` will be on."""
     while not place.exists():
         place = place.absolute().parent
     return shutil.disk_usage(place).free

@@ -31,7 +31,7 @@ class Init(Step):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"scratch": self.scratch, "made": list(self.roles)}
+        return {"scratch": self.scratch, "roles": list(self.roles)}
 
     @property
     def scratch(self) -> dict[str, Any]:
