@@ -15,8 +15,9 @@ def t_interval(mean: float, se: float, n: int | None) -> tuple[float, float]:
     """Return the 95 % interval of a mean of `n` values by Student's t; None: of many.
 
     Example:
-        >>> t_interval(1.0, 0.5, 3)
-        (-1.1513263648687733, 3.1513263648687733)
+        >>> low, high = t_interval(1.0, 0.5, 3)
+        >>> round(low, 4), round(high, 4)
+        (-1.1513, 3.1513)
     """
     from scipy.stats import t
 
