@@ -19,10 +19,21 @@ RATINGS = [
     ("Rating: [[8.]]", 8),
     ('"[[4]]"', 4),
     ("Rating: [[\n5\n]]", 5),
-    ("The first turn gets [[3]], the second [[9]]", 3),
+    ("The first turn gets [[3]], the second [[9]]", None),
     ("As [2] says, the answer is right. Rating: [[7]]", 7),
     ("Rating: [5]", 5),
     ("Rating: [5]/10, or [6]", 5),
+    ("As [2] says, the answer is right.", None),
+    ("As [2] says, the answer is right. Rating: [7]", 7),
+    ("A [[10]] would need sources. Rating: [[2]]", 2),
+    ("At first a [[4]].\n\nRead again, it is better: [[7]]", 7),
+    ("Rating: [[4]]\n\nRead again.\n\nRating: [[7]]", None),
+    ("Rating: [[6]]\n\n**Rating: [[6.0]]**", 6),
+    ("Rating: [[5]] is usual, but this one gets [[8]]", None),
+    ("[[11]], no: [[5]]", None),
+    ("<think>[[3]]</think>\n\nRating: [[7]]", 7),
+    ("<think>[[3]]", None),
+    ("[[3]], or more</think>[[7]]", 7),
     ("[[0]]", None),
     ("[[11]]", None),
     ("[[100]]", None),
@@ -45,7 +56,9 @@ def test_ratings(reply, value):
 
 @pytest.mark.parametrize("reply", [reply for reply, value in RATINGS if value is not None and "*" not in reply])
 def test_ratings_match_the_published_rule(reply):
-    """First double brackets, else first single ones: FastChat's two expressions, without spaces inside."""
+    """FastChat's two expressions, without spaces inside, on replies with one number in brackets and no reasoning."""
+    if "think>" in reply or len(re.findall(r"\[\d", reply)) > 1:
+        return
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply) or re.search(r"\[(\d+\.?\d*)\]", reply)
     if found:
         assert verdicts.rating(reply) == float(found[1])
@@ -59,7 +72,12 @@ def test_ratings_match_the_published_rule(reply):
         ("My verdict: [[ C ]]", "C"),
         ('"[[A]]"', "A"),
         ("[[**B**]]", "B"),
-        ("[[B]] because [[A]] was wrong", "B"),
+        ("[[B]] because [[A]] was wrong", None),
+        ("Verdict: [[B]] because [[A]] was wrong", "B"),
+        ("Final verdict: [[A]]\nFinal verdict: [[B]]", None),
+        ("[[A]]\n\n[[B]]", None),
+        ("[[A]]\n\nAs I said: [[A]]", "A"),
+        ("I lean to [[A]] for its form.\n\n[[B]]", "B"),
         ("[A]", None),
         ("A", None),
         ("[[a]]", None),
@@ -84,10 +102,14 @@ def test_winners(reply, letter):
         ("**M**.", "mM", 1),
         ("`m`", "mM", 0),
         ("[[M]]", "mM", 1),
-        ("I prefer [[A]] over [[B]]", "ABC", 0),
+        ("I prefer [[A]] over [[B]]", "ABC", None),
         ("[[C]]", "ABC", 0.5),
         ("C", "ABC", 0.5),
         ("C", "AB", None),
+        ("<think>m or M? [[m]]</think> M.", "mM", 1),
+        ("<think>M", "mM", None),
+        ("[[m]]\n[[M]]", "mM", None),
+        ("[[m]]\n\nSo: [[m]]", "mM", 0),
         ("model m", "mM", None),
         ("mM", "mM", None),
         ("", "mM", None),
@@ -95,6 +117,60 @@ def test_winners(reply, letter):
 )
 def test_labels(reply, labels, value):
     assert verdicts.label(reply, labels) == value
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("<think>", "</think>"),
+        ("<THINK>", "</THINK>\n"),
+        ("\n<thinking>\n", "\n</thinking>\n"),
+        ("<thought>", "</thought>"),
+        ("<reasoning>", "</reasoning>"),
+        ("<reason>", "</reason>"),
+        ("<analysis>", "</analysis>"),
+        ("<scratchpad>", "</scratchpad>"),
+        ('<reasoning effort="high">', "</reasoning>"),
+        ("<seed:think>", "</seed:think>"),
+        ("[THINK]", "[/THINK]"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("<|channel>thought\n", "<channel|>"),
+        ("analysisWe compare. ", "assistantfinal"),
+    ],
+)
+def test_reasoning_is_not_read(start, end):
+    draft = "perhaps [[A]], [[10]], [[m]]; Verdict: [[A]]\n\nRating: [[10]]"
+    for reply, cut in ((f"{start}{draft}{end}", True), ("", False)):
+        for read, final, value in (
+            (verdicts.read_winner, "[[B]]", "B"),
+            (verdicts.read_rating, "[[2]]", 2),
+            (lambda reply: verdicts.read_label(reply, "mM"), "M", 1),
+        ):
+            assert read(reply + final) == verdicts.Verdict(value, "parsed", cut)
+            assert read(reply) == verdicts.Verdict(None, "no_verdict", cut)
+            assert read(f"{reply}{final} {start}{draft}") == verdicts.Verdict(value, "parsed", True)
+    assert verdicts.read_rating(start + draft) == verdicts.Verdict(None, "no_verdict", True)
+    assert verdicts.without_reasoning(f"{draft}{end}rest") in ("rest", f"{draft}{end}rest")
+
+
+def test_nested_and_quoted_markers_of_reasoning():
+    assert verdicts.winner("<think>a <think>b</think> [[A]]</think> [[B]]") == "B"
+    assert verdicts.winner("<think>The user writes <think> in [[A]].</think> [[B]]") == "B"
+    assert verdicts.winner("<think>[[A]]</think> so far. <think>[[C]]</think> [[B]]") == "B"
+    assert verdicts.winner("Assistant A's <think>aloud</think> is no fault. [[A]]") == "A"
+
+
+def test_outcomes_of_a_reply():
+    assert verdicts.read_winner("A [[A]] or [[B]]?").outcome == "contradictory"
+    assert verdicts.read_rating("[[4]] or [[5]]").outcome == "contradictory"
+    assert verdicts.read_rating("[[11]]").outcome == "no_verdict"
+    assert verdicts.read_label("[[m]] [[M]]", "mM").outcome == "contradictory"
+    top = [("m", -0.1), ("M", -3.0)]
+    assert verdicts.read_label_probability("m", top, "mM").outcome == "parsed"
+    assert verdicts.read_label_probability("<think>m</think>M", top, "mM") == verdicts.Verdict(None, "no_verdict", True)
 
 
 def test_probabilities_of_labels():
@@ -123,7 +199,8 @@ def test_probabilities_of_labels():
     ],
 )
 def test_rankings(reply, value):
-    assert verdicts.ranking(reply) == value
+    assert verdicts.ranking_preference(reply) == value
+    assert verdicts.read_ranking(f"<think>[{{}}]</think>\n{reply}").value == value
 
 
 def test_braces_in_answers_and_prompts_stay():

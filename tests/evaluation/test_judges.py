@@ -130,7 +130,14 @@ def test_exchanging_the_answers_reverses_any_verdicts(seed):
 
     def rows(letters):
         return [
-            {"question_id": i // 2, "turn": 1 + i % 2, "category": "c", "verdict": v, "error": None}
+            {
+                "question_id": i // 2,
+                "turn": 1 + i % 2,
+                "category": "c",
+                "verdict": v,
+                "outcome": "parsed" if v else "no_verdict",
+                "reasoning_cut": False,
+            }
             for i, v in enumerate(letters)
         ]
 
@@ -156,6 +163,32 @@ def test_replies_without_a_verdict_are_counted_and_left_out(judge, bench, tmp_pa
     assert "math" not in own["categories"]
     assert found["warnings"] == ["4 of 6 replies hold no verdict; they are left out"]
     assert {row["reply"] for row in rows_of(tmp_path / "out")} == set(replies.values())
+
+
+def test_results_count_the_outcomes_of_replies(judge, bench, tmp_path):
+    """Two questions state one rating, once beside reasoning; one states two; reasoning without an end has none."""
+    replies = {
+        "Write a verse.": "<think>a draft: [[2]]</think>Rating: [[8]]",
+        "2 + 3?": "Rating: [[3]]\nRating: [[4]]",
+        "Why is": "<think>it may be a [[5]]",
+    }
+    server = judge(lambda text, _: next(reply for start, reply in replies.items() if start in text))
+    found = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "out", **single(bench))
+    outcomes = {"parsed": 2, "no_verdict": 2, "contradictory": 2, "reasoning_cut": 4}
+    own = found["single"]["answers"]
+    assert own["score"]["mean"] == 8
+    assert own["outcomes"] == found["requests"]["outcomes"] == outcomes
+    assert own["unparsable"] == found["requests"]["unparsable"] == 4
+    assert found["warnings"] == [
+        "4 of 6 replies hold no single verdict, 2 of them state two that differ; they are left out"
+    ]
+    compared = judge_mt_bench(Endpoint(server.url, "j"), tmp_path / "pairs", **bench, kinds=["pair"])
+    assert compared["pair"]["outcomes"] == outcomes | {
+        "parsed": 0,
+        "no_verdict": 12,
+        "contradictory": 0,
+        "reasoning_cut": 8,
+    }
 
 
 def test_a_judge_that_never_rates_gives_no_score(judge, bench, tmp_path):

@@ -96,11 +96,22 @@ def test_exchanging_the_outputs_reverses_the_win_rate(judge, outputs, tmp_path):
     assert there["ties"] == back["ties"] == 9  # where it always names the second
 
 
+def test_a_thinking_judge_of_outputs(judge, outputs, tmp_path):
+    """What it drafts while it thinks is not read; a reply that only thinks has no preference."""
+    server = judge(lambda text, _: "<think>m, [[m]]?" if "do 1" in text else "<think>m? [[m]]</think>\n**M**")
+    found = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs)
+    assert found["pair"]["win_rate"]["n"] == 9
+    assert found["pair"]["first_preferred"]["mean"] == 0
+    assert found["pair"]["outcomes"] == {"parsed": 18, "no_verdict": 6, "contradictory": 0, "reasoning_cut": 24}
+    assert found["requests"]["outcomes"] == found["pair"]["outcomes"]
+
+
 def test_labels_of_a_prompt_file(judge, outputs, tmp_path):
     server = judge(lambda text, _: "[[C]]" if "do 1" in text else "Hm.")
     found = judge_alpaca_eval(Endpoint(server.url, "j"), tmp_path / "out", **outputs, labels=["A", "B", "C"])
     assert found["pair"]["win_rate"] == found["pair"]["win_rate"] | {"mean": 0.5, "n": 3}
     assert (found["pair"]["unparsable"], found["pair"]["left_out"]) == (18, 9)
+    assert found["pair"]["outcomes"] == {"parsed": 6, "no_verdict": 18, "contradictory": 0, "reasoning_cut": 0}
     with pytest.raises(UserError, match="--labels takes two or three different words"):
         read_evaluator(outputs["prompt"], ["A"])
 

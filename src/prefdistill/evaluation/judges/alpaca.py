@@ -23,7 +23,7 @@ from prefdistill.core.yaml import read_yaml
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs, read_text
-from prefdistill.evaluation.judges.ledger import Ledger, judged_results, summary
+from prefdistill.evaluation.judges.ledger import Ledger, judged_results, outcome_counts, summary
 from prefdistill.evaluation.stats import estimate
 
 FIELD_NAMES = ("instruction", "output_1", "output_2")
@@ -41,7 +41,7 @@ class Evaluator:
     name: str
     messages: tuple[dict[str, str], ...]
     fields: dict[str, Any]
-    read: Callable[[Reply], float | None]
+    read: Callable[[Reply], verdicts.Verdict]
 
     def question(self, about: dict[str, Any], **fields: str) -> Question:
         # messages are split before they are filled: an output with <|im_end|> in it stays inside its message
@@ -167,7 +167,6 @@ def preferences(
     scores = [(first + second) / 2 for first, second, _ in both]
     decided = [np.sign(score - 0.5) for score in scores]
     rows = [row for a, b, _ in pairs for row in (a, b)]
-    errors = sum(row["error"] is not None for row in rows)
     return {
         "win_rate": estimate(scores) if scores else None,
         "length_controlled": length_controlled(scores, [a - b for _, _, (a, b) in both]),
@@ -177,9 +176,7 @@ def preferences(
         "consistency": estimate([np.sign(a - 0.5) == np.sign(b - 0.5) for a, b, _ in both]) if both else None,
         "first_preferred": estimate([(a + 1 - b) / 2 for a, b, _ in both]) if both else None,
         "left_out": len(pairs) - len(both),
-        "verdicts": len(rows),
-        "unparsable": sum(row["verdict"] is None for row in rows) - errors,
-        "errors": errors,
+        **outcome_counts(rows),
     }
 
 
@@ -265,7 +262,7 @@ def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluato
     return Evaluator(prompt, _messages(text, prompt), fields, read)
 
 
-def _reader(config: dict[str, Any]) -> "partial[float | None] | None":
+def _reader(config: dict[str, Any]) -> "partial[verdicts.Verdict] | None":
     options = config.get("completion_parser_kwargs") or {}
     if config.get("fn_completion_parser") == "ranking_parser":
         return partial(_by_ranking, first=options.get("model_1_name", "model_1"))
@@ -279,16 +276,16 @@ def _reader(config: dict[str, Any]) -> "partial[float | None] | None":
     return partial(by, labels=(first, others[0]))
 
 
-def _by_label(reply: Reply, labels: Sequence[str]) -> float | None:
-    return verdicts.label(reply.reply or "", labels)
+def _by_label(reply: Reply, labels: Sequence[str]) -> verdicts.Verdict:
+    return verdicts.read_label(reply.reply or "", labels)
 
 
-def _by_probability(reply: Reply, labels: Sequence[str]) -> float | None:
-    return verdicts.label_probability(reply.first_token, labels)
+def _by_probability(reply: Reply, labels: Sequence[str]) -> verdicts.Verdict:
+    return verdicts.read_label_probability(reply.reply or "", reply.first_token, labels)
 
 
-def _by_ranking(reply: Reply, first: str) -> float | None:
-    return verdicts.ranking(reply.reply or "", first)
+def _by_ranking(reply: Reply, first: str) -> verdicts.Verdict:
+    return verdicts.read_ranking(reply.reply or "", first)
 
 
 def _package() -> Path:

@@ -1,6 +1,7 @@
 """A judge's replies: one row per request in verdicts.jsonl, so that a rerun asks only what is missing or failed."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from prefdistill.core.file_artifact import RecordArtifact
 from prefdistill.core.parts import RowLog
 from prefdistill.core.progress import Progress, say
 from prefdistill.evaluation.judges.client import Endpoint, Question, Reply, ask_all, judge_key
+from prefdistill.evaluation.judges.verdicts import CONTRADICTORY, OUTCOMES, PARSED, Verdict
 
 FAILED_SHARE = 0.02  # share of requests or verdicts above which a failure is a warning
 
@@ -40,14 +42,14 @@ class Ledger(RowLog):
         self.asked = 0
 
     def ask(
-        self, endpoint: Endpoint, questions: Sequence[Question], verdict: Callable[[Reply], Any], *, what: str
+        self, endpoint: Endpoint, questions: Sequence[Question], verdict: Callable[[Reply], Verdict], *, what: str
     ) -> list[dict[str, Any]]:
         """Return a row per question, in their order; ask only those that have no reply yet.
 
         Args:
             endpoint: the judge.
             questions: those with the same text are asked once.
-            verdict: parses a reply; None is unparsable.
+            verdict: parses a reply.
             what: name on the progress bar.
 
         Raises:
@@ -75,7 +77,7 @@ class Ledger(RowLog):
                     {
                         "key": question.key(endpoint),
                         **question.about,
-                        "verdict": None if reply.error else verdict(reply),
+                        **_parsed(reply, verdict),
                         **asdict(reply),
                         "judge": endpoint.model,
                         "url": endpoint.url,
@@ -89,13 +91,37 @@ class Ledger(RowLog):
                 ask_all(endpoint, missing.values(), record)
         return [self._row(key, question, verdict) for key, question in zip(keys, questions, strict=True)]
 
-    def _row(self, key: str, question: Question, verdict: Callable[[Reply], Any]) -> dict[str, Any]:
+    def _row(self, key: str, question: Question, verdict: Callable[[Reply], Verdict]) -> dict[str, Any]:
         """Return the row of a question with the question's own labels and its reply parsed again: it may have been
         written for another question of the same text, or parsed by another rule.
         """
         row = self.rows[key]
         reply = Reply(**{name: row[name] for name in Reply.__dataclass_fields__ if name in row})
-        return row | question.about | {"verdict": None if reply.error is not None else verdict(reply)}
+        return row | question.about | _parsed(reply, verdict)
+
+
+def _parsed(reply: Reply, verdict: Callable[[Reply], Verdict]) -> dict[str, Any]:
+    """Return the columns of a reply's verdict; without a reply its outcome is "error"."""
+    if reply.error is not None:
+        return {"verdict": None, "outcome": "error", "reasoning_cut": False}
+    parsed = verdict(reply)
+    return {"verdict": parsed.value, "outcome": parsed.outcome, "reasoning_cut": parsed.reasoning_cut}
+
+
+def outcome_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Count verdicts by outcome. "reasoning_cut" counts replies with reasoning, whatever their outcome.
+
+    Args:
+        rows: with "outcome" and "reasoning_cut".
+    """
+    by_outcome = Counter(row["outcome"] for row in rows)
+    return {
+        "verdicts": len(rows),
+        "unparsable": sum(by_outcome[outcome] for outcome in OUTCOMES if outcome != PARSED),
+        "errors": by_outcome["error"],
+        "outcomes": {outcome: by_outcome[outcome] for outcome in OUTCOMES}
+        | {"reasoning_cut": sum(row["reasoning_cut"] for row in rows)},
+    }
 
 
 def summary(
@@ -117,7 +143,8 @@ def summary(
         cost = round((tokens["in"] * price_in + tokens["out"] * price_out) / 1e6, 6)
     unparsable = [row for row in answered if row["verdict"] is None]
     cut = sum(row["finish"] == "length" for row in unparsable)
-    errors = len(unique) - len(answered)
+    counts = outcome_counts(unique)
+    errors = counts["errors"]
     if errors and not answered:
         raise RuntimeError(f"all {errors} requests failed, the last one: {unique[-1]['error']}")
     warnings = []
@@ -126,8 +153,11 @@ def summary(
             f"{errors} of {len(unique)} requests failed ({_most_frequent_error(unique)}); the same command retries them"
         )
     if len(unparsable) > FAILED_SHARE * len(unique):
-        reason = f", {cut} of them truncated at the token limit" if cut else ""
-        warnings.append(f"{len(unparsable)} of {len(unique)} replies hold no verdict{reason}; they are left out")
+        contradictory = counts["outcomes"][CONTRADICTORY]
+        reasons = [f"{contradictory} of them state two that differ"] if contradictory else []
+        reasons += [f"{cut} of them truncated at the token limit"] if cut else []
+        none = "hold no single verdict" if contradictory else "hold no verdict"
+        warnings.append(f"{len(unparsable)} of {len(unique)} replies {', '.join([none, *reasons])}; they are left out")
     if uncounted:
         warnings.append(f"{uncounted} replies came without token counts: tokens and cost are too low")
     return {
@@ -139,10 +169,8 @@ def summary(
             "fields": endpoint.body,
         },
         "requests": {
-            "verdicts": len(unique),
-            "unparsable": len(unparsable),
+            **counts,
             "unparsable_at_token_limit": cut,
-            "errors": errors,
             "retries": sum(row["retries"] for row in unique),
             "seconds": round(sum(row["seconds"] for row in unique), 3),
         },

@@ -17,7 +17,7 @@ from prefdistill.core.progress import say
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
 from prefdistill.evaluation.judges.inputs import Prompt, provenance, read_answers, read_prompts, read_questions
-from prefdistill.evaluation.judges.ledger import Ledger, judged_results, summary
+from prefdistill.evaluation.judges.ledger import Ledger, judged_results, outcome_counts, summary
 from prefdistill.evaluation.stats import estimate
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories with a reference answer
@@ -151,7 +151,7 @@ def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean rating of all turns, of each turn and of each category; replies without a rating are left out.
 
     Args:
-        rows: `{"question_id", "turn", "category", "verdict": rating or None, "error"}` each.
+        rows: `{"question_id", "turn", "category", "verdict": rating or None, "outcome", "reasoning_cut"}` each.
     """
     rows = list(rows)
     rated = [row for row in rows if row["verdict"] is not None]
@@ -159,7 +159,7 @@ def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "score": _mean(rated),
         "turns": _by(rated, "turn"),
         "categories": _by(rated, "category"),
-        **_left_out(rows),
+        **outcome_counts(rows),
     }
 
 
@@ -203,7 +203,7 @@ def comparisons(shown_first: Sequence[dict[str, Any]], shown_second: Sequence[di
         "consistency": _mean(agreed),
         "first_preferred": _mean(decided),
         "left_out": len(pairs) - len(both),
-        **_left_out([row for pair in pairs for row in pair]),
+        **outcome_counts([row for pair in pairs for row in pair]),
     }
 
 
@@ -218,23 +218,18 @@ def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
     return {str(name): _mean([row for row in rows if row[key] == name]) for name in dict.fromkeys(r[key] for r in rows)}
 
 
-def _left_out(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    errors = sum(row["error"] is not None for row in rows)
-    return {"verdicts": len(rows), "unparsable": sum(r["verdict"] is None for r in rows) - errors, "errors": errors}
-
-
 def _characters(answers: dict[Any, list[str]], questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean length of the judged turns: judges prefer long answers."""
     turns = [(q["question_id"], turn) for q in questions for turn in answers[q["question_id"]][: len(q["turns"])]]
     return estimate([len(turn) for _, turn in turns], [str(question_id) for question_id, _ in turns])
 
 
-def _rating(reply: Reply) -> float | None:
-    return verdicts.rating(reply.reply or "")
+def _rating(reply: Reply) -> verdicts.Verdict:
+    return verdicts.read_rating(reply.reply or "")
 
 
-def _winner(reply: Reply) -> str | None:
-    return verdicts.winner(reply.reply or "")
+def _winner(reply: Reply) -> verdicts.Verdict:
+    return verdicts.read_winner(reply.reply or "")
 
 
 def _prompts(path: Path, kinds: Sequence[str]) -> dict[tuple[str, bool, int], Prompt]:

@@ -1,65 +1,191 @@
-"""Parse a judge's reply. A reply that matches no rule is None: it is counted, never guessed at."""
+"""Parse a judge's reply. One that matches no rule, or states two verdicts, is counted and never guessed at."""
 
 import ast
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _MARKUP = r"[\s*_`\"']*"  # spaces and emphasis that models put around a verdict
-_NUMBER = rf"{_MARKUP}(\d+(?:\.\d*)?){_MARKUP}"
-_RATING = re.compile(rf"\[\[{_NUMBER}\]\]")
-_SINGLE_BRACKETS = re.compile(rf"\[{_NUMBER}\]")
-_WINNER = re.compile(rf"\[\[{_MARKUP}([ABC]){_MARKUP}\]\]")
+_NUMBER = rf"{_MARKUP}(-?\d+(?:\.\d*)?){_MARKUP}"
+_RATING = rf"\[\[{_NUMBER}\]\]"
+_SINGLE_BRACKETS = rf"\[{_NUMBER}\]"
+_WINNER = rf"\[\[{_MARKUP}([ABC]){_MARKUP}\]\]"
 LOWEST, HIGHEST = 1.0, 10.0
 RANKING_CHARACTERS = 2_000  # longer replies are not parsed
+PARSED, NO_VERDICT, CONTRADICTORY = OUTCOMES = ("parsed", "no_verdict", "contradictory")
+
+_WORDS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|inner_monologue)"
+_REASONING = re.compile(
+    rf"""
+    (?P<open> <{_WORDS}(?:\s[^<>]*)?> | \[THINK\] | \u25c1think\u25b7 | <\|(?:begin_of_thought|START_THINKING)\|>
+      | <\|channel\|?>\s*(?:analysis|commentary|thought)\b | \A\s*analysis(?=[A-Z]))  # the last: markers were skipped
+    | (?P<close> </{_WORDS}\s*> | \[/THINK\] | \u25c1/think\u25b7 | <\|(?:end_of_thought|END_THINKING)\|>
+      | <\|channel\|>\s*final\b(?:<\|message\|>)? | <channel\|> | assistantfinal)
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_STATES = re.compile(
+    r"(?:\b(?:rating|score|grade|verdict|answer|decision|choice|winner)\b(?: is)?|^)[\s*_`\"':=]*$", re.I
+)
+_REST_OF_LINE = re.compile(r"[\s*_`\"'.]*$")
 
 
-def rating(reply: str) -> float | None:
-    """Return the number in the first double brackets, else in the first single ones; None unless it is 1 to 10.
+@dataclass(frozen=True)
+class Verdict:
+    """What a reply says.
+
+    Args:
+        value: a rating, a letter or a preference; None unless the outcome is "parsed".
+        outcome: one of `OUTCOMES`.
+        reasoning_cut: whether the reply held reasoning, which is not read.
+    """
+
+    value: Any
+    outcome: str
+    reasoning_cut: bool = False
+
+
+def without_reasoning(reply: str) -> str:
+    """Return a reply without its reasoning: what stands between markers such as <think> and </think>.
+
+    Reasoning that is never closed ends with the reply. One that is never opened starts with the reply, as where the
+    judge's template opens it in the prompt.
 
     Example:
-        >>> rating("A sound answer. Rating: [[7.5]]"), rating("Rating: 8/10")
-        (7.5, None)
+        >>> without_reasoning("<think>perhaps [[A]]</think>[[B]]"), without_reasoning("[[A]]</think>[[B]]")
+        ('[[B]]', '[[B]]')
     """
-    match = _RATING.search(reply) or _SINGLE_BRACKETS.search(reply)
-    if match is None:
-        return None
-    value = float(match[1])
-    return value if LOWEST <= value <= HIGHEST else None
+    answer, start, inside = "", 0, False
+    for marker in _REASONING.finditer(reply):
+        if marker["open"] is not None:
+            answer += "" if inside else reply[start : marker.start()]
+            inside = True
+        else:
+            answer = answer if inside else ""
+            start, inside = marker.end(), False
+    return answer if inside else answer + reply[start:]
 
 
-def winner(reply: str) -> str | None:
-    """Return the letter in the first double brackets: A, B, or C for a tie.
-
-    Example:
-        >>> winner("Both are right, B is clearer. [[B]]"), winner("B is better")
-        ('B', None)
-    """
-    match = _WINNER.search(reply)
-    return None if match is None else match[1]
+def read_rating(reply: str) -> Verdict:
+    """Return the rating that a reply states in double brackets, else after a word such as "Rating:" in single ones."""
+    return _read(reply, _rating)
 
 
-def label(reply: str, labels: Sequence[str]) -> float | None:
+def read_winner(reply: str) -> Verdict:
+    """Return the letter that a reply states in double brackets: A, B, or C for a tie."""
+    return _read(reply, lambda answer: _stated(_WINNER, answer))
+
+
+def read_label(reply: str, labels: Sequence[str]) -> Verdict:
     """Return the preference for the second output of a reply that is one of two labels (or three, the third for a tie).
 
-    The reply is the label alone, ignoring spaces, quotes, emphasis and a full stop, or holds it in double brackets (the
-    first ones count).
+    The reply is the label alone, ignoring spaces, quotes, emphasis and a full stop, or states it in double brackets.
 
     Args:
         reply: the judge's text.
         labels: of the first output, the second and, optionally, a tie. Case-sensitive.
 
     Returns:
-        0 for the first output, 1 for the second, one half for a tie.
-
-    Example:
-        >>> label(" **M**\\n", ["m", "M"]), label("The verdict: [[A]]", ["A", "B"]), label("model m", ["m", "M"])
-        (1.0, 0.0, None)
+        A verdict of 0 for the first output, 1 for the second, one half for a tie.
     """
     preference = dict(zip(labels, (0.0, 1.0, 0.5), strict=False))
-    bracketed = re.search(rf"\[\[{_MARKUP}({'|'.join(map(re.escape, labels))}){_MARKUP}\]\]", reply)
-    return preference[bracketed[1]] if bracketed else preference.get(reply.strip(" \t\r\n*_`\"'."))
+    bracketed = rf"\[\[{_MARKUP}({'|'.join(map(re.escape, labels))}){_MARKUP}\]\]"
+
+    def read(answer: str) -> list[Any]:
+        return [
+            preference[name]
+            for name in _stated(bracketed, answer) or [answer.strip(" \t\r\n*_`\"'.")]
+            if name in preference
+        ]
+
+    return _read(reply, read)
+
+
+def read_label_probability(reply: str, top: Sequence[tuple[str, float]] | None, labels: Sequence[str]) -> Verdict:
+    """Return `label_probability`; none for a reply that starts by reasoning, whose first token is no verdict."""
+    value = label_probability(top, labels) if without_reasoning(reply) == reply else None
+    return _read(reply, lambda _: [] if value is None else [value])
+
+
+def read_ranking(reply: str, first: str = "model_1") -> Verdict:
+    """Return the preference for the second output of a reply that is a list, see `ranking_preference`."""
+    value = ranking_preference(without_reasoning(reply), first)
+    return _read(reply, lambda _: [] if value is None else [value])
+
+
+def rating(reply: str) -> float | None:
+    """Return the rating of a reply, from 1 to 10; None if it states none, or two that differ.
+
+    Example:
+        >>> rating("A sound answer. Rating: [[7.5]]"), rating("Rating: 8/10"), rating("[[3]] or [[4]]")
+        (7.5, None, None)
+    """
+    return read_rating(reply).value
+
+
+def winner(reply: str) -> str | None:
+    """Return the letter of a reply; None if it states none, or two that differ.
+
+    Example:
+        >>> winner("Both are right, B is clearer. [[B]]"), winner("B is better")
+        ('B', None)
+    """
+    return read_winner(reply).value
+
+
+def label(reply: str, labels: Sequence[str]) -> float | None:
+    """Return the preference of a reply for the second output; None if it states none, or two that differ.
+
+    Example:
+        >>> label(" **M**\n", ["m", "M"]), label("The verdict: [[A]]", ["A", "B"]), label("model m", ["m", "M"])
+        (1.0, 0.0, None)
+    """
+    return read_label(reply, labels).value
+
+
+def _read(reply: str, read: Callable[[str], list[Any]]) -> Verdict:
+    """Return the verdict of a reply; `read` lists the verdicts that the reply without its reasoning states."""
+    answer = without_reasoning(reply)
+    values, cut = set(read(answer)), answer != reply
+    if len(values) == 1:
+        return Verdict(values.pop(), PARSED, cut)
+    return Verdict(None, CONTRADICTORY if values else NO_VERDICT, cut)
+
+
+def _rating(answer: str) -> list[Any]:
+    values = [float(text) for text in _stated(_RATING, answer)]
+    if not values and not re.search(_RATING, answer):
+        values = [float(text) for text in _stated(_SINGLE_BRACKETS, answer, labelled=True)]
+    return values if len(set(values)) > 1 else [value for value in values if LOWEST <= value <= HIGHEST]
+
+
+def _stated(pattern: str, answer: str, labelled: bool = False) -> list[str]:
+    """List the verdicts that an answer ends with: the last one, and every other that may be meant as final.
+
+    Those are the ones after a word such as "Verdict:" or alone on their line. If the last one is neither, the others
+    of its paragraph count too. A draft in an earlier paragraph does not.
+
+    Args:
+        pattern: of a verdict, with the value as its group.
+        answer: without reasoning.
+        labelled: only list verdicts after such a word or alone on their line.
+    """
+    matches = list(re.finditer(pattern, answer))
+    stated = [match for match in matches if _is_stated(match, answer)]
+    if labelled or not matches or matches[-1] in stated:
+        return [match[1] for match in stated]
+    paragraph = max((gap.end() for gap in re.finditer(r"\n\s*\n", answer[: matches[-1].start()])), default=0)
+    return [match[1] for match in matches if match in stated or match.start() >= paragraph]
+
+
+def _is_stated(match: re.Match[str], answer: str) -> bool:
+    """Whether a verdict stands after a word such as "Verdict:", or alone on its line."""
+    before = answer[: match.start()].rpartition("\n")[2]
+    if not _STATES.search(before):
+        return False
+    return bool(before.strip("\t *_`\"'")) or bool(_REST_OF_LINE.match(answer[match.end() :].partition("\n")[0]))
 
 
 def label_probability(top: Sequence[tuple[str, float]] | None, labels: Sequence[str]) -> float | None:
@@ -80,11 +206,11 @@ def label_probability(top: Sequence[tuple[str, float]] | None, labels: Sequence[
     return second / (first + second) if first + second > 0 else None
 
 
-def ranking(reply: str, first: str = "model_1") -> float | None:
+def ranking_preference(reply: str, first: str = "model_1") -> float | None:
     """Return the preference for the second output of a list of two `{"model": name, "rank": 1 or 2}`, Python or JSON.
 
     Example:
-        >>> ranking("[{'model': 'model_1', 'rank': 2}, {'model': 'model_2', 'rank': 1}]")
+        >>> ranking_preference("[{'model': 'model_1', 'rank': 2}, {'model': 'model_2', 'rank': 1}]")
         1.0
     """
     if len(reply) > RANKING_CHARACTERS:
