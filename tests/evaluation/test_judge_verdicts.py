@@ -8,6 +8,8 @@ import pytest
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.inputs import fill
 
+SKIPPED = "analysisWe compare. "  # <|channel|>analysis<|message|> without special tokens: only at the start of a reply
+
 RATINGS = [
     ("A fine answer. Rating: [[8]]", 8),
     ("Rating: [[7.5]]", 7.5),
@@ -73,7 +75,7 @@ def test_ratings_match_the_published_rule(reply):
         ('"[[A]]"', "A"),
         ("[[**B**]]", "B"),
         ("[[B]] because [[A]] was wrong", None),
-        ("Verdict: [[B]] because [[A]] was wrong", "B"),
+        ("Verdict: [[B]] because [[A]] was wrong", None),
         ("Final verdict: [[A]]\nFinal verdict: [[B]]", None),
         ("[[A]]\n\n[[B]]", None),
         ("[[A]]\n\nAs I said: [[A]]", "A"),
@@ -138,7 +140,7 @@ def test_labels(reply, labels, value):
         ("<|START_THINKING|>", "<|END_THINKING|>"),
         ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
         ("<|channel>thought\n", "<channel|>"),
-        ("analysisWe compare. ", "assistantfinal"),
+        (SKIPPED, "assistantfinal"),
     ],
 )
 def test_reasoning_is_not_read(start, end):
@@ -151,9 +153,10 @@ def test_reasoning_is_not_read(start, end):
         ):
             assert read(reply + final) == verdicts.Verdict(value, "parsed", cut)
             assert read(reply) == verdicts.Verdict(None, "no_verdict", cut)
-            assert read(f"{reply}{final} {start}{draft}") == verdicts.Verdict(value, "parsed", True)
+            if start != SKIPPED:
+                assert read(f"{reply}{final} {start}{draft}") == verdicts.Verdict(value, "parsed", True)
     assert verdicts.read_rating(start + draft) == verdicts.Verdict(None, "no_verdict", True)
-    assert verdicts.without_reasoning(f"{draft}{end}rest") in ("rest", f"{draft}{end}rest")
+    assert verdicts.without_reasoning(f"{draft}{end}rest").strip() == "rest"  # opened by the template
 
 
 def test_nested_and_quoted_markers_of_reasoning():

@@ -139,7 +139,7 @@ def label(reply: str, labels: Sequence[str]) -> float | None:
     """Return the preference of a reply for the second output; None if it states none, or two that differ.
 
     Example:
-        >>> label(" **M**\n", ["m", "M"]), label("The verdict: [[A]]", ["A", "B"]), label("model m", ["m", "M"])
+        >>> label(" **M**\\n", ["m", "M"]), label("The verdict: [[A]]", ["A", "B"]), label("model m", ["m", "M"])
         (1.0, 0.0, None)
     """
     return read_label(reply, labels).value
