@@ -33,9 +33,9 @@ def check_plan(plan: Plan) -> None:
     recipe = plan.context.recipe
     if plan.user_data is not None:
         _check_data(plan.user_data, recipe)
-    named = plan.tokenizer.made_by is None
+    named = plan.context.tokenizer.made_by is None
     if named:
-        _ = plan.tokenizer.tokenizer
+        _ = plan.context.tokenizer.tokenizer
     _ = plan.context.truncation
     _check_samples(plan)
     if recipe.model.scratch:
@@ -49,7 +49,7 @@ def check_plan(plan: Plan) -> None:
                 recipe.reward_model.name,
                 plan.reward_model.test.rows,
                 str(recipe.data.test),
-                plan.tokenizer.tokenizer if named else None,
+                plan.context.tokenizer.tokenizer if named else None,
                 limit=recipe.evaluate.prompts,
                 trust_remote_code=trust,
             )

@@ -9,11 +9,10 @@ it reads neither data nor models; the keys of its steps do, when they are first 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
-from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import (
     STUDENT_RESPONSE,
@@ -35,12 +34,8 @@ from prefdistill.experiment.steps.synthetic import Language, Pairs
 from prefdistill.experiment.user_data import UserData, UserModels, user_rows
 from prefdistill.methods import Method, make_method, sampled
 from prefdistill.models.load import load_tokenizer
-from prefdistill.models.scratch import train_tokenizer
 from prefdistill.signals import Need
 from prefdistill.training.options import Training
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 AnyStep = TypeVar("AnyStep", bound=Step)
 
@@ -62,7 +57,6 @@ class Plan:
     context: Context
     methods: dict[str, Method]  # by the name of the run
     user_data: UserData | None  # None for the built-in task
-    tokenizer: Tokenizer
     train: Rows = field(init=False)
     test: Rows | None = None
     steps: list[Step] = field(default_factory=list)
@@ -117,8 +111,8 @@ class _Builder:
         if user_data is not None:
             self.train = user_rows(TRAIN, lambda: user_data.train)
         init = self._init(language)
-        self.tokenizer = self._tokenizer(init)
-        self.plan = Plan(self.context, self.methods, user_data, self.tokenizer)
+        self.context.tokenizer = self._tokenizer(init)
+        self.plan = Plan(self.context, self.methods, user_data)
         for step in filter(None, (language, init)):
             self.plan.add(step)
         teacher, start = self._base("teacher", init), self._base("student", init)
@@ -135,7 +129,7 @@ class _Builder:
         reference = teacher if recipe.teacher.dpo else None
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
             reference = self.user_models.model(
-                "teacher-reference", recipe.model.teacher_reference, "teacher_reference", self.tokenizer
+                "teacher-reference", recipe.model.teacher_reference, "teacher_reference", self.context.tokenizer
             )
         teacher_pairs, test = self._pairs(language, reference or teacher)
         if recipe.teacher.dpo:
@@ -153,25 +147,12 @@ class _Builder:
     # -- data and models ----------------------------------------------------------------------------------------------
 
     def _init(self, language: Language | None) -> Init | None:
-        recipe = self.recipe
-        named = {"teacher": recipe.model.teacher, "student": recipe.model.student}
+        named = {"teacher": self.recipe.model.teacher, "student": self.recipe.model.student}
         roles: list[ModelRole] = [role for role in ("teacher", "student") if named[role] is None]
         if not roles:
             return None
-        # with the tokens of a model that is named, or with a tokenizer for the data
         source = self.user_models.tokenizer if any(named.values()) else language or self.train
-
-        def build_tokenizer() -> "PreTrainedTokenizerBase":
-            if isinstance(source, Tokenizer):
-                return source.tokenizer
-            if isinstance(source, Language):
-                return load_tokenizer(str(source.tokenizer_directory))
-            assert recipe.model.scratch is not None
-            return train_tokenizer(pair_texts(source.rows), recipe.model.scratch.vocab_size)
-
-        return Init(
-            context=self.context, name="init", roles=tuple(roles), sources=(source,), build_tokenizer=build_tokenizer
-        )
+        return Init(context=self.context, name="init", roles=tuple(roles), source=source)
 
     def _tokenizer(self, init: Init | None) -> Tokenizer:
         if init is None or len(init.roles) == 1:
@@ -186,7 +167,7 @@ class _Builder:
     def _base(self, role: ModelRole, init: Init | None) -> Model:
         name: str | None = getattr(self.recipe.model, role)
         if name is not None:
-            return self.user_models.model(f"{role}-base", name, role, self.tokenizer)
+            return self.user_models.model(f"{role}-base", name, role, self.context.tokenizer)
         assert init is not None
         return init.model(role)
 
@@ -198,7 +179,6 @@ class _Builder:
             output_role=role,
             start=start,
             rows=rows,
-            tokenizer=self.tokenizer,
             training=training,
         )
         return self.plan.add(step).output
@@ -207,15 +187,7 @@ class _Builder:
         """Set `train`; return the pairs of the teacher's DPO and the test pairs."""
         task = self.recipe.data.synthetic
         if language is not None and task is not None:
-            pairs = self.plan.add(
-                Pairs(
-                    context=self.context,
-                    name="pairs",
-                    language=language,
-                    model=sampled_from,
-                    tokenizer=self.tokenizer,
-                )
-            )
+            pairs = self.plan.add(Pairs(context=self.context, name="pairs", language=language, model=sampled_from))
             self.train = pairs.part(TRAIN, TRAIN, limit=task.pairs)
             return pairs.part("teacher_pairs", TRAIN, label_noise=task.teacher_label_noise), pairs.part("test", "test")
         user_data = self.user_data
@@ -228,10 +200,12 @@ class _Builder:
         if section is None or test is None or user_data is None:
             return None
         if section.name:
-            model = self.user_models.model("reward-model", section.name, "reward_model", self.tokenizer)
+            model = self.user_models.model("reward-model", section.name, "reward_model", self.context.tokenizer)
         else:
             pairs = user_rows("reward-model-pairs", lambda: user_data.reward_pairs)
-            step = TrainRewardModel(context=self.context, name="reward-model", pairs=pairs, tokenizer=self.tokenizer)
+            step = TrainRewardModel(
+                context=self.context, name="reward-model", pairs=pairs, tokenizer=self.context.tokenizer
+            )
             model = self.plan.add(step).output
         self.plan.reward_model = self.plan.add(
             EvaluateRewardModel(context=self.context, name="evaluate-reward-model", model=model, test=test)
@@ -257,7 +231,6 @@ class _Builder:
                 round=start.round if own else None,
                 model=model,
                 data=self.train,
-                tokenizer=self.tokenizer,
                 column=column,
             )
             self.samples[model, column] = self.plan.add(step)
@@ -302,7 +275,6 @@ class _Builder:
             data=data,
             kinds=tuple(sorted(kinds)),
             responses=responses,
-            tokenizer=self.tokenizer,
             ids_from=ids_from,
             bf16=role == "reference" and True in reference_bf16(self.recipe, self.methods),
             held_out=data is self.plan.test,
@@ -317,7 +289,6 @@ class _Builder:
         recipe, test = self.recipe, self.plan.test
         common: dict[str, Any] = {
             "context": self.context,
-            "tokenizer": self.tokenizer,
             "language": language,
             "reward_model": reward_model,
         }
@@ -368,7 +339,6 @@ class _Builder:
                 train=self.train,
                 samples=tuple(samples),
                 signals=tuple(stores),
-                tokenizer=self.tokenizer,
             )
             start = Start(trained, self.plan.add(step).output, frozenset({name}), number + 1)
         self.starts[name, order] = Start(start.name, start.model, self.users[name])

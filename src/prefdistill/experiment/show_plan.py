@@ -16,7 +16,6 @@ from prefdistill.core.text import printable
 from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
-from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.check import check_models, check_plan
 from prefdistill.experiment.cost import Cost, Lengths, costs, size
 from prefdistill.experiment.inputs import Sources
@@ -24,8 +23,9 @@ from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Input, Rows, Step
 from prefdistill.experiment.steps.models import Init
+from prefdistill.experiment.steps.synthetic import Language
 from prefdistill.models.load import empty_model
-from prefdistill.models.scratch import random_model, train_tokenizer
+from prefdistill.models.scratch import random_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,14 +157,10 @@ def _change(change: Difference) -> dict[str, Any]:
 
 def _tokenizer(plan: Plan) -> "PreTrainedTokenizerBase":
     """The tokenizer of the run. One that `init` has yet to make is made here in the same way, and not kept."""
-    init = plan.tokenizer.made_by
-    if init is None or status(init).action == "reuse":
-        return plan.tokenizer.tokenizer
-    if plan.user_data is None:
-        return synthetic.build_tokenizer()
-    scratch = plan.context.recipe.model.scratch
-    assert scratch is not None
-    return train_tokenizer(pair_texts(plan.user_data.train), scratch.vocab_size)
+    init = plan.context.tokenizer.made_by
+    if not isinstance(init, Init) or status(init).action == "reuse":
+        return plan.context.tokenizer.tokenizer
+    return synthetic.build_tokenizer() if isinstance(init.source, Language) else init.build_tokenizer()
 
 
 def _shapes(plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":

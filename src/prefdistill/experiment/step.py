@@ -1,8 +1,8 @@
 """Steps of a plan, and the data and models that they read."""
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 ModelRole = Literal["teacher", "teacher_reference", "student", "reward_model"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
-    """The recipe, the seed and the directory that all steps of a plan share."""
+    """The recipe, the seed, the directory and the tokenizer that all steps of a plan share."""
 
     recipe: Recipe
     seed: int
     root: Path
+    tokenizer: "Tokenizer" = field(init=False)  # one that a step makes is known when that step is planned
 
     @property
     def truncation(self) -> Truncation:
@@ -105,13 +106,15 @@ class Step:
 
     @property
     def inputs(self) -> "tuple[Input | Step, ...]":
-        """What the step reads."""
-        raise NotImplementedError
+        """What the step reads: the inputs and steps among its fields."""
+        values = [getattr(self, part.name) for part in fields(self)]
+        several = [value if isinstance(value, tuple) else (value,) for value in values]
+        return tuple(one for part in several for one in part if isinstance(one, Input | Step))
 
     @property
     def options(self) -> dict[str, Any]:
         """Return what the result depends on besides the inputs and the seed."""
-        raise NotImplementedError
+        return {}
 
     def make(self, out: Path) -> None:
         """Do the work, or resume it, in the directory `out`."""
@@ -142,20 +145,15 @@ class Step:
     @property
     def after(self) -> "list[Step]":
         """The steps whose output this one reads, each once."""
-        return list(dict.fromkeys(self._makers()))
-
-    def _makers(self) -> "Iterator[Step]":
-        for one in self.inputs:
-            maker = one if isinstance(one, Step) else one.made_by
-            if maker is not None:
-                yield maker
+        makers = (one if isinstance(one, Step) else one.made_by for one in self.inputs)
+        return list(dict.fromkeys(filter(None, makers)))
 
 
 @dataclass(eq=False, kw_only=True)
 class Trained(Step):
     """A step whose output is a model."""
 
-    output_role: ModelRole = field(default="student")
+    output_role: ModelRole = "student"
 
     @functools.cached_property
     def output(self) -> Model:

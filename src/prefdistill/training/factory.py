@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainingArguments
 
@@ -62,8 +62,28 @@ def make_trainer(
     if isinstance(method, TRLMethod):
         if signals:
             raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
-        return _trl_trainer(method, load, pairs, tokenizer, training, out, truncation or Truncation(), seed, data_seed)
-    with trainer_errors():
+        if training.arguments.get("precompute_ref_log_probs"):
+            raise UserError("precompute_ref_log_probs is not supported here: TRL reads its reference as it goes")
+        encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())
+        if dropped:
+            say(f"training: {dropped}")
+        trainer = trl_trainer(
+            method.classes(),
+            lambda: method.models(load, adapter=training.lora is not None),
+            pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
+            tokenizer,
+            training,
+            out,
+            seed=seed,
+            data_seed=data_seed,
+            max_length=sys.maxsize,  # `encode_pairs` has truncated the rows
+            **method.arguments(),
+        )
+        # The same tokens that every other method is trained on. TRL's own rows have more of them after the end token:
+        # what the template writes there, or an EOS.
+        trainer.train_dataset = method.rows(encoded)
+        return trainer
+    with _trainer_errors():
         return PrefDistillTrainer(
             model=load(),
             method=method,
@@ -76,48 +96,38 @@ def make_trainer(
         )
 
 
-def _trl_trainer(
-    method: TRLMethod,
-    load: Callable[[], "PreTrainedModel"],
-    pairs: "Dataset",
+def trl_trainer(
+    classes: tuple[type[Any], type[Any]],
+    models: Callable[[], dict[str, Any]],
+    rows: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     training: "Training",
     out: Path,
-    truncation: Truncation,
+    *,
     seed: int,
     data_seed: int,
-) -> Trainer:
-    """Return TRL's trainer on the same tokens that every other method is trained on."""
-    if training.arguments.get("precompute_ref_log_probs"):
-        raise UserError("precompute_ref_log_probs is not supported here: TRL reads its reference as it goes")
-    encoded, dropped = encode_pairs(pairs, tokenizer, truncation)
-    if dropped:
-        say(f"training: {dropped}")
-    config_class, trainer_class = method.classes()
+    **arguments: Any,
+) -> Any:
+    """Return one of TRL's trainers, with its checkpoints under `out`.
+
+    Args:
+        classes: of TRL's arguments and trainer.
+        models: loads the trainer's models, by parameter.
+        rows: in the form that the trainer takes.
+        arguments: of the trainer, besides those of `training`.
+    """
+    config_class, trainer_class = classes
     args = training_arguments(
-        training,
-        out / CHECKPOINTS,
-        seed=seed,
-        data_seed=data_seed,
-        kind=config_class,
-        max_length=sys.maxsize,  # `encode_pairs` has truncated the rows
-        **method.arguments(),
+        training, out / CHECKPOINTS, seed=seed, data_seed=data_seed, kind=config_class, **arguments
     )
-    with trainer_errors():
-        trainer = with_nan_guard(trainer_class)(
-            **method.models(load, adapter=training.lora is not None),
-            args=args,
-            train_dataset=pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
-            processing_class=tokenizer,
-            peft_config=adapter_config(training),
+    with _trainer_errors():
+        return with_nan_guard(trainer_class)(
+            **models(), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter_config(training)
         )
-    # TRL's own rows have more tokens after the end token: what the template writes there, or an EOS.
-    trainer.train_dataset = method.rows(encoded)
-    return trainer
 
 
 @contextmanager
-def trainer_errors() -> Iterator[None]:
+def _trainer_errors() -> Iterator[None]:
     """Turn a ValueError of a trainer's constructor, such as for an adapter of unknown layers, into a UserError."""
     try:
         yield

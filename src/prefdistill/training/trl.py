@@ -1,21 +1,19 @@
 """Train with TRL's own trainers: SFT, DPO and reward models."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
-from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import drop_refused
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.scratch import random_model
-from prefdistill.training.arguments import adapter_config, training_arguments
-from prefdistill.training.factory import trainer_errors
+from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
-from prefdistill.training.nan_guard import with_nan_guard
 from prefdistill.training.options import DPOTraining, Training
 
 if TYPE_CHECKING:
@@ -23,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def train_sft(
+def train_with_trl(
     model: str,
-    demonstrations: "Dataset",
+    rows: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     training: Training,
     out: Path,
@@ -34,63 +32,46 @@ def train_sft(
     dtype: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    what: str = "sft",
+    what: str,
 ) -> None:
-    """Run supervised fine-tuning on `prompt`/`completion` rows, loss on completions only; save the model in `out`."""
-    from trl import SFTConfig, SFTTrainer
+    """Run supervised fine-tuning, or DPO where the training is a `DPOTraining`; save the model in `out`.
 
-    demonstrations = drop_refused(demonstrations, tokenizer, what, ("completion",))
-    args = training_arguments(
-        training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=SFTConfig, max_length=truncation.max_length
-    )
-    with trainer_errors():
-        trainer = with_nan_guard(SFTTrainer)(
-            model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
-            args=args,
-            train_dataset=demonstrations.select_columns(["prompt", "completion"]),
-            processing_class=tokenizer,
-            peft_config=adapter_config(training),
-        )
-    _report_dropped(trainer, len(demonstrations), truncation, what)
-    fit(trainer, out, what)
+    Args:
+        model: where to start; it is also the reference of DPO.
+        rows: `prompt` and `completion`, with the loss on completions only, or the pairs of DPO.
+        what: the training, for messages.
 
+    Raises:
+        UserError: if no row has room for a response.
+    """
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-def train_dpo(
-    model: str,
-    pairs: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    training: DPOTraining,
-    out: Path,
-    *,
-    truncation: Truncation,
-    dtype: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    what: str = "dpo",
-) -> None:
-    """Run DPO with the model itself as the reference; save the model in `out`."""
-    from trl import DPOConfig, DPOTrainer
+    dpo = isinstance(training, DPOTraining)
+    columns = SIDES if dpo else ("completion",)
+    rows = drop_refused(rows, tokenizer, what, columns)
 
-    pairs = drop_refused(pairs, tokenizer, what)
-    args = training_arguments(
+    def models() -> dict[str, Any]:
+        load = partial(load_model, model, dtype=dtype, trust_remote_code=trust_remote_code)
+        started = {"model": load()}
+        return started | {"ref_model": None if training.lora else load()} if dpo else started
+
+    trainer = trl_trainer(
+        (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer),
+        models,
+        rows.select_columns(["prompt", *columns]),
+        tokenizer,
         training,
-        out / CHECKPOINTS,
+        out,
         seed=seed,
         data_seed=seed,
-        kind=DPOConfig,
         max_length=truncation.max_length,
-        beta=training.beta,
+        **({"beta": training.beta} if isinstance(training, DPOTraining) else {}),
     )
-    with trainer_errors():
-        trainer = with_nan_guard(DPOTrainer)(
-            model=load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
-            ref_model=None if training.lora else load_model(model, dtype=dtype, trust_remote_code=trust_remote_code),
-            args=args,
-            train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
-            processing_class=tokenizer,
-            peft_config=adapter_config(training),
-        )
-    _report_dropped(trainer, len(pairs), truncation, what)
+    remaining = len(trainer.train_dataset)
+    if remaining == 0:
+        raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
+    if dropped := len(rows) - remaining:  # TRL drops rows whose prompt fills max_length
+        say(f"{what}: dropped {dropped} of {len(rows)} rows, whose prompts fill max_length={truncation.max_length}")
     fit(trainer, out, what)
 
 
@@ -118,24 +99,15 @@ def train_reward(
         {f"{side}_ids": reward_model_ids(tokenizer, row["prompt"], row[side])[:positions] for side in SIDES}
         for row in pairs
     ]
-    args = training_arguments(
-        training, out / CHECKPOINTS, seed=seed, data_seed=seed, kind=RewardConfig, max_length=None
+    trainer = trl_trainer(
+        (RewardConfig, RewardTrainer),
+        lambda: {"model": model},
+        Dataset.from_list(ids),
+        tokenizer,
+        training,
+        out,
+        seed=seed,
+        data_seed=seed,
+        max_length=None,
     )
-    with trainer_errors():
-        trainer = with_nan_guard(RewardTrainer)(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(ids),
-            processing_class=tokenizer,
-            peft_config=adapter_config(training),
-        )
     fit(trainer, out, what)
-
-
-def _report_dropped(trainer: Any, rows: int, truncation: Truncation, what: str) -> None:
-    """Say how many rows TRL dropped because their prompt fills max_length; refuse if none is left."""
-    remaining = len(trainer.train_dataset)
-    if remaining == 0:
-        raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
-    if remaining < rows:
-        say(f"{what}: dropped {rows - remaining} of {rows} rows, whose prompts fill max_length={truncation.max_length}")

@@ -1,6 +1,5 @@
 """`prefdistill sft`, `dpo` and `distill`: trainings on their own."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,10 +54,9 @@ def sft(options: SFTFlags) -> dict[str, Any]:
     training = validate(Training, key_values(options.overrides, "training"), WHERE)
     from prefdistill.data.fingerprint import demonstrations_fingerprint
     from prefdistill.data.load import load_messages
-    from prefdistill.training.trl import train_sft
 
     rows = load_messages(options.data)
-    return _teach("sft", train_sft, options, rows, demonstrations_fingerprint(rows), training)
+    return _teach("sft", options, rows, demonstrations_fingerprint(rows), training)
 
 
 def dpo(options: DPOFlags) -> dict[str, Any]:
@@ -70,10 +68,9 @@ def dpo(options: DPOFlags) -> dict[str, Any]:
     training = validate(DPOTraining, key_values(options.overrides, "training"), WHERE)
     from prefdistill.data.fingerprint import data_fingerprint
     from prefdistill.data.load import load_pairs
-    from prefdistill.training.trl import train_dpo
 
     pairs = load_pairs(options.data)
-    return _teach("dpo", train_dpo, options, pairs, data_fingerprint(pairs), training)
+    return _teach("dpo", options, pairs, data_fingerprint(pairs), training)
 
 
 def distill(options: DistillFlags) -> dict[str, Any]:
@@ -152,12 +149,11 @@ def method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
     return name, method, training
 
 
-def _teach(
-    name: str, train: Callable[..., None], options: Any, rows: Any, fingerprint: str, training: Training
-) -> dict[str, Any]:
-    """One of TRL's trainings."""
+def _teach(kind: str, options: Any, rows: Any, fingerprint: str, training: Training) -> dict[str, Any]:
+    """Run one of TRL's trainings as a stage."""
     from prefdistill.data.truncation import Truncation
     from prefdistill.models.load import load_tokenizer
+    from prefdistill.training.trl import train_with_trl
 
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     loading = {**options.part(Loading), "seed": options.seed}
@@ -165,9 +161,9 @@ def _teach(
 
     def make(directory: Path) -> None:
         truncation = Truncation(options.max_length)
-        train(options.model, rows, tokenizer, training, directory, truncation=truncation, **loading)
+        train_with_trl(options.model, rows, tokenizer, training, directory, truncation=truncation, what=kind, **loading)
 
-    return _stage(name, options.out, options.model, request, make)
+    return _stage(kind, options.out, options.model, request, make)
 
 
 def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any) -> dict[str, Any]:

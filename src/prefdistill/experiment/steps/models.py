@@ -1,16 +1,18 @@
 """Steps that make teacher and student: random weights, SFT and DPO."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import value_digest
 from prefdistill.core.progress import say
-from prefdistill.experiment.step import Input, Model, ModelRole, Rows, Step, Tokenizer, Trained
-from prefdistill.models.scratch import random_model
+from prefdistill.data.messages import pair_texts
+from prefdistill.experiment.step import Model, ModelRole, Rows, Step, Tokenizer, Trained
+from prefdistill.experiment.steps.synthetic import Language
+from prefdistill.models.load import load_tokenizer
+from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.training.options import Training
-from prefdistill.training.trl import train_dpo, train_sft
+from prefdistill.training.trl import train_with_trl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,12 +24,7 @@ class Init(Step):
 
     kind: ClassVar[str] = "init"
     roles: tuple[ModelRole, ...]  # of the models to make
-    sources: tuple[Input | Step, ...]  # of the tokenizer: that of a named model, or data
-    build_tokenizer: "Callable[[], PreTrainedTokenizerBase]"
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return self.sources
+    source: Tokenizer | Language | Rows  # of the tokenizer: that of a named model, or data
 
     @property
     def options(self) -> dict[str, Any]:
@@ -38,6 +35,14 @@ class Init(Step):
         scratch = self.context.recipe.model.scratch
         assert scratch is not None
         return scratch.model_dump()
+
+    def build_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Return the tokens of a model that is named, or a tokenizer for the data."""
+        if isinstance(self.source, Tokenizer):
+            return self.source.tokenizer
+        if isinstance(self.source, Language):
+            return load_tokenizer(str(self.source.tokenizer_directory))
+        return train_tokenizer(pair_texts(self.source.rows), self.scratch["vocab_size"])
 
     def make(self, out: Path) -> None:
         tokenizer = self.build_tokenizer()
@@ -63,8 +68,7 @@ class Init(Step):
         return self._part_key({"vocab_size": self.scratch["vocab_size"]})
 
     def _part_key(self, options: dict[str, Any]) -> str:
-        parts = {"seed": self.context.seed, "sources": [source.key for source in self.sources]}
-        return value_digest({**options, **parts})
+        return value_digest({**options, "seed": self.context.seed, "sources": [self.source.key]})
 
 
 @dataclass(eq=False, kw_only=True)
@@ -74,12 +78,7 @@ class Sft(Trained):
     kind: ClassVar[str] = "sft"
     start: Model
     rows: Rows
-    tokenizer: Tokenizer
     training: Training
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.start, self.rows)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -91,14 +90,11 @@ class Sft(Trained):
         }
 
     def make(self, out: Path) -> None:
-        self._train(train_sft, out)
-
-    def _train(self, train: Callable[..., None], out: Path) -> None:
         names = self.context.recipe.model
-        train(
+        train_with_trl(
             self.start.place,
             self.rows.rows,
-            self.tokenizer.tokenizer,
+            self.context.tokenizer.tokenizer,
             self.training,
             out,
             truncation=self.context.truncation,
@@ -114,6 +110,3 @@ class Dpo(Sft):
     """DPO through TRL, with the model it starts from as the reference."""
 
     kind: ClassVar[str] = "dpo"
-
-    def make(self, out: Path) -> None:
-        self._train(train_dpo, out)

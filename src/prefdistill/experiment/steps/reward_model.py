@@ -8,7 +8,7 @@ from prefdistill.core.files import read_json, write_json
 from prefdistill.data.encode import drop_refused
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.reward_model import RewardModel
-from prefdistill.experiment.step import Context, Input, Model, ModelRole, Rows, Step, Tokenizer, Trained
+from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer, Trained
 from prefdistill.training.trl import train_reward
 
 
@@ -20,10 +20,6 @@ class TrainRewardModel(Trained):
     output_role: ModelRole = "reward_model"
     pairs: Rows
     tokenizer: Tokenizer
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.pairs, self.tokenizer)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,14 +49,6 @@ class EvaluateRewardModel(Step):
     kind: ClassVar[str] = "evaluate_reward_model"
     model: Model
     test: Rows
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.model, self.test)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {}
 
     def make(self, out: Path) -> None:
         reward_model = load_reward_model(self.context, self.model)

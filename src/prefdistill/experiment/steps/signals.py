@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SCORES, SIDES, ended_column
 from prefdistill.data.load import load_pairs
-from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer
+from prefdistill.experiment.step import Model, Rows, Step
 from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals, extract_signals
@@ -27,14 +27,9 @@ class Sample(Step):
     """Sample responses of a model to the training prompts."""
 
     kind: ClassVar[str] = "sample"
-    model: Model
     data: Rows
-    tokenizer: Tokenizer
+    model: Model
     column: str  # of the responses
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.data, self.model)
 
     @property
     def _seed(self) -> int:
@@ -55,7 +50,7 @@ class Sample(Step):
         sample_responses(
             self.model.place,
             train.select_columns([name for name in columns if name in train.column_names]),
-            self.tokenizer.tokenizer,
+            self.context.tokenizer.tokenizer,
             out / "responses.jsonl",
             column=self.column,
             truncation=self.context.truncation,
@@ -75,18 +70,13 @@ class ReadSignals(Step):
     """Score the responses of a data set with a model and store the signals."""
 
     kind: ClassVar[str] = "signals"
-    model: Model
     data: Rows | Sample
+    model: Model
     kinds: tuple[str, ...]
     responses: tuple[str, ...]
-    tokenizer: Tokenizer
     ids_from: "ReadSignals | None"  # the store whose token ids a "topk" signal is read at
     bf16: bool = False  # autocast
     held_out: bool = False  # the test pairs
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.data, self.model, *filter(None, (self.ids_from,)))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -119,7 +109,7 @@ class ReadSignals(Step):
         extract_signals(
             self.model.place,
             self.data.rows,
-            self.tokenizer.tokenizer,
+            self.context.tokenizer.tokenizer,
             kinds=self.kinds,
             out=out / "store",
             role=str(self.role),

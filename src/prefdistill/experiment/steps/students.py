@@ -13,7 +13,7 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.pairs import measure_pairs
 from prefdistill.evaluation.responses import measure_responses, measure_rewards, unique_prompts
-from prefdistill.experiment.step import Input, Model, Rows, Step, Tokenizer, Trained
+from prefdistill.experiment.step import Model, Rows, Step, Trained
 from prefdistill.experiment.steps.reward_model import load_reward_model
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.synthetic import Language, load_student, respond
@@ -36,15 +36,10 @@ class Distill(Trained):
     method: str
     order: int
     algorithm: Method
-    start: Model
     train: Rows
+    start: Model
     samples: tuple[Sample, ...]
     signals: tuple[ReadSignals, ...]
-    tokenizer: Tokenizer
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.train, self.start, *self.samples, *self.signals)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,7 +62,7 @@ class Distill(Trained):
             self.algorithm,
             load,
             side_by_side([sample.rows for sample in self.samples]) if self.samples else self.train.rows,
-            self.tokenizer.tokenizer,
+            self.context.tokenizer.tokenizer,
             self.context.recipe.methods[self.method].training,
             out,
             signals=[step.store for step in self.signals],
@@ -95,15 +90,10 @@ class Evaluate(Step):
 
     kind: ClassVar[str] = "evaluate"
     model: Model
-    tokenizer: Tokenizer
     language: Language | None  # of the built-in task, whose reward is known
+    reference: ReadSignals | None  # of the start on the test pairs, to compare a student with
     test: Rows | None
     reward_model: Model | None
-    reference: ReadSignals | None  # of the start on the test pairs, to compare a student with
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return tuple(filter(None, (self.model, self.language, self.reference, self.test, self.reward_model)))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,7 +111,7 @@ class Evaluate(Step):
             model, prompts = load_student(self.context, self.model), self.language.prompts()["test"]
 
             def answer(temperature: float, what: str) -> list[Response]:
-                return respond(self.context, model, self.tokenizer, prompts, temperature, self.context.seed, what)
+                return respond(self.context, model, prompts, temperature, self.context.seed, what)
 
             measure_rewards(measured, prompts, answer, synthetic.reward, samples=section.samples)
         elif self.test is not None and max(section.prompts, section.samples):
@@ -132,7 +122,7 @@ class Evaluate(Step):
             )
         if self.reference is not None and self.test is not None:
             student = load_student(self.context, self.model)
-            measure_pairs(measured, student, self.test.rows, self.tokenizer.tokenizer, self.reference.store)
+            measure_pairs(measured, student, self.test.rows, self.context.tokenizer.tokenizer, self.reference.store)
         write_json(out / "evaluation.json", measured.__dict__)
 
     def _sample(self, test: Rows, out: Path) -> "Dataset":
@@ -140,7 +130,7 @@ class Evaluate(Step):
         return sample_responses(
             self.model.place,
             unique_prompts(test.rows, max(section.prompts, section.samples)).select_columns("prompt"),
-            self.tokenizer.tokenizer,
+            self.context.tokenizer.tokenizer,
             out / "responses.jsonl",
             column=RESPONSE,
             max_new_tokens=section.max_new_tokens,

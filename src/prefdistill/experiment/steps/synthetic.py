@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prefdistill.core.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.data import synthetic
 from prefdistill.data.load import first_rows, load_messages, load_pairs
-from prefdistill.experiment.step import Context, Input, Model, Rows, Step, Tokenizer
+from prefdistill.experiment.step import Context, Model, Rows, Step
 from prefdistill.models.load import load_model, ready
 from prefdistill.sampling.sampler import Response, sample
 
@@ -20,10 +20,6 @@ class Language(Step):
     """Draw the prompts and the demonstrations of the built-in task, and write its tokenizer."""
 
     kind: ClassVar[str] = "data"
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,11 +60,6 @@ class Pairs(Step):
     kind: ClassVar[str] = "pairs"
     language: Language
     model: Model
-    tokenizer: Tokenizer
-
-    @property
-    def inputs(self) -> tuple[Input | Step, ...]:
-        return (self.language, self.model)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -81,8 +72,7 @@ class Pairs(Step):
         model = load_student(self.context, self.model)
         for split, prompts in self.language.prompts().items():
             first, second = (
-                respond(self.context, model, self.tokenizer, prompts, 1.0, seed + shift, f"{split} pairs")
-                for shift in (0, 1)
+                respond(self.context, model, prompts, 1.0, seed + shift, f"{split} pairs") for shift in (0, 1)
             )
             # the chat template would add an end token to a response that has none: not what was sampled
             ended = [a.ended and b.ended for a, b in zip(first, second, strict=True)]
@@ -121,13 +111,13 @@ def load_student(context: Context, model: Model) -> Any:
 
 
 def respond(
-    context: Context, model: Any, tokenizer: Tokenizer, prompts: list[str], temperature: float, seed: int, what: str
+    context: Context, model: Any, prompts: list[str], temperature: float, seed: int, what: str
 ) -> list[Response]:
     """Sample one response to each prompt of the built-in task."""
     options = context.recipe.evaluate
     return sample(
         model,
-        tokenizer.tokenizer,
+        context.tokenizer.tokenizer,
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         temperature=temperature,
         max_new_tokens=options.max_new_tokens,
