@@ -98,7 +98,7 @@ BAD = [
     (on("roles.jsonl"), "roles.jsonl, row 1: 'rejected' has a message with the role 'user'"),
     (on("steering.jsonl"), "row 0: 'rejected' has a message with the role 'user\\x1b]0;owned\\x07'"),
     (on("a" * 300), "aaa...: the name is too long; give a shorter one"),
-    (on("\udcff.jsonl"), "'\\udcff.jsonl' is not UTF-8 text"),
+    (on("\udcff.jsonl"), "'\\udcff.jsonl' is not valid UTF-8"),
     (on("answered.jsonl"), "answered.jsonl, row 0: the prompt ends with an assistant message"),
     (on("scores.jsonl"), "scores.jsonl: column 'score_chosen' must hold numbers, it holds string"),
     (on("scores-mixed.jsonl"), "scores-mixed.jsonl: column 'score_chosen' must hold numbers, it holds values of sev"),

@@ -79,7 +79,7 @@ def call(arguments: list[str]) -> int:
     """Run a command line and return its exit status."""
     try:
         if invalid := [text for text in arguments if surrogate(text) is not None]:
-            raise UserError(f"{invalid[0]!a} is not UTF-8 text, which no result could be written with; rename it")
+            raise UserError(f"{invalid[0]!a} is not valid UTF-8; rename the file or change the argument")
         root = group("prefdistill", HELP)
         parsed = root.main(args=arguments or ["--help"], prog_name="prefdistill", standalone_mode=False)
     except UserError as error:

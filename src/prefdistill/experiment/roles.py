@@ -15,7 +15,8 @@ REFERENCE_KINDS = {TEACHER: "teacher", START: "start"}
 class Control(Section):
     """What a run controls for. A control is shown beside the methods and never counts as one.
 
-    placebo: the same training with an uninformative teacher signal. bound: an upper bound on what the signal can give.
+    placebo: the same training with an uninformative teacher signal. bound: the method with the best
+    signal that is known, such as the true reward; a method may exceed it.
     noise_floor: a repeat of `of` with nothing changed but the random order of the data.
     """
 

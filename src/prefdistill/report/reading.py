@@ -65,8 +65,8 @@ def reading_of(runs: list[Run]) -> list[tuple[str, str]]:
         words.append(
             (
                 "Bound",
-                "what a perfect signal would give, such as the true reward in place of the teacher's: an upper bound, "
-                "not a method.",
+                "the method with the best signal that is known, such as the true reward in place of the teacher's: a "
+                "yardstick, not a method; a method may exceed it.",
             )
         )
     if "T=1" in labels:

@@ -63,7 +63,9 @@ def make_trainer(
         if signals:
             raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
         if training.arguments.get("precompute_ref_log_probs"):
-            raise UserError("precompute_ref_log_probs is not supported here: TRL reads its reference as it goes")
+            raise UserError(
+                "precompute_ref_log_probs is not supported here: TRL computes reference log-probs during training"
+            )
         encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())
         if dropped:
             say(f"training: {dropped}")

@@ -120,7 +120,7 @@ def _with_signals_only(encoded: "Dataset", available: SignalSet) -> "Dataset":
     if has_signals.all():
         return encoded
     without = int((~has_signals).sum())
-    say(f"training: {without} more rows have no signals, because another response of theirs was dropped")
+    say(f"training: {without} more rows have no signals, because another response of the same row was dropped")
     return encoded.select(np.flatnonzero(has_signals))
 
 
