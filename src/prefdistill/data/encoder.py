@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.messages import without_nulls
+from prefdistill.data.messages import normal_messages
 from prefdistill.data.template import NO_TEMPLATE, Ending, render_messages, template_ending
 
 if TYPE_CHECKING:
@@ -51,11 +51,10 @@ class Encoder:
             return prompt + (response or "")
         if not self.tokenizer.chat_template:
             raise UserError(NO_TEMPLATE)
-        # Newer versions of transformers leave the nulls out themselves; 5.17 renders "None".
-        messages = without_nulls(prompt)
+        messages = normal_messages(prompt)
         if response is None:
             return render_messages(self.tokenizer, messages, generation_prompt=True)
-        reply = [{"role": "assistant", "content": response}] if isinstance(response, str) else without_nulls(response)
+        reply = [{"role": "assistant", "content": response}] if isinstance(response, str) else normal_messages(response)
         return render_messages(self.tokenizer, messages + reply)
 
     def texts(self, prompt: Any, *responses: Any) -> tuple[str, ...] | None:

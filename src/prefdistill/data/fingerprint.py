@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from prefdistill.data.columns import SCORES, SIDES, ended_column
-from prefdistill.data.messages import without_nulls
+from prefdistill.data.messages import normal_messages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ def _digest(dataset: Dataset, responses: Sequence[str]) -> str:
     flags = [ended_column(name) for name in responses if ended_column(name) in dataset.column_names]
     scores = SCORES if set(SIDES) <= set(responses) else ()
     for row in dataset.select_columns([n for n in (*columns, *flags, *scores) if n in dataset.column_names]):
-        texts = [without_nulls(row.get(name)) for name in columns]
+        texts = [normal_messages(row.get(name)) for name in columns]
         numbers = [None if row.get(name) is None else float(row[name]) for name in (*scores, *flags)]
         digest.update(json.dumps(texts + numbers, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

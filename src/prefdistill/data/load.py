@@ -8,11 +8,11 @@ Rows are counted from 0, here and in every message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SCORES, SIDES, ended_column
-from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
+from prefdistill.data.messages import check_roles, form_of, normal_messages, split_last_turn, split_shared_prompt
 from prefdistill.data.sources import NO_CACHE, read_source
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = 
     Raises:
         UserError: if the source cannot be read, or a row is not a preference pair.
     """
-    dataset = read_source(source, split)
+    dataset = _read(source, split, responses)
     if "prompt" not in dataset.column_names:
         _require_columns(dataset, source, SIDES)
         dataset = _with_shared_prompt(dataset, source)
@@ -50,7 +50,7 @@ def load_messages(source: str, *, split: str = "train") -> Dataset:
     They come from `messages` (the completion is the last assistant turn), or `prompt` and `completion`, or the chosen
     side of preference pairs. Arguments and errors are those of `load_pairs`.
     """
-    dataset = read_source(source, split)
+    dataset = _read(source, split)
     columns = dataset.column_names
     if "messages" in columns:
         dataset = _with_last_turn(dataset.select_columns("messages"), source)
@@ -71,7 +71,7 @@ def load_prompts(source: str | Dataset, *, split: str = "train") -> Dataset:
     into `prompt` and `completion`, its last assistant turn. Arguments and errors are those of `load_pairs`; a data set
     in memory is used as it is.
     """
-    dataset, name = (read_source(source, split), source) if isinstance(source, str) else (source, "The data set")
+    dataset, name = (_read(source, split), source) if isinstance(source, str) else (source, "The data set")
     columns = dataset.column_names
     if "prompt" not in columns and {*SIDES} <= {*columns}:
         dataset = _with_shared_prompt(dataset, name)
@@ -88,8 +88,56 @@ def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
     return dataset.select(range(limit)) if limit and limit < len(dataset) else dataset
 
 
+def _read(source: str, split: str, responses: Sequence[str] = SIDES) -> Dataset:
+    """Return the data set of a source with its messages in normal form."""
+    dataset = read_source(source, split)
+    names = [
+        n for n in dict.fromkeys(("prompt", *SIDES, "completion", "messages", *responses)) if n in dataset.features
+    ]
+    columns = {
+        name: [normal_messages(value) for value in dataset[name]]
+        for name in names
+        if _dtype(dataset, name) != "string" and not _plain_messages(dataset.features[name])
+    }
+    return with_columns(dataset, columns)
+
+
+def _plain_messages(feature: Any) -> bool:
+    """Return whether a column holds messages of role and content alone, which are in normal form."""
+    messages = getattr(feature, "feature", None)
+    return isinstance(messages, dict) and {*messages} == {"role", "content"}
+
+
+def with_columns(dataset: Dataset, columns: dict[str, list[Any]]) -> Dataset:
+    """Return a data set with columns replaced or added; messages and structures keep their own keys, without nulls."""
+    from datasets import Dataset, Features, Json, List, concatenate_datasets
+
+    if not columns:
+        return dataset
+    types: dict[str, Any] = {}
+    for name, values in columns.items():
+        first = next((value for value in values if value is not None), None)
+        if isinstance(first, list) and all(_messages_or_none(value) for value in values):
+            types[name] = List(Json())
+        elif isinstance(first, dict) and all(isinstance(value, dict | None) for value in values):
+            types[name] = Json()
+    changed = [Dataset.from_dict({n: columns[n] for n in types}, features=Features(types))] if types else []
+    if others := {name: values for name, values in columns.items() if name not in types}:
+        changed.append(Dataset.from_dict(others, on_mixed_types="use_json"))
+    kept = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    return concatenate_datasets([*([kept] if kept.column_names else []), *changed], axis=1)
+
+
+def _messages_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, dict) for item in value))
+
+
 def _with_shared_prompt(dataset: Dataset, source: str) -> Dataset:
-    return dataset.map(split_shared_prompt, with_indices=True, fn_kwargs={"source": source}, **NO_CACHE)
+    pairs = [
+        split_shared_prompt({"chosen": chosen, "rejected": rejected}, index, source)
+        for index, (chosen, rejected) in enumerate(zip(dataset["chosen"], dataset["rejected"], strict=True))
+    ]
+    return with_columns(dataset, {name: [pair[name] for pair in pairs] for name in ("prompt", *SIDES)})
 
 
 def _with_last_turn(dataset: Dataset, source: str) -> Dataset:

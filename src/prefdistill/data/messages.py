@@ -1,6 +1,7 @@
 """Values of prompt and response columns: text, or a list of messages with a role and content."""
 
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
@@ -10,6 +11,13 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
 
 Form = Literal["plain", "conversational"]
+# Where the assistant's turn begins in text: the last such place in the shared start of two texts ends the prompt.
+ASSISTANT_TURN = re.compile(
+    r"(?im)^(?:assistant|ai|bot|model|gpt|response|answer|#{2,} ?(?:assistant|response|answer)):\n*"
+    r"|<\|assistant\|>\n*|<\|im_start\|>assistant\n|<start_of_turn>model\n|\[/INST\]"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n*"
+)
+SENTENCE_END = "\u3002\uff01\uff1f"  # of scripts that write no spaces
 
 
 def form_of(value: Any, name: str) -> Form:
@@ -28,7 +36,11 @@ def form_of(value: Any, name: str) -> Form:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and (isinstance(value.get("content"), str) or (value.get("content") is None and bool(value.get("tool_calls"))))
+    )
 
 
 def check_roles(messages: list[dict[str, Any]], column: str, where: str) -> None:
@@ -46,31 +58,78 @@ def check_roles(messages: list[dict[str, Any]], column: str, where: str) -> None
 
 
 def without_nulls(value: Any) -> Any:
-    """Return messages without the null keys that Arrow adds where the messages of a column differ in their keys."""
+    """Return a value without the null keys that Arrow adds, at any depth, where rows differ in their keys."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def normal_messages(value: Any) -> Any:
+    """Return messages in the form that is rendered and fingerprinted, the same for every file format; text as it is.
+
+    No key is null, at any depth. The content of a message that only calls tools is the empty text.
+    """
     if not isinstance(value, list):
         return value
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+    messages = without_nulls(value)
+    return [
+        {**m, "content": ""} if isinstance(m, dict) and m.get("tool_calls") and "content" not in m else m
+        for m in messages
+    ]
 
 
 def prompt_text(prompt: Any) -> str:
     """Return a prompt as one text by which prompts are compared: the text itself, or its messages as JSON."""
-    return prompt if isinstance(prompt, str) else json.dumps(without_nulls(prompt), sort_keys=True, ensure_ascii=False)
+    return (
+        prompt if isinstance(prompt, str) else json.dumps(normal_messages(prompt), sort_keys=True, ensure_ascii=False)
+    )
 
 
 def split_shared_prompt(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
     """Return a pair whose `prompt` is the shared start of `chosen` and `rejected`.
 
-    Raises:
-        UserError: if they do not start alike.
-    """
-    from trl import extract_prompt
+    The prompt of two conversations ends before the assistant messages at the end of what they share. The prompt of two
+    texts ends after the last turn marker that they share, such as "Assistant:", else at the last space before they
+    differ; never inside a word, and never so that a response is empty.
 
+    Raises:
+        UserError: if there is no such start.
+    """
     where = f"{source}, row {index}"
-    for side in SIDES:
-        form_of(row[side], f"{where}: '{side}'")
-    if not row["chosen"] or row["chosen"][:1] != row["rejected"][:1]:  # TRL's function assumes a shared start
-        raise UserError(f"{where}: 'chosen' and 'rejected' do not start alike. Add a `prompt` column.")
-    return extract_prompt(row)
+    chosen, rejected = (normal_messages(row[side]) for side in SIDES)
+    forms = {form_of(value, f"{where}: '{side}'") for side, value in zip(SIDES, (chosen, rejected), strict=True)}
+    if len(forms) == 2:
+        raise UserError(f"{where}: one of 'chosen' and 'rejected' is text, the other a list of messages. Use one form.")
+    end = _end_of_shared_text(chosen, rejected) if forms == {"plain"} else _end_of_shared_turns(chosen, rejected)
+    if not end:
+        how = ", up to the end of a turn or a word" if chosen and chosen[:1] == rejected[:1] else ""
+        raise UserError(f"{where}: 'chosen' and 'rejected' do not start alike{how}. Add a `prompt` column.")
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _end_of_shared_turns(chosen: list[Any], rejected: list[Any]) -> int:
+    """Return how many messages the prompt has; 0 if there is no prompt that leaves both a response."""
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    end = min(shared, len(chosen) - 1, len(rejected) - 1)
+    while end and chosen[end - 1]["role"] == "assistant":
+        end -= 1
+    return end
+
+
+def _end_of_shared_text(chosen: str, rejected: str) -> int:
+    """Return how many characters the prompt has; 0 if there is no boundary that leaves both a response."""
+    shared = chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))]
+    turns = [turn.end() for turn in ASSISTANT_TURN.finditer(shared) if turn.end() < min(len(chosen), len(rejected))]
+    if turns:
+        return turns[-1]
+    if shared in (chosen, rejected):  # all of a response may be part of the other: nothing says where it begins
+        return 0
+    end = len(shared)
+    if not (chosen[end].isspace() and rejected[end].isspace()):
+        while end and not (shared[end - 1].isspace() or shared[end - 1] in SENTENCE_END):
+            end -= 1
+    end -= shared[:end].endswith(" ")  # the space before a response is part of it, as in TRL
+    return end if shared[:end].strip() else 0
 
 
 def split_last_turn(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
@@ -79,7 +138,7 @@ def split_last_turn(row: dict[str, Any], index: int, source: str) -> dict[str, A
     Raises:
         UserError: if there is no assistant message at the end, or nothing before it.
     """
-    where, messages = f"{source}, row {index}", row["messages"]
+    where, messages = f"{source}, row {index}", normal_messages(row["messages"])
     if form_of(messages, f"{where}: 'messages'") == "plain":
         raise UserError(f"{where}: 'messages' must be a list of messages, not {reprlib.repr(messages)}.")
     completion = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))
@@ -96,4 +155,4 @@ def pair_texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
             if isinstance(value, str):
                 yield value
             elif value:
-                yield from (message["content"] for message in value)
+                yield from (message["content"] or "" for message in value)

@@ -15,7 +15,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
 from prefdistill.data.columns import SIDES
 from prefdistill.data.load import load_pairs
-from prefdistill.data.messages import check_roles, form_of, prompt_text, split_shared_prompt
+from prefdistill.data.messages import check_roles, form_of, normal_messages, prompt_text, split_shared_prompt
 from prefdistill.data.sources import read_rows
 from prefdistill.experiment.doctor.characters import around
 from prefdistill.experiment.doctor.findings import Finding, finding_for_rows
@@ -101,7 +101,7 @@ class PairSet:
 
 def content_text(value: str | list[dict[str, Any]]) -> str:
     """Return the text of a value, or the contents of its messages, one per line."""
-    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+    return value if isinstance(value, str) else "\n".join(message["content"] or "" for message in value)
 
 
 def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSet, list[Finding]]:
@@ -178,6 +178,7 @@ def _failing(check: str) -> Iterator[None]:
 
 
 def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
+    row = row | {name: normal_messages(row.get(name)) for name in COLUMNS}
     with _failing("data.values"):
         forms = {form_of(row.get(name), f"'{name}'") for name in (COLUMNS if has_prompt else SIDES)}
     if len(forms) > 1:
