@@ -79,8 +79,8 @@ STOPS = {
     "study": "prefdistill.experiment.study.run.run_study",
     "report": "prefdistill.report.write_report",
     "judge answers": "prefdistill.evaluation.judges.answers.answer_questions",
-    "judge mt-bench": "prefdistill.evaluation.judges.judge_mt_bench",
-    "judge alpaca-eval": "prefdistill.evaluation.judges.judge_alpaca_eval",
+    "judge mt-bench": "prefdistill.evaluation.judges.mt_bench.judge_mt_bench",
+    "judge alpaca-eval": "prefdistill.evaluation.judges.alpaca.judge_alpaca_eval",
 }
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
-from prefdistill.evaluation.judges import Endpoint, client, judge_mt_bench
-from prefdistill.evaluation.judges.mt_bench import PROMPTS, comparisons
+from prefdistill.evaluation.judges import client
+from prefdistill.evaluation.judges.client import Endpoint
+from prefdistill.evaluation.judges.mt_bench import PROMPTS, comparisons, judge_mt_bench
 from support.judges import Handler, answers, completion, jsonl
 
 pytest.importorskip("openai", reason="judges are asked through the openai package (extra judges)")

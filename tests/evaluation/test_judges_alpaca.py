@@ -9,8 +9,8 @@ import pytest
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.data.load import load_prompts
-from prefdistill.evaluation.judges import Endpoint, judge_alpaca_eval
-from prefdistill.evaluation.judges.alpaca import length_controlled, read_evaluator
+from prefdistill.evaluation.judges.alpaca import judge_alpaca_eval, length_controlled, read_evaluator
+from prefdistill.evaluation.judges.client import Endpoint
 from support.judges import completion, jsonl
 
 pytest.importorskip("openai", reason="judges are asked through the openai package (extra judges)")

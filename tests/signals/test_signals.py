@@ -14,7 +14,8 @@ from prefdistill.core.lock import locked
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.truncation import Truncation
-from prefdistill.evaluation import gauge_flips, mean_and_error, pair_terms
+from prefdistill.evaluation.pairs import gauge_flips, pair_terms
+from prefdistill.evaluation.stats import mean_and_error
 from prefdistill.signals import Need, Signals, SignalSet, extract_signals, request
 from prefdistill.signals.gauge import DIRECTIONS, gauge_directions
 

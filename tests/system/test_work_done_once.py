@@ -13,9 +13,9 @@ import yaml
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Override
 from prefdistill.core.stages import run_stage
-from prefdistill.evaluation.judges import Endpoint, answers, judge_mt_bench
-from prefdistill.evaluation.judges.client import Reply
-from prefdistill.evaluation.judges.mt_bench import PROMPTS
+from prefdistill.evaluation.judges import answers
+from prefdistill.evaluation.judges.client import Endpoint, Reply
+from prefdistill.evaluation.judges.mt_bench import PROMPTS, judge_mt_bench
 from prefdistill.experiment.study.load import load_study
 from prefdistill.experiment.study.run import SYNTHETIC_FILES, StudyRun
 from prefdistill.sampling.engines import TransformersEngine

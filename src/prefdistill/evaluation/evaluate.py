@@ -25,6 +25,9 @@ from prefdistill.signals import Signals
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# options that evaluation shares with `sample`
+SHARED = {"temperature", "max_new_tokens", "batch_size", "engine", "seed", "dtype", "trust_remote_code"}
+
 
 def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
     """Evaluate a model; responses are sampled once, into a file beside `out`.
@@ -116,15 +119,9 @@ def _sample(request: EvaluateRequest, prompts: "Dataset", file: Path) -> "Datase
         prompts.select_columns("prompt"),
         out=file,
         column=RESPONSE,
-        temperature=request.temperature,
-        max_new_tokens=request.max_new_tokens,
         truncation=Truncation(None),
-        batch_size=request.batch_size,
-        seed=request.seed,
-        engine=request.engine,
         learnt_from=False,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
+        **request.model_dump(include=SHARED),
     )
 
 

@@ -76,13 +76,9 @@ def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
     Args:
         by_seed: for each seed, one entry per data order.
     """
-    per_seed = [float(np.mean([run.metrics[metric] for run in runs])) for runs in by_seed]
-    if len(per_seed) > 1:
-        return mean_and_error(per_seed) | {"over": "seeds"}
-    runs = by_seed[0]
-    if len(runs) > 1:
-        return mean_and_error([run.metrics[metric] for run in runs]) | {"over": "data orders"}
-    return estimate(runs[0].items[metric], runs[0].groups.get(metric)) | {"over": PROMPTS}
+    means = [[run.metrics[metric] for run in runs] for runs in by_seed]
+    first = by_seed[0][0]
+    return _over_repeats(means) or estimate(first.items[metric], first.groups.get(metric)) | {"over": PROMPTS}
 
 
 def difference_of(runs: list[list[Measured]], baseline: list[list[Measured]], metric: str) -> dict[str, Any]:
@@ -90,16 +86,21 @@ def difference_of(runs: list[list[Measured]], baseline: list[list[Measured]], me
 
     Order k is paired with order k of the baseline: same start, same pairs, same test prompts.
     """
-    by_seed = [
+    differences = [
         [run.metrics[metric] - base.metrics[metric] for run, base in zip(orders, base_orders, strict=True)]
         for orders, base_orders in zip(runs, baseline, strict=True)
     ]
-    if len(by_seed) > 1:
-        return mean_and_error([float(np.mean(orders)) for orders in by_seed]) | {"over": "seeds"}
-    if len(by_seed[0]) > 1:
-        return mean_and_error(by_seed[0]) | {"over": "data orders"}
     run, base = runs[0][0], baseline[0][0]
-    return paired_difference(run.items[metric], base.items[metric], run.groups.get(metric)) | {"over": PROMPTS}
+    return _over_repeats(differences) or (
+        paired_difference(run.items[metric], base.items[metric], run.groups.get(metric)) | {"over": PROMPTS}
+    )
+
+
+def _over_repeats(values: list[list[float]]) -> dict[str, Any] | None:
+    """Return the mean of numbers by seed and data order, with its error; None for a single run."""
+    if len(values) > 1:
+        return mean_and_error([float(np.mean(orders)) for orders in values]) | {"over": "seeds"}
+    return mean_and_error(values[0]) | {"over": "data orders"} if len(values[0]) > 1 else None
 
 
 def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None) -> dict[str, Any]:

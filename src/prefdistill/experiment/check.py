@@ -11,12 +11,13 @@ from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.messages import prompt_text
 from prefdistill.evaluation.reward_model import check_prompts
+from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import reference_bf16
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
-from prefdistill.models.load import check_model, check_reward_model
+from prefdistill.models.load import check_reward_model
 from prefdistill.models.scratch import check_shape
 from prefdistill.training.options import Training
 
@@ -84,11 +85,11 @@ def check_trainings(plan: Plan) -> None:
         training_arguments(training, plan.context.root, seed=0, data_seed=0, kind=kind)
 
 
-def check_models(recipe: Recipe, *, fetch: bool = True) -> None:
+def check_models(recipe: Recipe, sources: Sources, *, fetch: bool = True) -> None:
     """Check that the models that the recipe names can be loaded; with `fetch`, this downloads those of the Hub."""
     names = recipe.model
     for name in filter(None, (names.teacher, names.teacher_reference, names.student)):
-        check_model(name, trust_remote_code=names.trust_remote_code, fetch=fetch)
+        sources.check_model(name, trust_remote_code=names.trust_remote_code, fetch=fetch)
 
 
 def _check_data(data: UserData, recipe: Recipe) -> None:

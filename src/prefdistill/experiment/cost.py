@@ -82,7 +82,8 @@ def costs(plan: Plan, shapes: Shapes, lengths: Mapping[Input, Lengths]) -> dict[
     Raises:
         UserError: if training.lora does not fit its model.
     """
-    return {step: _Pricing(plan, shapes, {**_built_in(plan), **lengths}, step).cost() for step in plan.steps}
+    pricing = _Pricing(plan, shapes, {**_built_in(plan), **lengths})
+    return {step: pricing.cost(step) for step in plan.steps}
 
 
 def _built_in(plan: Plan) -> dict[Input, Lengths]:
@@ -112,10 +113,9 @@ class _Pricing:
     plan: Plan
     shapes: Shapes
     lengths: Mapping[Input, Lengths]
-    step: Step
 
-    def cost(self) -> Cost:
-        step, recipe = self.step, self.plan.context.recipe
+    def cost(self, step: Step) -> Cost:
+        recipe = self.plan.context.recipe
         if isinstance(step, Init):
             shapes = [self.shapes[role] for role in step.roles if role in self.shapes]
             size = sum(weight_bytes(shape, "float32") for shape in shapes)
@@ -126,18 +126,14 @@ class _Pricing:
         if isinstance(step, Sft):
             return self._training(step.output, step.training, step.rows, 0)
         if isinstance(step, TrainRewardModel):
-            section = recipe.reward_model
-            assert section is not None
-            return self._training(step.output, section.training, step.pairs, 0, "float32")
+            return self._training(step.output, step.section.training, step.pairs, 0, "float32")
         if isinstance(step, Distill):
             training = recipe.methods[step.method].training
             beside = models_held(step.algorithm, training) - 1
             data: Input | Sample = step.samples[0] if step.samples else step.train
             return self._training(step.output, training, data, beside)
         if isinstance(step, Pairs):
-            task = recipe.data.synthetic
-            assert task is not None
-            responses = 2 * (task.teacher_pairs + task.test_prompts)
+            responses = 2 * (step.language.task.teacher_pairs + step.language.task.test_prompts)
             return self._generation(step.model, "student", responses, recipe.evaluate.max_new_tokens)
         if isinstance(step, Sample):
             length = self._of(step)

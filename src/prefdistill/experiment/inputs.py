@@ -12,6 +12,7 @@ from prefdistill.data.fingerprint import data_fingerprint, demonstrations_finger
 from prefdistill.data.load import first_rows, load_messages, load_pairs
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.identity import model_key
+from prefdistill.models.load import check_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,20 +32,15 @@ class Sources:
     def __init__(self) -> None:
         self._pairs = functools.cache(load_pairs)
         self._rows: dict[tuple[str, int | None], Dataset] = {}
-        self._models: dict[str, Any] = {}
         self.messages = functools.cache(load_messages)
+        self.model_key = functools.cache(model_key)  # as of the first call
+        self.check_model = functools.cache(check_model)
 
     def pairs(self, name: str, limit: int | None = None) -> "Dataset":
         """Return the preference pairs of a file, directory or Hub name: all, or the first `limit`."""
         if (name, limit) not in self._rows:
             self._rows[name, limit] = first_rows(self._pairs(name), limit)
         return self._rows[name, limit]
-
-    def model_key(self, name: str) -> Any:
-        """Return the key of a model's files, see `prefdistill.models.identity.model_key`, as of the first call."""
-        if name not in self._models:
-            self._models[name] = model_key(name)
-        return self._models[name]
 
     def unchanged(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
         """Wrap the `make` of a step so that it raises ModelChanged, and leaves no output, if these models change."""

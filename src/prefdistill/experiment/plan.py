@@ -106,15 +106,13 @@ class _Builder:
     def build(self) -> Plan:
         recipe = self.recipe
         user_data = None if recipe.data.synthetic else UserData(recipe, self.context.seed, self.sources)
-        self.user_data = user_data
-        language = Language(context=self.context, name="data") if user_data is None else None
+        task = recipe.data.synthetic
+        self.plan = Plan(self.context, self.methods, user_data)
+        language = self._add(Language, "data", task=task) if task else None
         if user_data is not None:
-            self.train = user_rows(TRAIN, lambda: user_data.train)
+            self.plan.train = user_rows(TRAIN, lambda: user_data.train)
         init = self._init(language)
         self.context.tokenizer = self._tokenizer(init)
-        self.plan = Plan(self.context, self.methods, user_data)
-        for step in filter(None, (language, init)):
-            self.plan.add(step)
         teacher, start = self._base("teacher", init), self._base("student", init)
         if language is not None:
             demonstrations = language.demonstrations()
@@ -138,21 +136,25 @@ class _Builder:
             start = self._train(Sft, "student", start, demonstrations, recipe.student.sft)
         self.roles = {"teacher": teacher, "teacher_reference": reference or teacher}
         self.starts[None] = Start("start", start, self.users[None])
-        self.plan.train, self.plan.test = self.train, test
+        self.plan.test = test
         if test is not None:
             self._test_signals(test, reference is not None)
         self._evaluations(language, teacher, start, self._reward_model(test))
         return self.plan
+
+    def _add(self, kind: type[AnyStep], name: str, **fields: Any) -> AnyStep:
+        return self.plan.add(kind(context=self.context, name=name, **fields))
 
     # -- data and models ----------------------------------------------------------------------------------------------
 
     def _init(self, language: Language | None) -> Init | None:
         named = {"teacher": self.recipe.model.teacher, "student": self.recipe.model.student}
         roles: list[ModelRole] = [role for role in ("teacher", "student") if named[role] is None]
-        if not roles:
+        scratch = self.recipe.model.scratch
+        if not roles or scratch is None:
             return None
-        source = self.user_models.tokenizer if any(named.values()) else language or self.train
-        return Init(context=self.context, name="init", roles=tuple(roles), source=source)
+        source = self.user_models.tokenizer if any(named.values()) else language or self.plan.train
+        return self._add(Init, "init", roles=tuple(roles), shapes=scratch, source=source)
 
     def _tokenizer(self, init: Init | None) -> Tokenizer:
         if init is None or len(init.roles) == 1:
@@ -172,44 +174,35 @@ class _Builder:
         return init.model(role)
 
     def _train(self, kind: type[Sft], role: ModelRole, start: Model, rows: Rows, training: Training) -> Model:
-        step = kind(
-            context=self.context,
-            name=f"{role}-{kind.kind}",
-            role=role,
-            output_role=role,
-            start=start,
-            rows=rows,
-            training=training,
-        )
-        return self.plan.add(step).output
+        name = f"{role}-{kind.kind}"
+        return self._add(kind, name, role=role, output_role=role, start=start, rows=rows, training=training).output
 
     def _pairs(self, language: Language | None, sampled_from: Model) -> tuple[Rows, Rows | None]:
         """Set `train`; return the pairs of the teacher's DPO and the test pairs."""
-        task = self.recipe.data.synthetic
-        if language is not None and task is not None:
-            pairs = self.plan.add(Pairs(context=self.context, name="pairs", language=language, model=sampled_from))
-            self.train = pairs.part(TRAIN, TRAIN, limit=task.pairs)
-            return pairs.part("teacher_pairs", TRAIN, label_noise=task.teacher_label_noise), pairs.part("test", "test")
-        user_data = self.user_data
+        if language is not None:
+            pairs = self._add(Pairs, "pairs", language=language, model=sampled_from)
+            self.plan.train = pairs.part(TRAIN, TRAIN, limit=language.task.pairs)
+            return pairs.part("teacher_pairs", TRAIN, label_noise=language.task.teacher_label_noise), pairs.part(
+                "test", "test"
+            )
+        user_data = self.plan.user_data
         if user_data is None or self.recipe.data.test is None:
-            return self.train, None
-        return self.train, user_rows("test", lambda: user_data.test)
+            return self.plan.train, None
+        return self.plan.train, user_rows("test", lambda: user_data.test)
 
     def _reward_model(self, test: Rows | None) -> Model | None:
-        section, user_data = self.recipe.reward_model, self.user_data
+        section, user_data = self.recipe.reward_model, self.plan.user_data
         if section is None or test is None or user_data is None:
             return None
         if section.name:
             model = self.user_models.model("reward-model", section.name, "reward_model", self.context.tokenizer)
         else:
             pairs = user_rows("reward-model-pairs", lambda: user_data.reward_pairs)
-            step = TrainRewardModel(
-                context=self.context, name="reward-model", pairs=pairs, tokenizer=self.context.tokenizer
-            )
-            model = self.plan.add(step).output
-        self.plan.reward_model = self.plan.add(
-            EvaluateRewardModel(context=self.context, name="evaluate-reward-model", model=model, test=test)
-        )
+            tokenizer = self.context.tokenizer
+            model = self._add(
+                TrainRewardModel, "reward-model", pairs=pairs, tokenizer=tokenizer, section=section
+            ).output
+        self.plan.reward_model = self._add(EvaluateRewardModel, "evaluate-reward-model", model=model, test=test)
         return model
 
     # -- samples and signals ------------------------------------------------------------------------------------------
@@ -224,16 +217,15 @@ class _Builder:
         own = column == STUDENT_RESPONSE
         model = start.model if own else self.roles["teacher"]
         if (model, column) not in self.samples:
-            step = Sample(
-                context=self.context,
-                name=f"sample-{start.name}" if own else "sample-teacher",
+            self.samples[model, column] = self._add(
+                Sample,
+                f"sample-{start.name}" if own else "sample-teacher",
                 role="student" if own else "teacher",
                 round=start.round if own else None,
                 model=model,
-                data=self.train,
+                data=self.plan.train,
                 column=column,
             )
-            self.samples[model, column] = self.plan.add(step)
         return self.samples[model, column]
 
     def _extract(self, need: Need, start: Start) -> ReadSignals:
@@ -249,7 +241,7 @@ class _Builder:
         reach = {kind: union(n.responses for n in alike if n.kind == kind) for kind in {n.kind for n in alike}}
         responses = reach[need.kind]
         kinds = {kind for kind, of in reach.items() if of == responses}
-        data = self.train if source(need) == TRAIN else self._sample(source(need), start)
+        data = self.plan.train if source(need) == TRAIN else self._sample(source(need), start)
         return self._read(need.role, kinds, responses, data, start)
 
     def _read(
@@ -267,9 +259,9 @@ class _Builder:
         ids_from = None
         if "topk" in kinds and role != "teacher":
             ids_from = self._extract(Need("teacher", "topk", responses), start)
-        step = ReadSignals(
-            context=self.context,
-            name=name,
+        step = self._add(
+            ReadSignals,
+            name,
             role=role,
             model=model,
             data=data,
@@ -279,7 +271,7 @@ class _Builder:
             bf16=role == "reference" and True in reference_bf16(self.recipe, self.methods),
             held_out=data is self.plan.test,
         )
-        self.signals[model, data, role, responses] = self.plan.add(step)
+        self.signals[model, data, role, responses] = step
         return step
 
     # -- students -----------------------------------------------------------------------------------------------------
@@ -287,37 +279,27 @@ class _Builder:
     def _evaluations(self, language: Language | None, teacher: Model, start: Model, reward_model: Model | None) -> None:
         """Evaluate teacher and start by their responses, then train and evaluate the students."""
         recipe, test = self.recipe, self.plan.test
-        common: dict[str, Any] = {
-            "context": self.context,
-            "language": language,
-            "reward_model": reward_model,
-        }
+        common: dict[str, Any] = {"language": language, "reward_model": reward_model}
         if language is not None or (test is not None and max(recipe.evaluate.prompts, recipe.evaluate.samples)):
             for name, model in ((TEACHER, teacher), (START, start)):
-                step = Evaluate(
-                    name=f"evaluate-{name}",
-                    role=name,
-                    model=model,
-                    reference=None,
-                    test=None if language else test,
-                    **common,
-                )
-                self.plan.evaluations[name] = [self.plan.add(step)]
+                common["test"] = None if language else test
+                step = self._add(Evaluate, f"evaluate-{name}", role=name, model=model, reference=None, **common)
+                self.plan.evaluations[name] = [step]
         reference = next((step for step in self.plan.test_signals if step.role == "reference"), None)
         for name, run in recipe.methods.items():
             self.plan.evaluations[name] = []
             for order in range(run.first_order, run.first_order + recipe.orders):
-                step = Evaluate(
-                    name=f"evaluate-{name}-{order}",
+                step = self._add(
+                    Evaluate,
+                    f"evaluate-{name}-{order}",
                     role="student",
                     method=name,
                     order=order,
                     model=self._distill(name, run, order),
                     reference=reference,
-                    test=test,
-                    **common,
+                    **common | {"test": test},
                 )
-                self.plan.evaluations[name].append(self.plan.add(step))
+                self.plan.evaluations[name].append(step)
 
     def _distill(self, name: str, run: MethodRun, order: int) -> Model:
         """Train the student with one method and one order of the data, in as many rounds as the recipe says."""
@@ -327,19 +309,19 @@ class _Builder:
             trained = f"{name}-{order}" + (f"-round-{number}" if number < run.rounds else "")
             samples = [self._sample(response, start) for response in sampled(method)]
             stores = list(dict.fromkeys(self._extract(need, start) for need in split_needs(method.needs)))
-            step = Distill(
-                context=self.context,
-                name=f"distill-{trained}",
+            step = self._add(
+                Distill,
+                f"distill-{trained}",
                 role="student",
                 method=name,
                 order=order,
                 round=number,
                 algorithm=method,
                 start=start.model,
-                train=self.train,
+                train=self.plan.train,
                 samples=tuple(samples),
                 signals=tuple(stores),
             )
-            start = Start(trained, self.plan.add(step).output, frozenset({name}), number + 1)
+            start = Start(trained, step.output, frozenset({name}), number + 1)
         self.starts[name, order] = Start(start.name, start.model, self.users[name])
         return start.model

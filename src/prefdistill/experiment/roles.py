@@ -7,9 +7,8 @@ from pydantic import Field, field_validator
 
 from prefdistill.core.options import Section
 
-# Models that are evaluated beside the methods, under these names; no method may take them.
+# Models that are evaluated beside the methods, under these names, which are their kinds too; no method may take them.
 TEACHER, START = "teacher", "start"
-REFERENCE_KINDS = {TEACHER: "teacher", START: "start"}
 
 
 class Control(Section):

@@ -19,14 +19,18 @@ from prefdistill.core.paths import check_own
 from prefdistill.core.progress import say
 from prefdistill.core.stages import REQUEST, Stage, inspect_stage, run_stage
 from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompts_of
+from prefdistill.evaluation.reward_model import accuracy_of
+from prefdistill.evaluation.shaping import shaping_of
+from prefdistill.evaluation.stats import numbered
 from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.check import check_models, check_plan
-from prefdistill.experiment.held_out import HeldOut
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
-from prefdistill.experiment.summary import gauge, margin_accuracies, reward_model_accuracy, side_by_side, summarise
+from prefdistill.experiment.summary import gauge, margin_accuracies, side_by_side, summarise
+from prefdistill.signals import SignalSet
 
 
 def run_recipe(
@@ -52,7 +56,7 @@ def run_recipe(
     plans = build_plans(recipe, out, sources)
     check_own(out, ("environment.json",), "run")  # not recipe.yaml, which may be the user's own
     check_plan(plans[0])
-    check_models(recipe)
+    check_models(recipe, sources)
     with locked(out), _clean_if_refused(out):
         write_json(out / "environment.json", environment(command))
         _save_recipe(recipe, out)
@@ -79,24 +83,18 @@ def execute(plan: Plan, out: Path, sources: Sources, pool: Path | None = None) -
         make = sources.unchanged(step.models, step.make)
         stage = run_stage(step.name, step.directory, step.request, make, replace=True, pool=pool)
         step.repair()
-        stages.append(_entry(step, stage, out))
+        stages.append(_entry(step, stage))
     return stages
 
 
-def _entry(step: Step, stage: Stage, out: Path) -> dict[str, Any]:
+def _entry(step: Step, stage: Stage) -> dict[str, Any]:
     return {
         "name": step.name,
         "seconds": stage.seconds,
         "reused": stage.reused,
         "peak_memory": stage.peak_memory,
         "bytes": stage.bytes,
-        "seed": step.context.seed,
-        "kind": step.kind,
-        "role": step.role,
-        "method": step.method,
-        "order": step.order,
-        "round": step.round,
-        "directory": step.directory.relative_to(out).as_posix(),
+        **step.describe(),
     }
 
 
@@ -105,9 +103,14 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
     measured: list[dict[str, list[Measured]]] = [
         {name: [step.measured() for step in steps] for name, steps in plan.evaluations.items()} for plan in plans
     ]
-    held_out = [HeldOut(plan) for plan in plans]
     summary = summarise(recipe, measured)
-    shaping = [signals.shaping(models) for signals, models in zip(held_out, measured, strict=True)]
+    held_out = [signals for plan in plans if (signals := _held_out_signals(plan)) is not None]  # of all seeds, or none
+    groups = numbered(prompts_of(held_out[0].data, held_out[0].rows)) if held_out else None
+    shaping = [
+        shaping_of(plan.methods, signals, models)
+        for plan, signals, models in zip(plans, held_out, measured, strict=False)
+    ]
+    reward_model = [plan.reward_model.measured() for plan in plans if plan.reward_model]
     results: dict[str, Any] = {
         "recipe": recipe.name,
         "task": recipe.task,
@@ -115,19 +118,22 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         "seeds": [plan.context.seed for plan in plans],
         "orders": recipe.orders,
         **summary,
-        "margin_accuracy": margin_accuracies(
-            [signals.margin_terms() for signals in held_out], held_out[0].margin_groups()
-        ),
-        **reward_model_accuracy(
-            _reward_model_name(plans[0]), [plan.reward_model.measured() for plan in plans if plan.reward_model]
-        ),
-        "gauge_flips": gauge([signals.gauge_flips() for signals in held_out]),
-        "shaping": shaping[0][0],
+        "margin_accuracy": margin_accuracies([pair_terms(signals) for signals in held_out], groups),
+        **({"reward_model": accuracy_of(_reward_model_name(plans[0]), reward_model)} if reward_model else {}),
+        "gauge_flips": gauge([gauge_flips(signals.store("teacher", "values", "chosen")) for signals in held_out]),
+        "shaping": shaping[0][0] if shaping else {},
         "samples": side_by_side(measured[0]),
         "stages": stages,
         "warnings": sorted({warning for _, warnings in shaping for warning in warnings}),
     }
     return results | {"verdict": verdict_of(results)}
+
+
+def _held_out_signals(plan: Plan) -> SignalSet | None:
+    """Return the signals on the test pairs of a plan that has run, where the teacher's are among them."""
+    if plan.test is None or not any(step.role == "teacher" for step in plan.test_signals):
+        return None
+    return SignalSet.of([step.store for step in plan.test_signals], plan.test.rows)
 
 
 def _reward_model_name(plan: Plan) -> str:

@@ -1,7 +1,7 @@
 """`prefdistill plan`: the steps of a recipe, what each costs, and what of it is on disk already."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,8 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     plans = build_plans(recipe, out, sources)
     check_own(out, ("environment.json",), "run")
     check_plan(plans[0])
-    check_models(recipe, fetch=False)
-    steps = [entry for plan in plans for entry in _entries(plan, out)]
+    check_models(recipe, sources, fetch=False)
+    steps = [entry for plan in plans for entry in _entries(plan)]
     largest = max(steps, key=lambda step: step["memory"])
     return {
         "recipe": recipe.name,
@@ -117,30 +117,19 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     }
 
 
-def _entries(plan: Plan, out: Path) -> list[dict[str, Any]]:
+def _entries(plan: Plan) -> list[dict[str, Any]]:
     tokenizer = _tokenizer(plan)
     priced = costs(plan, _shapes(plan, tokenizer), _lengths(plan, tokenizer))
-    return [_entry(step, priced[step], status(step), out) for step in plan.steps]
+    return [_entry(step, priced[step], status(step)) for step in plan.steps]
 
 
-def _entry(step: Step, cost: Cost, state: Status, out: Path) -> dict[str, Any]:
+def _entry(step: Step, cost: Cost, state: Status) -> dict[str, Any]:
     return {
         "name": step.name,
-        "kind": step.kind,
-        "seed": step.context.seed,
-        "role": step.role,
-        "method": step.method,
-        "order": step.order,
-        "round": step.round,
+        **step.describe(),
         "after": [other.name for other in step.after],
         "inputs": [one.name for one in step.inputs],
-        "rows": cost.rows,
-        "tokens": cost.tokens,
-        "exact": cost.exact,
-        "memory": cost.memory,
-        "disk": cost.disk,
-        "checkpoints": cost.checkpoints,
-        "directory": step.directory.relative_to(out).as_posix(),
+        **asdict(cost),
         "key": step.key,
         "action": state.action,
         "reason": state.reason,

@@ -127,6 +127,18 @@ class Step:
     def directory(self) -> Path:
         return self.context.root / self.name
 
+    def describe(self) -> dict[str, Any]:
+        """Return what results.json and the plan say about the step beside its name."""
+        return {
+            "seed": self.context.seed,
+            "kind": self.kind,
+            "role": self.role,
+            "method": self.method,
+            "order": self.order,
+            "round": self.round,
+            "directory": self.directory.relative_to(self.context.root.parent).as_posix(),
+        }
+
     @functools.cached_property
     def request(self) -> dict[str, Any]:
         """Everything that the result depends on. Inputs stand in it by their keys, so directories may be moved."""

@@ -11,10 +11,9 @@ import numpy as np
 from prefdistill.evaluation.measure import Measured, add_win_rates, by_length, complete, difference_of, mean_of, points
 from prefdistill.evaluation.metrics import METRICS, headline_metric
 from prefdistill.evaluation.pairs import SHAPING_TERMS
-from prefdistill.evaluation.reward_model import accuracy_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.roles import REFERENCE_KINDS, START, TEACHER
+from prefdistill.experiment.roles import START, TEACHER
 from prefdistill.methods import METHODS as METHOD_CLASSES
 
 LABELS = {TEACHER: "the teacher", START: "the student before any method"}
@@ -61,7 +60,7 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
 
 def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
     """Return the accuracy of each term of the teacher on the held-out pairs, over seeds or over prompts."""
-    if not terms or not terms[0]:
+    if not terms:
         return {}
     if len(terms) > 1:
         means = {name: mean_and_error([seed[name].mean() for seed in terms]) | {"over": "seeds"} for name in terms[0]}
@@ -72,10 +71,9 @@ def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | No
 
 def gauge(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
     """Return `gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
-    flips = [one for one in by_seed if one]
-    if len(flips) < 2:
-        return flips[0] | {"over": "directions"} if flips else {}
-    return mean_and_error([one["mean"] for one in flips]) | {"over": "seeds"}
+    if len(by_seed) < 2:
+        return by_seed[0] | {"over": "directions"} if by_seed else {}
+    return mean_and_error([flips["mean"] for flips in by_seed]) | {"over": "seeds"}
 
 
 def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
@@ -93,11 +91,6 @@ def side_by_side(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
     ]
 
 
-def reward_model_accuracy(name: str, by_seed: list[Measured]) -> dict[str, Any]:
-    """Return `reward_model` of results.json, its accuracy on the held-out pairs; {} without one."""
-    return {"reward_model": accuracy_of(name, by_seed)} if by_seed else {}
-
-
 def roles_of(recipe: Recipe, names: list[str]) -> dict[str, dict[str, str | None]]:
     """Return `roles` of results.json: the kind of each row, and the run a control is a control of.
 
@@ -108,7 +101,7 @@ def roles_of(recipe: Recipe, names: list[str]) -> dict[str, dict[str, str | None
     for name in names:
         run = recipe.methods.get(name)
         if run is None:
-            roles[name] = {"kind": REFERENCE_KINDS[name], "of": None}
+            roles[name] = {"kind": name, "of": None}  # teacher, start
         elif run.control is not None:
             roles[name] = {"kind": run.control.kind, "of": run.control.of}
         else:

@@ -18,6 +18,7 @@ from prefdistill.report.svg import (
     PAGE,
     Style,
     axes_of,
+    bare,
     envelope,
     limits,
     shorten,
@@ -72,14 +73,8 @@ def forest(
                 color=MUTED if row.control else INK,
             )  # fmt: skip
         axes.set_xlim(-limit * 1.04, limit * 1.04)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [shorten(r.name, names_to) for r in rows])
-        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-            label.set_color(MUTED if row.control else INK)
-            label.set_fontsize(12)
+        _name_rows(axes, [(shorten(r.name, names_to), MUTED if r.control else INK) for r in rows])
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(False, axis="y")
-        axes.spines["left"].set_visible(False)
         for x, text, side in ((0, f"← {left}", "left"), (1, f"{right} →", "right")):
             axes.annotate(
                 text, (x, 0), (0, -22), xycoords="axes fraction", textcoords="offset points", ha=side, va="top",
@@ -111,6 +106,16 @@ def _forest_row(axes: Any, y: int, row: ForestRow, limit: float) -> None:
     axes.plot(row.mean, y, marker=shape, color=colour, markerfacecolor=face, markersize=8, markeredgewidth=1.8)
 
 
+def _name_rows(axes: Any, rows: list[tuple[str, str]]) -> None:
+    """Write the name of each row at its left, in its colour, the first row on top."""
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    for label, (_, colour) in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_color(colour)
+        label.set_fontsize(12)
+    bare(axes, "y")
+
+
 def _limit(rows: Sequence[ForestRow], floor: float | None) -> float:
     """Return half the axis: wide enough for most rows, not for one that is ten times further away than the rest."""
     means = sorted(abs(r.mean) for r in rows if math.isfinite(r.mean))
@@ -139,7 +144,6 @@ def curves(
         axes = axes_of(figure, left=40, right=8, top=26, bottom=38)
         for name, lines in runs.items():
             style = chosen.get(name, Style())
-            dashes: Any = (0, style.dash) if style.dash else "solid"
             mean = lines[0] if len(lines) == 1 else average(lines)
             alone = sum(math.isfinite(y) for _, y in mean) < 2  # the runs share no steps: no mean to draw
             if alone or 1 < len(lines) <= 4:
@@ -149,15 +153,14 @@ def curves(
             elif len(lines) > 4:
                 x, low, high = envelope(lines, points * 3 // 4)
                 axes.fill_between(x, low, high, color=style.colour, alpha=0.09, linewidth=0)
-            axes.plot(*xy(thin(mean, points)), color=style.colour, linestyle=dashes, linewidth=1.8)
+            axes.plot(*xy(thin(mean, points)), color=style.colour, linestyle=style.line, linewidth=1.8)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
         axes.set_title(shorten(title, 44))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.grid(False, axis="x")
-        axes.spines["left"].set_visible(False)
+        bare(axes, "x")
 
     return svg(draw, 330, 220, title=f"{title} by step", alt=alt, key=key)
 
@@ -179,8 +182,7 @@ def sweep(
             shift = step * (place - (len(lines) - 1) / 2)  # beside each other, where they share an x
             span = math.log(ticks[-1] / ticks[0]) if log else ticks[-1] - ticks[0]
             xs = [x * math.exp(shift * span) if log else x + shift * span for x, *_ in line]
-            dashes: Any = (0, style.dash) if style.dash else "solid"
-            axes.plot(xs, [m for _, m, *_ in line], color=style.colour, linestyle=dashes, linewidth=1.8, marker="o",
+            axes.plot(xs, [m for _, m, *_ in line], color=style.colour, linestyle=style.line, linewidth=1.8, marker="o",
                       markersize=5, label=name)  # fmt: skip
             for x, (_, _, low, high, values) in zip(xs, line, strict=True):
                 if low is not None and high is not None:
@@ -192,8 +194,7 @@ def sweep(
         axes.minorticks_off()
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(x_label)
-        axes.grid(False, axis="x")
-        axes.spines["left"].set_visible(False)
+        bare(axes, "x")
         axes.set_title(title, pad=12 + 20 * -(-len(lines) // 2))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=11, handlelength=2.6,
                     labelspacing=0.35, borderaxespad=0.2, borderpad=0)  # fmt: skip
@@ -218,14 +219,8 @@ def bars(rows: Sequence[tuple[str, float, float | None, str, bool]], *, title: s
             )
         axes.axvline(0.5, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [shorten(r[0], 34) for r in rows])
-        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-            label.set_color(INK if row[4] else MUTED)
-            label.set_fontsize(12)
+        _name_rows(axes, [(shorten(name, 34), INK if accent else MUTED) for name, *_, accent in rows])
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5 (chance)", "", "1"])
-        axes.grid(False, axis="y")
-        axes.spines["left"].set_visible(False)
 
     return svg(draw, 560, 26 + 26 * len(rows), title=title, alt=alt, key=key)
 
@@ -306,9 +301,8 @@ def ranges(
             for x, (_, low, high) in at:
                 axes.plot([x, x], [low, high], color=style.colour, linewidth=1.4)
             xs, means = [x for x, _ in at], [end[0] for _, end in at]
-            dashes: Any = (0, style.dash) if style.dash else "solid"
             axes.plot(
-                xs, means, color=style.colour, linestyle=dashes, linewidth=1, marker="o", markersize=5,
+                xs, means, color=style.colour, linestyle=style.line, linewidth=1, marker="o", markersize=5,
                 markeredgewidth=0,
             )  # fmt: skip
         axes.set_xticks(range(len(names)), [shorten(name) for name in names])
@@ -316,7 +310,6 @@ def ranges(
         axes.set_xlabel("words of the reference response")
         axes.set_ylabel(shorten(label, 40))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(False, axis="x")
-        axes.spines["left"].set_visible(False)
+        bare(axes, "x")
 
     return svg(draw, 560, 260, title=f"{label} by length of the reference response", alt=alt, key=key)

@@ -82,6 +82,11 @@ class Style:
         return _CSS[self.colour]
 
     @property
+    def line(self) -> Any:
+        """The line style in matplotlib's terms."""
+        return (0, self.dash) if self.dash else "solid"
+
+    @property
     def dasharray(self) -> str:
         return " ".join(map(str, self.dash))
 
@@ -165,6 +170,12 @@ def axes_of(figure: Figure, *, left: float, right: float, top: float, bottom: fl
     width, height = figure.get_figwidth() * 72, figure.get_figheight() * 72
     box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
     return figure.add_axes(box)
+
+
+def bare(axes: Any, axis: str) -> None:
+    """Leave out the grid lines of one axis, and the line at the left."""
+    axes.grid(False, axis=axis)
+    axes.spines["left"].set_visible(False)
 
 
 def text_width(texts: Sequence[str], size: float, to: int = 24) -> float:

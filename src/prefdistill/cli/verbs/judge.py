@@ -36,9 +36,14 @@ class JudgeFlags(Questions, Calling):
     price_out: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's output.")
 
     def endpoint(self) -> Any:
-        from prefdistill.evaluation.judges import Endpoint
+        from prefdistill.evaluation.judges.client import Endpoint
 
         return Endpoint(self.url, self.judge_model, key_values(self.fields), **self.part(Calling))
+
+    def task(self) -> dict[str, Any]:
+        """What is judged, and what it costs: the options that are not the endpoint's."""
+        endpoint = {"fields", "url", "judge_model", "out", *Calling.model_fields}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in endpoint}
 
 
 class MTBenchFlags(JudgeFlags):
@@ -88,21 +93,10 @@ def mt_bench(options: MTBenchFlags) -> dict[str, Any]:
     judge_prompts.jsonl --references reference.jsonl --url http://localhost:8000/v1 --judge-model big --out judged
     """
     one_process("judge mt-bench")
-    from prefdistill.evaluation.judges import judge_mt_bench
+    from prefdistill.evaluation.judges.mt_bench import judge_mt_bench
 
-    results = judge_mt_bench(
-        options.endpoint(),
-        options.out,
-        questions=options.questions,
-        prompts=options.prompts,
-        references=options.references,
-        answers=options.answers,
-        against=options.against,
-        kinds=options.kind or None,
-        max_questions=options.max_questions,
-        price_in=options.price_in,
-        price_out=options.price_out,
-    )
+    task = options.task()
+    results = judge_mt_bench(options.endpoint(), options.out, kinds=task.pop("kind"), **task)
     for side in ("answers", "against"):
         if side in results.get("single", {}):
             _show_estimate(f"{side}: score", results["single"][side]["score"])
@@ -119,19 +113,9 @@ def alpaca_eval(options: AlpacaEvalFlags) -> dict[str, Any]:
     --judge-model big --out judged --prompt alpaca_eval_clf_gpt4_turbo
     """
     one_process("judge alpaca-eval")
-    from prefdistill.evaluation.judges import judge_alpaca_eval
+    from prefdistill.evaluation.judges.alpaca import judge_alpaca_eval
 
-    results = judge_alpaca_eval(
-        options.endpoint(),
-        options.out,
-        answers=options.answers,
-        against=options.against,
-        prompt=options.prompt,
-        labels=options.labels,
-        max_questions=options.max_questions,
-        price_in=options.price_in,
-        price_out=options.price_out,
-    )
+    results = judge_alpaca_eval(options.endpoint(), options.out, **options.task())
     _show_verdicts(results, options.out)
     return results
 

@@ -125,16 +125,7 @@ def study(options: StudyFlags) -> dict[str, Any]:
     from prefdistill.report.study import answers
 
     out = options.out
-    results = run_study(
-        options.file,
-        out,
-        overrides=list(options.overrides),
-        seeds=options.seeds,
-        recipe=options.recipe,
-        metric=options.metric,
-        stages=options.stages,
-        command=command_line(),
-    )
+    results = run_study(options.file, out, **options.model_dump(exclude={"file", "out"}), command=command_line())
     show("\n".join([results["question"], *answers(results)]))
     show(f"page  {(out or Path('runs') / 'studies' / results['study']) / 'study.html'}")
     return results

@@ -42,7 +42,7 @@ def signals(options: SignalFlags) -> dict[str, Any]:
     or, to rebuild damaged files: prefdistill signals --repair --out signals/teacher
     """
     from prefdistill.data.truncation import Truncation
-    from prefdistill.evaluation import gauge_flips
+    from prefdistill.evaluation.pairs import gauge_flips
     from prefdistill.signals import Signals, extract_signals, repair_signals
 
     out, ids_from = options.out, Signals.open(options.ids_from) if options.ids_from else None

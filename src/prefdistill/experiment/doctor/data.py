@@ -13,7 +13,7 @@ import numpy as np
 from prefdistill.data.columns import SCORES, SIDES, ended_column
 from prefdistill.evaluation.stats import estimate, pair_wins
 from prefdistill.experiment.doctor import characters
-from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows, first_hit_per_row
+from prefdistill.experiment.doctor.findings import Finding, Severity, first_hit_per_row
 from prefdistill.experiment.doctor.pairs import COLUMNS, Pair, PairSet
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -28,24 +28,19 @@ def empty_responses(data: PairSet) -> Iterator[Finding]:
         for name in [next((name for name in SIDES if not pair.texts[name].strip()), None)]
         if name
     ]
-    yield from finding_for_rows(
-        "data.empty-response", "warning", data.where, empty, "a response has no text", "Remove these rows."
-    )
+    yield from data.finding("data.empty-response", "warning", empty, "a response has no text", "Remove these rows.")
 
 
 def empty_prompts(data: PairSet) -> Iterator[Finding]:
     hits = [(pair.row, pair.texts["chosen"]) for pair in data.pairs if not pair.texts["prompt"].strip()]
-    yield from finding_for_rows(
-        "data.empty-prompt", "warning", data.where, hits, "the prompt has no text", "Remove these rows."
-    )
+    yield from data.finding("data.empty-prompt", "warning", hits, "the prompt has no text", "Remove these rows.")
 
 
 def equal_responses(data: PairSet) -> Iterator[Finding]:
     hits = [(pair.row, pair.texts["chosen"]) for pair in data.pairs if pair.key("chosen") == pair.key("rejected")]
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.equal-responses",
         "warning",
-        data.where,
         hits,
         "chosen and rejected are equal: the pair expresses no preference, and accuracy counts it as a tie",
         "Remove these rows.",
@@ -57,10 +52,9 @@ def duplicate_pairs(data: PairSet) -> Iterator[Finding]:
         (pair.row, f"as row {first.row}: {pair.texts['prompt']}")
         for pair, first in _repeated(data.pairs, lambda pair: tuple(pair.key(name) for name in COLUMNS))
     ]
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.duplicate-pairs",
         "warning",
-        data.where,
         hits,
         "the pair is a duplicate of an earlier one",
         "Keep one of each, unless the extra weight is intended.",
@@ -75,10 +69,9 @@ def both_labels(data: PairSet) -> Iterator[Finding]:
         other = seen.get((prompt, rejected, chosen))
         if other is not None and chosen != rejected:
             hits.append((pair.row, f"flipped in row {other.row}: {pair.texts['prompt']}"))
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.both-labels",
         "warning",
-        data.where,
         hits,
         "the same two responses are labelled both ways",
         "Keep one of the two, or remove both.",
@@ -89,10 +82,9 @@ def repeated_prompts(data: PairSet) -> Iterator[Finding]:
     prompts = Counter(pair.key("prompt") for pair in data.pairs)
     hits = [(pair.row, pair.texts["prompt"]) for pair in data.pairs if prompts[pair.key("prompt")] > 1]
     most = max(prompts.values(), default=0)
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.repeated-prompts",
         "note",
-        data.where,
         hits,
         f"the prompt has several pairs ({len(prompts):,} prompts in all, at most {most} pairs per prompt)",
         "Split train and test by prompt, and compute error bars over prompts: pairs of one prompt are not independent.",
@@ -102,10 +94,9 @@ def repeated_prompts(data: PairSet) -> Iterator[Finding]:
 def turns(data: PairSet) -> Iterator[Finding]:
     """Find conversations that most chat templates refuse or misread."""
     hits = [(pair.row, why) for pair in data.pairs if data.conversational and (why := _odd_turns(pair))]
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.turns",
         "warning",
-        data.where,
         hits,
         "roles are unknown or do not alternate",
         "Use an optional system message, then user and assistant alternating: the prompt ends with a user message, "
@@ -141,13 +132,10 @@ def scores(data: PairSet) -> Iterator[Finding]:
         elif None not in values and values[0] < values[1]:  # type: ignore[operator]
             contradicting.append((pair.row, f"{values[0]} < {values[1]}: {pair.texts['prompt']}"))
     names = " and ".join(SCORES)
-    yield from finding_for_rows(
-        "data.scores", "error", data.where, invalid, f"{names} are not finite numbers", "Give numbers or null."
-    )
-    yield from finding_for_rows(
+    yield from data.finding("data.scores", "error", invalid, f"{names} are not finite numbers", "Give numbers or null.")
+    yield from data.finding(
         "data.scores-turned",
         "warning",
-        data.where,
         contradicting,
         "the rejected response has the higher score",
         "Flip or remove these pairs; or rename the columns, if they are not scores of the responses.",
@@ -169,10 +157,9 @@ def ended(data: PairSet) -> Iterator[Finding]:
         for column in columns
         if not isinstance(pair.columns.get(column), bool | None)
     ]
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.ended",
         "error",
-        data.where,
         first_hit_per_row(hits),
         f"{' or '.join(columns)} is neither true nor false",
         "Give true, false or null, or rename the column.",
@@ -209,17 +196,16 @@ CHARACTERS: tuple[tuple[str, Severity, Callable[[str], int | None], str, str], .
 def odd_characters(data: PairSet) -> Iterator[Finding]:
     for check, severity, rule, message, fix in CHARACTERS:
         hits = [hit for pair in data.pairs if (hit := _hit(pair, rule))]
-        yield from finding_for_rows(check, severity, data.where, hits, message, fix)
+        yield from data.finding(check, severity, hits, message, fix)
 
 
 def normal_forms(data: PairSet) -> Iterator[Finding]:
     """Find decomposed accents: a warning only if others are composed, since one form throughout is a choice."""
     hits = [hit for pair in data.pairs if (hit := _hit(pair, characters.decomposed))]
     mixed = hits and any(characters.composed(text) for pair in data.pairs for text in pair.texts.values())
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.normal-form",
         "warning" if mixed else "note",
-        data.where,
         hits,
         "accented letters are two characters" + (", in other places they are one" if mixed else ""),
         'Normalise all text: unicodedata.normalize("NFC", text).',
@@ -242,10 +228,9 @@ def extreme_lengths(data: PairSet) -> Iterator[Finding]:
         name = next((name for name in COLUMNS if len(pair.texts[name]) > limits[name] > 0), None)
         if name:
             hits.append((pair.row, f"{name} has {len(pair.texts[name]):,} characters: {pair.texts[name]}"))
-    yield from finding_for_rows(
+    yield from data.finding(
         "data.extreme-length",
         "warning",
-        data.where,
         hits,
         f"a text is more than {EXTREME} times as long as 95 % of its column",
         "Check for whole documents, loops or a broken export. Remove such rows, or let them be truncated.",
@@ -309,18 +294,16 @@ def leak(train: PairSet, test: PairSet) -> Iterator[Finding]:
             continue
         hit = (pair.row, f"as row {row} of train: {pair.texts['prompt']}")
         (same if tuple(pair.key(name) for name in COLUMNS) in train_pairs else prompts).append(hit)
-    yield from finding_for_rows(
+    yield from test.finding(
         "data.leaked-pairs",
         "error",
-        test.where,
         same,
         "the whole pair is in the training data: it is not held out",
         "Remove these rows from test (or from train), and split by prompt.",
     )
-    yield from finding_for_rows(
+    yield from test.finding(
         "data.leaked-prompts",
         "warning",
-        test.where,
         prompts,
         "the prompt is in the training data, up to case and spaces",
         "Split by prompt, so that held-out prompts are new.",

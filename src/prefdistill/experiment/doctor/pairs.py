@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from prefdistill.data.load import load_pairs
 from prefdistill.data.messages import check_roles, form_of, normal_messages, prompt_text, split_shared_prompt
 from prefdistill.data.sources import read_rows
 from prefdistill.experiment.doctor.characters import around
-from prefdistill.experiment.doctor.findings import Finding, finding_for_rows
+from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,10 +89,11 @@ class PairSet:
     pairs: list[Pair]
     rows: int  # in the data, the unreadable ones included
 
-    @property
-    def where(self) -> tuple[str, int]:
-        """The name and number of rows, for findings."""
-        return self.name, self.rows
+    def finding(
+        self, check: str, severity: Severity, hits: Iterable[tuple[int, str]], message: str, fix: str
+    ) -> Iterator[Finding]:
+        """Yield one finding for all the rows that a check hits, or none, see `finding_for_rows`."""
+        return finding_for_rows(check, severity, (self.name, self.rows), hits, message, fix)
 
     @property
     def conversational(self) -> bool:

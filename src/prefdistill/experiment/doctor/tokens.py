@@ -15,7 +15,7 @@ from prefdistill.data.columns import SIDES, ended_column
 from prefdistill.data.encode import encode_untruncated
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
-from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows, first_hit_per_row
+from prefdistill.experiment.doctor.findings import Finding, Severity, first_hit_per_row
 from prefdistill.experiment.doctor.pairs import Tokens
 
 if TYPE_CHECKING:
@@ -111,23 +111,21 @@ def dropped(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     for reason, (check, fix) in DROPPED.items():
         hits = [(p.row, p.texts["prompt"]) for p in data.pairs if p.tokens and p.tokens.dropped == reason]
         severity: Severity = "error" if len(hits) == len(data.pairs) else "warning"
-        yield from finding_for_rows(check, severity, data.where, hits, f"{reason}; such rows are dropped", fix)
+        yield from data.finding(check, severity, hits, f"{reason}; such rows are dropped", fix)
 
 
 def texts_changed(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     changed = [(pair.row, *tokens.changed) for pair, tokens in encoded(data) if tokens.changed[0]]
-    yield from finding_for_rows(
+    yield from data.finding(
         "template.strips",
         "note",
-        data.where,
         [(row, text) for row, how, text in changed if how == "stripped"],
         "the chat template strips spaces or newlines around a message",
         "Nothing to do, if the student is used with the same template.",
     )
-    yield from finding_for_rows(
+    yield from data.finding(
         "template.changes-text",
         "warning",
-        data.where,
         [(row, text) for row, how, text in changed if how == "changed"],
         "the chat template drops or rewrites a message",
         "Check the template: some drop system messages or thinking. Move such text into the user's message.",
@@ -138,20 +136,18 @@ def begin_tokens(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     bos = encoding.tokenizer.bos_token_id
     rows = [(pair, tokens.ids["prompt"]) for pair, tokens in encoded(data)]
     twice = [(pair.row, pair.texts["prompt"]) for pair, ids in rows if bos is not None and (ids[:2] == bos).sum() == 2]
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.bos-twice",
         "warning",
-        data.where,
         twice,
         "the text starts with two BOS tokens",
         "Remove the BOS from the data or the template: only one of data, template and tokenizer should write it.",
     )
     adds = bos is not None and encoding.tokenizer("a")["input_ids"][:1] == [bos]
     missing = [(pair.row, pair.texts["prompt"]) for pair, ids in rows if adds and ids[0] != bos]
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.bos-missing",
         "warning",
-        data.where,
         missing,
         "the tokenizer starts texts with BOS, but the chat template does not",
         "Write {{ bos_token }} at the start of the template: the model was trained on texts with it.",
@@ -167,18 +163,16 @@ def end_tokens(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
                 twice.append((pair.row, f"{name}: {pair.texts[name]}"))
             elif not tokens.ended[name] and pair.columns.get(ended_column(name)) is not False:
                 missing.append((pair.row, f"{name}: {pair.texts[name][-60:]}"))
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.end-missing",
         "warning",
-        data.where,
         first_hit_per_row(missing),
         "a response has no end token: the student does not learn to stop",
         "Let the chat template write the end token after an assistant message.",
     )
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.end-twice",
         "warning",
-        data.where,
         first_hit_per_row(twice),
         "a response has an end token before its end",
         "Remove the end token from the text, or merge several messages into one: generation stops at the first one.",
@@ -199,10 +193,9 @@ def special_in_text(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
             if markup:
                 hits.append((pair.row, f"{name}: {text[max(0, markup[0].start() - 20) : markup[0].end() + 20]}"))
                 break
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.special-in-text",
         "warning",
-        data.where,
         hits,
         "a text contains the text of a special token",
         "Rewrite or remove it: it is encoded as that token, such as the start of a turn.",
@@ -218,10 +211,9 @@ def unknown(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
         for name in [next((n for n, ids in tokens.ids.items() if unk is not None and (ids == unk).any()), "")]
         if name and unk not in ends
     ]
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.unknown",
         "warning",
-        data.where,
         hits,
         "characters that are not in the vocabulary are encoded as the unknown token",
         "Use a tokenizer with byte fallback, or remove these characters.",
@@ -247,42 +239,37 @@ def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
         elif short and np.array_equal(truncated_ids["chosen"], truncated_ids["rejected"]):
             equal.append((pair.row, pair.texts["chosen"]))
     longest, prompt_limit = encoding.truncation.max_length, encoding.truncation.max_prompt_length
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.prompt-cut",
         "warning",
-        data.where,
         prompts,
         f"the prompt is longer than max_prompt_length={prompt_limit}: its start (system message, instruction) is cut",
         "Raise max_prompt_length, or remove these rows.",
     )
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.response-cut",
         "warning",
-        data.where,
         responses,
         f"a response does not fit max_length={longest}: it is truncated and its end token dropped",
         "Raise max_length, or remove these rows.",
     )
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.no-room",
         "error" if len(no_room) == len(data.pairs) else "warning",
-        data.where,
         no_room,
         f"{reasons.PROMPT_TOO_LONG} ({longest}); such rows are dropped",
         "Raise max_length, or lower max_prompt_length.",
     )
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.equal-after-cut",
         "warning",
-        data.where,
         equal,
         "the two responses are equal after truncation: the pair expresses no preference",
         "Raise max_length, or remove these rows.",
     )
-    yield from finding_for_rows(
+    yield from data.finding(
         "tokens.equal-responses",
         "warning",
-        data.where,
         equal_whole,
         "the two responses have the same tokens, though their texts differ: the pair expresses no preference",
         "Remove these rows; the template or the tokenizer does not distinguish their spaces or rare characters.",

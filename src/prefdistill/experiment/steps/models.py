@@ -10,6 +10,7 @@ from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.step import Model, ModelRole, Rows, Step, Tokenizer, Trained
 from prefdistill.experiment.steps.synthetic import Language
 from prefdistill.models.load import load_tokenizer
+from prefdistill.models.options import Scratch
 from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.training.options import Training
 from prefdistill.training.trl import train_with_trl
@@ -24,6 +25,7 @@ class Init(Step):
 
     kind: ClassVar[str] = "init"
     roles: tuple[ModelRole, ...]  # of the models to make
+    shapes: Scratch
     source: Tokenizer | Language | Rows  # of the tokenizer: that of a named model, or data
 
     @property
@@ -32,9 +34,7 @@ class Init(Step):
 
     @property
     def scratch(self) -> dict[str, Any]:
-        scratch = self.context.recipe.model.scratch
-        assert scratch is not None
-        return scratch.model_dump()
+        return self.shapes.model_dump()
 
     def build_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Return the tokens of a model that is named, or a tokenizer for the data."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data.encode import drop_refused
 from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import RewardModel
 from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer, Trained
 from prefdistill.training.trl import train_reward
@@ -20,22 +21,18 @@ class TrainRewardModel(Trained):
     output_role: ModelRole = "reward_model"
     pairs: Rows
     tokenizer: Tokenizer
+    section: RewardModelOptions
 
     @property
     def options(self) -> dict[str, Any]:
-        section = self.context.recipe.reward_model
-        assert section is not None
-        return {"shape": section.model, "training": section.training.cache_key()}
+        return {"shape": self.section.model, "training": self.section.training.cache_key()}
 
     def make(self, out: Path) -> None:
-        section = self.context.recipe.reward_model
-        assert section is not None
-        assert section.model is not None
         train_reward(
-            section.model,
+            self.section.model or {},
             self.pairs.rows,
             self.tokenizer.tokenizer,
-            section.training,
+            self.section.training,
             out,
             seed=self.context.seed,
             what=self.name,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prefdistill.core.files import read_json, value_digest, write_json, write_jsonl
 from prefdistill.data import synthetic
 from prefdistill.data.load import first_rows, load_messages, load_pairs
+from prefdistill.data.options import Synthetic
 from prefdistill.experiment.step import Context, Model, Rows, Step
 from prefdistill.models.load import load_model, ready
 from prefdistill.sampling.sampler import Response, sample
@@ -20,20 +21,18 @@ class Language(Step):
     """Draw the prompts and the demonstrations of the built-in task, and write its tokenizer."""
 
     kind: ClassVar[str] = "data"
+    task: Synthetic
 
     @property
     def options(self) -> dict[str, Any]:
-        task = self.context.recipe.data.synthetic
-        assert task is not None
-        return {"synthetic": task.model_dump(exclude={"pairs", "teacher_label_noise"})}
+        return {"synthetic": self.task.model_dump(exclude={"pairs", "teacher_label_noise"})}
 
     @property
     def tokenizer_directory(self) -> Path:
         return self.directory / "tokenizer"
 
     def make(self, out: Path) -> None:
-        task, seed = self.context.recipe.data.synthetic, self.context.seed
-        assert task is not None
+        task, seed = self.task, self.context.seed
         test = synthetic.sample_prompts(task.test_prompts, seed=seed + 1_000_003)
         train = synthetic.sample_prompts(task.teacher_pairs, seed=seed, exclude=test)
         write_json(out / "prompts.json", {"train": train, "test": test})

@@ -11,7 +11,7 @@ from prefdistill import __version__
 from prefdistill.core.artifact import State
 from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import RecordArtifact
-from prefdistill.core.files import file_digest, value_digest
+from prefdistill.core.files import file_digest
 from prefdistill.core.lock import locked
 from prefdistill.core.options import Override
 from prefdistill.core.paths import check_own, check_place
@@ -44,7 +44,6 @@ class StudyRun:
         self.cells = cells_of(self.study)
         self.seeds = range(self.study.seed, self.study.seed + self.study.seeds)
         self.sources = Sources()
-        self.fingerprints: dict[str, dict[str, Any]] = {}  # of the user's data and models, by their names
         self.artifacts: dict[tuple[str, int], RecordArtifact] = {}  # by cell and seed
 
     def recipe(self, cell: Cell, seed: int) -> Recipe:
@@ -65,18 +64,14 @@ class StudyRun:
         for cell in self.cells:
             recipe = self.recipe(cell, self.seeds[0])
             plan = build_plan(recipe, self.out, self.seeds[0], self.sources)
-            names = _source_names(recipe)
             try:
                 check_plan(plan)
-                if names not in self.fingerprints:
-                    check_models(recipe)
+                check_models(recipe, self.sources)
             except UserError as error:
                 raise UserError(f"{self.path}: cell {cell.name!r}: {error}") from error
-            if names not in self.fingerprints:
-                self.fingerprints[names] = source_fingerprints(recipe, self.sources)
+            sources = source_fingerprints(recipe, self.sources)
             options = {key: value for key, value in recipe.cache_key().items() if key != "seed"}
             for seed in self.seeds:
-                sources = self.fingerprints[names]
                 request = {"recipe": options, "sources": sources, "seed": seed, "version": __version__}
                 place = self.out / "cells" / f"{cell.file(seed)}.json"
                 self.artifacts[cell.name, seed] = RecordArtifact(
@@ -155,16 +150,10 @@ class StudyRun:
 
     def _data_digests(self, recipe: Recipe, work: Path, seed: int) -> dict[str, Any]:
         """Return digests of the data that a cell used: the user's, or of the files it made."""
-        digests = self.fingerprints[_source_names(recipe)]
+        digests = source_fingerprints(recipe, self.sources)
         if not recipe.data.synthetic:
             return digests
         return digests | {name: file_digest(work / f"seed-{seed}" / name) for name in SYNTHETIC_FILES}
-
-
-def _source_names(recipe: Recipe) -> str:
-    """Return a digest of the names of a recipe's data and models: equal names have equal fingerprints in a study."""
-    sections = (recipe.data, recipe.model, recipe.reward_model)
-    return value_digest([section.model_dump() if section else None for section in sections])
 
 
 def run_study(
