@@ -346,6 +346,7 @@ def test_studies_share_the_pool_given_by_stages(finished, tmp_path):
     assert not (tmp_path / "out" / "stages").exists()
 
 
+@pytest.mark.slow
 def test_the_teacher_is_shared_between_student_sizes_and_numbers_of_pairs(finished, tmp_path):
     """Nor does what the student learns of depend on what its teacher was shown."""
     _, pool, _ = finished
