@@ -75,6 +75,10 @@ def test_training_runs_on_two_processes_and_other_verbs_refuse(tmp_path, launch)
     assert trained.returncode == 0, trained.stderr[:3000]
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert trained.stderr.count("done in") == 1
+    assert "logits" not in trained.stderr  # what was saved is verified, by one process
+    adapter = launch("sft", "--model", "model", *data, "--out", "adapter", *options, "lora.r=4")
+    assert adapter.returncode == 0, adapter.stderr[:3000]
+    assert (tmp_path / "adapter" / "adapter" / "adapter_config.json").exists()
     refused = launch("sample", "--model", "model", *data, "--out", "s.jsonl")
     assert refused.returncode != 0
     assert "`prefdistill sample` runs in one process" in refused.stderr

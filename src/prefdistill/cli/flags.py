@@ -42,7 +42,7 @@ class Call:
         paths_and_lists = [n for n in texts if _is_list(fields[n]) or Path in _members(fields[n].annotation)]
         if empty := [flag_of(section, name) for name in paths_and_lists if texts[name] == ""]:
             raise UserError(*(f"{flag} is empty; give a value, or leave it out" for flag in empty))
-        values = {name: _parsed(fields[name], value) for name, value in texts.items()}
+        values = {name: not _is_on(fields[name]) and _parsed(fields[name], value) for name, value in texts.items()}
         options = validate(section, values, "", spelled=lambda key: flag_of(section, key), strict=False)
         return typing.cast(Section, options)
 
@@ -60,7 +60,8 @@ def flag_of(section: type[Section], key: str) -> str:
     if field is None:
         return key
     argument, flag = _mark(field, Argument), _mark(field, Flag)
-    return argument.metavar if argument else flag.name if flag else f"--{name.replace('_', '-')}"
+    negation = "no-" if _is_on(field) else ""
+    return argument.metavar if argument else flag.name if flag else f"--{negation}{name.replace('_', '-')}"
 
 
 def command(name: str, verb: Verb) -> Any:
@@ -111,6 +112,7 @@ def _option(section: type[Section], name: str) -> tuple[Any, Any]:
     note = "  [required]" if field.is_required() else f"  [default: {default}]" if default else ""
     help = f"{field.description}{note}"
     if field.annotation is bool:
+        help = field.description or ""
         return bool, typer.Option(flag_of(section, name), help=help)
     option = typer.Option(flag_of(section, name), help=help, metavar=type_text(field), show_default=False)
     return (list[str] if several and REPEATED in field.metadata else str) | None, option
@@ -145,6 +147,11 @@ def _parsed(field: FieldInfo, value: Any) -> Any:
 
 def _mark(field: FieldInfo, kind: type[Any]) -> Any:
     return next((mark for mark in field.metadata if isinstance(mark, kind)), None)
+
+
+def _is_on(field: FieldInfo) -> bool:
+    """Whether an option is on by default, so that its flag `--no-NAME` turns it off."""
+    return field.annotation is bool and field.default is True
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -9,13 +9,14 @@ import difflib
 import inspect
 import re
 import reprlib
+import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from prefdistill.core.errors import UserError
@@ -45,9 +46,19 @@ class Argument:
 
 
 class Section(BaseModel):
-    """Options that belong together. Unknown keys and wrong types are errors."""
+    """Options that belong together. Unknown keys and wrong types are errors. A list of one may be written without its
+    brackets: `report_to: wandb`.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str | int | float) or info.field_name not in cls.model_fields:
+            return value
+        sequence = _only_sequence(cls.model_fields[info.field_name].annotation)
+        return value if sequence is None else sequence([value])
 
     @classmethod
     def checked(cls, where: str, **options: Any) -> Self:
@@ -84,6 +95,13 @@ class Section(BaseModel):
     def part(self, section: "type[Section]") -> dict[str, Any]:
         """The options of a section that this one extends."""
         return {name: getattr(self, name) for name in section.model_fields}
+
+
+def _only_sequence(annotation: Any) -> Any:
+    """Return `list` or `tuple` if a type takes one of them, or null, and nothing else; None otherwise."""
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    origins = {typing.get_origin(member) or member for member in members} - {type(None)}
+    return origins.pop() if origins in ({list}, {tuple}) else None
 
 
 class Seeded(Section):

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import torch
 from pydantic import create_model
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Options, Section, validate
 from prefdistill.core.processes import processes
-from prefdistill.training.options import Training
+from prefdistill.training.options import Training, argument_problems
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+UNUSED_BUT_IN_SFT = {"label_smoothing_factor": "the method has its own loss"}
 OPTIMIZERS_OF_A_MODEL = ("galore", "lomo", "adalomo", "apollo")  # they need the whole model
 
 
@@ -40,8 +42,12 @@ def training_arguments(
     """Return the matching `TrainingArguments`, or `kind` of them, such as TRL's SFTConfig.
 
     Raises:
-        UserError: if transformers refuses them, or the batch size does not fit the number of processes.
+        UserError: if transformers refuses them, `training.arguments` repeats an option or has no effect, a tracker of
+            `report_to` is unknown or not installed, or the batch size does not fit the number of processes.
     """
+    unused = {} if kind.__name__ == "SFTConfig" else UNUSED_BUT_IN_SFT
+    if clashes := argument_problems(training.arguments, more, unused):
+        raise UserError(*clashes, where="training arguments")
     team = processes().num_processes
     accelerator = torch.accelerator.is_available()
     micro = min(training.micro_batch_size, training.batch_size)
@@ -77,7 +83,8 @@ def training_arguments(
     try:
         arguments = kind(output_dir=str(out), **options)
         _try_optimizer(arguments)
-    except (TypeError, ValueError, ImportError) as error:
+        _try_trackers(arguments)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training arguments: {error}".splitlines()[0]) from error
     return arguments
 
@@ -96,6 +103,16 @@ def _check_numbers(kind: type[Any], arguments: Options) -> None:
     fields: dict[str, Any] = {name: (hint, ...) for name, hint in numbers.items()}
     checked = create_model("Arguments", __base__=Section, **fields)
     validate(checked, {name: arguments[name] for name in numbers}, "training arguments")
+
+
+def _try_trackers(arguments: Any) -> None:
+    """Make the callback of every tracker, which starts none, so that their errors show before anything is written.
+
+    Raises:
+        ValueError, ImportError, RuntimeError: if one is unknown or not installed.
+    """
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        callback()
 
 
 def _try_optimizer(arguments: Any) -> None:

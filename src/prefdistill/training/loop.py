@@ -20,20 +20,21 @@ from prefdistill.data.encode import highest_token_id
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint
 from prefdistill.training.nan_guard import check_weights
+from prefdistill.training.saved import save
 
-ARGUMENTS = "training_args.bin"  # a pickle that the Trainer writes beside a model; our own files hold the same
 
-
-def fit(trainer: Trainer, out: Path, what: str) -> None:
+def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True) -> None:
     """Run a Trainer to completion, resuming from the last complete checkpoint, and save model and tokenizer in `out`.
 
     Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and
     stops; the same call later resumes from it. An adapter is saved in `out/adapter`, and merged into its base in
-    `out`, so that training on top of it needs no other directory.
+    `out`, so that training on top of it needs no other directory. What was saved is loaded again and its logits are
+    compared with the trained model's, unless `verify` is False.
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
-        UserError: if the loss or the weights are not finite, or the checkpoint holds code.
+        UserError: if the loss or the weights are not finite, the checkpoint holds code, or the saved model differs from
+            the trained one.
     """
     from transformers import PrinterCallback
 
@@ -46,7 +47,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
             if trainer.is_world_process_zero():  # its last line may be incomplete
                 write_jsonl(out / "metrics.jsonl", [_resumable_logs(logs) for logs in state.log_history])
             _load_weights(trainer.model, last)
-            _save(trainer, out)
+            _save(trainer, out, verify)
             return
         say(f"{what}: resuming from step {state.global_step}")
     stop = StopOnInterrupt()
@@ -64,7 +65,7 @@ def fit(trainer: Trainer, out: Path, what: str) -> None:
         stop.restore()
     if stop.requested:
         raise KeyboardInterrupt
-    _save(trainer, out)
+    _save(trainer, out, verify)
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:
@@ -74,22 +75,12 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
         model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
 
-def _save(trainer: Trainer, out: Path) -> None:
+def _save(trainer: Trainer, out: Path, verify: bool) -> None:
     logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which are deleted
     if logs.is_dir() and trainer.is_world_process_zero():
         shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    check_weights(model)
-    if not hasattr(model, "peft_config"):
-        trainer.save_model(str(out))
-        (out / ARGUMENTS).unlink(missing_ok=True)
-        return
-    trainer.save_model(str(out / "adapter"))
-    (out / "adapter" / ARGUMENTS).unlink(missing_ok=True)
-    if trainer.is_world_process_zero():
-        merged = model.merge_and_unload()
-        merged.save_pretrained(out)
-        trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
+    check_weights(trainer.accelerator.unwrap_model(trainer.model))
+    save(trainer, out, verify=verify)
 
 
 def _resumable_logs(logs: dict[str, Any]) -> dict[str, Any]:

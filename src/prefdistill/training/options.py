@@ -1,10 +1,66 @@
 """Options of training one model; `training.arguments` turns them into `TrainingArguments`."""
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section
+
+# Keys of `arguments` that say what an option says, and that option.
+SAME_AS = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "seed": "the seed of the recipe or --seed",
+    "data_seed": "the seed of the recipe or --seed",
+    "output_dir": "--out",
+    "max_length": "max_length of the data, or --max-length",
+    "max_prompt_length": "max_prompt_length of the data, or --max-prompt-length",
+    "max_completion_length": "max_length of the data, or --max-length",
+    "trust_remote_code": "model.trust_remote_code, or --trust-remote-code",
+    "beta": "beta",
+}
+_NO_EVALUATION = "a training evaluates nothing; `prefdistill evaluate` does"
+_NO_PACKING = "batch_size counts rows, so they are not packed"
+_TOKENIZER = "the tokenizer is the model's own; change it there"
+# Keys of `arguments` without an effect, and why.
+UNUSED = {
+    **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "padding_free"), _NO_PACKING),
+    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _TOKENIZER),
+    **dict.fromkeys(("do_train", "do_predict"), "a training trains"),
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics",
+            "bf16_full_eval",
+            "do_eval",
+            "eval_accumulation_steps",
+            "eval_delay",
+            "eval_do_concat_batches",
+            "eval_on_start",
+            "eval_steps",
+            "eval_strategy",
+            "eval_use_gather_object",
+            "fp16_full_eval",
+            "generate_during_eval",
+            "greater_is_better",
+            "include_for_metrics",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "per_device_eval_batch_size",
+            "prediction_loss_only",
+        ),
+        _NO_EVALUATION,
+    ),
+    "dataset_text_field": "rows have the columns of docs/stages.md",
+    "is_encoder_decoder": "models are decoders",
+    "label_names": "a trainer knows its labels",
+    "model_init_kwargs": "the model is loaded before; see dtype and trust_remote_code",
+    "remove_unused_columns": "the columns are chosen by the training",
+}
 
 
 class Lora(Section):
@@ -37,9 +93,13 @@ class Training(Section):
     report_to: Annotated[list[str], NOT_IN_KEY] = Field(
         default_factory=list, description="Trackers of transformers, e.g. [tensorboard]."
     )
+    verify: Annotated[bool, NOT_IN_KEY] = Field(
+        True, description="Check that the saved model gives the trained model's logits (--no-verify: do not)."
+    )
     lora: Lora | None = Field(None, description="Train low-rank adapters; null: all weights.")
     arguments: Options = Field(
-        default_factory=dict, description="Anything else that `transformers.TrainingArguments` knows."
+        default_factory=dict,
+        description="Anything else that `transformers.TrainingArguments` knows and no option sets.",
     )
 
     @model_validator(mode="after")
@@ -47,6 +107,8 @@ class Training(Section):
         for name, value in self.arguments.items():
             if name.endswith("hub_token") and value is not None:
                 raise ValueError(f"arguments.{name} would be in the results; set HF_TOKEN in the environment instead")
+        if clashes := argument_problems(self.arguments, type(self).model_fields):
+            raise ValueError("; ".join(clashes))
         if "resume_from_checkpoint" in self.arguments:
             raise ValueError("arguments.resume_from_checkpoint has no effect: a run resumes from its last checkpoint")
         limit = self.arguments.get("save_total_limit")
@@ -55,6 +117,24 @@ class Training(Section):
         if self.arguments.get("save_only_model"):
             raise ValueError("arguments.save_only_model: a run cannot resume from such a checkpoint; leave it out")
         return self
+
+
+def argument_problems(
+    arguments: Iterable[str], options: Iterable[str], unused: Mapping[str, str] = UNUSED
+) -> list[str]:
+    """Return what is wrong with the names of arguments: those that an option sets, and those without an effect.
+
+    Args:
+        arguments: names of `training.arguments`.
+        options: names that are set by options.
+        unused: names without an effect, and why.
+    """
+    own = {**{name: name for name in options}, **SAME_AS}
+    names = list(arguments)
+    return [
+        *(f"arguments.{name} is set by {own[name]}; write that instead" for name in names if name in own),
+        *(f"arguments.{name} has no effect: {unused[name]}" for name in names if name in unused),
+    ]
 
 
 class DPOTraining(Training):

@@ -72,7 +72,7 @@ def train_with_trl(
         raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
     if dropped := len(rows) - remaining:  # TRL drops rows whose prompt fills max_length
         say(f"{what}: dropped {dropped} of {len(rows)} rows, whose prompts fill max_length={truncation.max_length}")
-    fit(trainer, out, what)
+    fit(trainer, out, what, verify=training.verify)
 
 
 def train_reward(
@@ -110,4 +110,4 @@ def train_reward(
         data_seed=seed,
         max_length=None,
     )
-    fit(trainer, out, what)
+    fit(trainer, out, what, verify=training.verify)

@@ -9,6 +9,7 @@ from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import Overridable, command_line
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Argument, Override, Section, Seeded
+from prefdistill.training.options import Training
 
 if TYPE_CHECKING:
     from prefdistill.experiment.recipe import Recipe
@@ -32,7 +33,7 @@ def quickstart(options: QuickstartFlags) -> dict[str, Any]:
     """
     recipe = Path(__file__).parents[2] / "experiment" / "recipes" / "quickstart.yaml"
     overrides = (f"seed={options.seed}", f"seeds={options.seeds}", *options.overrides)
-    return run(RecipeFlags(recipe=recipe, out=options.out, overrides=overrides, methods=options.methods))
+    return run(RunFlags(recipe=recipe, out=options.out, overrides=overrides, methods=options.methods))
 
 
 class RecipeFlags(Overridable, MethodFlags):
@@ -41,6 +42,10 @@ class RecipeFlags(Overridable, MethodFlags):
         None, description="Run directory; default: runs/NAME of the recipe, runs/NAME-fast with --fast."
     )
     fast: bool = Field(False, description="Use the recipe's small profile: a quick check that everything runs.")
+
+
+class RunFlags(RecipeFlags):
+    verify: bool = Training.redefault("verify", True)
 
 
 def plan(options: RecipeFlags) -> dict[str, Any]:
@@ -58,12 +63,14 @@ def plan(options: RecipeFlags) -> dict[str, Any]:
     return planned
 
 
-def run(options: RecipeFlags) -> dict[str, Any]:
+def run(options: RunFlags) -> dict[str, Any]:
     """Run every stage of a recipe. Finished stages are reused, an interrupted one resumes.
 
     Example: prefdistill run recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
     """
     one_process("run")
+    if not options.verify:
+        options = options.model_copy(update={"overrides": ("training.verify=false", *options.overrides)})
     return _run(*_recipe(options))
 
 

@@ -21,6 +21,11 @@ class TrainFlags(Overridable, Loading, Seeded):
     data: str = Field(description=PAIRS)
     out: Path = Field(description="Directory for the trained model.")
     dtype: Dtype = Loading.redefault("dtype", "float32")
+    verify: bool = Training.redefault("verify", True)
+
+    def training_options(self, *more: str) -> dict[str, Any]:
+        """The options of the training, and of its method, on the command line."""
+        return key_values(self.overrides, "training", *more) | ({} if self.verify else {"verify": False})
 
 
 class SFTFlags(TrainFlags):
@@ -51,7 +56,7 @@ def sft(options: SFTFlags) -> dict[str, Any]:
 
     Example: prefdistill sft --model my/base --data sft.jsonl --out models/sft training.learning_rate=2e-5 epochs=3
     """
-    training = validate(Training, key_values(options.overrides, "training"), WHERE)
+    training = validate(Training, options.training_options(), WHERE)
     from prefdistill.data.fingerprint import demonstrations_fingerprint
     from prefdistill.data.load import load_messages
 
@@ -65,7 +70,7 @@ def dpo(options: DPOFlags) -> dict[str, Any]:
     Example: prefdistill dpo --model models/teacher-sft --data pairs.jsonl --out models/teacher beta=0.01
     training.learning_rate=1e-6
     """
-    training = validate(DPOTraining, key_values(options.overrides, "training"), WHERE)
+    training = validate(DPOTraining, options.training_options(), WHERE)
     from prefdistill.data.fingerprint import data_fingerprint
     from prefdistill.data.load import load_pairs
 
@@ -109,7 +114,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
             truncation=truncation,
             seed=options.seed,
         )
-        fit(trainer, directory, name)
+        fit(trainer, directory, name, verify=training.verify)
         if text := outweighing(name, trainer.state.log_history):
             say(f"warning: {text}")
 
@@ -131,7 +136,7 @@ def method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
     """The name of the method, the method and the training; every mistake in either is named at once."""
     from prefdistill.methods import METHODS, make_method, method_options
 
-    raw = key_values(options.overrides, "training", "method")
+    raw = options.training_options("method")
     name, known = METHODS.canonical(options.method), method_options(options.method)
     messages: list[str] = []
     method = training = None

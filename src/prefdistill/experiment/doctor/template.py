@@ -62,7 +62,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
             "template.end-not-eos",
             "note",
             f"the template ends a response with {token}, but the tokenizer's EOS is {tokenizer.eos_token}",
-            f"When generating, stop at {token} too (eos_token_id in generation_config.json).",
+            f"Models trained here stop at both; let others stop at {token} too (generation_config.json).",
         )
 
 

@@ -70,7 +70,7 @@ class Distill(Trained):
             seed=seed,
             data_seed=seed * 1_000 + self.order,
         )
-        fit(trainer, out, self.name)
+        fit(trainer, out, self.name, verify=self.context.recipe.methods[self.method].training.verify)
 
 
 def side_by_side(samples: "Sequence[Dataset]") -> "Dataset":
