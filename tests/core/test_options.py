@@ -69,3 +69,33 @@ def test_a_function_that_takes_a_section_shows_its_options():
     parameters = inspect.signature(function).parameters
     assert list(parameters) == ["path", "share", "size", "log_every", "inner", "named"]
     assert parameters["size"].default == 64
+
+
+class Lists(Section):
+    words: list[str] = Field(default_factory=list)
+    pair: tuple[int, ...] | None = None
+    either: str | list[str] = Field(default_factory=list)
+    nested: list[list[int]] = Field(default_factory=list)
+
+
+def test_a_list_of_one_needs_no_brackets():
+    lists = Lists.checked("lists", words="a", pair=3, either="b")
+    assert (lists.words, lists.pair, lists.either) == (["a"], (3,), "b")
+    assert lists == Lists.checked("lists", words=["a"], pair=(3,), either="b")
+    assert Lists.checked("lists", pair=None).pair is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"words": 1}, "words.0 must be a valid string, got 1"),
+        ({"words": {"a": 1}}, "words must be a valid list, got {'a': 1}"),
+        ({"words": None}, "words must be a valid list, got None"),
+        ({"pair": "a"}, "pair.0 must be a valid integer, got 'a'"),
+        ({"nested": 1}, "nested.0 must be a valid list, got 1"),
+    ],
+)
+def test_a_wrong_member_of_a_list_of_one(options, message):
+    with pytest.raises(UserError) as error:
+        Lists.checked("lists", **options)
+    assert message in str(error.value)

@@ -55,7 +55,7 @@ def test_evaluation_reads_the_signals_of_the_rows_it_is_given(tmp_path_factory, 
 
 
 def test_trl_computes_its_reference_during_training(trainer_of):
-    with pytest.raises(UserError, match="precompute_ref_log_probs is not supported"):
+    with pytest.raises(UserError, match="precompute_ref_log_probs has no effect: TRL computes"):
         trainer_of(METHODS["wpo"](), arguments={"precompute_ref_log_probs": True})
 
 

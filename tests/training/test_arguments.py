@@ -1,10 +1,14 @@
 """From the options of a training to `TrainingArguments`."""
 
 import pytest
+from transformers import TrainingArguments
 
+from prefdistill import METHODS
 from prefdistill.core.errors import UserError
 from prefdistill.training.arguments import training_arguments
-from prefdistill.training.options import DPOTraining, Training
+from prefdistill.training.factory import check_training
+from prefdistill.training.options import UNUSED, DPOTraining, Training, argument_problems
+from prefdistill.training.trl import check_trl_training
 
 
 def arguments(out, kind=Training, **options):
@@ -14,12 +18,12 @@ def arguments(out, kind=Training, **options):
 def test_training_arguments(tmp_path):
     found = arguments(
         tmp_path, batch_size=24, micro_batch_size=8, learning_rate=1e-4, max_steps=7, warmup=3, schedule="linear",
-        arguments={"adam_beta2": 0.95, "logging_steps": 2},
+        arguments={"adam_beta2": 0.95, "logging_first_step": True},
     )  # fmt: skip
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (8, 3)
     assert (found.learning_rate, found.max_steps, found.warmup_steps, found.lr_scheduler_type) == (1e-4, 7, 3, "linear")
     assert (found.seed, found.data_seed, found.report_to) == (3, 4, [])
-    assert (found.adam_beta2, found.logging_steps) == (0.95, 2)  # `arguments` has the last word
+    assert (found.adam_beta2, found.logging_first_step) == (0.95, True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -33,9 +37,11 @@ def test_a_batch_smaller_than_a_micro_batch_is_one_micro_batch(tmp_path):
     [
         ({"batch_size": 10, "micro_batch_size": 4}, "batch_size=10 is not a multiple of .* = 4 x 1; change one"),
         ({"arguments": {"learning_speed": 1}}, "training arguments: .*unexpected keyword argument 'learning_speed'"),
-        ({"arguments": {"output_dir": "x"}}, "training arguments: .*output_dir"),
+        ({"report_to": ["nobody"]}, "training arguments: nobody is not supported"),
+        ({"report_to": ["comet_ml"]}, "training arguments: .*comet"),
+        ({"arguments": {"label_smoothing_factor": 0.1}}, "has no effect: the method has its own loss"),
         ({"arguments": {"optim": "adamx"}}, "training arguments: adamx is not a valid"),
-        ({"arguments": {"max_grad_norm": "1"}}, "training arguments: max_grad_norm must be a valid number"),
+        ({"arguments": {"adam_epsilon": "1"}}, "training arguments: adam_epsilon must be a valid number"),
         ({"arguments": {"save_total_limit": 1.5}}, "training arguments: save_total_limit must be a valid int"),
         ({"arguments": {"adam_beta1": 7}}, "training arguments: Invalid beta parameter at index 0: 7"),
         ({"arguments": {"optim": "adamw_anyprecision"}}, "training arguments: Please install"),
@@ -57,3 +63,90 @@ def test_dpo_arguments_of_trl(tmp_path):
     found = training_arguments(training, tmp_path, seed=0, data_seed=0, kind=DPOConfig, beta=training.beta)
     assert isinstance(found, DPOConfig)
     assert (found.beta, found.loss_type) == (0.3, ["ipo"])
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("num_train_epochs", "epochs"),
+        ("per_device_train_batch_size", "micro_batch_size"),
+        ("gradient_accumulation_steps", "batch_size"),
+        ("warmup_steps", "warmup"),
+        ("warmup_ratio", "warmup"),
+        ("lr_scheduler_type", "schedule"),
+        ("learning_rate", "learning_rate"),
+        ("max_steps", "max_steps"),
+        ("weight_decay", "weight_decay"),
+        ("max_grad_norm", "max_grad_norm"),
+        ("bf16", "bf16"),
+        ("gradient_checkpointing", "gradient_checkpointing"),
+        ("logging_steps", "logging_steps"),
+        ("save_steps", "save_steps"),
+        ("report_to", "report_to"),
+        ("seed", "the seed of the recipe or --seed"),
+        ("data_seed", "the seed of the recipe or --seed"),
+        ("output_dir", "--out"),
+        ("max_length", "max_length of the data, or --max-length"),
+        ("beta", "beta"),
+    ],
+)
+def test_an_argument_that_an_option_sets_is_refused(name, own):
+    with pytest.raises(UserError, match=f"arguments.{name} is set by {own}; leave it out"):
+        Training.checked("training", epochs=0.25, arguments={name: 3})
+
+
+def test_every_value_that_options_give_to_the_trainer_has_one_key(tmp_path, monkeypatch):
+    """What `training_arguments` passes from an option cannot be passed in `arguments` too."""
+    passed = {}
+
+    def recorder(**options):
+        passed.update(options)
+        return TrainingArguments(**options)
+
+    recorder.__annotations__ = {}
+    monkeypatch.setattr("prefdistill.training.arguments.get_type_hints", lambda kind: {})
+    training_arguments(Training(), tmp_path, seed=0, data_seed=0, kind=recorder)
+    of_the_machine = {"use_cpu", "disable_tqdm", "dataloader_pin_memory"}
+    free = {name for name in passed if not argument_problems([name])}
+    assert free == of_the_machine
+
+
+@pytest.mark.parametrize("name", sorted(UNUSED))
+def test_an_argument_without_an_effect_is_refused(name):
+    with pytest.raises(UserError, match=f"arguments.{name} has no effect: "):
+        Training.checked("training", arguments={name: True})
+
+
+def test_all_wrong_arguments_are_named_at_once():
+    with pytest.raises(UserError, match=r"arguments.seed is set by.*arguments.save_steps is set by.*packing has no"):
+        Training.checked("training", arguments={"seed": 1, "save_steps": 3, "packing": True})
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("simpo", "loss_type"),
+        ("simpo", "simpo_gamma"),
+        ("wpo", "use_weighting"),
+        ("wpo", "truncation_mode"),
+        ("wpo", "dataset_num_proc"),
+        ("dpo", "label_smoothing_factor"),
+    ],
+)
+def test_arguments_that_a_method_sets_or_never_reads_are_refused(method, name):
+    training = Training(arguments={name: 1})
+    with pytest.raises(UserError, match=f"arguments.{name} (is set by the method; leave it out|has no effect: )"):
+        check_training(METHODS[method](), training)
+
+
+def test_arguments_that_are_used_are_taken(tmp_path):
+    check_training(METHODS["wpo"](), Training(arguments={"label_smoothing": 0.1, "adam_beta2": 0.9}))
+    check_trl_training(Training(arguments={"label_smoothing_factor": 0.1, "completion_only_loss": True}))
+    check_trl_training(DPOTraining(arguments={"loss_type": "ipo"}))
+
+
+def test_a_tracker_may_be_written_without_brackets(tmp_path):
+    assert Training.checked("training", report_to="tensorboard").report_to == ["tensorboard"]
+    assert arguments(tmp_path, report_to="none").report_to == []
+    assert arguments(tmp_path, report_to="tensorboard").report_to == ["tensorboard"]
+    assert list(tmp_path.iterdir()) == []

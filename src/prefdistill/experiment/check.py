@@ -2,7 +2,7 @@
 
 import reprlib
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
 from prefdistill.models.load import check_reward_model
 from prefdistill.models.scratch import check_shape
-from prefdistill.training.options import Training
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,21 +67,19 @@ def check_plan(plan: Plan) -> None:
 
 def check_trainings(plan: Plan) -> None:
     """Check the arguments of every training; this needs neither data nor models."""
-    from trl import DPOConfig, RewardConfig, SFTConfig
+    from trl import RewardConfig
 
     from prefdistill.training.arguments import training_arguments
-    from prefdistill.training.factory import arguments_class
+    from prefdistill.training.factory import check_training
+    from prefdistill.training.trl import check_trl_training
 
     recipe = plan.context.recipe
-    trainings: list[tuple[Training, type[Any]]] = [
-        (run.training, arguments_class(plan.methods[name])) for name, run in recipe.methods.items()
-    ]
-    trainings += [(sft, SFTConfig) for sft in (recipe.teacher.sft, recipe.student.sft) if sft]
-    trainings += [(dpo, DPOConfig) for dpo in (recipe.teacher.dpo,) if dpo]
+    for name, run in recipe.methods.items():
+        check_training(plan.methods[name], run.training)
+    for training in filter(None, (recipe.teacher.sft, recipe.student.sft, recipe.teacher.dpo)):
+        check_trl_training(training)
     if recipe.reward_model and not recipe.reward_model.name:
-        trainings.append((recipe.reward_model.training, RewardConfig))
-    for training, kind in trainings:
-        training_arguments(training, plan.context.root, seed=0, data_seed=0, kind=kind)
+        training_arguments(recipe.reward_model.training, plan.context.root, seed=0, data_seed=0, kind=RewardConfig)
 
 
 def check_models(recipe: Recipe, sources: Sources, *, fetch: bool = True) -> None:

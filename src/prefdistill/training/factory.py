@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
@@ -18,6 +18,7 @@ from prefdistill.methods import Method, TRLMethod
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.nan_guard import with_nan_guard
+from prefdistill.training.options import argument_problems
 from prefdistill.training.trainer import PrefDistillTrainer
 
 if TYPE_CHECKING:
@@ -27,9 +28,33 @@ if TYPE_CHECKING:
     from prefdistill.training.options import Training
 
 
-def arguments_class(method: Method) -> type[TrainingArguments]:
-    """Return the class of training arguments that the method's trainer takes."""
-    return method.classes()[0] if isinstance(method, TRLMethod) else TrainingArguments
+# Arguments of TRL without an effect on rows that are encoded before it sees them, and why.
+UNUSED_IN_TRL = {
+    **dict.fromkeys(("dataset_num_proc", "truncation_mode"), "the rows are encoded and truncated before"),
+    **dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_batch_size"), "TRL computes reference log-probs during training"
+    ),
+}
+
+
+def check_training(method: Method, training: "Training") -> None:
+    """Check the arguments of a method's training, before anything is loaded or written.
+
+    Raises:
+        UserError: as `training_arguments` does.
+    """
+    if isinstance(method, TRLMethod):
+        kind, own = method.classes()[0], _arguments_of(method, training)
+        training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0, kind=kind, **own)
+    else:
+        training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0)
+
+
+def _arguments_of(method: TRLMethod, training: "Training") -> dict[str, Any]:
+    """Return the arguments that a method sets itself."""
+    if clashes := argument_problems(training.arguments, unused=UNUSED_IN_TRL):
+        raise UserError(*clashes, where="training arguments")
+    return {"max_length": sys.maxsize, **method.arguments()}  # `encode_pairs` has truncated the rows
 
 
 def make_trainer(
@@ -62,10 +87,6 @@ def make_trainer(
     if isinstance(method, TRLMethod):
         if signals:
             raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
-        if training.arguments.get("precompute_ref_log_probs"):
-            raise UserError(
-                "precompute_ref_log_probs is not supported here: TRL computes reference log-probs during training"
-            )
         encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())
         if dropped:
             say(f"training: {dropped}")
@@ -78,8 +99,7 @@ def make_trainer(
             out,
             seed=seed,
             data_seed=data_seed,
-            max_length=sys.maxsize,  # `encode_pairs` has truncated the rows
-            **method.arguments(),
+            **_arguments_of(method, training),
         )
         # The same tokens that every other method is trained on. TRL's own rows have more of them after the end token:
         # what the template writes there, or an EOS.

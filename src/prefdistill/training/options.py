@@ -107,7 +107,7 @@ class Training(Section):
         for name, value in self.arguments.items():
             if name.endswith("hub_token") and value is not None:
                 raise ValueError(f"arguments.{name} would be in the results; set HF_TOKEN in the environment instead")
-        if clashes := argument_problems(self.arguments, type(self).model_fields):
+        if clashes := argument_problems(self.arguments):
             raise ValueError("; ".join(clashes))
         if "resume_from_checkpoint" in self.arguments:
             raise ValueError("arguments.resume_from_checkpoint has no effect: a run resumes from its last checkpoint")
@@ -120,19 +120,19 @@ class Training(Section):
 
 
 def argument_problems(
-    arguments: Iterable[str], options: Iterable[str], unused: Mapping[str, str] = UNUSED
+    arguments: Iterable[str], of_method: Iterable[str] = (), unused: Mapping[str, str] = UNUSED
 ) -> list[str]:
     """Return what is wrong with the names of arguments: those that an option sets, and those without an effect.
 
     Args:
         arguments: names of `training.arguments`.
-        options: names that are set by options.
+        of_method: names that the method sets.
         unused: names without an effect, and why.
     """
-    own = {**{name: name for name in options}, **SAME_AS}
+    own = {**{name: name for name in Training.model_fields}, **dict.fromkeys(of_method, "the method"), **SAME_AS}
     names = list(arguments)
     return [
-        *(f"arguments.{name} is set by {own[name]}; write that instead" for name in names if name in own),
+        *(f"arguments.{name} is set by {own[name]}; leave it out" for name in names if name in own),
         *(f"arguments.{name} has no effect: {unused[name]}" for name in names if name in unused),
     ]
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
+from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import drop_refused
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.scratch import random_model
+from prefdistill.training.arguments import training_arguments
 from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import DPOTraining, Training
@@ -19,6 +21,18 @@ from prefdistill.training.options import DPOTraining, Training
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+def check_trl_training(training: Training) -> None:
+    """Check the arguments of `train_with_trl`, before anything is loaded or written.
+
+    Raises:
+        UserError: as `training_arguments` does.
+    """
+    from trl import DPOConfig, SFTConfig
+
+    kind = DPOConfig if isinstance(training, DPOTraining) else SFTConfig
+    training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0, kind=kind)
 
 
 def train_with_trl(

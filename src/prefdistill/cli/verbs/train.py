@@ -93,9 +93,10 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     from prefdistill.evaluation.shaping import outweighing
     from prefdistill.models.load import load_model, load_tokenizer
     from prefdistill.signals import Signals
-    from prefdistill.training.factory import make_trainer
+    from prefdistill.training.factory import check_training, make_trainer
     from prefdistill.training.loop import fit
 
+    check_training(method, training)
     lengths = (options.max_length, options.max_prompt_length)
     truncation = Truncation(lengths[0] or 1024, lengths[1]) if any(lengths) else None
     pairs = load_pairs(options.data, responses=method.responses)
@@ -158,8 +159,9 @@ def _teach(kind: str, options: Any, rows: Any, fingerprint: str, training: Train
     """Run one of TRL's trainings as a stage."""
     from prefdistill.data.truncation import Truncation
     from prefdistill.models.load import load_tokenizer
-    from prefdistill.training.trl import train_with_trl
+    from prefdistill.training.trl import check_trl_training, train_with_trl
 
+    check_trl_training(training)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     loading = {**options.part(Loading), "seed": options.seed}
     request = {"data": fingerprint, "training": training.cache_key(), **loading, "max_length": options.max_length}
