@@ -14,7 +14,7 @@ from prefdistill.training import saved
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import DPOTraining, Training
-from prefdistill.training.trl import train_dpo, train_reward, train_sft
+from prefdistill.training.trl import train_reward, train_with_trl
 from support.tokenizer_styles import STYLES, make_tokenizer
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -66,9 +66,9 @@ def train(kind, start, rows, tokenizer, out, **options):
     options = OPTIONS | options
     if kind == "teacher-sft":
         demonstrations = rows.rename_column("chosen", "completion").select_columns(["prompt", "completion"])
-        train_sft(start, demonstrations, tokenizer, Training(**options), out, truncation=Truncation())
+        train_with_trl(start, demonstrations, tokenizer, Training(**options), out, truncation=Truncation(), what=kind)
     elif kind == "teacher-dpo":
-        train_dpo(start, rows, tokenizer, DPOTraining(**options), out, truncation=Truncation())
+        train_with_trl(start, rows, tokenizer, DPOTraining(**options), out, truncation=Truncation(), what=kind)
     else:
         distill(kind, start, rows, tokenizer, out, **options)
 
