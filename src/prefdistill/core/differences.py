@@ -74,14 +74,14 @@ def _walk(before: Any, after: Any, ignored: Collection[str], path: str) -> Itera
         yield Difference(path or "the value", before, after)
 
 
-def differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Name where two requests differ, one text per place.
 
     Example:
         >>> differences({"name": "a", "model": {"dtype": "float32"}}, {"name": "b", "model": {"dtype": "bfloat16"}})
         ["model.dtype is 'bfloat16', was 'float32'"]
     """
-    return [str(difference) for difference in compare(before, after, path=path)]
+    return [str(difference) for difference in compare(before, after)]
 
 
 def listed(texts: list[str]) -> str:

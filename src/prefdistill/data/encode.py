@@ -96,21 +96,19 @@ def encode_pairs(
     return encoded, dropped
 
 
-def render_pairs(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = SIDES
-) -> Iterator[tuple[str, ...] | None]:
+def render_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, ...] | None]:
     """Yield the texts that `encode_pairs` tokenises: of each row's prompt, and of the prompt with each response.
 
     None for a row that the chat template refuses. The `offsets` of a response count from the end of the prompt's text.
     """
     encoder = Encoder(tokenizer)
     for row in dataset:
-        cut = [row.get(ended_column(name)) is False for name in responses]
-        yield encoder.ended_texts(row["prompt"], *(row[name] for name in responses), cut=cut)
+        cut = [row.get(ended_column(name)) is False for name in SIDES]
+        yield encoder.ended_texts(row["prompt"], *(row[name] for name in SIDES), cut=cut)
 
 
 def encode_untruncated(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...] = SIDES
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[tuple[str, ...] | None, dict[str, Any]]]:
     """Encode rows of one form without truncation, for inspection.
 
@@ -121,7 +119,7 @@ def encode_untruncated(
     Raises:
         UserError: if the tokenizer lacks what the rows need.
     """
-    encode = _PairEncoder(tokenizer, Truncation(None), responses, isinstance(rows[0]["prompt"], list))
+    encode = _PairEncoder(tokenizer, Truncation(None), SIDES, isinstance(rows[0]["prompt"], list))
     yield from encode.rows({name: [row.get(name) for row in rows] for name in {key for row in rows for key in row}})
 
 

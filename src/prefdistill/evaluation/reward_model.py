@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class RewardModel:
     """A sequence classifier with one label, by Hub name or directory, with its own tokenizer and chat template.
 
-    A text longer than the model's maximum length is truncated at its end.
+    Its weights keep the dtype that they are stored in. A text longer than the model's maximum length is truncated at
+    its end.
 
     Args:
         name: Hub name or directory.
-        dtype: of the weights; "auto": as stored.
         batch_tokens: padded tokens per forward pass.
         trust_remote_code: let the model's repository run its own code.
 
@@ -39,10 +39,8 @@ class RewardModel:
         >>> RewardModel("my/reward-model").score(["Hello!"], ["Hi, how can I help?"])   # doctest: +SKIP
     """
 
-    def __init__(
-        self, name: str, *, dtype: str = "auto", batch_tokens: int = 16_384, trust_remote_code: bool = False
-    ) -> None:
-        model, self.tokenizer = load_reward_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    def __init__(self, name: str, *, batch_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
+        model, self.tokenizer = load_reward_model(name, trust_remote_code=trust_remote_code)
         self.model, self.batch_tokens = ready(model), batch_tokens
         config = model.config.get_text_config()
         self.pad, self.positions = config.pad_token_id, getattr(config, "max_position_embeddings", None)

@@ -113,9 +113,6 @@ def paired_difference(
     values: Sequence[float] | np.ndarray,
     baseline: Sequence[float] | np.ndarray,
     groups: Sequence[Hashable] | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """Return the `estimate` of `values - baseline`, item by item. Variation that both share cancels.
 
@@ -126,7 +123,7 @@ def paired_difference(
     values, baseline = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if values.shape != baseline.shape:
         raise ValueError(f"paired values must be as many on both sides, got {values.shape} and {baseline.shape}")
-    return estimate(values - baseline, groups, seed=seed, resamples=resamples)
+    return estimate(values - baseline, groups)
 
 
 def pair_wins(chosen: Any, rejected: Any) -> np.ndarray:

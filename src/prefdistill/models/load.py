@@ -200,26 +200,20 @@ def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
 
 
 def load_reward_model(
-    name: str, *, dtype: str = "auto", trust_remote_code: bool = False
+    name: str, *, trust_remote_code: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return a sequence classifier with one label, which scores a text, and its tokenizer.
 
     Raises:
         UserError: see `check_reward_model`; also if weights are missing, such as a head that was never trained.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification
 
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_reward_model(name, trust_remote_code=trust_remote_code)
     try:
         with _without_report():
             model, loading_info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
-                **WITH_LOADING_INFO,
+                name, dtype="auto", trust_remote_code=trust_remote_code, **WITH_LOADING_INFO
             )
     except Exception as error:
         raise _load_error("reward model", name, error) from error

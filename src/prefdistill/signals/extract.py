@@ -1,6 +1,7 @@
 """Extract the signals of a data set from a model into a store: shard by shard, on any number of processes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def extract_signals(
         store = StoreArtifact("signals", out, extraction.request)
         with store.session(lock=False) as seal:
             if seal is None:
-                _write_shards(store, extraction.with_request(store.request))
+                _write_shards(store, replace(extraction, request=store.request))
     return Signals.open(out)
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,9 +141,6 @@ class Extraction:
         """The rows of the data in each shard."""
         count, size = self.request["data"]["rows"], self.request["shard_rows"]
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def with_request(self, request: dict[str, Any]) -> "Extraction":
-        return replace(self, request=request)
 
     def shard(self, part: range, progress: Progress) -> tuple[ShardColumns, dict[str, Any]]:
         """Extract one shard: its columns, and notes on rows that were dropped and on packing."""
