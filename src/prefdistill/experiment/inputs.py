@@ -33,6 +33,7 @@ class Sources:
         self._pairs = functools.cache(load_pairs)
         self._rows: dict[tuple[str, int | None], Dataset] = {}
         self.messages = functools.cache(load_messages)
+        self.messages_key = functools.cache(lambda name: demonstrations_fingerprint(self.messages(name)))
         self.model_key = functools.cache(model_key)  # as of the first call
         self.check_model = functools.cache(check_model)
 
@@ -74,7 +75,7 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
         if name:
             prints[part] = data_fingerprint(sources.pairs(name, limit))
     if data.sft:
-        prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft))
+        prints["sft"] = sources.messages_key(data.sft)
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(names, role):
             prints[role] = sources.model_key(name)
