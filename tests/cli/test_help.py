@@ -136,3 +136,14 @@ def test_the_example_in_the_help_runs_as_it_stands(verb, example_files, tmp_path
         status = main(command)
         err = capfd.readouterr().err
         assert (status, "Reached" in err) == ((1, True) if verb in STOPS else (0, False)), err
+
+
+def test_no_verify_turns_an_option_off():
+    """An option that is on by default has a flag that turns it off."""
+    from prefdistill.cli.flags import command
+    from prefdistill.cli.verbs.train import sft
+
+    arguments = ["--model", "m", "--data", "d", "--out", "o", "epochs=2"]
+    for flags, training in (([], {"epochs": 2}), (["--no-verify"], {"epochs": 2, "verify": False})):
+        call = command("sft", sft).main([*arguments, *flags], standalone_mode=False)
+        assert call.options().training_options() == training

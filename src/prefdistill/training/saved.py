@@ -140,7 +140,11 @@ def _difference(
             )
     if not problems:
         return ""
-    adapter = "train all weights (lora=null), or the adapter in dtype float32; " if len(loaders) > 1 else ""
+    adapter = (
+        "train all weights (lora=null), or an adapter in dtype float32 on a start that is no adapter itself; "
+        if len(loaders) > 1
+        else ""
+    )
     return (
         f"{'; '.join(problems)}. The training is done and its checkpoint is kept: {adapter}or save it as it is with "
         "--no-verify (verify=false in the training's options)"
