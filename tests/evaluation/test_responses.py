@@ -168,6 +168,32 @@ def test_reward_model_ids_are_those_that_trl_trains_on(tokenizer, pairs, tmp_pat
     assert reward_model_ids(tokenizer, row["prompt"], row["chosen"][0]["content"]) == trained_on(few)[0]["chosen_ids"]
 
 
+@pytest.mark.parametrize("spare_ids", [True, False])
+def test_scores_without_a_pad_token_are_those_of_the_models_own_forward(
+    reward_model, tokenizer, pairs, tmp_path, monkeypatch, spare_ids
+):
+    """The padding hides no end token, whether or not an id is left over for it."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    own = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    own.config.pad_token_id = None
+    own.save_pretrained(tmp_path)
+    without_pad = AutoTokenizer.from_pretrained(reward_model)
+    without_pad.pad_token = None
+    without_pad.save_pretrained(tmp_path)
+    model = RewardModel(str(tmp_path))
+    if not spare_ids:
+        monkeypatch.setattr(model, "_unused_id", lambda ids: None)
+    prompts, responses = pairs["prompt"][:8], pairs["chosen"][:8]
+    scores = model.score(prompts, responses)
+    for prompt, response, score in zip(prompts, responses, scores, strict=True):
+        ids = reward_model_ids(tokenizer, prompt, response)[:24]
+        with torch.no_grad():
+            expected = float(own(input_ids=torch.tensor([ids])).logits[0, 0])
+        assert score == pytest.approx(expected, abs=1e-4)
+        assert model.score([prompt], [response])[0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_scores_are_those_of_each_text_alone(reward_model, tokenizer, pairs):
     """Batches pad on the right, and a text is cut where the positions end."""
     model = RewardModel(reward_model, batch_tokens=100)

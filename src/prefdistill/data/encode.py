@@ -160,6 +160,21 @@ def highest_token_id(encoded: Dataset) -> int:
     return max((pc.max(pc.list_flatten(part)).as_py() or 0 for table in tables for part in table.columns), default=0)
 
 
+def longest_text(encoded: Dataset) -> int:
+    """Return the number of tokens of the longest prompt with a response, of the columns `*_ids`."""
+    import pyarrow.compute as pc
+
+    responses = [name for name in encoded.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    columns = [*(["prompt_ids"] if "prompt_ids" in encoded.column_names else []), *responses]
+    longest = 0
+    for table in encoded.select_columns(columns).with_format("arrow").iter(1_024):
+        lengths = {name: pc.fill_null(pc.list_value_length(table[name]), 0) for name in columns}
+        for name in responses:
+            total = pc.add(lengths["prompt_ids"], lengths[name]) if "prompt_ids" in lengths else lengths[name]
+            longest = max(longest, pc.max(total).as_py() or 0)
+    return longest
+
+
 def _encode_all(
     dataset: Dataset, encode: _PairEncoder, num_proc: int | None, first: int = 0
 ) -> tuple[Dataset, Dropped]:

@@ -42,8 +42,8 @@ class RewardModel:
     def __init__(self, name: str, *, batch_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
         model, self.tokenizer = load_reward_model(name, trust_remote_code=trust_remote_code)
         self.model, self.batch_tokens = ready(model), batch_tokens
-        config = model.config.get_text_config()
-        self.pad, self.positions = config.pad_token_id, getattr(config, "max_position_embeddings", None)
+        self.config = self.model.config.get_text_config()
+        self.positions = getattr(self.config, "max_position_embeddings", None)
 
     def score(self, prompts: list[Any], responses: list[Any], *, what: str = "scoring") -> np.ndarray:
         """Return the score of each response to its prompt, [B]; texts of similar length share a batch."""
@@ -73,11 +73,26 @@ class RewardModel:
     @torch.no_grad()
     def _forward(self, ids: list[list[int]]) -> np.ndarray:
         width = max(map(len, ids))
-        padded = torch.tensor([text + [self.pad] * (width - len(text)) for text in ids])
+        own_pad = self.config.pad_token_id
+        pad = own_pad
+        if own_pad is None and len(ids) > 1:
+            pad = self._unused_id(ids)
+            if pad is None:
+                return np.concatenate([self._forward([text]) for text in ids])
+        padded = torch.tensor([text + [pad] * (width - len(text)) for text in ids])
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in ids])
         device = self.model.device
-        logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
+        self.config.pad_token_id = pad  # a classifier finds the last token of a text by it
+        try:
+            logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
+        finally:
+            self.config.pad_token_id = own_pad
         return logits[:, 0].double().cpu().numpy()
+
+    def _unused_id(self, ids: list[list[int]]) -> int | None:
+        """Return a token id that no text has, if any: an end token as padding would hide the end of a text."""
+        used = set().union(*ids)
+        return next((token for token in range(self.config.vocab_size) if token not in used), None)
 
     def score_pairs(self, pairs: "Dataset") -> Measured:
         """Return, per pair, whether it orders the pair correctly ("accuracy"), whether length in its tokens does

@@ -218,11 +218,7 @@ def load_reward_model(
     except Exception as error:
         raise _load_error("reward model", name, error) from error
     _check_weights("reward model", name, loading_info)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    text_config = model.config.get_text_config()
-    if text_config.pad_token_id is None:  # a classifier finds the last token by it
-        text_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
 from prefdistill.models.load import load_model, ready
+from prefdistill.models.positions import check_positions, learned_positions
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.sampling.options import SampleRequest, Sampling
 
@@ -91,12 +92,14 @@ class TransformersEngine(Engine):
         by_length = sorted(range(len(prompt_of)), key=lambda place: -len(prompts[prompt_of[place]]))
         responses: dict[int, list[int]] = {}
         check_ids(max(map(max, prompts), default=0), model, self.tokenizer)
+        widths = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
+        check_positions(max(widths, default=0), model, "prompts with their responses")
+        positions = learned_positions(model)
         draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
         devices = [model.device] if model.device.type == "cuda" else []
         with _neutral_generation_config(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            for start in range(0, len(by_length), sampling.batch_size):
-                places = by_length[start : start + sampling.batch_size]
+            for places in _batches(by_length, sampling.batch_size, prompt_of, prompts, limits, positions):
                 ids = [prompts[prompt_of[place]] for place in places]
                 batch = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
                 out = model.generate(
@@ -111,6 +114,27 @@ class TransformersEngine(Engine):
                 responses.update(zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
                 progress.update(len(places))
         return [responses[place] for place in range(len(prompt_of))]
+
+
+def _batches(
+    places: list[int],
+    size: int,
+    prompt_of: list[int],
+    prompts: list[list[int]],
+    limits: list[int],
+    positions: int | None,
+) -> Iterator[list[int]]:
+    """Yield batches of places, longest prompt first; the longest prompt has positions for the highest limit."""
+    batch: list[int] = []
+    for place in places:
+        longest = len(prompts[prompt_of[(batch or [place])[0]]])
+        beyond = positions is not None and longest + limits[prompt_of[place]] > positions
+        if batch and (beyond or len(batch) == size):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 class _RaiseNotFinite(LogitsProcessor):

@@ -12,8 +12,9 @@ from torch import Tensor
 from prefdistill.core.progress import Progress
 from prefdistill.data.batches import Document, Layout, layout_for, make_batch
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import highest_token_id
+from prefdistill.data.encode import highest_token_id, longest_text
 from prefdistill.models.logprobs import emittable_ids, reduce_logits, vocabulary_rows
+from prefdistill.models.positions import check_positions
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.signals.kinds import Kind, Settings, Tile, check_finite, make_kinds
 from prefdistill.signals.topk import TopKRequest
@@ -57,9 +58,11 @@ def score_pairs(
     `layout` is by default what `layout_for` returns for texts of any length.
 
     Raises:
-        UserError: if a model's logits are not finite, naming the rows, or it has no embedding for a token.
+        UserError: if a model's logits are not finite, naming the rows, or it has no embedding for a token, or no
+            position for one.
     """
     check_ids(highest_token_id(rows), model, tokenizer)
+    check_positions(longest_text(rows.select_columns(["prompt_ids", *(f"{name}_ids" for name in responses)])), model)
     settings = settings or Settings()
     if "topk" in kinds and not settings.topk:
         settings = replace(settings, topk=topk_manifest(TopKRequest(), model, tokenizer))

@@ -12,9 +12,10 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encode import encode_pairs, longest_text
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, TRLMethod
+from prefdistill.models.positions import check_positions
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.nan_guard import with_nan_guard
@@ -101,6 +102,8 @@ def make_trainer(
             data_seed=data_seed,
             **_arguments_of(method, training),
         )
+        columns = ["prompt_ids", *(f"{side}_ids" for side in SIDES)]
+        check_positions(longest_text(encoded.select_columns(columns)), trainer.model)
         # The same tokens that every other method is trained on. TRL's own rows have more of them after the end token:
         # what the template writes there, or an EOS.
         trainer.train_dataset = method.rows(encoded)

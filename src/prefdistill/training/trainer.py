@@ -11,10 +11,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.batches import layout_for
+from prefdistill.data.encode import longest_text
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, Student, TRLMethod
 from prefdistill.models.load import load_model
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
+from prefdistill.models.positions import check_positions
 from prefdistill.signals.live import bind_live
 from prefdistill.signals.store import Signals
 from prefdistill.training.nan_guard import check_loss
@@ -95,6 +97,10 @@ class PrefDistillTrainer(Trainer):
         if eval_dataset:
             eval_signals = bind_live(eval_signals, eval_dataset, processing_class, truncation, method.needs)
             eval_rows, collate_eval, _ = prepare_rows(eval_dataset, method, eval_signals, processing_class, truncation)
+        for rows in (train_rows, eval_rows):
+            if rows is not None:
+                columns = ["prompt_ids", *(f"{name}_ids" for name in method.responses)]
+                check_positions(longest_text(rows.select_columns(columns)), student)
         check_start(student, [*signals, *eval_signals], bf16=bool(args.bf16))
         if peft_config is not None:
             from peft import get_peft_model

@@ -8,10 +8,11 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import drop_refused
+from prefdistill.data.encode import drop_refused, longest_text
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_model
+from prefdistill.models.positions import check_positions
 from prefdistill.models.scratch import random_model
 from prefdistill.training.arguments import training_arguments
 from prefdistill.training.factory import trl_trainer
@@ -86,6 +87,8 @@ def train_with_trl(
         raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
     if dropped := len(rows) - remaining:  # TRL drops rows whose prompt fills max_length
         say(f"{what}: dropped {dropped} of {len(rows)} rows, whose prompts fill max_length={truncation.max_length}")
+    longest, limit = longest_text(trainer.train_dataset), truncation.max_length
+    check_positions(longest if limit is None else min(longest, limit), trainer.model)
     fit(trainer, out, what, verify=training.verify)
 
 
