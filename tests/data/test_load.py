@@ -209,7 +209,7 @@ NO_START = "'chosen' and 'rejected' do not start alike. Add a `prompt` column."
         ),
         (
             [GOOD.replace('"p"', '"\\ud800"')],
-            ", row 0: there is half a character in it (\\ud800 to \\udfff). Fix or remove it.",
+            ", row 0: it holds an unpaired surrogate (\\ud800 to \\udfff). Fix or remove it.",
         ),
     ],
 )

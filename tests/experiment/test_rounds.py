@@ -95,7 +95,7 @@ def test_several_samples_of_each_prompt(tmp_path):
     ("overrides", "message"),
     [
         (["methods.tvkd.rounds=2"], "methods.tvkd.rounds: tvkd does not learn from the student's own responses"),
-        (["methods.dpo.start=adpa"], "methods.dpo.start: 'adpa' must be a method that stands above it"),
+        (["methods.dpo.start=adpa"], "methods.dpo.start: 'adpa' must be a method defined before it"),
         (["methods.adpa-plus.first_order=7"], "methods.adpa-plus.first_order differs from that of dckd"),
         (
             ["methods.tvkd.values_from=logprobs", "methods.tvkd.value_temperature=2.0"],

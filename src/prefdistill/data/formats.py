@@ -119,7 +119,7 @@ def _dataset_of(rows: Rows, path: Path) -> Dataset:
             texts = (json.dumps(row, ensure_ascii=False) for row in table)
             number = next(number for number, text in enumerate(texts) if surrogate(text) is not None)
             raise UserError(
-                f"{path}, row {number}: there is half a character in it (\\ud800 to \\udfff). Fix or remove it."
+                f"{path}, row {number}: it holds an unpaired surrogate (\\ud800 to \\udfff). Fix or remove it."
             ) from None
 
 

@@ -123,7 +123,7 @@ class _Builder:
                 read=lambda: user_data.demonstrations,
             )
         if recipe.teacher.sft:
-            teacher = self._train(Sft, "teacher", teacher, demonstrations, recipe.teacher.sft)
+            teacher = self._add_training(Sft, "teacher", teacher, demonstrations, recipe.teacher.sft)
         reference = teacher if recipe.teacher.dpo else None
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
             reference = self.user_models.model(
@@ -131,9 +131,9 @@ class _Builder:
             )
         teacher_pairs, test = self._pairs(language, reference or teacher)
         if recipe.teacher.dpo:
-            teacher = self._train(Dpo, "teacher", teacher, teacher_pairs, recipe.teacher.dpo)
+            teacher = self._add_training(Dpo, "teacher", teacher, teacher_pairs, recipe.teacher.dpo)
         if recipe.student.sft:
-            start = self._train(Sft, "student", start, demonstrations, recipe.student.sft)
+            start = self._add_training(Sft, "student", start, demonstrations, recipe.student.sft)
         self.roles = {"teacher": teacher, "teacher_reference": reference or teacher}
         self.starts[None] = Start("start", start, self.users[None])
         self.plan.test = test
@@ -173,7 +173,7 @@ class _Builder:
         assert init is not None
         return init.model(role)
 
-    def _train(self, kind: type[Sft], role: ModelRole, start: Model, rows: Rows, training: Training) -> Model:
+    def _add_training(self, kind: type[Sft], role: ModelRole, start: Model, rows: Rows, training: Training) -> Model:
         name = f"{role}-{kind.kind}"
         return self._add(kind, name, role=role, output_role=role, start=start, rows=rows, training=training).output
 
@@ -211,9 +211,9 @@ class _Builder:
         """Read the held-out pairs: the terms that the methods use, and those that they are compared with."""
         wanted = held_out(self.methods.values(), teacher_reference)
         for role, kinds in sorted(wanted.items()):
-            self.plan.test_signals.append(self._read(role, kinds, SIDES, test, self.starts[None]))
+            self.plan.test_signals.append(self._add_store(role, kinds, SIDES, test, self.starts[None]))
 
-    def _sample(self, column: str, start: Start) -> Sample:
+    def _add_sample(self, column: str, start: Start) -> Sample:
         own = column == STUDENT_RESPONSE
         model = start.model if own else self.roles["teacher"]
         if (model, column) not in self.samples:
@@ -228,23 +228,26 @@ class _Builder:
             )
         return self.samples[model, column]
 
-    def _extract(self, need: Need, start: Start) -> ReadSignals:
-        """The store of a need, with all else that the run needs of the same model and the same responses."""
-        own = source(need) == STUDENT_RESPONSE or need.role == "reference"  # read of this start alone
-        alike = [
+    def _add_signals(self, need: Need, start: Start) -> ReadSignals:
+        """Add the store of a need, with all else that the run needs of the same model and the same responses."""
+        depends_on_start = source(need) == STUDENT_RESPONSE or need.role == "reference"  # read of this start alone
+        related_needs = [
             other
             for name, method in self.methods.items()
-            if name in start.users or not own
+            if name in start.users or not depends_on_start
             for other in split_needs(method.needs)
             if other.role == need.role and source(other) == source(need)
         ]
-        reach = {kind: union(n.responses for n in alike if n.kind == kind) for kind in {n.kind for n in alike}}
-        responses = reach[need.kind]
-        kinds = {kind for kind, of in reach.items() if of == responses}
-        data = self.plan.train if source(need) == TRAIN else self._sample(source(need), start)
-        return self._read(need.role, kinds, responses, data, start)
+        responses_by_kind = {
+            kind: union(n.responses for n in related_needs if n.kind == kind)
+            for kind in {n.kind for n in related_needs}
+        }
+        responses = responses_by_kind[need.kind]
+        kinds = {kind for kind, of in responses_by_kind.items() if of == responses}
+        data = self.plan.train if source(need) == TRAIN else self._add_sample(source(need), start)
+        return self._add_store(need.role, kinds, responses, data, start)
 
-    def _read(
+    def _add_store(
         self, role: str, kinds: set[str], responses: tuple[str, ...], data: Rows | Sample, start: Start
     ) -> ReadSignals:
         model = start.model if role == "reference" else self.roles[role]
@@ -258,7 +261,7 @@ class _Builder:
             name += f"-{responses[0]}"
         ids_from = None
         if "topk" in kinds and role != "teacher":
-            ids_from = self._extract(Need("teacher", "topk", responses), start)
+            ids_from = self._add_signals(Need("teacher", "topk", responses), start)
         step = self._add(
             ReadSignals,
             name,
@@ -295,20 +298,20 @@ class _Builder:
                     role="student",
                     method=name,
                     order=order,
-                    model=self._distill(name, run, order),
+                    model=self._add_distill(name, run, order),
                     reference=reference,
                     **common | {"test": test},
                 )
                 self.plan.evaluations[name].append(step)
 
-    def _distill(self, name: str, run: MethodRun, order: int) -> Model:
-        """Train the student with one method and one order of the data, in as many rounds as the recipe says."""
+    def _add_distill(self, name: str, run: MethodRun, order: int) -> Model:
+        """Add the steps that train the student with one method and one order of the data, round by round."""
         start = self.starts[(run.start, order) if run.start else None]
         method = self.methods[name]
         for number in range(1, run.rounds + 1):
             trained = f"{name}-{order}" + (f"-round-{number}" if number < run.rounds else "")
-            samples = [self._sample(response, start) for response in sampled(method)]
-            stores = list(dict.fromkeys(self._extract(need, start) for need in split_needs(method.needs)))
+            samples = [self._add_sample(response, start) for response in sampled(method)]
+            stores = list(dict.fromkeys(self._add_signals(need, start) for need in split_needs(method.needs)))
             step = self._add(
                 Distill,
                 f"distill-{trained}",

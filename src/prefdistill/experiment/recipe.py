@@ -49,7 +49,9 @@ class MethodRun(Section):
     """A method under the name it has in the results. Any other key is an option of the method."""
 
     method: str = Field(description="A method in any case, or the dotted name of one; default: the run's own name.")
-    options: Options = Field(default_factory=dict, description="Options of the method, which may also stand beside.")
+    options: Options = Field(
+        default_factory=dict, description="Options of the method; they may also be given as keys of the run."
+    )
     label: str = Field("", description="Name in tables and plots.")
     display_name: str = Field(
         "", description="Name in sentences; default: the method's own if the run is named after it, else the name."
@@ -137,7 +139,7 @@ class Recipe(Section):
         seen: list[str] = []
         for name, run in self.methods.items():
             if run.start is not None and run.start not in seen:
-                raise ValueError(f"methods.{name}.start: {run.start!r} must be a method that stands above it")
+                raise ValueError(f"methods.{name}.start: {run.start!r} must be a method defined before it")
             if run.start is not None and self.methods[run.start].first_order != run.first_order:
                 raise ValueError(f"methods.{name}.first_order differs from that of {run.start}, which it starts from")
             seen.append(name)
@@ -157,8 +159,8 @@ class Recipe(Section):
             raise ValueError("reward_model has nothing to judge: give evaluate.prompts, or set reward_model=null")
         if self.model.teacher_reference and (self.teacher.dpo or self.model.teacher is None):
             raise ValueError(
-                "model.teacher_reference is for a named teacher that has had its DPO: with teacher.dpo, the reference "
-                "is what that starts from; leave one of the two out"
+                "model.teacher_reference needs a named teacher that is DPO-trained already; with teacher.dpo, the "
+                "reference is the model that its DPO starts from: remove one of the two"
             )
         if (self.model.teacher is None or self.model.student is None) and self.model.scratch is None:
             raise ValueError("model.teacher and model.student must be named, or model.scratch say how to make them")
@@ -303,7 +305,7 @@ def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:
         raise UserError(f"{where} has no method {missing}; it has {', '.join(recipe.methods)} (or all)")
     selected = {*names, recipe.baseline}
     selected |= {control.of for name in selected if (control := recipe.methods[name].control)}
-    for name in reversed(recipe.methods):  # what a method starts from stands above it
+    for name in reversed(recipe.methods):  # a method starts from one defined before it
         start = recipe.methods[name].start
         if name in selected and start is not None:
             selected.add(start)

@@ -121,7 +121,7 @@ class Step:
         raise NotImplementedError
 
     def repair(self) -> None:
-        """Check the result of a finished step and make damaged parts again, where the step can tell."""
+        """Check the result of a finished step and rebuild damaged parts, where the step can tell."""
 
     @property
     def directory(self) -> Path:
@@ -141,7 +141,7 @@ class Step:
 
     @functools.cached_property
     def request(self) -> dict[str, Any]:
-        """Everything that the result depends on. Inputs stand in it by their keys, so directories may be moved."""
+        """Everything that the result depends on. Inputs are represented by their keys, so directories may be moved."""
         inputs = {one.name: one.key for one in self.inputs}
         return {**self.options, "seed": self.context.seed, "inputs": inputs}
 
