@@ -106,7 +106,7 @@ BAD = [
     (on("ended-mixed.jsonl"), "ended-mixed.jsonl: column 'chosen_ended' must hold true or false, it holds values of"),
     (on("apart.jsonl"), "apart.jsonl, row 0: 'chosen' and 'rejected' do not start alike"),
     (on("mixed.jsonl"), "mixed.jsonl: row 2 ('prompt') is plain text and row 0 ('prompt') is a list of messages"),
-    (on("data.csv"), "data.csv: unknown file type. Give a .jsonl"),
+    (on("data.tsv"), "data.tsv: unknown file type. Give a .jsonl"),
     (on("broken.parquet"), "broken.parquet: not a readable Parquet file"),
     (on("rowless.parquet"), "rowless.parquet: there are no rows in it"),
     (on("twice.parquet"), "twice.parquet: there are two columns 'chosen'. Rename or drop one of them"),

@@ -40,24 +40,28 @@ def formats(monkeypatch):
 
 
 def test_a_registered_format_is_read_by_every_loader(tmp_path, formats):
-    path = str(write_csv(tmp_path / "pairs.csv", ROWS))
-    with pytest.raises(UserError, match=r"unknown file type. Give a \.jsonl, \.jsonl\.gz, \.parquet file"):
+    path = str(write_csv(tmp_path / "pairs.new", ROWS))
+    with pytest.raises(
+        UserError, match=r"unknown file type. Give a \.jsonl, \.jsonl\.gz, \.parquet, \.csv, \.json file"
+    ):
         load_pairs(path)
-    formats.register("csv", read_csv)
+    formats.register("new", read_csv)
     assert list(load_pairs(path)) == list(read_rows(path)) == ROWS
     assert load_prompts(path)["prompt"][:] == ["p", "q"]
     assert load_messages(path)["completion"][:] == ["c", "c, and\nmore"]
     assert list(load_pairs(f"{tmp_path}#pairs")) == ROWS  # a directory with a file for each split
     assert data_fingerprint(load_pairs(path)) == data_fingerprint(Dataset.from_list(ROWS))
-    with pytest.raises(UserError, match=r"unknown file type. Give a \.jsonl, \.jsonl\.gz, \.parquet, \.csv file"):
+    with pytest.raises(
+        UserError, match=r"unknown file type. Give a \.jsonl, \.jsonl\.gz, \.parquet, \.csv, \.json, \.new file"
+    ):
         load_pairs(str(write_csv(tmp_path / "pairs.tsv", ROWS)))
 
 
 def test_a_format_may_be_an_entry_point_of_another_package(tmp_path, monkeypatch, formats):
-    point = importlib.metadata.EntryPoint("csv", f"{__name__}:read_csv", "prefdistill.formats")
+    point = importlib.metadata.EntryPoint("new", f"{__name__}:read_csv", "prefdistill.formats")
     monkeypatch.setattr("prefdistill.core.registry.entry_points", lambda group: [point] * (group == point.group))
     monkeypatch.setattr(formats, "_entry_points_read", False)
-    assert list(load_pairs(str(write_csv(tmp_path / "pairs.csv", ROWS)))) == ROWS
+    assert list(load_pairs(str(write_csv(tmp_path / "pairs.new", ROWS)))) == ROWS
 
 
 def test_an_error_of_a_reader_names_the_file(tmp_path, formats):

@@ -132,6 +132,8 @@ def test_extra_message_keys_and_columns_of_mixed_types_are_kept(tmp_path):
         ),
         ({"prompt": "Q", "completion": "A", "id": 1}, "Q", "A"),
         ({"prompt": [user("Q")], "completion": [assistant("A")]}, [user("Q")], [assistant("A")]),
+        ({"prompt": "Q", "completion": [assistant("A")]}, [user("Q")], [assistant("A")]),
+        ({"prompt": [user("Q")], "completion": "A"}, [user("Q")], [assistant("A")]),
         (conversation("Q", "A", "B"), [user("Q")], [assistant("A")]),
         (IMPLICIT[1], [user("Q")], [assistant("A")]),
         ({"messages": [user("Q"), assistant("A")], **plain("other", "text", "here")}, [user("Q")], [assistant("A")]),
@@ -231,10 +233,6 @@ def test_errors_of_pairs(tmp_path, lines, message):
             {"prompt": "Q"},
             ": no column 'completion'; it has 'prompt'. SFT data has `messages`, or `prompt` and `completion`.",
         ),
-        (
-            {"prompt": "Q", "completion": [assistant("A")]},
-            f": row 0 ('prompt') is plain text and row 0 ('completion') {FORMS}",
-        ),
     ],
 )
 def test_errors_of_messages(tmp_path, row, message):
@@ -249,20 +247,20 @@ def test_errors_of_sources(tmp_path, monkeypatch):
         raise ConnectionError(f"cannot reach {name} {split}\nmore")
 
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
-    (tmp_path / "pairs.csv").write_text("prompt,chosen\n")
+    (tmp_path / "pairs.tsv").write_text("prompt,chosen\n")
     (tmp_path / "broken.parquet").write_bytes(b"no")
     (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(Path(pairs).read_bytes())[:40])
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     (tmp_path / "empty").mkdir()
     DatasetDict({"train": Dataset.from_list(PAIRS)}).save_to_disk(tmp_path / "splits")
-    types = ".jsonl, .jsonl.gz, .parquet"
+    types = ".jsonl, .jsonl.gz, .parquet, .csv, .json"
     cases = {
         f"{pairs}#test": ": a file has no splits. Leave out '#test'.",
         str(tmp_path / "nothing.jsonl"): f"no such file or directory. Give a {types} file, a directory, "
         "or a Hub name such as org/name.",
         "nothing.jsonl": "no such file or directory. Give a",
         "data/nothing.jsonl": "no such file or directory. Give a",
-        str(tmp_path / "pairs.csv"): f"unknown file type. Give a {types} file.",
+        str(tmp_path / "pairs.tsv"): f"unknown file type. Give a {types} file.",
         str(tmp_path / "broken.parquet"): "not a readable Parquet file. Write it again (",
         str(tmp_path / "broken.jsonl.gz"): "cannot be read. Write it again (EOFError: ",
         str(tmp_path / "latin.jsonl"): ", line 1: not valid JSON ('utf-8' codec can't decode",
@@ -351,7 +349,6 @@ def test_sampled_rows_need_not_be_pairs(tmp_path):
         ({"student_response_ended": "yes"}, "column 'student_response_ended' must hold true or false, it holds string"),
         ({"student_response": 3}, "row 0: 'student_response' must be text or a list of messages"),
         ({"student_response": [{"role": "user", "content": "x"}]}, "row 0: 'student_response' has a message with the"),
-        ({"student_response": "text"}, "is plain text and"),
     ],
 )
 def test_errors_of_sampled_rows(tmp_path, change, message):

@@ -56,7 +56,13 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
         "error",
         [2, 3],
     ),
-    ("a row of both forms", [{**clean()[0], "chosen": "plain"}, *clean()[1:]], "data.mixed", "error", [0]),
+    (
+        "a row of both forms",
+        [*clean()[:4], {**clean()[4], "chosen": "plain"}, *clean()[5:]],
+        "data.mixed",
+        "error",
+        [4],
+    ),
     ("a user in the response", edited({1: {"chosen": turns("user")}}), "data.roles", "error", [1]),
     ("an answered prompt", edited({6: {"prompt": turns("user", "assistant")}}), "data.roles", "error", [6]),
     (

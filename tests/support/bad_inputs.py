@@ -78,7 +78,7 @@ def write_data(directory: Path, pairs: Any) -> None:
     (directory / "latin.jsonl").write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
     (directory / "empty.jsonl").write_text("")
     (directory / "blank.jsonl").write_text("\n\n")
-    (directory / "data.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    (directory / "data.tsv").write_text("prompt,chosen,rejected\na,b,c\n")
     (directory / "broken.parquet").write_bytes(b"PAR1 and then nothing")
     (directory / "text.jsonl.gz").write_text(json.dumps(first))
     (directory / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(first).encode() * 50)[:-9])

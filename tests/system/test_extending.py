@@ -25,7 +25,7 @@ REGISTRIES = {
 }
 RECIPE = """
 name: toy
-data: {train: pairs.csv, test: pairs.csv, max_length: 64}
+data: {train: pairs.tsv, test: pairs.tsv, max_length: 64}
 model:
   scratch:
     vocab_size: 300
@@ -49,13 +49,13 @@ def registry(group):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The files of the package on `sys.path`, in a directory with pairs.csv; the registries forget it afterwards."""
+    """The files of the package on `sys.path`, in a directory with pairs.tsv; the registries forget it afterwards."""
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "__init__.py").touch()
     for name, source in FILES.items():
         (tmp_path / name).write_text(source, encoding="utf-8")
-    with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with (tmp_path / "pairs.tsv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
         writer.writerow(["prompt", "chosen", "rejected"])
         writer.writerows([f"say {i}", f"well said {i} and {i}", f"no {i}"] for i in range(16))
     for group in REGISTRIES:
@@ -90,7 +90,7 @@ def test_each_part_is_one_file_of_under_40_lines_and_one_entry_point():
 
 
 def test_entry_points_reach_the_whole_pipeline(installed, capsys):
-    assert main(["lengths", "--data", "pairs.csv", "--json"]) == 0  # a verb, on a data format
+    assert main(["lengths", "--data", "pairs.tsv", "--json"]) == 0  # a verb, on a data format
     assert json.loads(capsys.readouterr().out) == {"chosen": 5, "rejected": 2}
     assert main(["--help"]) == 0
     assert "lengths" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_entry_points_reach_the_whole_pipeline(installed, capsys):
     assert "repeated words" in Path("run/report.html").read_text(encoding="utf-8")
 
     student = next(path for path in sorted(Path("run").rglob("config.json")) if "strong" in str(path)).parent
-    extract = ["signals", "--model", str(student), "--data", "pairs.csv", "--kind", "entropy", "--out", "store"]
+    extract = ["signals", "--model", str(student), "--data", "pairs.tsv", "--kind", "entropy", "--out", "store"]
     assert main(extract) == 0, capsys.readouterr().err  # a signal kind
     from prefdistill import Signals
 
@@ -144,4 +144,4 @@ def test_a_registered_object_is_used_like_an_entry_point(toy):
             assert registry(group)[name] is thing
     from prefdistill import load_pairs
 
-    assert load_pairs("pairs.csv")["chosen"][1] == "well said 1 and 1"
+    assert load_pairs("pairs.tsv")["chosen"][1] == "well said 1 and 1"

@@ -8,6 +8,7 @@ from typing import Self
 from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 60.0
+_SAID: set[str] = set()  # by `say_once`
 
 
 class Progress:
@@ -54,3 +55,10 @@ def say(message: str) -> None:
     """Print one line to stderr; stdout is for results."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
+
+
+def say_once(text: str) -> None:
+    """Print a line on stderr, unless this process printed it before."""
+    if text not in _SAID:
+        _SAID.add(text)
+        say(text)

@@ -3,15 +3,16 @@
 A reader is a function of a path that returns a `datasets.Dataset`, or yields rows as dictionaries. To add a format,
 register its reader under the suffix without the dot, or declare an entry point of the group `prefdistill.formats`:
 
-    def read_csv(path):
+    def read_tsv(path):
         with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
+            yield from csv.DictReader(file, delimiter="\t")
 
-    FORMATS.register("csv", read_csv)
+    FORMATS.register("tsv", read_tsv)
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import reprlib
@@ -24,6 +25,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import disk_full
 from prefdistill.core.registry import Registry
 from prefdistill.core.text import surrogate
+from prefdistill.data.columns import SCORES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,6 +57,58 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any] | UserError]:
                 yield UserError(f"{path}, line {number}: a line must be a JSON object, not {reprlib.repr(row)}.")
 
 
+def read_json(path: Path) -> Iterator[dict[str, Any] | UserError]:
+    """Yield the objects of a JSON array, or of JSON Lines under the name .json."""
+    with reading(f"{path}: cannot be read. Write it again"):
+        text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not valid JSON (column {error.colno}: {error.msg}). Fix the file."
+        ) from None
+    for index, row in enumerate(rows):
+        is_object = isinstance(row, dict)
+        yield row if is_object else UserError(f"{path}, row {index}: must be a JSON object, not {reprlib.repr(row)}.")
+
+
+def read_csv(path: Path) -> Iterator[dict[str, Any] | UserError]:
+    """Yield the rows of a CSV file with a header: text, but for numbers in score columns, true and false in columns
+    `NAME_ended`, and messages, tools and the like, which are JSON.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with (
+        reading(f"{path}: cannot be read. Write it again"),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
+        for index, row in enumerate(csv.DictReader(file, restkey="")):
+            if "" in row or None in row.values():
+                yield UserError(f"{path}, row {index}: has more or fewer values than the header. Quote its commas.")
+                continue
+            try:
+                yield {name: _csv_value(name, text) for name, text in row.items()}
+            except ValueError as error:
+                yield UserError(f"{path}, row {index}: {error}.")
+
+
+def _csv_value(name: str, text: str) -> Any:
+    if name in SCORES:
+        return float(text) if text.strip() else None
+    if name.endswith("_ended"):
+        return {"true": True, "false": False, "": None}.get(text.strip().lower(), text)
+    if text.startswith(("[{'", "{'")):
+        raise ValueError(f"'{name}' holds messages as Python prints them; write them as JSON")
+    if text.startswith(("[{", "{")):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
 def read_parquet(path: Path) -> Dataset:
     """Read a Parquet file.
 
@@ -71,7 +125,11 @@ def read_parquet(path: Path) -> Dataset:
         return Dataset(file.read())
 
 
-FORMATS = Registry("data format", "formats", {"jsonl": read_jsonl, "jsonl.gz": read_jsonl, "parquet": read_parquet})
+FORMATS = Registry(
+    "data format",
+    "formats",
+    {"jsonl": read_jsonl, "jsonl.gz": read_jsonl, "parquet": read_parquet, "csv": read_csv, "json": read_json},
+)
 
 
 def suffixes() -> tuple[str, ...]:

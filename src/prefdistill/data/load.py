@@ -11,17 +11,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say_once
 from prefdistill.data.columns import SCORES, SIDES, ended_column
-from prefdistill.data.messages import check_roles, form_of, normal_messages, split_last_turn, split_shared_prompt
+from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
+from prefdistill.data.shapes import VALUES, RowReader
 from prefdistill.data.sources import NO_CACHE, read_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Names = tuple[tuple[str, str | None], ...] | None
+
 # ---- Loading ----------------------------------------
 
 
-def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = SIDES) -> Dataset:
+def load_pairs(
+    source: str, *, split: str = "train", responses: Sequence[str] = SIDES, columns: Names = None
+) -> Dataset:
     """Return preference pairs with the columns `prompt`, `chosen`, `rejected` and whatever else the source has.
 
     The three are all text, or all lists of messages. Without a `prompt` column, the shared start of `chosen` and
@@ -32,11 +38,12 @@ def load_pairs(source: str, *, split: str = "train", responses: Sequence[str] = 
             files or that `save_to_disk` wrote; or a Hub name. `org/name#test` and `directory#test` name a split.
         split: the split to read if `source` has several and names none.
         responses: the responses a row must have; a sampled one, such as `student_response`, is a response too.
+        columns: pairs of a column's usual name and its name in the source, as `data.columns` of a recipe has them.
 
     Raises:
         UserError: if the source cannot be read, or a row is not a preference pair.
     """
-    dataset = _read(source, split, responses)
+    dataset = _read(source, split, responses, columns)
     if "prompt" not in dataset.column_names:
         _require_columns(dataset, source, SIDES)
         dataset = _with_shared_prompt(dataset, source)
@@ -88,24 +95,36 @@ def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
     return dataset.select(range(limit)) if limit and limit < len(dataset) else dataset
 
 
-def _read(source: str, split: str, responses: Sequence[str] = SIDES) -> Dataset:
-    """Return the data set of a source with its messages in normal form."""
+def _read(source: str, split: str, responses: Sequence[str] = SIDES, columns: Names = None) -> Dataset:
+    """Return the data set of a source: its columns by their usual names, its messages in normal form."""
     dataset = read_source(source, split)
-    names = [
-        n for n in dict.fromkeys(("prompt", *SIDES, "completion", "messages", *responses)) if n in dataset.features
-    ]
-    columns = {
-        name: [normal_messages(value) for value in dataset[name]]
-        for name in names
-        if _dtype(dataset, name) != "string" and not _plain_messages(dataset.features[name])
-    }
-    return with_columns(dataset, columns)
+    if len(dataset) == 0:
+        return dataset
+    has_system = "system" in dataset.features and any(dataset["system"])
+    reader = RowReader(dataset.column_names, dataset[0], source, dict(columns or ()), responses, has_system)
+    for note in reader.notes:
+        say_once(f"{source}: {note}")
+    names = [*dict.fromkeys((*VALUES, *reader.responses))]
+    if not reader.changes:
+        names = [n for n in names if n in dataset.features and not _is_normal(dataset, n)]
+    values: dict[str, list[Any]] = {}
+    if names:
+        rows = [reader.read(row, index) for index, row in enumerate(dataset)]
+        values = {name: [row.get(name) for row in rows] for name in names if any(name in row for row in rows)}
+    unused = [name for name in dataset.column_names if name in reader.drops - {*values}]
+    return with_columns(dataset.remove_columns(unused), values) if unused or values else dataset
+
+
+def _is_normal(dataset: Dataset, name: str) -> bool:
+    return _dtype(dataset, name) == "string" or _plain_messages(dataset.features[name])
 
 
 def _plain_messages(feature: Any) -> bool:
     """Return whether a column holds messages of role and content alone, which are in normal form."""
     messages = getattr(feature, "feature", None)
-    return isinstance(messages, dict) and {*messages} == {"role", "content"}
+    if not isinstance(messages, dict) or {*messages} != {"role", "content"}:
+        return False
+    return all(getattr(feature, "dtype", "") == "string" for feature in messages.values())
 
 
 def with_columns(dataset: Dataset, columns: dict[str, list[Any]]) -> Dataset:

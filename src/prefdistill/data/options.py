@@ -38,6 +38,10 @@ class Data(Section):
     sft: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="Demonstrations for the SFT stages; null: the chosen responses of `train`."
     )
+    columns: Annotated[dict[str, str | None], NOT_IN_KEY] = Field(
+        default_factory=dict,
+        description="Names of columns of `train` and `test`, such as {chosen: response_j}; null leaves a column out.",
+    )
     max_train: PositiveInt | None = Field(None, description="Use the first rows of `train` only.")
     max_test: PositiveInt | None = Field(None, description="Use the first rows of `test` only.")
     max_length: PositiveInt | None = Lengths.redefault("max_length", 1024)

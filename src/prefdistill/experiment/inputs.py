@@ -1,7 +1,7 @@
 """Cache the user's data and models for the seeds of a run and the cells of a study, and detect changes during a run."""
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +31,18 @@ class Sources:
 
     def __init__(self) -> None:
         self._pairs = functools.cache(load_pairs)
-        self._rows: dict[tuple[str, int | None], Dataset] = {}
+        self._rows: dict[tuple[str, int | None, Any], Dataset] = {}
         self.messages = functools.cache(load_messages)
         self.messages_key = functools.cache(lambda name: demonstrations_fingerprint(self.messages(name)))
         self.model_key = functools.cache(model_key)  # as of the first call
         self.check_model = functools.cache(check_model)
 
-    def pairs(self, name: str, limit: int | None = None) -> "Dataset":
+    def pairs(self, name: str, limit: int | None = None, columns: Mapping[str, str | None] | None = None) -> "Dataset":
         """Return the preference pairs of a file, directory or Hub name: all, or the first `limit`."""
-        if (name, limit) not in self._rows:
-            self._rows[name, limit] = first_rows(self._pairs(name), limit)
-        return self._rows[name, limit]
+        names = tuple(sorted((columns or {}).items()))
+        if (name, limit, names) not in self._rows:
+            self._rows[name, limit, names] = first_rows(self._pairs(name, columns=names), limit)
+        return self._rows[name, limit, names]
 
     def unchanged(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
         """Wrap the `make` of a step so that it raises ModelChanged, and leaves no output, if these models change."""
@@ -73,7 +74,7 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     # all rows, whichever of them a seed sets aside for its reward model
     for part, name, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
         if name:
-            prints[part] = data_fingerprint(sources.pairs(name, limit))
+            prints[part] = data_fingerprint(sources.pairs(name, limit, data.columns))
     if data.sft:
         prints["sft"] = sources.messages_key(data.sft)
     for role in ("teacher", "teacher_reference", "student"):

@@ -43,7 +43,7 @@ class UserData:
     @property
     def _all_pairs(self) -> "Dataset":
         assert self.recipe.data.train is not None
-        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train)
+        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train, self.recipe.data.columns)
 
     @property
     def train(self) -> "Dataset":
@@ -57,7 +57,7 @@ class UserData:
     @property
     def test(self) -> "Dataset":
         assert self.recipe.data.test is not None
-        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test)
+        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test, self.recipe.data.columns)
 
     @functools.cached_property
     def demonstrations(self) -> "Dataset":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
 from prefdistill.data.columns import SIDES
 from prefdistill.data.load import load_pairs
-from prefdistill.data.messages import check_roles, form_of, normal_messages, prompt_text, split_shared_prompt
+from prefdistill.data.messages import check_roles, form_of, prompt_text, split_shared_prompt
+from prefdistill.data.shapes import RowReader
 from prefdistill.data.sources import read_rows
 from prefdistill.experiment.doctor.characters import around
 from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows
@@ -88,6 +89,7 @@ class PairSet:
     source: str
     pairs: list[Pair]
     rows: int  # in the data, the unreadable ones included
+    names: Mapping[str, str | None] | None = None  # own names of columns
 
     def finding(
         self, check: str, severity: Severity, hits: Iterable[tuple[int, str]], message: str, fix: str
@@ -105,13 +107,16 @@ def content_text(value: str | list[dict[str, Any]]) -> str:
     return value if isinstance(value, str) else "\n".join(message["content"] or "" for message in value)
 
 
-def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSet, list[Finding]]:
+def read_pairs(
+    source: str, name: str, limit: int | None = None, names: Mapping[str, str | None] | None = None
+) -> tuple[PairSet, list[Finding]]:
     """Return the pairs of a source, and findings about its other rows. Rows count from 0, unreadable ones included.
 
     Args:
         source: as for `load_pairs`.
         name: train or test.
         limit: read the first rows only.
+        names: own names of columns, as `data.columns` of a recipe.
     """
     try:
         rows = list(read_rows(source))[:limit]
@@ -119,6 +124,20 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
         unreadable = Finding("data.file", "error", str(error), "Give data that can be read.", data=name)
         return PairSet(name, source, [], 0), [unreadable]
     columns = {key for row in rows if isinstance(row, dict) for key in row}
+    reader, shape_findings = None, []
+    if first := next((row for row in rows if isinstance(row, dict)), None):
+        systems = any(isinstance(row, dict) and row.get("system") for row in rows)
+        try:
+            reader = RowReader(columns, first, source, names, has_system=systems)
+            columns = reader.columns
+            shape_findings = [
+                Finding("data.shape", "note", note, "Nothing to do, if that is meant.", data=name)
+                for note in reader.notes
+            ]
+        except UserError as error:
+            return PairSet(name, source, [], len(rows)), [
+                Finding("data.columns", "error", str(error), "Change the names or the data.", data=name)
+            ]
     required = COLUMNS if "prompt" in columns else SIDES
     missing = [column for column in required if column not in columns]
     hits: dict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -129,8 +148,10 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
     for number, row in enumerate(rows):
         if isinstance(row, UserError):
             hits["data.json"].append((number, str(row).removeprefix(f"{source}, ")))
-        elif not missing:
+        elif not missing and reader:
             try:
+                with _failing("data.values"):
+                    row = reader.read(row, number)
                 pairs.append(_pair(number, row, "prompt" in columns))
             except _NotAPair as problem:
                 hits[problem.check].append((number, str(problem)))
@@ -152,13 +173,13 @@ def read_pairs(source: str, name: str, limit: int | None = None) -> tuple[PairSe
                 data=name,
             )
         )
-    return PairSet(name, source, pairs, len(rows)), findings
+    return PairSet(name, source, pairs, len(rows), names), shape_findings + findings
 
 
 def loader_refusal(data: PairSet) -> Iterator[Finding]:
     """Yield what the loader refuses in data without other errors, such as a value in another column."""
     try:
-        load_pairs(data.source)
+        load_pairs(data.source, columns=tuple((data.names or {}).items()))
     except UserError as error:
         yield Finding("data.refused", "error", str(error), "Fix or drop that column.", data=data.name)
 
@@ -179,7 +200,6 @@ def _failing(check: str) -> Iterator[None]:
 
 
 def _pair(number: int, row: dict[str, Any], has_prompt: bool) -> Pair:
-    row = row | {name: normal_messages(row.get(name)) for name in COLUMNS}
     with _failing("data.values"):
         forms = {form_of(row.get(name), f"'{name}'") for name in (COLUMNS if has_prompt else SIDES)}
     if len(forms) > 1:

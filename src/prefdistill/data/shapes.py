@@ -1,0 +1,279 @@
+"""Read the rows of public data sets as prompt, chosen and rejected, whatever their columns are named and hold.
+
+    reader = RowReader(columns, first_row, "pairs.jsonl")
+    reader.read(row, index)["prompt"]
+
+docs/data.md has the table of shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
+from prefdistill.data.messages import normal_messages, split_shared_prompt
+
+Row = dict[str, Any]
+PAIR = ("prompt", *SIDES)
+VALUES = (*PAIR, "completion", "messages")
+# Names of the speakers in ShareGPT's messages {"from": ..., "value": ...}.
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "tool"), "tool"),
+    "system": "system",
+}
+
+
+class Shape(NamedTuple):
+    """A public shape: what it is known as, the columns it is recognised by, those it gives, and how."""
+
+    name: str
+    needs: tuple[str, ...]
+    gives: tuple[str, ...]
+    read: Callable[[Row], Row]
+
+
+def _renamed(name: str, **columns: str) -> Shape:
+    others = tuple(side for side in PAIR if side not in columns)
+    return Shape(
+        name, (*columns.values(), *others), tuple(columns), lambda row: {to: row[own] for to, own in columns.items()}
+    )
+
+
+def _alpaca_prompt(row: Row) -> str:
+    return "\n".join(text for text in (row["instruction"], row["input"]) if text)
+
+
+def _alpaca_list(row: Row) -> Row:
+    output = row["output"]
+    if not isinstance(output, list) or len(output) != 2:
+        raise UserError("'output' must be a list of the chosen and the rejected response")
+    return {"prompt": _alpaca_prompt(row), "chosen": output[0], "rejected": output[1]}
+
+
+def _chosen_by(prompt: str, first: str, second: str, label: str, first_label: Any) -> Callable[[Row], Row]:
+    def read(row: Row) -> Row:
+        if row[label] not in (0, 1):
+            raise UserError(f"'{label}' must be 0 or 1, not {row[label]!r}")
+        own = (first, second) if row[label] == first_label else (second, first)
+        return {"prompt": row[prompt], "chosen": row[own[0]], "rejected": row[own[1]]}
+
+    return read
+
+
+# Tried in this order, for data that lack one of prompt, chosen and rejected.
+SHAPES = (
+    Shape(
+        "Alpaca pairs",
+        ("instruction", "input", *SIDES),
+        ("prompt",),
+        lambda row: {"prompt": _alpaca_prompt(row)},
+    ),
+    Shape("Alpaca with a list of outputs", ("instruction", "input", "output"), PAIR, _alpaca_list),
+    _renamed("orca_dpo_pairs", prompt="question"),
+    _renamed("distilabel-intel-orca-dpo-pairs", prompt="input"),
+    _renamed("UltraInteract_pair", prompt="trajectory"),
+    _renamed("ShareGPT pairs", prompt="conversations"),
+    _renamed("instruction pairs", prompt="instruction"),
+    _renamed(
+        "ultrafeedback-binarized-preferences",
+        prompt="instruction",
+        chosen="chosen_response",
+        rejected="rejected_response",
+    ),
+    _renamed("prompt, chosen_response, rejected_response", chosen="chosen_response", rejected="rejected_response"),
+    _renamed("prompt, response_chosen, response_rejected", chosen="response_chosen", rejected="response_rejected"),
+    _renamed("stack-exchange-paired", prompt="question", chosen="response_j", rejected="response_k"),
+    Shape(
+        "PKU-SafeRLHF",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        SIDES,
+        _chosen_by("prompt", "response_0", "response_1", "better_response_id", 0),
+    ),
+    Shape(
+        "SHP",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        PAIR,
+        _chosen_by("history", "human_ref_A", "human_ref_B", "labels", 1),
+    ),
+)
+
+
+class RowReader:
+    """Reads the rows of one source. What their values mean is decided by the first row; `notes` says what is done.
+
+    Args:
+        columns: of the source.
+        first: the first row.
+        source: its name, for messages.
+        names: own names of columns, such as `{"chosen": "response_j"}`; null leaves a column out.
+        responses: columns that hold responses.
+        has_system: whether any row has a system message in the column `system`.
+
+    Raises:
+        UserError: if a column of `names` is not there.
+    """
+
+    def __init__(
+        self,
+        columns: Collection[str],
+        first: Row,
+        source: str,
+        names: Mapping[str, str | None] | None = None,
+        responses: Sequence[str] = SIDES,
+        has_system: bool = False,
+    ) -> None:
+        self.source, self.names, self.notes = source, dict(names or {}), list[str]()
+        self.responses = tuple(dict.fromkeys((*SIDES, "completion", *responses)))
+        if unknown := [own for own in self.names.values() if own is not None and own not in columns]:
+            have = ", ".join(f"'{name}'" for name in columns)
+            raise UserError(f"{source}: data.columns names '{unknown[0]}', but the columns are {have}.")
+        first = self._with_names(first)
+        self.columns = {*self._with_names(dict.fromkeys(columns))}
+        self.shape = self._recognise(first)
+        if self.shape:
+            used = ", ".join(f"`{name}`" for name in self.shape.needs)
+            self.notes.append(f"read as {self.shape.name}: the pair is taken from {used}")
+            self.columns |= {*self.shape.gives}
+        self.system = has_system and "system" in self.columns and bool({"prompt", "messages"} & self.columns)
+        if self.system:
+            self.notes.append("the column `system` becomes the first message of the prompt")
+        values = {**self._values(self._shaped(first, 0), 0)}
+        prompt, side = values.get("prompt"), next((values[n] for n in self.responses if values.get(n)), None)
+        roles = (
+            {message.get("role") for message in side} if isinstance(side, list) and _is_conversation(side) else set()
+        )
+        self.whole = "prompt" in values and bool(roles - {"assistant"}) and {*SIDES} <= self.columns
+        self.wraps = self.system or (isinstance(prompt, str) != isinstance(side, str) and side is not None)
+        if self.whole:
+            self.notes.append("the responses are whole conversations: `prompt` is what they share")
+        elif self.wraps and not self.system and prompt is not None:
+            self.notes.append("text beside messages becomes a message")
+
+    @property
+    def drops(self) -> set[str]:
+        """The columns that were read into others, or that `names` leaves out."""
+        of_shape = {*self.shape.needs} - {*PAIR} if self.shape else set()
+        return of_shape | {own for own in self.names.values() if own} | {n for n, own in self.names.items() if not own}
+
+    @property
+    def changes(self) -> bool:
+        """Whether `read` does more than bring messages into normal form."""
+        return bool(self.names or self.notes)
+
+    def read(self, row: Row, index: int) -> Row:
+        """Return a row with the columns of a pair, or of a demonstration, where it has them, in normal form.
+
+        Raises:
+            UserError: about the row.
+        """
+        row = self._values(self._shaped(self._with_names(row), index), index)
+        where = f"{self.source}, row {index}"
+        if self.whole:
+            row = self._split_whole(row, index, where)
+        elif self.wraps and "prompt" in row:
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            for name in self.responses:
+                if isinstance(row.get(name), str):
+                    row[name] = [{"role": "assistant", "content": row[name]}]
+        if self.system:
+            for name in ("prompt", "messages"):
+                if _is_conversation(row.get(name)):
+                    row[name] = _with_system(row[name], row.get("system"), where)
+        return row
+
+    def _with_names(self, row: Row) -> Row:
+        taken = {*self.names, *(own for own in self.names.values() if own)}
+        own = {name: row.get(column) for name, column in self.names.items() if column}
+        return {name: value for name, value in row.items() if name not in taken} | own
+
+    def _recognise(self, first: Row) -> Shape | None:
+        missing = {*PAIR} - self.columns
+        if not missing or "messages" in self.columns:
+            return None
+        if _is_conversation(first.get("chosen")) and any(m.get("role") == "user" for m in first["chosen"]):
+            return None  # whole conversations: the prompt is what they share
+        fits = (s for s in SHAPES if {*s.needs} <= self.columns and missing <= {*s.gives})
+        return next(fits, None)
+
+    def _shaped(self, row: Row, index: int) -> Row:
+        if not self.shape:
+            return row
+        try:
+            return row | self.shape.read({name: row.get(name) for name in self.shape.needs})
+        except UserError as error:
+            raise UserError(f"{self.source}, row {index}: {error}.") from error
+
+    def _values(self, row: Row, index: int) -> Row:
+        names = dict.fromkeys((*VALUES, *self.responses))
+        return row | {name: as_messages(row[name]) for name in names if name in row}
+
+    def _split_whole(self, row: Row, index: int, where: str) -> Row:
+        prompt = row["prompt"]
+        if isinstance(prompt, list):
+            size = len(prompt)
+            sides = {name: row[name] for name in SIDES}
+            if all(isinstance(v, list) and v[:size] == prompt and len(v) > size for v in sides.values()):
+                return row | {name: value[size:] for name, value in sides.items()}
+            return row
+        split = row | split_shared_prompt(row, index, self.source)
+        contents = [m.get("content") for m in split["prompt"]]
+        if prompt and not any(isinstance(c, str) and prompt.strip() in c for c in contents):
+            raise UserError(
+                f"{where}: 'prompt' is not in the conversations of 'chosen' and 'rejected'. Leave it out with "
+                "data.columns: {prompt: null}, or put it into their first message."
+            )
+        return split
+
+
+def as_messages(value: Any) -> Any:
+    """Return a value as messages with role and content, in normal form, if it is anything like it; else as it is.
+
+    One message stands for a list of it, ShareGPT's `from` and `value` for role and content, and parts of text for their
+    text.
+    """
+    if isinstance(value, dict):
+        value = [value]
+    if not _is_conversation(value):
+        return value
+    return normal_messages([_message(message) for message in value])
+
+
+def _message(message: Row) -> Row:
+    if message.get("role") is None and isinstance(message.get("from"), str) and "value" in message:
+        others = {key: item for key, item in message.items() if key not in ("from", "value", "role", "content")}
+        message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"], **others}
+    content = message.get("content")
+    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+        message = {**message, "content": "".join(part["text"] for part in content)}
+    return message
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+def _with_system(messages: list[Row], system: Any, where: str) -> list[Row]:
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise UserError(
+            f"{where}: 'system' must be text, not {system!r}. Leave it out: data.columns: {{system: null}}."
+        )
+    first = messages[0]
+    if first.get("role") in ("system", "developer"):
+        if first.get("content") == system:
+            return messages
+        raise UserError(
+            f"{where}: the prompt has a system message already, and 'system' another. Leave the column out: "
+            "data.columns: {system: null}."
+        )
+    return [{"role": "system", "content": system}, *messages]
