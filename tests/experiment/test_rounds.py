@@ -111,7 +111,7 @@ def test_several_samples_of_each_prompt(tmp_path):
         (["sampling.engine=magic"], "unknown engine 'magic'"),
         (["sampling.engine=vllm"], "vLLM is not installed"),
         (["sampling.temperature=0", "sampling.n=2"], "gives the same response 2 times"),
-        (["model.teacher_reference=some/model"], "leave one of the two out"),
+        (["model.teacher_reference=some/model"], "remove one of the two"),
         (["data.max_prompt_length=64"], "max_prompt_length (64) leaves no room for a response"),
     ],
 )
