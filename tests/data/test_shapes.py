@@ -153,3 +153,17 @@ def test_demonstrations_take_the_chosen_responses_of_any_shape(tmp_path):
     ]
     row = {"system": "be kind", "messages": WHOLE["chosen"]}
     assert load_messages(write_jsonl(tmp_path / "b.jsonl", [row]))[0]["prompt"] == WITH_SYSTEM["prompt"]
+
+
+def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
+    row = {**PAIR, "note": 1, "tools": [{"type": "function"}], "score_chosen": 1.0, "mine": "x", "mine_ended": True}
+    path = write_jsonl(tmp_path / "pairs.jsonl", [row])
+    line = f"{path}: columns that are not read: tools, note; `tools` would change what other trainers learn\n"
+    for expected in (line, ""):
+        load_pairs(path)
+        assert capsys.readouterr().err == expected
+    _, findings = read_pairs(path, "train")
+    assert [(f.check, f.severity) for f in findings] == [("data.unread", "warning")]
+    _, findings = read_pairs(write_jsonl(tmp_path / "note.jsonl", [{**PAIR, "note": 1}]), "train")
+    assert [(f.check, f.severity) for f in findings] == [("data.unread", "note")]
+    assert read_pairs(write_jsonl(tmp_path / "none.jsonl", [PAIR]), "train")[1] == []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say_once
-from prefdistill.data.columns import SCORES, SIDES, ended_column
+from prefdistill.data.columns import SCORES, SIDES, ended_column, unread_columns, unread_message
 from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
 from prefdistill.data.shapes import VALUES, RowReader
 from prefdistill.data.sources import NO_CACHE, read_source
@@ -48,6 +48,8 @@ def load_pairs(
         _require_columns(dataset, source, SIDES)
         dataset = _with_shared_prompt(dataset, source)
     check_pairs(dataset, source, responses)
+    if unread := unread_columns(dataset.column_names, responses):
+        say_once(f"{source}: {unread_message(unread)}")
     return dataset
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
-from prefdistill.data.columns import SIDES
+from prefdistill.data.columns import MEANINGFUL, SIDES, unread_columns, unread_message
 from prefdistill.data.load import load_pairs
 from prefdistill.data.messages import check_roles, form_of, prompt_text, split_shared_prompt
 from prefdistill.data.shapes import RowReader
@@ -130,6 +130,7 @@ def read_pairs(
         try:
             reader = RowReader(columns, first, source, names, has_system=systems)
             columns = reader.columns
+            unread = unread_columns(sorted(columns - reader.drops))
             shape_findings = [
                 Finding("data.shape", "note", note, "Nothing to do, if that is meant.", data=name)
                 for note in reader.notes
@@ -138,6 +139,17 @@ def read_pairs(
             return PairSet(name, source, [], len(rows)), [
                 Finding("data.columns", "error", str(error), "Change the names or the data.", data=name)
             ]
+        if unread:
+            lost = unread[0] in MEANINGFUL
+            shape_findings.append(
+                Finding(
+                    "data.unread",
+                    "warning" if lost else "note",
+                    unread_message(unread),
+                    "Write what they say into the messages, or drop them." if lost else "Nothing to do.",
+                    data=name,
+                )
+            )
     required = COLUMNS if "prompt" in columns else SIDES
     missing = [column for column in required if column not in columns]
     hits: dict[str, list[tuple[int, str]]] = defaultdict(list)
