@@ -125,7 +125,7 @@ def read_pairs(
         return PairSet(name, source, [], 0), [unreadable]
     columns = {key for row in rows if isinstance(row, dict) for key in row}
     reader, shape_findings = None, []
-    if first := next((row for row in rows if isinstance(row, dict)), None):
+    if (first := next((row for row in rows if isinstance(row, dict)), None)) is not None:
         systems = any(isinstance(row, dict) and row.get("system") for row in rows)
         try:
             reader = RowReader(columns, first, source, names, has_system=systems)
