@@ -77,4 +77,6 @@ class DPKD(Method):
             preferred, student_best_logp, teacher[:, 0], teacher_at_student_best, beta=self.beta
         )
         agree = (ids[:, 0] == student_best).float()
-        return student.mean_over_tokens("teacher_response", per_state), {"agreement": agree.mean()}
+        return student.mean_over_tokens("teacher_response", per_state), {
+            "agreement": student.mean_over_tokens("teacher_response", agree).mean()
+        }

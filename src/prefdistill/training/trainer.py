@@ -1,5 +1,6 @@
 """The student's trainer: a transformers.Trainer whose loss is a method's."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,9 @@ class PrefDistillTrainer(Trainer):
         >>> trainer.train()                                                  # doctest: +SKIP
     """
 
-    # The loss of a micro-batch is a mean: the Trainer divides it by the accumulation steps. Used by transformers 5.19
-    # and later; earlier versions use `model_accepts_loss_kwargs`.
-    loss_is_scaled_for_ga = False
+    # The loss of a micro-batch has its share of the rows of the whole batch as weight: the Trainer must not divide it.
+    # Used by transformers 5.19 and later; earlier versions use `model_accepts_loss_kwargs`.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -117,12 +118,14 @@ class PrefDistillTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True
         layout = layout_for(self.model, resolved.max_length)
         self.data_collator = collate.with_layout(layout)
         self._collate_eval = collate_eval and collate_eval.with_layout(layout)
         self._emittable = emittable_ids(processing_class, vocabulary_rows(student))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._steps_since_log = 0
+        self._evaluated_batches = 0
         self._reference_checked = False
 
     def compute_loss(
@@ -140,11 +143,47 @@ class PrefDistillTrainer(Trainer):
             student = read_student(model, inputs, self.method, features, emittable=self._emittable)
         loss, metrics = self.method.loss(student, features)
         check_loss(loss, self.state.global_step + 1, f"rows {row_features['row']} of the data")
-        if model.training:
+        if num_items_in_batch is not None:
             self._check_reference(student, features)
+            weight = row_features["counted"] / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
+            loss = loss * weight
             for name, value in metrics.items():
-                self._sums[name].append(value)
+                self._sums[name].append(value * weight)
         return (loss, metrics) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of a step, without repeated rows, and the rows of the whole batch."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        dataset: Any = self.train_dataset
+        accumulated = self.args.gradient_accumulation_steps
+        in_epoch = math.ceil(len(dataset) / (self.args.train_batch_size * self.accelerator.num_processes))
+        first = self.state.global_step % math.ceil(in_epoch / accumulated) * accumulated
+        batches = [
+            self._without_repeats(batch, first + n, self.args.train_batch_size, dataset, self.data_collator)
+            for n, batch in enumerate(batches)
+        ]
+        self._steps_since_log += 1
+        total = torch.tensor(float(sum(batch["features"]["counted"] for batch in batches)), device=self.args.device)
+        return batches, self.accelerator.reduce(total, reduction="sum").item()
+
+    def _without_repeats(self, batch: dict[str, Any], place: int, size: int, dataset: Any, collate: Any) -> Any:
+        """Return a batch of this process without the rows that fill up the last batches of several processes.
+
+        Its features get the number of rows that count: 0 where all are repeated, which leaves the batch as it is.
+        """
+        numbers = list(batch["features"]["row"])
+        before = (place * self.accelerator.num_processes + self.accelerator.process_index) * size
+        counted = min(len(numbers), max(0, len(dataset) - before))
+        if self.accelerator.num_processes > 1 and 0 < counted < len(numbers):
+            index = {row: n for n, row in enumerate(dataset["row"][:])}
+            batch = collate([dataset[index[row]] for row in numbers[:counted]])
+        elif self.accelerator.num_processes == 1:
+            counted = len(numbers)
+        return {**batch, "features": {**batch["features"], "counted": counted}}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated_batches = 0
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the data loader of the held-out rows or of the training rows, with their signals."""
@@ -163,15 +202,20 @@ class PrefDistillTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
+        loader: Any = self.callback_handler.eval_dataloader
+        size = self.args.eval_batch_size
+        inputs = self._without_repeats(inputs, self._evaluated_batches, size, loader.dataset, loader.collate_fn)
+        self._evaluated_batches += 1
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             for name, values in self._sums.items():
-                mean = torch.stack(values).float().mean()
+                mean = torch.stack(values).float().sum() / max(1, self._steps_since_log)
                 logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
             self._sums.clear()
+            self._steps_since_log = 0
         super().log(logs, start_time)
 
     def _check_reference(self, student: Student, features: dict[str, Tensor]) -> None:
