@@ -462,7 +462,7 @@ def test_after_a_kill_of_one_rank_the_others_end_and_the_next_call_resumes(place
 
 @pytest.mark.parametrize(
     ("calls", "seed", "verb"),
-    [(4, 1, "run"), *(pytest.param(30, 4, verb, marks=pytest.mark.slow) for verb in ("run", "study"))],
+    [(4, 1, "run"), *(pytest.param(12, 4, verb, marks=pytest.mark.slow) for verb in ("run", "study"))],
 )
 def test_results_do_not_depend_on_the_history_of_the_directory(calls, seed, verb, tmp_path):
     tally = live(make_place(tmp_path), calls, seed, verb)
