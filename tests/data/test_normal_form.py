@@ -1,5 +1,7 @@
 """The normal form of messages, prompts implied by two responses, and fingerprints that must not change."""
 
+import copy
+
 import pytest
 from datasets import Dataset
 
@@ -53,7 +55,7 @@ def both_formats(tmp_path, rows):
     ids=["arguments", "deeper", "a key in one response", "content null"],
 )
 def test_nulls_of_arrow_reach_neither_text_nor_fingerprint(tmp_path, rows):
-    tokenizer = make_tokenizer("llama3")
+    tokenizer = copy.deepcopy(make_tokenizer("llama3"))  # the original is shared by tests
     tokenizer.chat_template = TEMPLATE
     loaded = both_formats(tmp_path, rows)
     texts = [[Encoder(tokenizer).text(row["prompt"], row["chosen"]) for row in dataset] for dataset in loaded]

@@ -162,8 +162,3 @@ def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
     for expected in (line, ""):
         load_pairs(path)
         assert capsys.readouterr().err == expected
-    _, findings = read_pairs(path, "train")
-    assert [(f.check, f.severity) for f in findings] == [("data.unread", "warning")]
-    _, findings = read_pairs(write_jsonl(tmp_path / "note.jsonl", [{**PAIR, "note": 1}]), "train")
-    assert [(f.check, f.severity) for f in findings] == [("data.unread", "note")]
-    assert read_pairs(write_jsonl(tmp_path / "none.jsonl", [PAIR]), "train")[1] == []

@@ -16,6 +16,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.doctor import as_text, examine
 from prefdistill.experiment.doctor.characters import garbled
 from prefdistill.experiment.doctor.findings import excerpt
+from prefdistill.experiment.doctor.pairs import read_pairs
 from support.doctor import (
     LONG,
     checks_found,
@@ -373,3 +374,21 @@ def test_real_pairs(data_dir):
     longer = np.mean([len(text_of(row["chosen"])) > len(text_of(row["rejected"])) for row in rows])
     assert told["data.length-bias", "train"].count == pytest.approx(longer * len(rows))
     assert told["data.repeated-prompts", "train"].severity == "note"
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "severity"),
+    [
+        ({"tools": [{"type": "function"}]}, "data.unread", "warning"),
+        ({"note": 1}, "data.unread", "note"),
+        ({"system": "be kind"}, "data.shape", "note"),
+        ({}, None, None),
+    ],
+    ids=["tools", "an unknown column", "a system column", "none"],
+)
+def test_columns_that_are_not_read_and_other_shapes_are_named(tmp_path, changes, check, severity):
+    pair = {"prompt": turns("user"), "chosen": turns("assistant"), "rejected": turns("assistant")}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair | changes) + "\n")
+    _, findings = read_pairs(str(path), "train")
+    assert [(finding.check, finding.severity) for finding in findings] == ([(check, severity)] if check else [])

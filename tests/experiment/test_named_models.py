@@ -60,8 +60,8 @@ def test_models_are_identified_by_content_not_by_place(mine, tmp_path):
 def test_a_model_that_changes_during_the_run_stops_it(mine, tmp_path, monkeypatch, during):
     import prefdistill.experiment.steps.students as students
 
-    def fit_meanwhile(trainer, out, what):
-        real(trainer, out, what)
+    def fit_meanwhile(trainer, out, what, **options):
+        real(trainer, out, what, **options)
         if what == during:
             change_weights(mine / "teacher-dpo")
 

@@ -246,12 +246,13 @@ def test_no_prompts_give_no_responses(model, tokenizer):
 # ---- Truncation ----------------------------------------
 
 
-class Recorder:
+class Recorder(torch.nn.Module):
     """A mock model: records its prompts without padding, and responds with an end token."""
 
     device, generation_config = torch.device("cpu"), None
 
     def __init__(self):
+        super().__init__()
         self.prompts = []
 
     def get_input_embeddings(self):

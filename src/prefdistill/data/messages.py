@@ -96,7 +96,7 @@ def split_shared_prompt(row: dict[str, Any], index: int, source: str) -> dict[st
         UserError: if there is no such start.
     """
     where = f"{source}, row {index}"
-    chosen, rejected = (normal_messages(row[side]) for side in SIDES)
+    chosen, rejected = (normal_messages(row.get(side)) for side in SIDES)
     forms = {form_of(value, f"{where}: '{side}'") for side, value in zip(SIDES, (chosen, rejected), strict=True)}
     if len(forms) == 2:
         raise UserError(f"{where}: one of 'chosen' and 'rejected' is text, the other a list of messages. Use one form.")

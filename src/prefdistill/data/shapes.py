@@ -213,10 +213,10 @@ class RowReader:
         return row | {name: as_messages(row[name]) for name in names if name in row}
 
     def _split_whole(self, row: Row, index: int, where: str) -> Row:
-        prompt = row["prompt"]
+        prompt = row.get("prompt")
         if isinstance(prompt, list):
             size = len(prompt)
-            sides = {name: row[name] for name in SIDES}
+            sides = {name: row.get(name) for name in SIDES}
             if all(isinstance(v, list) and v[:size] == prompt and len(v) > size for v in sides.values()):
                 return row | {name: value[size:] for name, value in sides.items()}
             return row
