@@ -216,7 +216,7 @@ class RowReader:
         prompt = row.get("prompt")
         if isinstance(prompt, list):
             size = len(prompt)
-            sides = {name: row.get(name) for name in SIDES}
+            sides: dict[str, Any] = {name: row.get(name) for name in SIDES}
             if all(isinstance(v, list) and v[:size] == prompt and len(v) > size for v in sides.values()):
                 return row | {name: value[size:] for name, value in sides.items()}
             return row
