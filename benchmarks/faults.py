@@ -275,9 +275,9 @@ def _differs(job: Job, out: Path, expected: Any) -> bool:
 def _half_full(tried: Attempt, out: Path, left: set[Path]) -> list[str]:
     """Return what is wrong with a job on a full disk: it should print one line and leave nothing half written."""
     wrong = []
-    told = [line for line in tried.said.splitlines() if line.startswith("prefdistill: ")]
-    full = [line for line in told if line.startswith("prefdistill: no room on the disk")]
-    if not full or (len(tried.ranks) == 1 and len(told) > 1) or "Traceback" in tried.said:
+    messages = [line for line in tried.said.splitlines() if line.startswith("prefdistill: ")]
+    full = [line for line in messages if line.startswith("prefdistill: no room on the disk")]
+    if not full or (len(tried.ranks) == 1 and len(messages) > 1) or "Traceback" in tried.said:
         wrong.append(f"unexpected output: {tried.said[-1500:]}")
     if len(tried.ranks) == 1 and (half := set(out.rglob(".*.tmp")) - left):  # of several, some are killed
         wrong.append(f"half written: {half}")

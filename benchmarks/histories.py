@@ -246,8 +246,8 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
         elif tried.status == 0:
             (place / "out").rename(place / "old")
             if attempt(job, place, timeout=600).status == 0:
-                told = [*_differences(job.result(place / "old"), job.result(place / "out"))]
-                tally.differing += [f"after {since}: {'; '.join(told[:5])}"] if told else []
+                changes = [*_differences(job.result(place / "old"), job.result(place / "out"))]
+                tally.differing += [f"after {since}: {'; '.join(changes[:5])}"] if changes else []
             else:
                 tally.differing.append(f"after {since}: a new directory does not finish")
             tally.compared += 1
@@ -263,8 +263,8 @@ def _run(out: Path) -> Any:
 
     found = results(out)
     del found["stages"]  # which were reused
-    told = load_run(out)
-    return found | {name: told[name] for name in ("curves", "early", "problems")}
+    run = load_run(out)
+    return found | {name: run[name] for name in ("curves", "early", "problems")}
 
 
 def _study(out: Path) -> Any:

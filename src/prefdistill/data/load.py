@@ -145,8 +145,8 @@ def with_columns(dataset: Dataset, columns: dict[str, list[Any]]) -> Dataset:
     changed = [Dataset.from_dict({n: columns[n] for n in types}, features=Features(types))] if types else []
     if others := {name: values for name, values in columns.items() if name not in types}:
         changed.append(Dataset.from_dict(others, on_mixed_types="use_json"))
-    kept = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-    return concatenate_datasets([*([kept] if kept.column_names else []), *changed], axis=1)
+    unchanged = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    return concatenate_datasets([*([unchanged] if unchanged.column_names else []), *changed], axis=1)
 
 
 def _messages_or_none(value: Any) -> bool:

@@ -59,15 +59,15 @@ class Status:
 
 def status(step: Step) -> Status:
     """Look at what is on disk for a step, and change nothing."""
-    found = inspect_stage(step.directory, step.request)
-    action = ACTIONS[found.state]
-    if found.state is State.STALE:
-        before = found.note.get("request", {})
+    inspection = inspect_stage(step.directory, step.request)
+    action = ACTIONS[inspection.state]
+    if inspection.state is State.STALE:
+        before = inspection.note.get("request", {})
         changes = tuple(compare(before, {**step.request, "version": __version__}, ignored=()))
-        return Status(action, changes, "; ".join(map(_in_words, changes[:SHOWN])) or found.reason)
-    if found.state is State.DAMAGED:
-        return Status(action, reason=f"{found.reason} is missing or damaged")
-    return Status(action, reason=found.reason if found.state is State.FOREIGN else "")
+        return Status(action, changes, "; ".join(map(_in_words, changes[:SHOWN])) or inspection.reason)
+    if inspection.state is State.DAMAGED:
+        return Status(action, reason=f"{inspection.reason} is missing or damaged")
+    return Status(action, reason=inspection.reason if inspection.state is State.FOREIGN else "")
 
 
 def _in_words(change: Difference) -> str:

@@ -145,8 +145,8 @@ def _request(out: Path) -> dict[str, Any]:
     for name in ("manifest.json", "request.json"):
         record = read_sealed(out / name) if (out / name).is_file() else None
         if record is not None and record.get("schema") == SCHEMA:
-            kept = {key: value for key, value in record.items() if key not in ("dropped", "shards", "versions")}
-            return kept | {"topk": {key: value for key, value in kept["topk"].items() if key != "kl_error"}}
+            request = {key: value for key, value in record.items() if key not in ("dropped", "shards", "versions")}
+            return request | {"topk": {key: value for key, value in request["topk"].items() if key != "kl_error"}}
     raise UserError(
         f"neither manifest.json nor request.json of {out} can be read: delete it and extract the signals again"
     )
