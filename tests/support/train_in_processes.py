@@ -1,5 +1,6 @@
-"""Train methods in any number of processes and write their results; test_processes.py runs it with torchrun."""
+"""Train methods with each way to cut a batch, and write the results; test_processes.py runs it with torchrun."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from prefdistill import METHODS, PrefDistillTrainer, Signals, load_pairs
 
 torch.set_num_threads(1)
-root, micro, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
+root, out = Path(sys.argv[1]), Path(sys.argv[2])
+splits = [tuple(map(int, split.split("x"))) for split in sys.argv[3:]]  # rows of a micro-batch x accumulation
 results = {}
-for name in ("tvkd", "dckd"):
+for (micro, accumulation), name in itertools.product(splits, ("tvkd", "dckd")):
     trainer = PrefDistillTrainer(
         model=AutoModelForCausalLM.from_pretrained(root / "model"),
         method=METHODS[name](),
@@ -36,6 +38,7 @@ for name in ("tvkd", "dckd"):
     trainer.train()
     evaluated = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     weights = {name: p.detach().double().sum().item() for name, p in trainer.model.named_parameters()}
-    results[name] = {"history": trainer.state.log_history, "weights": weights, "evaluated": evaluated}
+    result = {"history": trainer.state.log_history, "weights": weights, "evaluated": evaluated}
+    results.setdefault(f"{micro}x{accumulation}", {})[name] = result
 if trainer.is_world_process_zero():
-    Path(sys.argv[3]).write_text(json.dumps(results))
+    out.write_text(json.dumps(results))

@@ -78,6 +78,7 @@ def test_extraction(tmp_path):
     assert entries["naive top-50 as JSON"]["rounds"][0]["disk"] > entries["values, stored"]["rounds"][0]["disk"]
 
 
+@pytest.mark.slow
 def test_growth(tmp_path):
     out = tmp_path / "growth.json"
     options = "--shape nano --pairs 4 --rounds 1 --max-length 64 --threads 1"
@@ -120,6 +121,7 @@ def holding(seconds, megabytes):
     return round_, {"megabytes": megabytes}
 
 
+@pytest.mark.slow
 def test_processes_are_timed_in_turns_and_memory_is_measured_per_process(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE.format(here=str(Path(__file__).parent)))
