@@ -37,6 +37,10 @@ fast:
 """
 
 
+NAMES = ["model.teacher=big", "model.student=small"]
+NAMED = [*NAMES, "teacher.sft=null", "teacher.dpo=null", "student.sft=null"]
+
+
 @pytest.fixture
 def load(tmp_path):
     """Load a recipe given as text."""
@@ -60,7 +64,7 @@ def needed(path):
         return []
     with pytest.raises(UserError, match=r"give data\.train="):
         load_recipe(path)
-    return ["data.train=x"]
+    return ["data.train=x", *(NAMES if path.stem == "named-models" else [])]
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -68,6 +72,42 @@ def needed(path):
 def test_every_shipped_recipe_loads(path, fast):
     recipe = load_recipe(path, needed(path), fast=fast)
     assert recipe.methods[recipe.baseline].control is None
+
+
+def test_settings_for_models_from_scratch_are_named_where_they_apply_to_named_models(tmp_path, capsys):
+    def note(path, *overrides, **options):
+        load_recipe(path, ["data.train=x", *overrides], **options)
+        return capsys.readouterr().err
+
+    scratch = ROOT / "recipes" / "local-pairs" / "tvkd.yaml"
+    assert (
+        note(scratch)
+        == note(scratch, "model.teacher=big")
+        == note(ROOT / "recipes" / "named-models.yaml", *NAMES)
+        == ""
+    )
+    said = note(scratch, *NAMED)
+    for part in ("data.max_prompt_length=96", "signals.dtype=float32", "training.learning_rate=0.0002", "dpo.yaml"):
+        assert part in said
+    assert "a reward model of random weights" in said
+    assert "sft.learning_rate" not in said
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: {scratch}\nmodel: {{teacher: big, student: small}}\ndata: {{max_length: 2048}}")
+    said = note(own, "data.max_prompt_length=96", "reward_model=null")
+    assert "data.max" not in said
+    assert "reward model" not in said
+    assert "teacher.sft.learning_rate=0.002" in said
+    assert "data.max_prompt_length=64" in note(own, fast=True)
+
+
+def test_bf16_is_that_of_the_hardware_where_it_is_null(monkeypatch):
+    import prefdistill.training.options as options
+
+    for fast in (True, False):
+        monkeypatch.setattr(options, "fast_bf16", lambda fast=fast: fast)
+        assert Training(bf16=None).autocast is Training(bf16=None).cache_key()["bf16"] is fast
+        assert Training(bf16=True).autocast
+        assert not Training().autocast
 
 
 def test_training_defaults_apply_to_every_training(load):

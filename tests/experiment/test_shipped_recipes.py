@@ -10,7 +10,8 @@ from prefdistill.experiment.run import run_recipe
 from prefdistill.methods import METHODS
 from support.tiny_runs import ROOT, stages
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+LOCAL = sorted((ROOT / "recipes" / "local-pairs").rglob("*.yaml"))
+NAMES = ["model.teacher=big", "model.student=small"]
 
 
 def fast(data_dir):
@@ -36,8 +37,10 @@ def shared_run(tmp_path_factory):
 
 
 def test_every_method_has_a_recipe_and_a_page():
-    recipes = [load_recipe(path, ["data.train=x.jsonl"]) for path in RECIPES]
+    recipes = [load_recipe(path, ["data.train=x.jsonl"]) for path in LOCAL]
+    named = load_recipe(ROOT / "recipes" / "named-models.yaml", ["data.train=x.jsonl", *NAMES], only=["all"])
     assert {run.method for recipe in recipes for run in recipe.methods.values()} == set(METHODS)
+    assert {run.method for run in named.methods.values()} == set(METHODS)
     index = (ROOT / "docs" / "methods.md").read_text()
     for name in METHODS:
         assert (ROOT / "recipes" / "local-pairs" / f"{name}.yaml").exists(), name
@@ -45,7 +48,7 @@ def test_every_method_has_a_recipe_and_a_page():
         assert f"methods/{name}.md" in index, name
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
 def test_every_recipe_from_real_pairs_to_the_report(shared_run, data_dir, path):
     recipe = load_recipe(path, fast(data_dir), fast=True)
     results = run_recipe(recipe, shared_run)
@@ -66,15 +69,14 @@ def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
     assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test prompts"
 
     root = tmp_path / "scratch" / "seed-0"
-    named = [
-        *overrides,
-        f"model.teacher={root / 'teacher-dpo'}",
-        f"model.student={root / 'student-sft'}",
-        "teacher.sft=null",
-        "teacher.dpo=null",
-        "student.sft=null",
-    ]
+    models = [f"model.teacher={root / 'teacher-dpo'}", f"model.student={root / 'student-sft'}"]
+    named = [*overrides, *models, "teacher.sft=null", "teacher.dpo=null", "student.sft=null"]
     again = run_recipe(load_recipe(recipe, named, fast=True), tmp_path / "named")
     assert not {"init", "teacher-sft", "teacher-dpo", "student-sft"} & stages(again).keys()
     assert again["methods"]["tvkd"] == results["methods"]["tvkd"]
     assert again["margin_accuracy"]["shaping return"] == results["margin_accuracy"]["shaping return"]
+
+    fitted = ROOT / "recipes" / "named-models.yaml"
+    results = run_recipe(load_recipe(fitted, [*overrides, *models], fast=True, only=["tvkd"]), tmp_path / "fitted")
+    assert results["methods"]["tvkd"]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
+    assert "reward_model" not in results

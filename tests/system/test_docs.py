@@ -70,7 +70,7 @@ def commands():
         text = file.read_text(encoding="utf-8")
         code = "\n".join(FENCE.findall(text)) + "\n".join(re.findall(r"^ {4}prefdistill (?:.*\\\n)*.*$", text, re.M))
         for command in COMMAND.findall(code if file.suffix == ".md" else text):
-            arguments = shlex.split(CONTINUED.sub(" ", command), comments=True)
+            arguments = shlex.split(re.sub(r"\s#.*", "", CONTINUED.sub(" ", command)))
             if "..." not in arguments:
                 yield pytest.param(arguments, id=f"{file.name} {' '.join(arguments)}"[:80])
 
@@ -111,7 +111,7 @@ def test_the_recipe_of_the_page_can_be_loaded(tmp_path):
 
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     recipe = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
-    (tmp_path / "dpo.yaml").write_text((ROOT / "recipes" / "local-pairs" / "dpo.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "named-models.yaml").write_text((ROOT / "recipes" / "named-models.yaml").read_text(encoding="utf-8"))
     (tmp_path / "my.yaml").write_text(recipe)
     loaded = load_recipe(tmp_path / "my.yaml")
     assert loaded.methods["tvkd-shuffled"].control.of == loaded.headline.method == "tvkd"

@@ -192,6 +192,19 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def leaves(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted key.
+
+    Example:
+        >>> leaves({"data": {"max_length": 256}, "seed": 0})
+        {'data.max_length': 256, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def validate(
     kind: type[Any],
     raw: Any,

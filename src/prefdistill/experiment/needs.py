@@ -12,9 +12,9 @@ STUDENT_RESPONSE = "student_response"
 
 
 def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:
-    """Return the values of training.bf16 of the methods that need the reference."""
+    """Return whether the trainings autocast to bfloat16, of the methods that need the reference."""
     return {
-        recipe.methods[name].training.bf16
+        recipe.methods[name].training.autocast
         for name, method in methods.items()
         if any(need.role == "reference" for need in method.needs)
     }

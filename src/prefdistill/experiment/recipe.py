@@ -1,5 +1,6 @@
 """Recipes: the options of a run, checked before anything starts and before torch is imported."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from prefdistill.core.options import (
     Seeded,
     applied,
     as_mapping,
+    leaves,
     merged,
     problems,
 )
+from prefdistill.core.progress import say_once
 from prefdistill.core.yaml import as_yaml, read_yaml
 from prefdistill.data.options import Data
 from prefdistill.evaluation.options import Evaluation, RewardModelOptions
@@ -29,6 +32,18 @@ from prefdistill.sampling.options import Sampling
 from prefdistill.signals.options import SignalOptions
 from prefdistill.training.options import DPOTraining, Training
 
+# Settings that depend on the size of the models.
+FITTED = (
+    "data.max_length",
+    "data.max_prompt_length",
+    "training.",
+    "teacher.",
+    "student.",
+    "signals.",
+    "sampling.",
+    "evaluate.max_new_tokens",
+    "evaluate.batch_size",
+)
 DIRECTORY_NAME = re.compile(r"\w[\w.+-]*")
 
 
@@ -207,18 +222,21 @@ def load_recipe(
         UserError: on a missing file or broken YAML; naming every unknown key, wrong type and unknown method.
     """
     path = Path(path)
-    raw = read_recipe(path)
+    layers = _layers(path)
+    raw = functools.reduce(merged, layers.values())
     try:
         profile = as_mapping(raw.get("fast"), "fast") if fast else {}
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     refuse_trust([raw, applied(profile)], str(path))
+    scratch = _scratch_settings(layers, profile)
     changes = [Override(key, value) for key, value in profile.items()]
     changes += [Override.parse(change) if isinstance(change, str) else change for change in overrides]
     for change in changes:
         change.apply(raw)
     recipe, messages = _validated(raw)
     if recipe is not None:
+        _note_scratch_settings(*scratch, raw, {change.key for change in changes[len(profile) :]})
         recipe = _keep(recipe, only, str(path))
         messages += _method_problems({name: (run.method, run.options) for name, run in recipe.methods.items()})
     if messages:
@@ -277,19 +295,57 @@ def refuse_trust(files: Iterable[dict[str, Any]], where: str) -> None:
             )
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file, merged over the one it `extends`, a file named relative to it."""
+    return functools.reduce(merged, _layers(path).values())
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
+    """The mappings in a recipe file and in those that it extends, by file, the one that extends no other first."""
     raw = read_yaml(path, "recipe", "the shipped ones are under recipes/", "data, model, methods")
     base = raw.pop("extends", None)
     if base is None:
-        return raw
+        return {path: raw}
     if not isinstance(base, str):
         raise UserError(f"{path}: extends must name another recipe file, got {base!r}")
     files, below = (*above, path), path.parent / base
     if below.resolve() in {file.resolve() for file in files}:
         circle = " -> ".join(map(str, (*files, below)))
         raise UserError(f"{path}: extends goes in a circle ({circle}); take it out of one of these")
-    return merged(read_recipe(below, files), raw)
+    return {**_layers(below, files), path: raw}
+
+
+def _scratch_settings(layers: dict[Path, dict[str, Any]], profile: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The file that describes models from scratch, with its settings by dotted key; empty if there is none."""
+    for path, layer in reversed(layers.items()):
+        if isinstance(layer.get("model"), dict) and "scratch" in layer["model"]:
+            return str(path), leaves(merged(layer, applied(profile)))
+    return "", {}
+
+
+def _note_scratch_settings(file: str, settings: dict[str, Any], recipe: dict[str, Any], changed: set[str]) -> None:
+    """Say which of the settings for models from scratch apply to a recipe whose models are both named.
+
+    Args:
+        file, settings: as `_scratch_settings` returns them.
+        recipe: with all overrides.
+        changed: keys of the overrides.
+    """
+    models = as_mapping(recipe.get("model"), "model")
+    if not (settings and models.get("scratch") and models.get("teacher") and models.get("student")):
+        return
+    kept = [
+        f"{key}={value}"
+        for key, value in leaves(recipe).items()
+        if key.startswith(FITTED) and key not in changed and settings.get(key) == value
+    ]
+    if as_mapping(recipe.get("reward_model"), "reward_model").get("model") and not recipe["reward_model"].get("name"):
+        kept.append("a reward model of random weights")
+    if kept:
+        say_once(
+            f"note: teacher and student are named, and these settings of {file} for models from scratch apply to them: "
+            f"{', '.join(kept)}; recipes/named-models.yaml has settings for named models"
+        )
 
 
 def _keep(recipe: Recipe, only: list[str] | None, where: str) -> Recipe:

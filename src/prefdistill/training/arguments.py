@@ -66,7 +66,7 @@ def training_arguments(
         "lr_scheduler_type": training.schedule,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "bf16": training.bf16,
+        "bf16": training.autocast,
         "use_cpu": not accelerator,  # transformers refuses bf16 on a CPU otherwise
         "gradient_checkpointing": training.gradient_checkpointing,
         "logging_steps": training.logging_steps,

@@ -1,11 +1,12 @@
 """Options of training one model; `training.arguments` turns them into `TrainingArguments`."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section
+from prefdistill.models.device import fast_bf16
 
 # Keys of `arguments` that say what an option says, and that option.
 SAME_AS = {
@@ -86,7 +87,9 @@ class Training(Section):
     schedule: str = Field("cosine", description="Learning rate schedule of transformers, e.g. cosine or linear.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay of AdamW.")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradient clipping; 0: none.")
-    bf16: bool = Field(False, description="bfloat16 autocast; the weights stay in their dtype.")
+    bf16: bool | None = Field(
+        False, description="bfloat16 autocast; the weights stay in their dtype. null: where the hardware is faster so."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     logging_steps: Annotated[PositiveInt, NOT_IN_KEY] = Field(10, description="Steps between lines of metrics.jsonl.")
     save_steps: Annotated[PositiveInt, NOT_IN_KEY] = Field(200, description="Steps between checkpoints.")
@@ -101,6 +104,14 @@ class Training(Section):
         default_factory=dict,
         description="Anything else that `transformers.TrainingArguments` knows and no option sets.",
     )
+
+    @property
+    def autocast(self) -> bool:
+        """Whether bfloat16 autocast is on, on this hardware."""
+        return fast_bf16() if self.bf16 is None else self.bf16
+
+    def cache_key(self) -> dict[str, Any]:
+        return super().cache_key() | {"bf16": self.autocast}
 
     @model_validator(mode="after")
     def _allowed_arguments(self) -> "Training":
