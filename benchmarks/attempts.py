@@ -129,7 +129,7 @@ def attempt(
     """Run a job in forks of this process, with a fault, or with a limit of the size of files.
 
     Several ranks are started and ended as by torchrun: if one fails, the others get SIGTERM a moment later. Ctrl-C
-    reaches each of them, and each has time to end by itself.
+    reaches each of them; those that have not ended 30 s after the first are killed.
 
     Args:
         largest: size limit of a file in bytes.
@@ -233,7 +233,10 @@ def _wait(
                 os.kill(children[rank], signal.SIGTERM)
             terminated = True
         if first is not None and now > ended_at + GRACE:
-            raise TimeoutError(f"ranks {left} do not end, {GRACE:.0f} s after rank {first} did,")
+            if not interrupted:
+                raise TimeoutError(f"ranks {left} do not end, {GRACE:.0f} s after rank {first} did,")
+            for rank in left:  # as torchrun: a rank that waits for others in native code does not see Ctrl-C
+                os.kill(children[rank], signal.SIGKILL)
         if now > start + timeout:
             raise TimeoutError("hangs")
         if disk:

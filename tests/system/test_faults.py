@@ -400,6 +400,20 @@ def test_a_rank_that_waits_for_a_killed_one_is_terminated(place):
         attempt(Job(lambda: waits(True), lambda out: None), place, ranks=2, timeout=1)
 
 
+def test_a_rank_that_does_not_see_ctrl_c_is_killed_as_by_the_launcher(place, monkeypatch):
+    """It waits in native code for another that is gone, where Python's handler does not run."""
+    monkeypatch.setattr("benchmarks.attempts.GRACE", 0.2)
+
+    def waits():
+        if os.environ["RANK"] == "0":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(30)
+        return 0
+
+    tried = attempt(Job(waits, lambda out: None), place, Fault(signal=signal.SIGINT, seconds=0.5), ranks=2)
+    assert tried.ranks == (-signal.SIGKILL, 130)
+
+
 @pytest.mark.parametrize("stage", sorted(set(JOBS) - set(ON_SEVERAL)))
 def test_other_stages_refuse_several_processes(place, stage):
     tried = attempt(JOBS[stage], place, ranks=2)
@@ -465,7 +479,7 @@ def test_after_a_kill_of_one_rank_the_others_end_and_the_next_call_resumes(place
 def test_results_do_not_depend_on_the_history_of_the_directory(verb, tmp_path):
     tally = live(make_place(tmp_path), 12, 4, verb)
     assert tally.differing == []
-    assert tally.compared >= 4
+    assert tally.compared >= 2
     assert tally.changes.total() >= tally.compared
 
 
