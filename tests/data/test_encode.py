@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prefdistill.core.errors import UserError
 from prefdistill.data import truncation as reasons
 from prefdistill.data.batches import PairCollator
-from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.load import load_pairs
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
@@ -280,7 +280,8 @@ def sampled_row(content, ended=None, *, form=conversation):
 def encode_sampled(rows, tokenizer, truncation=UNLIMITED):
     encoded, dropped = encode_pairs(Dataset.from_list(rows), tokenizer, truncation, responses=("student_response",))
     assert set(encoded.column_names) == {
-        "row", "prompt_ids", *(f"student_response_{part}" for part in ("ids", "offsets", "ended"))
+        "row", "prompt_ids", "prompt_truncated",
+        *(f"student_response_{part}" for part in ("ids", "offsets", "ended", "truncated"))
     }  # fmt: skip
     return [{name.removeprefix("student_response_"): value for name, value in row.items()} for row in encoded], dropped
 
@@ -349,7 +350,7 @@ def test_only_the_requested_responses_are_encoded():
 
 def test_truncation_by_hand():
     tokenizer = make_tokenizer("zephyr")  # a token for each digit, and BOS in front of plain text
-    row = plain("4567", "890", "8")
+    row = plain("4567", "890", "1")
     [whole], _ = encode([row], tokenizer)
     prompt, chosen, rejected = whole["prompt_ids"], whole["chosen_ids"], whole["rejected_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -372,9 +373,32 @@ def test_truncation_by_hand():
         assert (cut["prompt_ids"], cut["chosen_ids"], cut["rejected_ids"], ended) == expected, lengths
         for name in ("chosen", "rejected"):
             assert cut[f"{name}_offsets"] == whole[f"{name}_offsets"][: len(cut[f"{name}_ids"])]
+        for name in ("prompt", "chosen", "rejected"):
+            assert cut[f"{name}_truncated"] is (len(cut[f"{name}_ids"]) < len(whole[f"{name}_ids"]))
         assert not dropped
     with pytest.raises(UserError, match=r"^No row is left: dropped 1 row: the prompt leaves no room for a response"):
         encode([row], tokenizer, Truncation(5))
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped_and_truncated_ones_are_counted():
+    rows = [plain("4", "567", "569"), plain("4", "567", "567"), plain("4", "56", "7"), plain("456", "7", "8")]
+    tokenizer = make_tokenizer("zephyr")
+    encoded, dropped = encode_pairs(
+        Dataset.from_list(rows), tokenizer, Truncation(4, 3)
+    )  # a prompt of two tokens, or of three; BOS included
+    assert dropped.counts == {reasons.EQUAL_AFTER_CUT: 1}
+    assert [row["row"] for row in encoded] == [1, 2, 3]  # the user's own equal pair stays
+    reading = reading_of(encoded, dropped)
+    assert (reading.rows, reading.kept, reading.prompts, reading.responses) == (4, 3, 1, 3)
+    assert str(reading) == (
+        "dropped 1 row: chosen and rejected are equal after truncation (1, first row 0); prompts truncated: 1; "
+        "rows with a truncated response: 3; 3 of 4 rows are read"
+    )
+    _, dropped = encode_pairs(Dataset.from_list(rows), tokenizer, Truncation(4, 3), responses=("chosen",))
+    assert not dropped  # a response alone
+    whole = reading_of(*encode_pairs(Dataset.from_list(rows), tokenizer, UNLIMITED))
+    assert whole.complete
+    assert str(whole) == "4 of 4 rows are read"
 
 
 def test_truncation_without_bos_keeps_the_end_only():

@@ -6,10 +6,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.load import load_pairs
 from prefdistill.data.truncation import Truncation
-from prefdistill.experiment.doctor import examine
+from prefdistill.experiment.doctor import as_text, examine
 from support.doctor import (
     GENERATE,
     HEADER,
@@ -61,7 +61,7 @@ TOKENS = [  # what is broken, rows, tokenizer, truncation, errors and warnings, 
         edited({3: {"chosen": "or " * 90 + "a", "rejected": "or " * 90 + "b"}}),
         None,
         Truncation(120),
-        {"tokens.equal-after-cut", "tokens.response-cut"},
+        {"tokens.equal-after-cut"},
         3,
     ),
     ("a token across the boundary", MERGING, None, LONG, {"tokens.merge"}, 0),
@@ -185,3 +185,6 @@ def test_truncation_counts_match_training(tmp_path, tokenizer, limits):
         assert count["tokens.prompt-cut"] == sum(len(row["prompt_ids"]) > limits[1] for row in whole.values())
     kept = checkup.facts["train"]["kept"]["response_tokens"]
     assert kept == sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in cut)
+    reading = reading_of(cut, dropped)
+    assert checkup.facts["train"]["read"] == {**reading.to_json(), "text": str(reading)}
+    assert f"read: {str(reading)[:60]}" in as_text(checkup)

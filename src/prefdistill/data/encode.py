@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.core.progress import say
@@ -23,12 +25,12 @@ from prefdistill.data.sources import NO_CACHE
 from prefdistill.data.template import NO_TEMPLATE, template_ending
 from prefdistill.data.truncation import (
     PROMPT_EMPTY,
-    PROMPT_TOO_LONG,
     RESPONSE_EMPTY,
     TEMPLATE_DIFFERS,
     TEMPLATE_FAILED,
     TOKENS_MERGE,
     Dropped,
+    Reading,
     Truncation,
     nothing_left,
 )
@@ -70,6 +72,7 @@ def encode_pairs(
         - `row`: the index in `dataset`;
         - `prompt_ids`, `chosen_ids`, `rejected_ids`: concatenated, the tokens of the whole text up to the end token;
         - `chosen_ended`, `rejected_ended`: whether the response has its end token;
+        - `prompt_truncated`, `chosen_truncated`, `rejected_truncated`: whether it is truncated;
         - `chosen_offsets`, `rejected_offsets`: for each response token, where it ends in the text after the prompt, in
           characters. Tokens that share a character all end after it.
         Other `responses` than chosen and rejected have columns of the same kind.
@@ -151,6 +154,14 @@ def drop_refused(
     return dataset.select([index for index, reason in enumerate(reasons) if not reason])
 
 
+def reading_of(encoded: Dataset, dropped: Dropped) -> Reading:
+    """Return how a data set was read, from what `encode_pairs` returns."""
+    responses = [name for name in encoded.column_names if name.endswith("_truncated") and name != "prompt_truncated"]
+    flags = [np.array(encoded[name][:], dtype=bool) for name in responses]
+    prompts = int(np.sum(encoded["prompt_truncated"][:], dtype=np.int64))
+    return Reading(len(encoded), dropped, prompts, int(np.any(flags, axis=0).sum()))
+
+
 def highest_token_id(encoded: Dataset) -> int:
     """Return the highest token id in the columns `*_ids`."""
     import pyarrow.compute as pc
@@ -200,8 +211,16 @@ def _encoded_features(responses: Sequence[str]) -> Any:
 
     tokens = List(Value("int32"))
     parts = {f"{name}_{key}": tokens for name in responses for key in ("ids", "offsets")}
-    ended = {f"{name}_ended": Value("bool") for name in responses}
-    return Features({"row": Value("int64"), "dropped": Value("string"), "prompt_ids": tokens, **parts, **ended})
+    flags = [*(f"{name}_ended" for name in responses), *(f"{name}_truncated" for name in ("prompt", *responses))]
+    return Features(
+        {
+            "row": Value("int64"),
+            "dropped": Value("string"),
+            "prompt_ids": tokens,
+            **parts,
+            **dict.fromkeys(flags, Value("bool")),
+        }
+    )
 
 
 class _Refused(Exception):
@@ -258,23 +277,26 @@ class _PairEncoder:
         (prompt_ids, _), *full = [next(tokens) for _ in texts]
         if not prompt_ids:
             raise _Refused(PROMPT_EMPTY)
-        cut_prompt = self.truncation.cut_prompt(prompt_ids, self.bos)
-        room = self.truncation.room_after(cut_prompt)
-        encoded: dict[str, Any] = {"dropped": "", "prompt_ids": cut_prompt}
-        for name, full_text, (full_ids, ends), was_cut in zip(self.responses, full_texts, full, cut, strict=True):
+        ids = {"prompt": prompt_ids}
+        offsets = {}
+        for name, full_text, (full_ids, ends) in zip(self.responses, full_texts, full, strict=True):
             if not full_text.startswith(prompt_text):
                 raise _Refused(TEMPLATE_DIFFERS)
             if full_ids[: len(prompt_ids)] != prompt_ids:
                 raise _Refused(TOKENS_MERGE)
-            ids = full_ids[len(prompt_ids) :]
-            if not ids:
+            if len(full_ids) == len(prompt_ids):
                 raise _Refused(RESPONSE_EMPTY)
-            if room == 0:
-                raise _Refused(PROMPT_TOO_LONG)
+            ids[name] = full_ids[len(prompt_ids) :]
             # A token without text, such as an added prefix space, may report an earlier end: offsets never go back.
-            offsets = accumulate((end - len(prompt_text) for end in ends[len(prompt_ids) :]), max)
-            encoded[f"{name}_ids"] = ids[:room]
-            encoded[f"{name}_offsets"] = list(offsets)[:room]
-            whole = ids[-1] in self.end_tokens and (room is None or len(ids) <= room)
+            offsets[name] = accumulate((end - len(prompt_text) for end in ends[len(prompt_ids) :]), max)
+        result = self.truncation.apply(ids, self.bos)
+        if result.dropped:
+            raise _Refused(result.dropped)
+        encoded: dict[str, Any] = {"dropped": ""}
+        for name, part in result.ids.items():
+            encoded |= {f"{name}_ids": part, f"{name}_truncated": name in result.names}
+        for name, was_cut in zip(self.responses, cut, strict=True):
+            encoded[f"{name}_offsets"] = list(offsets[name])[: len(result.ids[name])]
+            whole = ids[name][-1] in self.end_tokens and name not in result.names
             encoded[f"{name}_ended"] = whole and not was_cut
         return encoded

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
 
 # Why `encode_pairs` drops a row.
 TEMPLATE_FAILED = "the chat template refuses its messages"
@@ -15,6 +17,15 @@ TOKENS_MERGE = "the tokenizer merges tokens across the end of the prompt"
 PROMPT_EMPTY = "the prompt has no tokens"
 PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
 RESPONSE_EMPTY = "a response has no tokens"
+EQUAL_AFTER_CUT = "chosen and rejected are equal after truncation"
+
+
+class Truncated(NamedTuple):
+    """A row after truncation: tokens by column, the columns that were cut, why it is dropped ("": it is not)."""
+
+    ids: dict[str, list[int]]
+    names: set[str]
+    dropped: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,16 @@ class Truncation:
         """Return how many response tokens fit after a prompt that was cut; None is no limit."""
         return None if self.max_length is None else max(0, self.max_length - len(prompt_ids))
 
+    def apply(self, ids: dict[str, list[int]], bos: int | None) -> Truncated:
+        """Truncate a row: its `prompt`, and responses by column. A pair whose sides this makes equal is dropped."""
+        prompt = self.cut_prompt(ids["prompt"], bos)
+        room = self.room_after(prompt)
+        cut = {name: prompt if name == "prompt" else part[:room] for name, part in ids.items()}
+        truncated = {name for name in ids if len(cut[name]) < len(ids[name])}
+        chosen, rejected = ((cut.get(side), ids.get(side)) for side in SIDES)
+        equal = chosen[0] is not None and chosen[0] == rejected[0] and chosen[1] != rejected[1]
+        return Truncated(cut, truncated, PROMPT_TOO_LONG if room == 0 else EQUAL_AFTER_CUT if equal else "")
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -72,6 +93,49 @@ class Dropped:
         total = f"dropped {len(self)} row{'' if len(self) == 1 else 's'}"
         reasons = (f"{reason} ({n}, first row {self.first_rows[reason]})" for reason, n in self.counts.items())
         return f"{total}: {'; '.join(reasons)}" if self.counts else total
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading a data set left of it: the same for `doctor`, signals, training and the report.
+
+    Args:
+        kept: rows that were not dropped.
+        dropped: the other rows.
+        prompts: kept rows whose prompt is truncated.
+        responses: kept rows of which a response is truncated.
+    """
+
+    kept: int
+    dropped: Dropped
+    prompts: int
+    responses: int
+
+    @property
+    def rows(self) -> int:
+        return self.kept + len(self.dropped)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is dropped or truncated."""
+        return not (self.dropped or self.prompts or self.responses)
+
+    def __str__(self) -> str:
+        parts = [str(self.dropped)] if self.dropped else []
+        if self.prompts:
+            parts.append(f"prompts truncated: {self.prompts:,}")
+        if self.responses:
+            parts.append(f"rows with a truncated response: {self.responses:,}")
+        return "; ".join([*parts, f"{self.kept:,} of {self.rows:,} rows are read"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": self.dropped.counts,
+            "truncated_prompts": self.prompts,
+            "truncated_responses": self.responses,
+        }
 
 
 def nothing_left(dropped: Dropped) -> str:

@@ -140,14 +140,14 @@ def _finish(store: StoreArtifact, shards: list[Shard]) -> None:
     """Write the manifest over the shards; if no pair is left in any of them, remove them and say why."""
     team = processes()
     try:
-        manifest, dropped = finished_manifest(store.request, shards)
+        manifest, reading = finished_manifest(store.request, shards)
     except UserError:
         team.wait_for_everyone()
         if team.is_main_process:
             shutil.rmtree(store.place)
         raise
     if team.is_main_process:
-        if dropped:
-            say(f"signals: {dropped}")
+        if not reading.complete:
+            say(f"signals: {reading}")
         store.seal(manifest)
     team.wait_for_everyone()

@@ -52,6 +52,7 @@ class _Manifest(_Part):
     data: _Data
     truncation: _Truncation
     dropped: _Dropped
+    truncated: dict[str, NonNegativeInt] | None = None
     shards: list[_Shard] = Field(min_length=1)
 
 

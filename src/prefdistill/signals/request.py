@@ -11,10 +11,10 @@ from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.batches import Layout, layout_for
-from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import check_pairs, load_pairs
-from prefdistill.data.truncation import Dropped, Truncation, nothing_left
+from prefdistill.data.truncation import Dropped, Reading, Truncation, nothing_left
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
@@ -159,8 +159,10 @@ class Extraction:
         )
         progress.update(len(self.responses) * len(dropped))
         columns, errors = shard_columns(rows, self.responses, scores, self.kinds)
+        reading = reading_of(rows, dropped)
         notes = {
             "kept": len(rows),
+            "truncated": {"prompts": reading.prompts, "responses": reading.responses},
             "rows": sorted(set(part).difference(rows["row"][:])),
             "dropped": dropped.counts,
             "first_rows": dropped.first_rows,
@@ -193,17 +195,19 @@ def shard_columns(
     return columns, errors
 
 
-def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple[dict[str, Any], Dropped]:
-    """Return the manifest of a store, from its request and its shards, and the rows that were dropped.
+def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple[dict[str, Any], Reading]:
+    """Return the manifest of a store, from its request and its shards, and how its rows were read.
 
     Raises:
         UserError: if every row was dropped.
     """
     notes = [shard.notes for shard in shards]
     reasons: Counter[str] = Counter()
+    truncated = Counter({"prompts": 0, "responses": 0})
     first_rows: dict[str, int] = {}
     for note in notes:
         reasons.update(note["dropped"])
+        truncated.update(note["truncated"])
         first_rows = note["first_rows"] | first_rows
     dropped = Dropped(dict(reasons.most_common()), first_rows)
     if len(dropped) == request["data"]["rows"]:
@@ -219,8 +223,16 @@ def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple
         for shard, note in zip(shards, notes, strict=True)
     ]
     gone = {"reasons": dropped.counts, "rows": [row for note in notes for row in note["rows"]]}
-    manifest = {**request, "topk": topk, "dropped": gone, "shards": files, "versions": versions()}
-    return manifest, dropped
+    reading = Reading(sum(note["kept"] for note in notes), dropped, **truncated)
+    manifest = {
+        **request,
+        "topk": topk,
+        "dropped": gone,
+        "truncated": dict(truncated),
+        "shards": files,
+        "versions": versions(),
+    }
+    return manifest, reading
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import encode_pairs, longest_text
+from prefdistill.data.encode import encode_pairs, longest_text, reading_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, TRLMethod
 from prefdistill.models.positions import check_positions
@@ -89,8 +89,8 @@ def make_trainer(
         if signals:
             raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
         encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())
-        if dropped:
-            say(f"training: {dropped}")
+        if not (reading := reading_of(encoded, dropped)).complete:
+            say(f"training: {reading}")
         trainer = trl_trainer(
             method.classes(),
             lambda: method.models(load, adapter=training.lora is not None),

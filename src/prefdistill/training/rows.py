@@ -12,7 +12,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.batches import Layout, PairCollator
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method
 from prefdistill.signals.kinds import KINDS
@@ -77,8 +77,8 @@ def prepare_rows(
     available.check_settings(method.needs)
     truncation = _shared_truncation(signals, tokenizer, truncation)
     encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
-    if dropped:
-        say(f"training: {dropped}")
+    if not (reading := reading_of(encoded, dropped)).complete:
+        say(f"training: {reading}")
     encoded = _with_signals_only(encoded, available)
     available = available.at(np.asarray(encoded["row"][:]))
     features = method.row_signals(available)

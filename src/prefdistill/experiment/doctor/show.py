@@ -41,6 +41,8 @@ def _facts(facts: dict[str, Any]) -> list[str]:
     for name in ("train", "test"):
         if data := facts.get(name):
             rows = [f"{name}: {data['rows']:,} rows, {data['pairs']:,} pairs, {data['prompts']:,} prompts"]
+            if "read" in data:
+                rows += _wrap("  read: ", data["read"]["text"])
             for unit in ("characters", "tokens"):
                 for column, lengths in data.get(unit, {}).items():
                     if lengths:

@@ -14,7 +14,7 @@ from prefdistill.data import truncation as reasons
 from prefdistill.data.columns import SIDES, ended_column
 from prefdistill.data.encode import encode_untruncated
 from prefdistill.data.template import end_token_ids
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.truncation import Dropped, Reading, Truncated, Truncation
 from prefdistill.experiment.doctor.findings import Finding, Severity, first_hit_per_row
 from prefdistill.experiment.doctor.pairs import Tokens
 
@@ -53,13 +53,19 @@ class Encoding:
     def of(cls, tokenizer: PreTrainedTokenizerBase, truncation: Truncation) -> Encoding:
         return cls(tokenizer, truncation, frozenset(end_token_ids(tokenizer)))
 
-    def truncate(self, pair: Pair) -> dict[str, np.ndarray]:
-        """Return the tokens of the prompt and the responses after truncation."""
+    def truncate(self, pair: Pair) -> Truncated:
+        """Return the tokens of a pair after truncation."""
         assert pair.tokens is not None
-        untruncated = pair.tokens.ids["prompt"].tolist()
-        prompt = self.truncation.cut_prompt(untruncated, self.tokenizer.bos_token_id)
-        room = self.truncation.room_after(prompt)
-        return {"prompt": np.array(prompt), **{name: pair.tokens.ids[name][:room] for name in SIDES}}
+        ids = {name: part.tolist() for name, part in pair.tokens.ids.items()}
+        return self.truncation.apply(ids, self.tokenizer.bos_token_id)
+
+    def reading(self, data: PairSet) -> Reading:
+        """Return how training and signals will read the pairs, as `encode.reading_of` does."""
+        cuts = [pair.tokens.dropped or self.truncate(pair) for pair in data.pairs if pair.tokens]
+        reasons = [cut if isinstance(cut, str) else cut.dropped for cut in cuts]
+        kept = [cut.names for cut in cuts if not isinstance(cut, str) and not cut.dropped]
+        prompts, responses = (sum(not names.isdisjoint(cut) for cut in kept) for names in ({"prompt"}, {*SIDES}))
+        return Reading(len(kept), Dropped.from_reasons(reasons), prompts, responses)
 
 
 def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Finding]:
@@ -222,22 +228,20 @@ def unknown(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
 
 def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     """Report what truncation changes, as training and signals truncate."""
-    prompts, responses, no_room, equal, equal_whole = [], [], [], [], []
+    prompts, responses, equal_whole = [], [], []
+    by_reason: dict[str, list[tuple[int, str]]] = {reasons.PROMPT_TOO_LONG: [], reasons.EQUAL_AFTER_CUT: []}
     for pair, tokens in encoded(data):
-        truncated_ids = encoding.truncate(pair)
-        if len(truncated_ids["prompt"]) < len(tokens.ids["prompt"]):
-            prompts.append((pair.row, f"{len(tokens.ids['prompt'])} tokens: {pair.texts['prompt']}"))
-        if not len(truncated_ids["chosen"]):
-            no_room.append((pair.row, f"the prompt has {len(truncated_ids['prompt'])} tokens: {pair.texts['prompt']}"))
+        cut, sizes = encoding.truncate(pair), {name: len(ids) for name, ids in tokens.ids.items()}
+        if np.array_equal(tokens.ids["chosen"], tokens.ids["rejected"]) and pair.key("chosen") != pair.key("rejected"):
+            equal_whole.append((pair.row, f"{pair.texts['chosen']!r} and {pair.texts['rejected']!r}"))
+        if cut.dropped:
+            example = f"the prompt has {len(cut.ids['prompt'])} tokens, chosen {sizes['chosen']}"
+            by_reason[cut.dropped].append((pair.row, f"{example}: {pair.texts['prompt']}"))
             continue
-        short = [name for name in SIDES if len(truncated_ids[name]) < len(tokens.ids[name])]
-        if short:
-            responses.append((pair.row, f"{short[0]} has {len(tokens.ids[short[0]])} tokens: {pair.texts[short[0]]}"))
-        if np.array_equal(tokens.ids["chosen"], tokens.ids["rejected"]):
-            if pair.key("chosen") != pair.key("rejected"):
-                equal_whole.append((pair.row, f"{pair.texts['chosen']!r} and {pair.texts['rejected']!r}"))
-        elif short and np.array_equal(truncated_ids["chosen"], truncated_ids["rejected"]):
-            equal.append((pair.row, pair.texts["chosen"]))
+        if "prompt" in cut.names:
+            prompts.append((pair.row, f"{sizes['prompt']} tokens: {pair.texts['prompt']}"))
+        if side := next((side for side in SIDES if side in cut.names), None):
+            responses.append((pair.row, f"{side} has {sizes[side]} tokens: {pair.texts[side]}"))
     longest, prompt_limit = encoding.truncation.max_length, encoding.truncation.max_prompt_length
     yield from data.finding(
         "tokens.prompt-cut",
@@ -255,16 +259,16 @@ def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     )
     yield from data.finding(
         "tokens.no-room",
-        "error" if len(no_room) == len(data.pairs) else "warning",
-        no_room,
+        "error" if len(by_reason[reasons.PROMPT_TOO_LONG]) == len(data.pairs) else "warning",
+        by_reason[reasons.PROMPT_TOO_LONG],
         f"{reasons.PROMPT_TOO_LONG} ({longest}); such rows are dropped",
         "Raise max_length, or lower max_prompt_length.",
     )
     yield from data.finding(
         "tokens.equal-after-cut",
-        "warning",
-        equal,
-        "the two responses are equal after truncation: the pair expresses no preference",
+        "error" if len(by_reason[reasons.EQUAL_AFTER_CUT]) == len(data.pairs) else "warning",
+        by_reason[reasons.EQUAL_AFTER_CUT],
+        f"{reasons.EQUAL_AFTER_CUT} (max_length={longest}); such rows are dropped",
         "Raise max_length, or remove these rows.",
     )
     yield from data.finding(
@@ -278,16 +282,16 @@ def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
 
 def token_facts(data: PairSet, encoding: Encoding) -> dict[str, Any]:
     """Return lengths in tokens before truncation, and totals after it."""
-    rows = encoded(data)
-    truncated_pairs = [encoding.truncate(pair) for pair, _ in rows]
+    rows, reading = encoded(data), encoding.reading(data)
+    cuts = [cut.ids for pair, _ in rows if not (cut := encoding.truncate(pair)).dropped]
+    sizes = [(len(ids["prompt"]), [len(ids[name]) for name in SIDES]) for ids in cuts]
     return {
         "tokens": {name: quantiles([len(tokens.ids[name]) for _, tokens in rows]) for name in ("prompt", *SIDES)},
+        "read": {**reading.to_json(), "text": str(reading)},
         "kept": {
-            "pairs": len(rows),
-            "response_tokens": sum(len(pair[name]) for pair in truncated_pairs for name in SIDES),
-            "longest": max(
-                (len(pair["prompt"]) + len(pair[name]) for pair in truncated_pairs for name in SIDES), default=0
-            ),
+            "pairs": len(cuts),
+            "response_tokens": sum(sum(responses) for _, responses in sizes),
+            "longest": max((prompt + max(responses) for prompt, responses in sizes), default=0),
         },
     }
 
