@@ -215,8 +215,11 @@ BAD = [
     (answers("questions.jsonl", model="infinite"), "not finite after the prompt of row 0"),
     (dckd("nan", "topk-poisoned", "poisoned.jsonl"), "rows [3, 0] of the data: try a"),
     (dckd("infinite", "topk", "pairs.jsonl"), "the loss is nan at step 1, rows ["),
-    (distill(student="nan", data="poisoned.jsonl", stores=(), method="simpo"), "the loss is nan at step 2, in the"),
-    (distill(student="nan", data="poisoned.jsonl", stores=(), method="wpo"), "the loss is nan at step 2, in the batch"),
+    (distill(student="nan", data="poisoned.jsonl", stores=(), method="simpo"), "the loss is nan at step 2, rows ["),
+    (
+        distill(student="nan", data="poisoned.jsonl", stores=(), method="wpo"),
+        "not finite in 1 pairs, the first is row 3",
+    ),
     (sft("infinite-rows.jsonl", "infinite"), "the loss is nan at step 1, in the batch with '"),
     (dpo("poisoned.jsonl", "nan"), "the loss is nan at step 2, in the batch with '"),
     # options out of their range
@@ -291,7 +294,6 @@ BAD = [
     (tvkd("terminal=bootstrap", stores=("endpoints", "reference")), "have positions=endpoints, the method needs all"),
     (tvkd(stores=("warm", "reference")), "the teacher signals (values) have value_temperature=2.0"),
     (distill(method="vanillakd", stores=("teacher",)), "VanillaKD lacks teacher.topk of chosen"),
-    (distill(method="simpo"), "SimPO is trained by TRL on the pairs alone; leave the signals out"),
     (distill(method="adpa", stores=("topk",)), "pairs.jsonl: no column 'student_response'"),
     (distill(stores=("damaged",)), "damaged/shards/00000.parquet"),
     (distill(stores=("gone",)), "gone/shards/00000.parquet"),

@@ -110,7 +110,7 @@ def test_from_pairs_to_an_adpa_student_with_its_own_samples(place, capfd):
 
 
 @pytest.mark.parametrize("method", ["simpo", "wpo"])
-def test_methods_of_trl_need_no_signals(place, capfd, method):
+def test_methods_that_need_no_signals(place, capfd, method):
     found, _ = call(capfd, "distill", "--student", "model", *PAIRS, "--method", method, "--out", "s", *FAST)
     assert found["reused"] is False
     assert (place / "s" / "model.safetensors").exists()

@@ -152,8 +152,8 @@ def test_a_recipe_is_priced_stage_by_stage(tmp_path, tokenizer):
     assert checks_found(checkup) == set()
     memory, disk = checkup.facts["memory"], checkup.facts["disk"]
     n = checkup.facts["models"]["student"]["parameters"]
-    assert memory["training tvkd"] == 16 * n
-    assert memory["training wpo"] == memory["training the teacher's DPO"] == 20 * n  # they hold their reference
+    assert memory["training tvkd"] == memory["training wpo"] == 16 * n
+    assert memory["training the teacher's DPO"] == 20 * n  # it holds its reference
     assert 4 * n < memory["training tvkd-lora"] < 16 * n
     assert disk["weights of dpo"] == 4 * n
     assert disk["checkpoints while training"] == 2 * 12 * n
@@ -161,7 +161,7 @@ def test_a_recipe_is_priced_stage_by_stage(tmp_path, tokenizer):
     assert any(key.startswith("signals of the reference on test") for key in disk)
     assert "sampled responses, at most" in disk
     assert not (tmp_path / "runs").exists()
-    assert "training dpo, tvkd, dckd, seqkd" in as_text(checkup)  # they take the same
+    assert "training dpo, tvkd, dckd, wpo, seqkd" in as_text(checkup)  # they take the same
 
 
 def test_save_total_limit_counts_in_disk(tmp_path, tokenizer):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from prefdistill.methods import TRLMethod
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Training
 from support.methods import MODELS, SAMPLED, SIDES, Stores
@@ -38,11 +37,10 @@ def stores(tmp_path_factory, model_of, rows, tokenizer):
 
 @pytest.fixture(scope="session")
 def trainer_of(tmp_path_factory, model_of, rows, tokenizer, stores):
-    """The trainer of a method, ours or TRL's, before its first step."""
+    """The trainer of a method before its first step."""
 
     def make(method, *, k="vocab", p=None, same="", signals=None, **training):
-        if signals is None:
-            signals = [] if isinstance(method, TRLMethod) else stores(k, p, same)
+        signals = stores(k, p, same) if signals is None else signals
         options = {"batch_size": 4, "max_steps": 8, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 100}
         trainer = make_trainer(
             method, lambda: model_of(same or "student"), rows, tokenizer, Training(**options | training),

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from transformers import TrainingArguments
 
 from prefdistill import METHODS, PrefDistillTrainer
@@ -11,23 +10,18 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.identity import weights_digest
-from prefdistill.models.scratch import random_model
 from prefdistill.signals import extract_signals
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Training
 from support.methods import (
-    OURS,
     SAMPLED,
     SIDES,
-    THEIRS,
     assert_same_trajectory,
-    batch_of,
     history,
     live_signals,
     trained,
     weights,
 )
-from support.tokenizer_styles import STYLES, make_tokenizer
 
 
 def test_evaluation_reads_the_signals_of_the_rows_it_is_given(tmp_path_factory, model_of, rows, tokenizer, stores):
@@ -54,11 +48,6 @@ def test_evaluation_reads_the_signals_of_the_rows_it_is_given(tmp_path_factory, 
         trainer.evaluate(trainer.train_dataset.select(range(2)))
 
 
-def test_trl_computes_its_reference_during_training(trainer_of):
-    with pytest.raises(UserError, match="precompute_ref_log_probs has no effect: TRL computes"):
-        trainer_of(METHODS["wpo"](), arguments={"precompute_ref_log_probs": True})
-
-
 # -- where one method becomes another ----------------------------------------------------------------------------------
 
 
@@ -74,7 +63,7 @@ def test_training_does_not_depend_on_micro_batches(name, trainer_of, model_of):
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if METHODS[name]().needs])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().needs])
 def test_training_on_live_signals_has_the_trajectory_of_stored_ones(name, trainer_of, model_of):
     stored = trained(trainer_of(METHODS[name](), max_steps=3))
     live = trained(trainer_of(METHODS[name](), signals=live_signals(METHODS[name](), model_of), max_steps=3))
@@ -143,61 +132,61 @@ def test_a_topk_method_is_evaluated_with_the_signals_of_the_held_out_rows(tmp_pa
 # -- baselines of TRL --------------------------------------------------------------------------------------------------
 
 
-def assert_tokens_are(trainer, ours, places):
-    """What the loss of a TRL trainer is made of: prompt and response tokens of each row."""
-    assert len(trainer.train_dataset) == len(ours)
-    for place in places:
-        batch, row = batch_of(trainer, [place]), ours[place]
-        for n, side in enumerate(SIDES):
-            if "chosen_labels" in batch:  # of SimPO
-                tokens, labels, kept = (batch[f"{side}_{x}"][0] for x in ("input_ids", "labels", "attention_mask"))
-                mask = labels != -100
-                assert labels[mask].tolist() == row[f"{side}_ids"]
-            else:
-                tokens, mask, kept = (batch[x][n] for x in ("input_ids", "completion_mask", "attention_mask"))
-            assert tokens[kept.bool()].tolist() == row["prompt_ids"] + row[f"{side}_ids"]
-            assert tokens[mask.bool()].tolist() == row[f"{side}_ids"]
+def cpo_row(row):
+    """A row of `encode_pairs` in the columns of TRL's CPOTrainer."""
+    columns = {}
+    for side in SIDES:
+        prompt, response = row["prompt_ids"], row[f"{side}_ids"]
+        columns[f"{side}_input_ids"] = prompt + response
+        columns[f"{side}_attention_mask"] = [1] * len(prompt + response)
+        columns[f"{side}_labels"] = [-100] * len(prompt) + response
+    return columns
 
 
-@pytest.mark.parametrize("truncation", [Truncation(None), Truncation(20), Truncation(1024, max_prompt_length=6)])
-@pytest.mark.parametrize("name", THEIRS)
-def test_trl_trains_on_our_tokens(name, truncation, tmp_path, model_of, rows, tokenizer):
-    """The same prompt and response tokens, cut at the same places; no limit means none, also beyond TRL's defaults."""
-    long = dict(rows[0])
-    long["chosen"] = [{"role": "assistant", "content": "the small teacher reads " * 300}]
-    data = Dataset.from_list([dict(row) for row in rows] + [long])
-    training = Training(batch_size=1, max_steps=1)
-    trainer = make_trainer(
-        METHODS[name](), lambda: model_of("student"), data, tokenizer, training, tmp_path, truncation=truncation
+def trl_trainer(name, trainer, model_of, rows, tokenizer, out):
+    """TRL's trainer of a method, on the tokens and with the arguments of ours."""
+    from trl import DPOConfig, DPOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    names = ("per_device_train_batch_size", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed",
+             "data_seed", "logging_steps", "max_grad_norm", "weight_decay")  # fmt: skip
+    common = {name: getattr(trainer.args, name) for name in names} | {
+        "output_dir": str(out), "use_cpu": True, "report_to": "none", "bf16": False, "gradient_checkpointing": False,
+        "save_strategy": "no", "max_length": 10_000, "beta": trainer.method.beta,
+    }  # fmt: skip
+    kind, config = {
+        "simpo": (CPOTrainer, lambda: CPOConfig(**common, loss_type="simpo", cpo_alpha=0.0, remove_unused_columns=False,
+                                                simpo_gamma=trainer.method.gamma)),
+        "wpo": (DPOTrainer, lambda: DPOConfig(**common, use_weighting=True)),
+    }[name]  # fmt: skip
+    models = {"model": model_of("student")} | ({"ref_model": model_of("student")} if name == "wpo" else {})
+    pairs = rows.select_columns(["prompt", *SIDES])
+    trl = kind(**models, args=config(), train_dataset=pairs, processing_class=tokenizer)
+    encoded, _ = encode_pairs(rows, tokenizer, Truncation())
+    columns = ["prompt_ids", *(f"{side}_ids" for side in SIDES)]
+    trl.train_dataset = (
+        encoded.map(cpo_row, remove_columns=encoded.column_names)
+        if name == "simpo"
+        else encoded.select_columns(columns)
     )
-    ours, _ = encode_pairs(data, tokenizer, truncation)
-    assert len(ours) == (24 if truncation.max_length == 20 else 25)  # one prompt leaves no room
-    longest = max(map(len, ours["chosen_ids"]))
-    assert (longest > 1024) == (truncation.max_length is None)
-    assert (max(map(len, ours["prompt_ids"])) == 6) == (truncation.max_prompt_length is not None)
-    assert_tokens_are(trainer, ours, (0, 5, len(ours) - 1))
+    return trl
 
 
-@pytest.mark.parametrize("style", ["llama3", "chatml", "zephyr", "phi3"])
-@pytest.mark.parametrize("name", THEIRS)
-def test_trl_trains_on_nothing_after_the_end_token(name, style, tmp_path):
-    """Neither on what the template writes there nor on an end token that TRL adds."""
-    tokenizer = make_tokenizer(style)
-    row = {"prompt": ("user", "a"), "chosen": ("assistant", "b"), "rejected": ("assistant", "c")}
-    row = {name: [{"role": role, "content": text}] for name, (role, text) in row.items()}
-    data, training = Dataset.from_list([row, row]), Training(batch_size=1, max_steps=1)
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    trainer = make_trainer(
-        METHODS[name](), lambda: random_model(tokenizer, shape, 0), data, tokenizer, training, tmp_path
-    )
-    ours, _ = encode_pairs(data, tokenizer, Truncation())
-    assert tokenizer.decode(ours[0]["chosen_ids"]) == "b" + STYLES[style].end
-    assert_tokens_are(trainer, ours, (0, 1))
+@pytest.mark.parametrize("name", ["simpo", "wpo"])
+def test_a_method_that_trl_has_too_has_its_trajectory(name, tmp_path, trainer_of, model_of, rows, tokenizer):
+    """WPO without signals: its reference is computed from the start, as TRL does."""
+    ours = trained(trainer_of(METHODS[name](), signals=[]))
+    trl = trained(trl_trainer(name, ours, model_of, rows, tokenizer, tmp_path))
+    assert np.ptp(history(ours, "rewards/margins")) > 0.05  # something is learnt, or agreement says nothing
+    np.testing.assert_allclose(history(ours), history(trl), rtol=1e-3)
+    torch.testing.assert_close(weights(ours), weights(trl), atol=1e-4, rtol=0)
+    for key in ("rewards/margins", "rewards/chosen"):
+        np.testing.assert_allclose(history(ours, key), history(trl, key), atol=2e-3)
 
 
-def test_trl_needs_no_signals(trainer_of, stores):
-    for name in THEIRS:
-        with pytest.raises(UserError, match="trained by TRL on the pairs alone; leave the signals out"):
-            trainer_of(METHODS[name](), signals=stores())
-        with pytest.raises(UserError, match=r"use prefdistill\.training\.factory\.make_trainer"):
-            PrefDistillTrainer(None, METHODS[name](), None, None)
+def test_wpo_uses_the_reference_it_is_given(trainer_of, capsys):
+    stored = trained(trainer_of(METHODS["wpo"](), max_steps=3))
+    assert "no reference signals are given" not in capsys.readouterr().err
+    computed = trained(trainer_of(METHODS["wpo"](), signals=[], max_steps=3))
+    assert "no reference signals are given; they are computed from the student's start" in capsys.readouterr().err
+    np.testing.assert_allclose(history(stored), history(computed), atol=1e-6)

@@ -3,15 +3,12 @@
 import numpy as np
 import torch
 
-from prefdistill import METHODS, LiveTeacher
-from prefdistill.methods import TRLMethod
+from prefdistill import LiveTeacher
 from prefdistill.signals import extract_signals
 
 SIDES = ("chosen", "rejected")
 SAMPLED = ("teacher_response", "student_response")
 ROWS = (0, 3, 8, 13, 18, 23)  # of the data, with responses of many lengths, ended and cut
-OURS = [name for name, method in METHODS.items() if not issubclass(method, TRLMethod)]
-THEIRS = [name for name in METHODS if name not in OURS]
 
 MODELS = {"student": (0, 2.0), "reference": (0, 2.0), "teacher": (5, 4.0), "teacher_reference": (6, 3.0)}
 

@@ -90,7 +90,6 @@ def set_weights(workdir, value):
 VERBS = {
     "sft": ["sft", "--model", "model"],
     "dpo": ["dpo", "--model", "model"],
-    "simpo": ["distill", "--student", "model", "--method", "simpo"],
     "distill": ["distill", "--student", "model", "--method", "sft"],
 }
 
@@ -135,17 +134,16 @@ class NanOptimizer(torch.optim.SGD):
                     weight.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("method", ["sft", "simpo"])
-def test_non_finite_weights_are_not_saved(tmp_path, make_model, tokenizer, pairs, method):
+def test_non_finite_weights_are_not_saved(tmp_path, make_model, tokenizer, pairs):
     """No loss is computed after the last step."""
     training = Training(max_steps=1, batch_size=2, micro_batch_size=2)
     model = make_model(num_hidden_layers=1)
     out = tmp_path / "out"
     rows = pairs.select(range(4)).select_columns(["prompt", "chosen", "rejected"])
-    trainer = make_trainer(METHODS[method](), lambda: model, rows, tokenizer, training, out)
+    trainer = make_trainer(METHODS["sft"](), lambda: model, rows, tokenizer, training, out)
     trainer.optimizer = NanOptimizer(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=r"the trained weights are not finite, the first of them model\.embed_tokens"):
-        fit(trainer, out, method)
+        fit(trainer, out, "sft")
     assert not (out / "model.safetensors").exists()
 
 

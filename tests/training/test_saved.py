@@ -74,7 +74,7 @@ def train(kind, start, rows, tokenizer, out, **options):
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["sft", "simpo", "teacher-sft", "teacher-dpo"])
+@pytest.mark.parametrize("kind", ["sft", "teacher-sft", "teacher-dpo"])
 def test_every_training_saves_the_ids_it_was_trained_with(tmp_path, start, rows, compared, kind, options):
     place, tokenizer = start()
     train(kind, place, rows, tokenizer, tmp_path / "out", **options)

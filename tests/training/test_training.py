@@ -17,7 +17,7 @@ from prefdistill.core.stages import run_stage
 from prefdistill.data.truncation import Truncation
 from prefdistill.signals import extract_signals
 from prefdistill.training.checkpoints import WHOLE
-from prefdistill.training.factory import make_trainer
+from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
 
@@ -261,11 +261,15 @@ def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(
 
 def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, make_model, pairs, tokenizer):
     """TRL counts tokens, and the Trainer averages the loss, from the start of the process."""
+    from trl import DPOConfig, DPOTrainer
+
     training = Training(max_steps=4, batch_size=4, micro_batch_size=4, logging_steps=1)
     rows = pairs.select_columns(["prompt", "chosen", "rejected"])
 
     def trainer(out):
-        return make_trainer(METHODS["wpo"](), make_model, rows, tokenizer, training, out)
+        models = lambda: {"model": make_model(), "ref_model": make_model()}  # noqa: E731
+        kinds = (DPOConfig, DPOTrainer)
+        return trl_trainer(kinds, models, rows, tokenizer, training, out, seed=0, data_seed=0, max_length=None)
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     fit(trainer(straight), straight, "straight")

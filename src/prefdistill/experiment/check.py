@@ -74,8 +74,8 @@ def check_trainings(plan: Plan) -> None:
     from prefdistill.training.trl import check_trl_training
 
     recipe = plan.context.recipe
-    for name, run in recipe.methods.items():
-        check_training(plan.methods[name], run.training)
+    for run in recipe.methods.values():
+        check_training(run.training)
     for training in filter(None, (recipe.teacher.sft, recipe.student.sft, recipe.teacher.dpo)):
         check_trl_training(training)
     if recipe.reward_model and not recipe.reward_model.name:

@@ -18,7 +18,6 @@ from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, Train
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
 from prefdistill.experiment.steps.synthetic import Pairs
-from prefdistill.methods import Method
 from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.signals.sizes import store_bytes
 from prefdistill.training.arguments import adapter_config
@@ -129,9 +128,8 @@ class _Pricing:
             return self._training(step.output, step.section.training, step.pairs, 0, "float32")
         if isinstance(step, Distill):
             training = recipe.methods[step.method].training
-            beside = models_held(step.algorithm, training) - 1
             data: Input | Sample = step.samples[0] if step.samples else step.train
-            return self._training(step.output, training, data, beside)
+            return self._training(step.output, training, data, 0)
         if isinstance(step, Pairs):
             responses = 2 * (step.language.task.teacher_pairs + step.language.task.test_prompts)
             return self._generation(step.model, "student", responses, recipe.evaluate.max_new_tokens)
@@ -249,12 +247,6 @@ def _seen(training: Training, length: Lengths | None) -> tuple[int | None, int |
     if length is None or not length.rows:
         return rows, None, False
     return rows, (length.tokens + length.prompt_tokens) * rows // length.rows, length.exact
-
-
-def models_held(method: Method, training: Training) -> int:
-    """Return how many models the trainer of a method holds: the student and, with TRL's own, its reference."""
-    models = getattr(method, "models", None)
-    return 1 if models is None else len(models(lambda: None, adapter=training.lora is not None))
 
 
 # -- bytes of models ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prefdistill.losses.distillm2 import distillm2_loss
     from prefdistill.losses.distribution import rest_logprob, skew_kl, topk_kl, with_rest
     from prefdistill.losses.dpkd import dpkd_loss
-    from prefdistill.losses.preference import dpo_loss, sft_loss, tvkd_loss
+    from prefdistill.losses.preference import dpo_loss, sft_loss, simpo_loss, tvkd_loss
     from prefdistill.losses.value import TERMINALS, shaping_return, soft_value
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "rest_logprob",
     "sft_loss",
     "shaping_return",
+    "simpo_loss",
     "skew_kl",
     "soft_value",
     "topk_kl",
@@ -48,6 +49,7 @@ __getattr__ = lazy_names(
         "rest_logprob": "distribution",
         "sft_loss": "preference",
         "shaping_return": "value",
+        "simpo_loss": "preference",
         "skew_kl": "distribution",
         "soft_value": "value",
         "topk_kl": "distribution",

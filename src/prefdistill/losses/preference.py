@@ -53,6 +53,42 @@ def dpo_loss(
     return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
 
 
+def simpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    tokens_chosen: Tensor,
+    tokens_rejected: Tensor,
+    *,
+    beta: float,
+    gamma: float,
+) -> Tensor:
+    r"""Return the SimPO loss: the log-probability per token is the reward, and the chosen one has a target margin.
+
+    .. math:: -\log\sigma\big(\beta [\tfrac{1}{T_w}\log\pi_\theta(y_w)
+              - \tfrac{1}{T_l}\log\pi_\theta(y_l)] - \gamma\big)
+
+    Args:
+        policy_chosen, policy_rejected: sequence log-probabilities in nats, shape [B].
+        tokens_chosen, tokens_rejected: response tokens of each, shape [B]; one without any has reward 0.
+        beta: scale of the reward.
+        gamma: target margin, in units of the scaled reward.
+
+    Returns:
+        One loss per pair, shape [B].
+
+    Source: SimPO (arXiv 2405.14734), equation 6.
+
+    Example:
+        >>> import torch
+        >>> chosen, rejected = torch.tensor([-2.0]), torch.tensor([-6.0])
+        >>> simpo_loss(chosen, rejected, torch.tensor([2]), torch.tensor([3]), beta=2.0, gamma=1.0)  # -log sigmoid(1)
+        tensor([0.3133])
+    """
+    check_shapes(policy_chosen, policy_rejected, tokens_chosen, tokens_rejected)
+    margin = policy_chosen / tokens_chosen.clamp(min=1) - policy_rejected / tokens_rejected.clamp(min=1)
+    return -F.logsigmoid(beta * margin - gamma)
+
+
 def tvkd_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,

@@ -11,9 +11,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.options import suggestion
 from prefdistill.core.registry import Registry
 from prefdistill.methods.base import BatchSignals, Method, Metrics, Student, sampled
-from prefdistill.methods.trl import TRLMethod
 
-__all__ = ["METHODS", "BatchSignals", "Method", "Metrics", "Student", "TRLMethod", "make_method", "sampled"]
+__all__ = ["METHODS", "BatchSignals", "Method", "Metrics", "Student", "make_method", "sampled"]
 
 METHODS = Registry(
     "method",
@@ -27,8 +26,8 @@ METHODS = Registry(
         "dckd": "prefdistill.methods.distribution:DCKD",
         "adpa": "prefdistill.methods.distribution:ADPA",
         "dpkd": "prefdistill.methods.dpkd:DPKD",
-        "simpo": "prefdistill.methods.trl:SimPO",
-        "wpo": "prefdistill.methods.trl:WPO",
+        "simpo": "prefdistill.methods.preference:SimPO",
+        "wpo": "prefdistill.methods.preference:WPO",
         "dadpo": "prefdistill.methods.preference:DaDPO",
         "distillm2": "prefdistill.methods.distribution:DistiLLM2",
     },

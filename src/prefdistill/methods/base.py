@@ -32,7 +32,8 @@ class Student:
     after another: `topk`, the student's log-probabilities at the ids of the teacher's "topk" signal [states, k], and
     `rest`, the log of its mass elsewhere [states]; `likeliest`, its own most likely token and that one's
     log-probability, [states] each, for methods that set `reads_likeliest`; `token_logps`, the log-probability of each
-    realised token [states], for methods that set `reads_token_logps`.
+    realised token [states], for methods that set `reads_token_logps`; `log_sum_squares`, the log of the sum of the
+    squared probabilities of all tokens [states], without gradient, for methods that set `reads_log_sum_squares`.
     """
 
     logps: dict[str, Tensor]
@@ -41,6 +42,7 @@ class Student:
     rest: dict[str, Tensor] = field(default_factory=dict)
     likeliest: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     token_logps: dict[str, Tensor] = field(default_factory=dict)
+    log_sum_squares: dict[str, Tensor] = field(default_factory=dict)
 
     def mean_over_tokens(self, response: str, per_state: Tensor) -> Tensor:
         """Return the mean of a quantity over the states of each response: [states] -> [B]; 0 without tokens."""
@@ -54,6 +56,7 @@ class Method:
     """Base of all methods: a frozen dataclass of hyper-parameters with what it reads and how that becomes a loss."""
 
     display_name: ClassVar[str]  # in tables and plots; by default the name of the class
+    scores_reference: ClassVar[bool] = False  # without reference signals, the trainer computes them from the start
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,6 +100,11 @@ class Method:
     @property
     def reads_token_logps(self) -> bool:
         """Whether it needs the student's log-probability of each realised token."""
+        return False
+
+    @property
+    def reads_log_sum_squares(self) -> bool:
+        """Whether it needs the log of the sum of the student's squared probabilities of each state."""
         return False
 
     def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Methods on log-probabilities of whole responses: SFT, SeqKD, DPO and daDPO."""
+"""Methods on log-probabilities of whole responses: SFT, SeqKD, DPO, daDPO, WPO and SimPO."""
 
 from __future__ import annotations
 
@@ -100,6 +100,55 @@ class DaDPO(DPO):
         teacher = (signals["teacher_chosen"], signals["teacher_rejected"])
         loss = losses.dadpo_loss(*logps, *teacher, beta=self.beta, teacher_beta=self.teacher_beta)
         return loss.mean(), reward_metrics(*logps, beta=self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WPO(DPO):
+    """WPO (arXiv 2406.11827): DPO whose pairs count by how likely the student finds them.
+
+    Args:
+        beta: strength of the pull towards the reference, per nat.
+    """
+
+    scores_reference: ClassVar[bool] = True
+
+    @property
+    def reads_token_logps(self) -> bool:
+        return True
+
+    @property
+    def reads_log_sum_squares(self) -> bool:
+        return True
+
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
+        logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
+        chosen, rejected = (
+            student.mean_over_tokens(side, student.token_logps[side].detach() - student.log_sum_squares[side]).exp()
+            for side in SIDES
+        )
+        weight = chosen * rejected
+        loss = weight * losses.dpo_loss(*logps, beta=self.beta)
+        return loss.mean(), {**reward_metrics(*logps, beta=self.beta), "weights": weight.mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimPO(Method):
+    """SimPO (arXiv 2405.14734): log-probabilities per token as the reward, a target margin, no reference.
+
+    Args:
+        beta: scale of the reward.
+        gamma: the margin that the chosen response shall have, in units of the scaled reward.
+    """
+
+    beta: PositiveFloat = 2.0
+    gamma: float = 1.0
+
+    def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
+        logps, tokens = ([part[side] for side in SIDES] for part in (student.logps, student.tokens))
+        loss = losses.simpo_loss(*logps, *tokens, beta=self.beta, gamma=self.gamma)
+        chosen, rejected = (logp / count.clamp(min=1) for logp, count in zip(logps, tokens, strict=True))
+        zero = loss.new_zeros(len(loss))
+        return loss.mean(), reward_metrics(chosen, rejected, zero, zero, beta=self.beta)
 
 
 def reward_metrics(

@@ -31,6 +31,18 @@ def token_logps(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
     return (_TokenLogps.apply(logits, tokens),)
 
 
+@torch.no_grad()
+def log_sum_squares(logits: Tensor) -> Tensor:
+    """Return the log of the sum of the squared probabilities of each state, without gradient: [n, vocab] -> [n].
+
+    Example:
+        >>> import torch
+        >>> log_sum_squares(torch.zeros(1, 4))                          # log(4 / 4^2)
+        tensor([-1.3863])
+    """
+    return torch.logsumexp(2 * logits, dim=-1) - 2 * torch.logsumexp(logits, dim=-1)
+
+
 class _TokenLogps(torch.autograd.Function):
     """z_a - logsumexp(z), whose gradient, 1[a] - softmax(z), takes one [n, vocab] tensor and not three."""
 

@@ -1,6 +1,5 @@
-"""Make the trainer of any method: `PrefDistillTrainer`, or TRL's own for the methods that TRL has."""
+"""Make the trainer of any method, and TRL's trainers."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,17 +8,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
-from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import encode_pairs, longest_text, reading_of
 from prefdistill.data.truncation import Truncation
-from prefdistill.methods import Method, TRLMethod
-from prefdistill.models.positions import check_positions
+from prefdistill.methods import Method
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.nan_guard import with_nan_guard
-from prefdistill.training.options import argument_problems
 from prefdistill.training.trainer import PrefDistillTrainer
 
 if TYPE_CHECKING:
@@ -29,33 +23,13 @@ if TYPE_CHECKING:
     from prefdistill.training.options import Training
 
 
-# Arguments of TRL without an effect on rows that are encoded before it sees them, and why.
-UNUSED_IN_TRL = {
-    **dict.fromkeys(("dataset_num_proc", "truncation_mode"), "the rows are encoded and truncated before"),
-    **dict.fromkeys(
-        ("precompute_ref_log_probs", "precompute_ref_batch_size"), "TRL computes reference log-probs during training"
-    ),
-}
-
-
-def check_training(method: Method, training: "Training") -> None:
+def check_training(training: "Training") -> None:
     """Check the arguments of a method's training, before anything is loaded or written.
 
     Raises:
         UserError: as `training_arguments` does.
     """
-    if isinstance(method, TRLMethod):
-        kind, own = method.classes()[0], _arguments_of(method, training)
-        training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0, kind=kind, **own)
-    else:
-        training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0)
-
-
-def _arguments_of(method: TRLMethod, training: "Training") -> dict[str, Any]:
-    """Return the arguments that a method sets itself."""
-    if clashes := argument_problems(training.arguments, unused=UNUSED_IN_TRL):
-        raise UserError(*clashes, where="training arguments")
-    return {"max_length": sys.maxsize, **method.arguments()}  # `encode_pairs` has truncated the rows
+    training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0)
 
 
 def make_trainer(
@@ -75,7 +49,7 @@ def make_trainer(
 
     Args:
         method: of `METHODS`.
-        load: loads the student's start; TRL's trainers may call it twice.
+        load: loads the student's start.
         pairs, tokenizer, signals, truncation: as for `PrefDistillTrainer`.
         training: steps, sizes, adapters.
         out: directory for the trained model.
@@ -85,29 +59,6 @@ def make_trainer(
         UserError: as `PrefDistillTrainer` does.
     """
     data_seed = seed if data_seed is None else data_seed
-    if isinstance(method, TRLMethod):
-        if signals:
-            raise UserError(f"{type(method).__name__} is trained by TRL on the pairs alone; leave the signals out")
-        encoded, dropped = encode_pairs(pairs, tokenizer, truncation or Truncation())
-        if not (reading := reading_of(encoded, dropped)).complete:
-            say(f"training: {reading}")
-        trainer = trl_trainer(
-            method.classes(),
-            lambda: method.models(load, adapter=training.lora is not None),
-            pairs.select(encoded["row"][:1]).select_columns(["prompt", *SIDES]),
-            tokenizer,
-            training,
-            out,
-            seed=seed,
-            data_seed=data_seed,
-            **_arguments_of(method, training),
-        )
-        columns = ["prompt_ids", *(f"{side}_ids" for side in SIDES)]
-        check_positions(longest_text(encoded.select_columns(columns)), trainer.model)
-        # The same tokens that every other method is trained on. TRL's own rows have more of them after the end token:
-        # what the template writes there, or an EOS.
-        trainer.train_dataset = method.rows(encoded)
-        return trainer
     with _trainer_errors():
         return PrefDistillTrainer(
             model=load(),

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from prefdistill.methods import Method, Student
-from prefdistill.models.logprobs import reduce_logits, sum_by_response, token_and_topk_logps, token_logps
+from prefdistill.models.logprobs import (
+    log_sum_squares,
+    reduce_logits,
+    sum_by_response,
+    token_and_topk_logps,
+    token_logps,
+)
 
 
 def read_student(
@@ -38,6 +44,8 @@ def read_student(
         if method.reads_likeliest:
             best = logits.argmax(-1)
             columns += [best, *token_logps(logits, best)]
+        if method.reads_log_sum_squares:
+            columns.append(log_sum_squares(logits))
         return tuple(columns)
 
     columns: Iterator[Tensor] = iter(
@@ -62,7 +70,8 @@ def read_student(
         likeliest = {response: (best_ids[response], best_logps[response]) for response in responses}
     tokens = dict(zip(responses, lengths.chunk(len(responses)), strict=True))
     of_tokens = by_response(all_token_logps) if method.reads_token_logps else {}
-    return Student(dict(zip(responses, logps, strict=True)), tokens, topk, rest, likeliest, of_tokens)
+    squares = by_response(next(columns)) if method.reads_log_sum_squares else {}
+    return Student(dict(zip(responses, logps, strict=True)), tokens, topk, rest, likeliest, of_tokens, squares)
 
 
 def _pad_together(ids_by_response: list[Tensor | None], states: list[int], like: Tensor) -> list[Tensor]:

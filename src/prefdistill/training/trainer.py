@@ -1,6 +1,5 @@
 """The student's trainer: a transformers.Trainer whose loss is a method's."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,11 @@ from prefdistill.core.progress import say
 from prefdistill.data.batches import layout_for
 from prefdistill.data.encode import longest_text
 from prefdistill.data.truncation import Truncation
-from prefdistill.methods import Method, Student, TRLMethod
+from prefdistill.methods import Method, Student
 from prefdistill.models.load import load_model
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models.positions import check_positions
-from prefdistill.signals.live import bind_live
+from prefdistill.signals.live import LiveTeacher, bind_live
 from prefdistill.signals.store import Signals
 from prefdistill.training.nan_guard import check_loss
 from prefdistill.training.rows import SignalCollator, feature_tensors, prepare_rows
@@ -79,8 +78,6 @@ class PrefDistillTrainer(Trainer):
         truncation: Truncation | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(method, TRLMethod):
-            raise UserError(f"{type(method).__name__} is trained by TRL: use prefdistill.training.factory.make_trainer")
         if processing_class is None:
             raise UserError("PrefDistillTrainer needs the student's tokenizer: pass processing_class=tokenizer")
         if args.n_gpu > 1:
@@ -91,12 +88,12 @@ class PrefDistillTrainer(Trainer):
         student: nn.Module = load_model(model, dtype="float32") if isinstance(model, str) else model
         disable_dropout(student)
         self.method = method
-        signals = bind_live(signals, train_dataset, processing_class, truncation, method.needs)
+        signals = self._signals(signals, student, args, train_dataset, processing_class, truncation)
         train_rows, collate, resolved = prepare_rows(train_dataset, method, signals, processing_class, truncation)
         eval_rows: Dataset | None = None
         collate_eval: SignalCollator | None = None
         if eval_dataset:
-            eval_signals = bind_live(eval_signals, eval_dataset, processing_class, truncation, method.needs)
+            eval_signals = self._signals(eval_signals, student, args, eval_dataset, processing_class, truncation)
             eval_rows, collate_eval, _ = prepare_rows(eval_dataset, method, eval_signals, processing_class, truncation)
         for rows in (train_rows, eval_rows):
             if rows is not None:
@@ -125,8 +122,24 @@ class PrefDistillTrainer(Trainer):
         self._emittable = emittable_ids(processing_class, vocabulary_rows(student))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._steps_since_log = 0
-        self._evaluated_batches = 0
         self._reference_checked = False
+
+    def _signals(
+        self,
+        signals: Sequence[Signals],
+        student: nn.Module,
+        args: TrainingArguments,
+        dataset: "Dataset",
+        tokenizer: "PreTrainedTokenizerBase",
+        truncation: Truncation | None,
+    ) -> list[Signals]:
+        """Return the signals of a data set, those of loaded models computed."""
+        roles = {store._role if isinstance(store, LiveTeacher) else store.role for store in signals}
+        if self.method.scores_reference and "reference" not in roles:
+            say("training: no reference signals are given; they are computed from the student's start")
+            start: Any = student.to(args.device)
+            signals = [*signals, LiveTeacher(start, "reference", bf16=bool(args.bf16))]
+        return bind_live(signals, dataset, tokenizer, truncation, self.method.needs)
 
     def compute_loss(
         self,
@@ -135,7 +148,7 @@ class PrefDistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inputs = dict(inputs)
+        rows, inputs = counted_rows(inputs), dict(inputs)
         row_features = inputs.pop("features")
         features = feature_tensors(row_features, self.args.device)
         # accelerate's autocast is on the model's forward, which `reduce_logits` bypasses
@@ -145,7 +158,7 @@ class PrefDistillTrainer(Trainer):
         check_loss(loss, self.state.global_step + 1, f"rows {row_features['row']} of the data")
         if num_items_in_batch is not None:
             self._check_reference(student, features)
-            weight = row_features["counted"] / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
+            weight = rows / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
             loss = loss * weight
             for name, value in metrics.items():
                 self._sums[name].append(value * weight)
@@ -154,36 +167,25 @@ class PrefDistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of a step, without repeated rows, and the rows of the whole batch."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        dataset: Any = self.train_dataset
-        accumulated = self.args.gradient_accumulation_steps
-        in_epoch = math.ceil(len(dataset) / (self.args.train_batch_size * self.accelerator.num_processes))
-        first = self.state.global_step % math.ceil(in_epoch / accumulated) * accumulated
-        batches = [
-            self._without_repeats(batch, first + n, self.args.train_batch_size, dataset, self.data_collator)
-            for n, batch in enumerate(batches)
-        ]
+        batches[-1:] = [self._without_repeats(batch, self.train_dataset, self.data_collator) for batch in batches[-1:]]
         self._steps_since_log += 1
-        total = torch.tensor(float(sum(batch["features"]["counted"] for batch in batches)), device=self.args.device)
+        total = torch.tensor(float(sum(map(counted_rows, batches))), device=self.args.device)
         return batches, self.accelerator.reduce(total, reduction="sum").item()
 
-    def _without_repeats(self, batch: dict[str, Any], place: int, size: int, dataset: Any, collate: Any) -> Any:
-        """Return a batch of this process without the rows that fill up the last batches of several processes.
+    def _without_repeats(self, batch: dict[str, Any], dataset: Any, collate: Any) -> dict[str, Any]:
+        """Return a batch without the rows that fill up the last batches of several processes.
 
-        Its features get the number of rows that count: 0 where all are repeated, which leaves the batch as it is.
+        Where all its rows are repeated it stays, so that every process takes part in the step, and counts for nothing.
         """
-        numbers = list(batch["features"]["row"])
-        before = (place * self.accelerator.num_processes + self.accelerator.process_index) * size
-        counted = min(len(numbers), max(0, len(dataset) - before))
-        if self.accelerator.num_processes > 1 and 0 < counted < len(numbers):
+        team, rows = self.accelerator, list(batch["features"]["row"])
+        if team.num_processes == 1 or self.args.dataloader_drop_last or not team.gradient_state.end_of_dataloader:
+            return batch
+        last = len(dataset) % (len(rows) * team.num_processes)  # rows of the last batches of all processes together
+        counted = min(len(rows), max(0, last - team.process_index * len(rows))) if last else len(rows)
+        if 0 < counted < len(rows):
             index = {row: n for n, row in enumerate(dataset["row"][:])}
-            batch = collate([dataset[index[row]] for row in numbers[:counted]])
-        elif self.accelerator.num_processes == 1:
-            counted = len(numbers)
+            batch = collate([dataset[index[row]] for row in rows[:counted]])
         return {**batch, "features": {**batch["features"], "counted": counted}}
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated_batches = 0
-        return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the data loader of the held-out rows or of the training rows, with their signals."""
@@ -203,9 +205,7 @@ class PrefDistillTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         loader: Any = self.callback_handler.eval_dataloader
-        size = self.args.eval_batch_size
-        inputs = self._without_repeats(inputs, self._evaluated_batches, size, loader.dataset, loader.collate_fn)
-        self._evaluated_batches += 1
+        inputs = self._without_repeats(inputs, loader.dataset, loader.collate_fn)
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
@@ -229,6 +229,12 @@ class PrefDistillTrainer(Trainer):
                 f"warning: before training, the student and its reference signals differ by {gap:.3f} nats per token; "
                 "they should be the same model (in the same precision)"
             )
+
+
+def counted_rows(batch: dict[str, Any]) -> int:
+    """Return the rows of a batch of this process that count in the means of its step."""
+    features = batch["features"]
+    return int(features.get("counted", len(features["row"])))
 
 
 def disable_dropout(model: nn.Module) -> None:

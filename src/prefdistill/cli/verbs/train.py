@@ -96,7 +96,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     from prefdistill.training.factory import check_training, make_trainer
     from prefdistill.training.loop import fit
 
-    check_training(method, training)
+    check_training(training)
     lengths = (options.max_length, options.max_prompt_length)
     truncation = Truncation(lengths[0] or 1024, lengths[1]) if any(lengths) else None
     pairs = load_pairs(options.data, responses=method.responses)
