@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).parents[1] / "support" / "train_in_processes.py"
 
 
 def test_any_split_of_a_batch_has_one_trajectory(tmp_path, make_model, pairs, tokenizer):
-    """21 rows in batches of 8: the last one has 5, which neither micro-batches nor processes divide."""
+    """21 rows in batches of 8: the last one has 5, which neither micro-batches nor processes divide. SimPO is resumed
+    after its first step with `ignore_data_skip`, which starts the epoch again."""
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "pairs.jsonl", list(pairs)[:21])
@@ -40,7 +41,11 @@ def test_any_split_of_a_batch_has_one_trajectory(tmp_path, make_model, pairs, to
         assert done.returncode == 0, done.stderr[-3000:]
         results = json.loads(out.read_text())
         runs += [results[split] for split in splits]
-    logged = {"tvkd": ("loss", "rewards/margins", "shaping/margins_abs"), "dckd": ("loss", "kl/chosen", "kl/rejected")}
+    logged = {
+        "tvkd": ("loss", "rewards/margins", "shaping/margins_abs"),
+        "dckd": ("loss", "kl/chosen", "kl/rejected"),
+        "simpo": ("loss", "rewards/margins"),
+    }
     assert runs[0].keys() == runs[1].keys() == logged.keys()
     for name, other in itertools.product(logged, runs[1:]):
         keys, one, two = logged[name], runs[0][name], other[name]
