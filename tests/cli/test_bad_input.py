@@ -336,7 +336,7 @@ BAD = [
     (inspect("--signals", "teacher", out=""), "--out is empty; give a value"),
     (
         inspect("--signals", "teacher", "--tokenizer", "other", "--max-pairs", "1"),
-        "extract them again with that of other",
+        "extract them again with `prefdistill signals --tokenizer other`",
     ),
     (["report", "run-good", "--out", "pairs.jsonl", "--format", "html"], "pairs.jsonl was not made by"),
     (

@@ -1,15 +1,21 @@
 """Whole runs on the built-in task: what they write, reuse, resume, repair and rebuild."""
 
 import json
+import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from prefdistill.core.files import file_digest, read_sealed, write_sealed
+from prefdistill.core.parts import write_checksum
 from prefdistill.data.load import load_pairs
 from prefdistill.evaluation.results import Role
 from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
 from prefdistill.report.run import PANELS, load_run
+from prefdistill.signals import Signals
 from support.tiny_runs import QUICKSTART, TINY, rebuilt, stages, stop
 
 
@@ -160,3 +166,26 @@ def test_results_are_removed_before_the_data_changes_anything(mine, tmp_path, mo
         run_recipe(load_recipe(mine / "recipe.yaml"), out)
     assert not (out / "results.json").exists()
     assert not (out / "report.html").exists()
+
+
+def test_signals_of_other_token_ids_are_extracted_again_where_a_step_is_to_run(copy, finished, capsys):
+    store = copy / "seed-0" / "signals-reference-train" / "store"
+    shard, digest = store / "shards" / "00000.parquet", Signals.open(store).digest
+    table = pq.read_table(shard)
+    other = pa.array(table["chosen_ids_crc32"].to_numpy() ^ 1)  # as in a template of yesterday
+    pq.write_table(table.set_column(table.column_names.index("chosen_ids_crc32"), "chosen_ids_crc32", other), shard)
+    write_checksum(shard, file_digest(shard))
+    manifest = read_sealed(store / "manifest.json")
+    manifest["shards"][0]["sha256"] = file_digest(shard)
+    write_sealed(store / "manifest.json", manifest)
+    run_recipe(load_recipe(QUICKSTART, TINY), copy)  # nothing is to run: all stays
+    assert Signals.open(store).digest != digest
+    shutil.rmtree(copy / "seed-0" / "evaluate-dpo-0")
+    capsys.readouterr()
+    results = run_recipe(load_recipe(QUICKSTART, TINY), copy)
+    said = capsys.readouterr().err
+    assert "signals-reference-train: the reference signals" in said
+    assert said.count("extracting them again") == 1
+    assert Signals.open(store).digest == digest
+    assert rebuilt(results) == {"evaluate-dpo-0"}
+    assert results["methods"] == finished[1]["methods"]

@@ -852,6 +852,7 @@ def test_the_documented_code_reads_a_store(tmp_path, make_model, pairs, tokenize
 
 def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
     """All columns of a shard but the texts' offsets and lengths, with ids that nothing compresses."""
+    from prefdistill.signals.ids import Ids
     from prefdistill.signals.kinds import Settings, make_kinds
     from prefdistill.signals.request import shard_columns
     from prefdistill.signals.shards import Shard, write_shard
@@ -869,9 +870,11 @@ def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
         found["chosen_topk_rest"].append(np.log1p(-np.exp(top.astype(np.float64)).sum(1)).astype(np.float32))
         found["chosen_topk_counts"].append(np.full(tokens, 50, np.int32))
         states += tokens
-    rows = {"row": list(range(24)), "chosen_ids": [[0]] * 24, "chosen_ended": [True] * 24, "chosen_offsets": [[1]] * 24}
+    rows = {"chosen_ended": [True] * 24, "chosen_offsets": [[1]] * 24}
+    ones = np.ones(24, dtype=np.uint32)
+    ids = Ids(np.arange(24), {"chosen": ones}, {"chosen": ones}, "")
     settings = Settings(topk={"k": 50, "vocabulary": 128_256, "coding": "packed", "id_bits": 17})
-    columns, errors = shard_columns(rows, ("chosen",), found, make_kinds(["topk"], settings))
+    columns, errors = shard_columns(rows, ids, found, make_kinds(["topk"], settings))
     write_shard(tmp_path / "s.parquet", columns, {"kept": 24})
     assert (tmp_path / "s.parquet").stat().st_size / states <= 128
     assert np.mean(errors) < 1e-3

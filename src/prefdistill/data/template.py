@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefdistill.core.errors import UserError
@@ -62,3 +63,23 @@ def template_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens that end a response: the tokenizer's EOS, and the end token of its chat template."""
     return {tokenizer.eos_token_id, template_ending(tokenizer).token} - {None}
+
+
+PROBE = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": "probe answer"})
+
+
+def changes_with_time(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] = PROBE) -> bool:
+    """Return whether the chat template renders messages in another way at another time, as one that prints the date."""
+    if not tokenizer.chat_template:
+        return False
+    template = tokenizer.get_chat_template()
+
+    def render(clock: str) -> str | None:
+        """Render with a function of this name that replaces the template's clock, or else replaces nothing."""
+        replaced = f"{{% macro {clock}(pattern) %}}2099{{% endmacro %}}{template}"
+        try:
+            return str(tokenizer.apply_chat_template([*messages], chat_template=replaced, tokenize=False))
+        except Exception:  # a template is a program and may raise anything
+            return None
+
+    return len({render("unused"), render("unused"), render("strftime_now")}) > 1

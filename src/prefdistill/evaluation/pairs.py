@@ -13,6 +13,7 @@ from prefdistill.data.messages import prompt_text
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.measure import Measured, mean_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, numbered, pair_wins
+from prefdistill.signals.ids import check_ids
 from prefdistill.signals.needs import Need
 from prefdistill.signals.scoring import score_pairs
 from prefdistill.signals.shaping import shaping_returns
@@ -41,6 +42,7 @@ def implicit_rewards(
         reference: "logps" of the student's start.
     """
     encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**reference.manifest["truncation"]))
+    check_ids(reference, encoded, tokenizer)
     rows = np.asarray(encoded["row"][:])
     with Progress("held-out pairs", len(SIDES) * len(encoded), "response") as progress:
         scores = score_pairs(
@@ -76,7 +78,7 @@ def prompts_of(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def signals_for(pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: list[Signals]) -> SignalSet:
-    """Return the stores as one set, checked against the pairs and the tokenizer.
+    """Return the stores as one set, checked against the pairs, the tokenizer and the token ids.
 
     Raises:
         UserError: if the signals were computed from other data or tokens, or lack the reference's logps.
@@ -86,6 +88,9 @@ def signals_for(pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: 
         raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
     for store in stores:
         store.check_tokenizer(tokenizer)
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**stores[0].manifest["truncation"]))
+    for store in stores:
+        check_ids(store, encoded, tokenizer)
     return signals
 
 

@@ -74,15 +74,22 @@ def run_recipe(
 def execute(plan: Plan, out: Path, sources: Sources, pool: Path | None = None) -> list[dict[str, Any]]:
     """Run the steps of a plan, reusing finished ones; return them as results.json lists them.
 
-    Results of an earlier run go before the first step that is not reused: they would pass for those of the new one.
+    Before the first step that is not reused, results of an earlier run go: they would pass for those of the new one.
+    From there on, steps are compared with the data as it is encoded now; if nothing is left to run, they stay.
     """
-    stages = []
+    stages: list[dict[str, Any]] = []
+    to_compare: list[Step] = []
+    compared = False
     for step in plan.steps:
         if inspect_stage(step.directory, step.request).state is not State.FINISHED:
             remove_results(out)
+            compared = True
+        while compared and to_compare:
+            to_compare.pop(0).refresh()
         make = sources.unchanged(step.models, step.make)
         stage = run_stage(step.name, step.directory, step.request, make, replace=True, pool=pool)
         step.repair()
+        to_compare.append(step)
         stages.append(_entry(step, stage))
     return stages
 

@@ -123,6 +123,9 @@ class Step:
     def repair(self) -> None:
         """Check the result of a finished step and rebuild damaged parts, where the step can tell."""
 
+    def refresh(self) -> None:
+        """Check that the result of a finished step still fits the data, and make it again if not."""
+
     @property
     def directory(self) -> Path:
         return self.context.root / self.name

@@ -22,6 +22,16 @@ class Loading(Trust):
     dtype: Dtype = Field("auto", description="dtype of the weights; auto is as stored.")
 
 
+class ReadWith(Section):
+    """The tokenizer that a model is read with."""
+
+    tokenizer: str | None = Field(
+        None,
+        description="Read the model with this tokenizer and chat template: the student's, for a teacher that has "
+        "another template over the same vocabulary. Hub name or directory; default: the model's own.",
+    )
+
+
 class QuantizedLoading(Loading):
     """How a model is loaded that is only read."""
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
+from prefdistill.models.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,24 @@ def check_same_tokens(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTo
     if len(tokens) != len(other_tokens):
         shared = len(tokens & other_tokens)
         say(f"{name} has {len(tokens)} tokens, {other_name} {len(other_tokens)}; the {shared} they share agree")
+
+
+def tokenizer_for(model: str, name: str | None, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of this name to read a model with; None is the model's own.
+
+    Raises:
+        UserError: if an id stands for another token than in the model's own tokenizer, where it has one.
+    """
+    tokenizer = load_tokenizer(name or model, trust_remote_code=trust_remote_code)
+    if name is None:
+        return tokenizer
+    try:
+        own = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    except UserError:
+        say(f"{model} has no tokenizer to compare that of {name} with")
+        return tokenizer
+    check_same_tokens(tokenizer, own)
+    return tokenizer
 
 
 def check_ids(highest: int, model: Any, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from datasets import Dataset
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
@@ -14,6 +15,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.methods.tvkd import VALUES
 from prefdistill.report.options import Weights
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
+from prefdistill.signals.ids import check_ids
 from prefdistill.signals.needs import ROLES, Need
 from prefdistill.signals.shaping import shaping_returns
 from prefdistill.signals.store import SignalSet
@@ -64,32 +66,31 @@ class Texts:
         if len(encoded) != len(pairs):
             raise UserError("rows that have signals cannot be encoded now: extract the signals again with this version")
         texts = cls([], [], [], {s: [] for s in SIDES}, {s: [] for s in SIDES}, {s: [] for s in SIDES}, Pieces())
-        store = signals.stores[0]
-        lengths = {side: store.scalar(f"{side}_tokens", signals.rows) for side in SIDES if side in store.responses}
+        prompt_ids: list[list[int]] = []
         prompts: dict[tuple[int, ...], list[str]] = {}
         with Progress("token view: text", len(pairs), "pair") as progress:
-            for at, (row, rendered) in enumerate(zip(encoded, render_pairs(pairs, tokenizer), strict=True)):
+            for row, rendered in zip(encoded, render_pairs(pairs, tokenizer), strict=True):
                 assert rendered is not None  # encoded as well
                 whole = row["prompt_ids"]
                 kept = truncation.cut_prompt(whole, tokenizer.bos_token_id)
                 key = tuple(kept)
                 if key not in prompts:
                     prompts[key] = _segments(kept, tokenizer)
+                prompt_ids.append(kept)
                 texts.prompts.append(prompts[key])
                 texts.prompt_tokens.append(len(kept))
                 texts.prompt_cut.append(len(whole) - len(kept))
                 room = truncation.room_after(kept)
                 for side, text in zip(SIDES, rendered[1:], strict=True):
                     ids, ends = row[f"{side}_ids"][:room], row[f"{side}_offsets"][:room]
-                    if side in lengths and len(ids) != lengths[side][at]:
-                        raise UserError(
-                            f"row {signals.rows[at]}: {side} has {len(ids)} tokens now and {lengths[side][at]} in the "
-                            "signals; extract the signals again with this version"
-                        )
                     texts.ids[side].append(np.array(ids, dtype=np.int64))
                     texts.pieces[side].append(texts.table.number(ids, text[len(rendered[0]) :], ends))
                     texts.cut[side].append(len(row[f"{side}_ids"]) - len(ids))
                 progress.update()
+        ids = {f"{side}_ids": texts.ids[side] for side in SIDES}
+        current = Dataset.from_dict({"row": signals.rows, "prompt_ids": prompt_ids, **ids})
+        for store in signals.stores:
+            check_ids(store, current, tokenizer)
         return texts
 
 

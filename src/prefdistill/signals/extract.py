@@ -76,7 +76,10 @@ def extract_signals(
         with store.session(lock=False) as seal:
             if seal is None:
                 _write_shards(store, replace(extraction, request=store.request))
-    return Signals.open(out)
+        signals = Signals.open(out)
+        for number in store.shards(len(extraction.parts)).own() if seal is not None else ():
+            extraction.check(signals, extraction.parts[number])
+    return signals
 
 
 class StoreArtifact(DirectoryArtifact):
@@ -126,6 +129,8 @@ def _write_shards(store: StoreArtifact, extraction: Extraction) -> None:
         for number in shards.own():
             path = shards.path(number)
             if shards.is_whole(number):
+                whole = Signals(extraction.request, [Shard(path)], str(store.place))
+                extraction.check(whole, rows[number])
                 progress.update(responses * len(rows[number]))
                 continue
             earlier = read_checksum(path)

@@ -38,6 +38,7 @@ class _Shard(_Part):
     file: str
     rows: NonNegativeInt
     sha256: str
+    ids_sha256: str | None = None  # of schema 6
 
 
 class _Manifest(_Part):

@@ -11,6 +11,7 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.formats import suffixes
 from prefdistill.data.truncation import Truncation
+from prefdistill.models.load import load_tokenizer
 from prefdistill.signals.extract import extract_signals
 from prefdistill.signals.request import IN_MEMORY
 from prefdistill.signals.store import SCHEMA, Signals
@@ -74,6 +75,9 @@ def repair_signals(
         raise UserError(
             f"{out} was extracted from {request['data']['name']}, which is missing; give its place with --data"
         )
+    read_with = request["tokenizer"]["name"]
+    if tokenizer is None and read_with not in ("", request["model"]["name"]):  # else the model's own
+        tokenizer = load_tokenizer(read_with, trust_remote_code=trust_remote_code)
     topk: dict[str, Any] = request["topk"]
     options = {name: topk[name] for name in ("k", "p") if name in topk} | (
         {"topk_coding": topk["coding"]} if topk else {}

@@ -18,11 +18,12 @@ from prefdistill.data.truncation import Dropped, Reading, Truncation, nothing_le
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
 from prefdistill.models.load import load_model, load_tokenizer, ready
+from prefdistill.signals.ids import Ids, check_ids, example_ids
 from prefdistill.signals.kinds import Kind, Settings, make_kinds
 from prefdistill.signals.needs import Need
 from prefdistill.signals.options import SignalRequest
 from prefdistill.signals.scoring import score_pairs, topk_manifest
-from prefdistill.signals.shards import ENDED, OFFSETS, ROW, TOKENS, Shard, ShardColumns
+from prefdistill.signals.shards import CHECK, ENDED, IDS_CHECK, OFFSETS, ROW, TOKENS, Shard, ShardColumns
 from prefdistill.signals.store import SCHEMA, Signals, SignalSet
 from prefdistill.signals.topk import TopKRequest
 
@@ -58,6 +59,7 @@ class Extraction:
     truncation: Truncation
     layout: Layout
     settings: Settings
+    ids_from: Signals | None
     request: dict[str, Any]
 
     @classmethod
@@ -126,7 +128,7 @@ class Extraction:
             "batch_tokens": options.batch_tokens,
             "layout": layout.kind,
         }
-        return cls(model, tokenizer, data, truncation, layout, settings, request)
+        return cls(model, tokenizer, data, truncation, layout, settings, ids_from, request)
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -142,9 +144,17 @@ class Extraction:
         count, size = self.request["data"]["rows"], self.request["shard_rows"]
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
+    def check(self, store: Signals, part: range) -> None:
+        """Raise a UserError if rows of a store are not of the ids that they are encoded into now."""
+        rows, _ = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
+        check_ids(store, rows, self.tokenizer, within=part)
+
     def shard(self, part: range, progress: Progress) -> tuple[ShardColumns, dict[str, Any]]:
         """Extract one shard: its columns, and notes on rows that were dropped and on packing."""
         rows, dropped = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
+        ids = Ids.of(rows, self.responses)
+        if self.ids_from is not None:
+            check_ids(self.ids_from, rows, self.tokenizer, ids)
         scores = score_pairs(
             self.model,
             rows,
@@ -158,7 +168,7 @@ class Extraction:
             progress=progress,
         )
         progress.update(len(self.responses) * len(dropped))
-        columns, errors = shard_columns(rows, self.responses, scores, self.kinds)
+        columns, errors = shard_columns(rows, ids, scores, self.kinds)
         reading = reading_of(rows, dropped)
         notes = {
             "kept": len(rows),
@@ -166,20 +176,23 @@ class Extraction:
             "rows": sorted(set(part).difference(rows["row"][:])),
             "dropped": dropped.counts,
             "first_rows": dropped.first_rows,
+            "ids_sha256": ids.sha256,
+            "example": example_ids(rows, self.responses),
             "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
         }
         return columns, notes
 
 
 def shard_columns(
-    rows: "Dataset", responses: Sequence[str], scores: dict[str, list[Any]], kinds: Sequence[Kind]
+    rows: "Dataset", ids: Ids, scores: dict[str, list[Any]], kinds: Sequence[Kind]
 ) -> tuple[ShardColumns, list[float]]:
     """Return the columns of a shard, and the divergence that packing put into each distribution."""
-    row_numbers = rows["row"][:]
+    row_numbers = ids.rows.tolist()
     columns: dict[str, Any] = {"row": (ROW, row_numbers)}
     errors: list[float] = []
-    for name in responses:
-        columns[f"{name}_tokens"] = (TOKENS, [len(ids) for ids in rows[f"{name}_ids"]])
+    for name in ids.checks:
+        columns[f"{name}_tokens"] = (TOKENS, ids.lengths[name])
+        columns[f"{name}_{IDS_CHECK}"] = (CHECK, ids.checks[name])
         columns[f"{name}_ended"] = (ENDED, rows[f"{name}_ended"][:])
         if not all(kind.settings.endpoints for kind in kinds):
             columns[f"{name}_offsets"] = (OFFSETS, rows[f"{name}_offsets"][:])
@@ -219,7 +232,7 @@ def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple
         mean = sum(error["sum"] for error in errors) / states
         topk["kl_error"] = {"mean": mean, "max": max(error["max"] for error in errors), "states": states}
     files = [
-        {"file": shard.name, "rows": note["kept"], "sha256": shard.digest}
+        {"file": shard.name, "rows": note["kept"], "sha256": shard.digest, "ids_sha256": note["ids_sha256"]}
         for shard, note in zip(shards, notes, strict=True)
     ]
     gone = {"reasons": dropped.counts, "rows": [row for note in notes for row in note["rows"]]}

@@ -23,8 +23,10 @@ NOTES = b"prefdistill"
 # The columns of every store, beside those of its kinds.
 ROW = Column("int64", encoding="DELTA_BINARY_PACKED")
 TOKENS = Column("int32", encoding="DELTA_BINARY_PACKED")
+CHECK = Column("uint32")
 ENDED = Column("bool")
 OFFSETS = Column("int32", ragged=True, encoding="DELTA_BINARY_PACKED")
+IDS_CHECK = "ids_crc32"  # of a response: the CRC-32 of the token ids of prompt and response
 ShardColumns = Mapping[str, tuple[Column, Sequence[Any]]]
 
 

@@ -36,4 +36,5 @@ def store_bytes(
     topk |= {"id_bits": id_bits(vocabulary)} | ({} if own_ids else {"ids_from": "another store"})
     settings = Settings(positions=positions, value_dtype=value_dtype, topk=topk)
     lengths = 0 if settings.endpoints else 2 * responses + tokens  # number of tokens, and where each token ends
-    return lengths + sum(kind.stored_bytes(tokens, responses) for kind in make_kinds(kinds, settings))
+    checks = 4 * responses  # of the token ids
+    return lengths + checks + sum(kind.stored_bytes(tokens, responses) for kind in make_kinds(kinds, settings))

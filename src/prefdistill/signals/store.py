@@ -5,7 +5,7 @@ one is complete.
     DIR/request.json         the request; an interrupted extraction resumes only for the same one
     DIR/checksums/*.sha256   of each shard as it was written, for resuming and repairing
     DIR/shards/00000.parquet one line per row of the data: row, and for each response (chosen_, rejected_, ...): tokens,
-                             ended, offsets, and the columns of the kinds, see `signals.kinds`
+                             ids_crc32, ended, offsets, and the columns of the kinds, see `signals.kinds`
 """
 
 import itertools
@@ -26,7 +26,7 @@ from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.kinds import Settings, make_kinds
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.needs import Need
-from prefdistill.signals.shards import Shard
+from prefdistill.signals.shards import IDS_CHECK, Shard
 from prefdistill.signals.topk import TopK, TopKKind
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 5
+SCHEMA = 6
+READABLE = (5, SCHEMA)  # 5: without digests of the token ids
 
 
 class DamagedSignals(UserError):
@@ -87,7 +88,7 @@ class Signals:
             raise UserError(f"{directory} was written by an older version; delete it and extract the signals again")
         if manifest is None:
             raise DamagedSignals(f"{directory}/manifest.json is damaged (its checksum differs)", directory)
-        if manifest.get("schema") != SCHEMA:
+        if manifest.get("schema") not in READABLE:
             raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; extract it again")
         check_manifest(manifest, directory)
         shards = []
@@ -153,8 +154,22 @@ class Signals:
         if changed := differences(stored, own):
             raise UserError(
                 f"the {self.role} signals were made with another tokenizer ({stored['name']}: {'; '.join(changed)}); "
-                f"extract them again with that of {own['name'] or 'the student'}"
+                f"extract them again with `prefdistill signals --tokenizer {own['name'] or 'STUDENT'}`"
             )
+
+    def check_same_ids(self, other: "Signals") -> None:
+        """Raise a UserError if another store of the same data was computed from other token ids."""
+        rows = np.intersect1d(self.rows, other.rows)
+        for response in set(self.responses) & set(other.responses):
+            for column in (f"{response}_tokens", f"{response}_{IDS_CHECK}"):
+                if column in self.columns and column in other.columns:
+                    differs = self.scalar(column, rows) != other.scalar(column, rows)
+                    if differs.any():
+                        raise UserError(
+                            f"the {self.role} signals ({self.place}) and the {other.role} signals ({other.place}) were "
+                            f"computed from other token ids, first in row {rows[np.argmax(differs)]} ({response}): the "
+                            "chat template or transformers has changed in between; extract both again"
+                        )
 
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Return the places of some data rows in the store.
@@ -268,7 +283,9 @@ class SignalSet:
                     raise UserError(
                         f"the {stores[0].role} signals ({stores[0].place}) and the {store.role} signals "
                         f"({store.place}) differ in {listed([c.side_by_side() for c in changed])}; extract one again"
+                        + (" with the student's tokenizer, `--tokenizer STUDENT`" if part == "tokenizer" else "")
                     )
+            stores[0].check_same_ids(store)
             if "topk" in store.kinds and store.role != "teacher":
                 for response in store.responses:
                     for teacher in joined._holding("teacher", "topk", response):

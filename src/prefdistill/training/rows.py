@@ -15,6 +15,7 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method
+from prefdistill.signals.ids import check_ids
 from prefdistill.signals.kinds import KINDS
 from prefdistill.signals.needs import Need
 from prefdistill.signals.options import SignalOptions
@@ -79,6 +80,8 @@ def prepare_rows(
     encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
     if not (reading := reading_of(encoded, dropped)).complete:
         say(f"training: {reading}")
+    for store in available.stores:
+        check_ids(store, encoded, tokenizer)
     encoded = _with_signals_only(encoded, available)
     available = available.at(np.asarray(encoded["row"][:]))
     features = method.row_signals(available)

@@ -8,12 +8,13 @@ from pydantic import Field
 from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import MODEL
 from prefdistill.data.options import Lengths
+from prefdistill.models.options import ReadWith
 from prefdistill.sampling.options import SampleRequest
 
 REPORTED = ("responses", "tokens", "ended_share", "other_tokens_share", "tokens_per_second")
 
 
-class SampleFlags(SampleRequest, Lengths):
+class SampleFlags(SampleRequest, ReadWith, Lengths):
     model: str = Field(description=MODEL)
     data: str = Field(description="Rows with a prompt, preference pairs, or messages; Hub name, directory or file.")
     out: Path = Field(description="File for the rows: .jsonl, .jsonl.gz or .parquet.")
@@ -28,6 +29,7 @@ def sample(options: SampleFlags) -> dict[str, Any]:
     from prefdistill.core.file_artifact import sidecar
     from prefdistill.core.files import read_json
     from prefdistill.data.truncation import Truncation
+    from prefdistill.models.vocabulary import tokenizer_for
     from prefdistill.sampling.files import sample_responses
 
     out = options.out
@@ -35,6 +37,7 @@ def sample(options: SampleFlags) -> dict[str, Any]:
     sample_responses(
         options.model,
         options.data,
+        tokenizer_for(options.model, options.tokenizer, trust_remote_code=options.trust_remote_code),
         out=out,
         truncation=Truncation(**options.part(Lengths)),
         **options.part(SampleRequest),

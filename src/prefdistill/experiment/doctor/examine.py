@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from prefdistill.evaluation.options import RewardModelOptions
     from prefdistill.experiment.recipe import Recipe
 
+PROMPTS_RENDERED = 20  # to see whether a template prints the date
+
 
 @dataclass
 class Checkup:
@@ -256,6 +258,7 @@ def _check_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -
         checkup.findings += template.generation_prompt(tokenizer)
         checkup.findings += template.end_token(tokenizer)
         checkup.findings += template.system_message(tokenizer, system)
+        checkup.findings += template.clock(tokenizer, [pair.columns["prompt"] for pair in pairs[:PROMPTS_RENDERED]])
     if len(tokenizers) == 2 and tokenizers["student"] is not tokenizers["teacher"]:
         checkup.findings += vocabulary.same_ids(tokenizers["student"], tokenizers["teacher"])
         checkup.findings += vocabulary.special_tokens(tokenizers["student"], tokenizers["teacher"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.template import end_token_ids, render_messages, template_ending
+from prefdistill.data.template import PROBE, changes_with_time, end_token_ids, render_messages, template_ending
 from prefdistill.experiment.doctor.findings import Finding
 
 if TYPE_CHECKING:
@@ -90,6 +90,18 @@ def system_message(tokenizer: PreTrainedTokenizerBase, used: bool) -> Iterator[F
         f"the chat template {verb} system messages" + ("" if used else " (the data have none)"),
         "Move the system message to the start of the user message." if used else "Nothing to do.",
     )
+
+
+def clock(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, Any]]]) -> Iterator[Finding]:
+    """Report a template that prints the date or other text that changes, for a made-up conversation or a prompt."""
+    if any(changes_with_time(tokenizer, messages) for messages in (PROBE, *prompts)):
+        yield Finding(
+            "template.date",
+            "warning",
+            "the chat template prints the date, or other text that changes with time: token ids change with it, and "
+            "signals and samples of another day are refused",
+            "Write a fixed date into the template (tokenizer.chat_template); where it takes `date_string`, give that.",
+        )
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

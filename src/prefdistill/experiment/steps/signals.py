@@ -1,17 +1,20 @@
 """Steps that make what methods learn from: sampled responses, and signals of teacher and reference."""
 
 import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SCORES, SIDES, ended_column
+from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.step import Model, Rows, Step
 from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals, extract_signals
+from prefdistill.signals.ids import OtherIds, check_ids
 from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.repair import remove_damaged
 from prefdistill.signals.store import DamagedSignals
@@ -133,4 +136,15 @@ class ReadSignals(Step):
         except DamagedSignals as error:
             say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
             remove_damaged(store)
+            self.make(self.directory)
+
+    def refresh(self) -> None:
+        tokenizer = self.context.tokenizer.tokenizer
+        encoded, _ = encode_pairs(self.data.rows, tokenizer, self.context.truncation, responses=self.responses)
+        try:
+            check_ids(self.store, encoded, tokenizer)
+        except OtherIds as error:
+            say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
+            shutil.rmtree(self.directory / "store")
+            del self.store
             self.make(self.directory)
