@@ -259,7 +259,7 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
 
 
 def _run(out: Path) -> Any:
-    from prefdistill.report.run import load_run
+    from prefdistill.report.load import load_run
 
     found = results(out)
     del found["stages"]  # which were reused

@@ -15,8 +15,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.load import load_prompts
 from prefdistill.data.messages import prompt_text
-from prefdistill.evaluation.items import Responses, rouge_l
 from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
+from prefdistill.evaluation.metric_inputs import Responses, rouge_l
 from prefdistill.evaluation.responses import measure_texts, references_of, scores_by_prompt, unique_prompts
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of
 from prefdistill.evaluation.stats import estimate, mean_and_error, pair_wins

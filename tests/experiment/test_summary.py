@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from prefdistill.core.errors import UserError
-from prefdistill.evaluation.items import Responses
 from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.metric_inputs import Responses
 from prefdistill.evaluation.metrics import METRICS, Metric, headline_metric
 from prefdistill.evaluation.responses import measure_texts
 from prefdistill.evaluation.stats import estimate, mean_and_error

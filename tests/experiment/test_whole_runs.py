@@ -14,7 +14,7 @@ from prefdistill.evaluation.results import Role
 from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
-from prefdistill.report.run import PANELS, load_run
+from prefdistill.report.load import PANELS, load_run
 from prefdistill.signals import Signals
 from support.tiny_runs import QUICKSTART, TINY, rebuilt, stages, stop
 

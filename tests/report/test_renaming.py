@@ -6,10 +6,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefdistill.evaluation.results import Role, headline_method, roles_in
+from prefdistill.evaluation.results import Results, Role
 from prefdistill.evaluation.verdict import verdict, verdict_of
 from prefdistill.report import sections, svg
-from prefdistill.report.reading import reading_of
+from prefdistill.report.glossary import glossary_of
 from prefdistill.report.warnings import warnings_of
 from support.runs import NAN, make_results
 
@@ -45,11 +45,11 @@ def renamed(results: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 def seen(results: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Return what the report says of the results, with each name replaced by the original one."""
     original = {new: old for old, new in names.items()}
-    run = {"results": results, "curves": collapsed(results), "early": {}, "problems": [], "notes": [], "path": ".",
+    read = Results(results)
+    run = {"results": read, "curves": collapsed(results), "early": {}, "problems": [], "notes": [], "path": ".",
            "name": "run", "recipe": None, "environment": None}  # fmt: skip
     judged = verdict_of(results)
-    styles = svg.styles(roles_in(results), headline_method(results))
-    table = sections.table_of(results, styles)
+    table = sections.table_of(read, svg.styles_of(read))
     return {
         "text": judged["text"],  # of display names
         "floor": judged["noise_floor"],
@@ -64,8 +64,8 @@ def seen(results: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
             )
             for w in warnings_of(run)
         ],
-        "terms": reading_of([run]),
-        "stages": [(row["runs"], row["time"]) for row in sections.stages_of(results)["rows"]],
+        "terms": glossary_of([run]),
+        "stages": [(row["runs"], row["time"]) for row in sections.stages_of(read)["rows"]],
     }
 
 
@@ -111,5 +111,5 @@ def test_every_method_is_in_the_verdict_with_its_difference() -> None:
 def test_results_without_roles_are_all_methods_whatever_they_are_called() -> None:
     results = make_results()
     del results["roles"]
-    assert set(roles_in(results).values()) == {Role("method")}
+    assert set(Results(results).roles.values()) == {Role("method")}
     assert verdict(results).startswith("No baseline was run")

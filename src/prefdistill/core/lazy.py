@@ -1,28 +1,30 @@
 """Names of a package that are imported on first use, so that importing the package stays fast."""
 
+import ast
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module-level `__getattr__` that imports each name from its submodule on first use.
+def lazy_imports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__all__`, `__getattr__` and `__dir__` of a package whose imports stand under `if TYPE_CHECKING:`.
 
     Args:
-        package: the package's `__name__`.
-        homes: submodule by name: `{"Signals": "store"}` for `package.store.Signals`.
-
-    Example:
-        >>> lazy_names("os", {"join": "path"})("join").__name__
-        'join'
+        package: the package's `__name__`. Its public names are those of that block; each is imported on first use.
     """
+    module = sys.modules[package]
+    source = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    block = next(node for node in source.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: str(node.module) for node in imports for alias in node.names}
 
     def load(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        thing = getattr(import_module(f"{package}.{homes[name]}"), name)
-        setattr(sys.modules[package], name, thing)
-        return thing
+        value = getattr(import_module(homes[name]), name)
+        setattr(module, name, value)
+        return value
 
-    return load
+    return list(homes), load, lambda: sorted({*vars(module), *homes})

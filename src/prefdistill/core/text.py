@@ -1,4 +1,4 @@
-"""Characters that UTF-8 cannot hold, and characters that a terminal must not get."""
+"""Text for people: sizes, characters that UTF-8 cannot hold, and characters that a terminal must not get."""
 
 import re
 
@@ -19,3 +19,16 @@ def printable(text: str) -> str:
         'a\\\\u200b'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def size(count: float) -> str:
+    """Return bytes for a reader.
+
+    Example:
+        >>> size(3 * 2**30 // 2), size(900 * 2**20)
+        ('1.5 GiB', '900 MiB')
+    """
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if (value := count / (1 << power)) >= 1:
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -11,8 +11,8 @@ from prefdistill.data.encode import drop_refused
 from prefdistill.data.load import check_pairs, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
-from prefdistill.evaluation.items import RESPONSE, Responses
 from prefdistill.evaluation.measure import Measured, by_length, mean_of, points
+from prefdistill.evaluation.metric_inputs import RESPONSE, Responses
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for

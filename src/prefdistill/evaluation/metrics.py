@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefdistill.core.registry import Registry
 
 if TYPE_CHECKING:
-    from prefdistill.evaluation.items import PairRewards, Responses
+    from prefdistill.evaluation.metric_inputs import PairRewards, Responses
 
 Source = Literal["responses", "greedy", "pairs"]
 Values = Sequence[float] | Any  # a number per item, array-like [items]
@@ -61,13 +61,13 @@ def _exact_match(responses: "Responses") -> Values | None:
 
 
 def _rouge_l(responses: "Responses") -> Values | None:
-    from prefdistill.evaluation.items import rouge_l
+    from prefdistill.evaluation.metric_inputs import rouge_l
 
     return None if responses.references is None else rouge_l(responses.texts, responses.references)
 
 
 def _response_words(responses: "Responses") -> Values:
-    from prefdistill.evaluation.items import word_count
+    from prefdistill.evaluation.metric_inputs import word_count
 
     return [word_count(text) for text in responses.texts]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefdistill.evaluation.items import PairRewards
+from prefdistill.evaluation.metric_inputs import PairRewards
 
 SHAPING_TERMS = ("shaping return", "value after the end token")  # of `pair_terms`; the others are for comparison
 

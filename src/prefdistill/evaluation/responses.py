@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from prefdistill.evaluation.reward_model import RewardModel
 
-from prefdistill.evaluation.items import RESPONSE, Responses, Scores, first_rows, text_of, word_count
+from prefdistill.evaluation.metric_inputs import RESPONSE, Responses, Scores, first_rows, text_of, word_count
 
 REFERENCES = ("chosen", "completion")  # columns of reference responses: the first of these that the data have
 

@@ -7,11 +7,10 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, cast, get_args
 
-Results = dict[str, Any]
 Kind = Literal["baseline", "method", "placebo", "bound", "noise_floor", "teacher", "start"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 CONTROLS: tuple[Kind, ...] = ("placebo", "bound", "noise_floor")
 
 NOT_FINITE = "not finite"
@@ -46,6 +45,7 @@ class Column:
     label: str
     higher_is_better: bool | None = None
     spec: str = ".3f"
+    in_table: bool = True
 
     def format(self, value: float, *, sign: bool = False) -> str:
         """Return a number as text, with an explicit plus if `sign`."""
@@ -75,14 +75,12 @@ class Estimate:
     def parse(cls, value: Any) -> "Estimate | None":
         """Read a number or {"mean", "se", "n", "over", "low", "high"}; return None where there is no mean."""
         if not isinstance(value, dict):
-            mean = number(value)
-            return None if mean is None else cls(mean)
-        mean, se, n = number(value.get("mean")), number(value.get("se")), number(value.get("n"))
+            value = {"mean": value}
+        mean, se, n, low, high = (number(value.get(key)) for key in ("mean", "se", "n", "low", "high"))
         if mean is None:
             return None
         if se is not None and se < 0:
             se = None
-        low, high = number(value.get("low")), number(value.get("high"))
         if low is None or high is None or not low <= high:
             low = high = None
         count = int(n) if n is not None and math.isfinite(n) else None
@@ -117,6 +115,15 @@ class Estimate:
         return f"{mean} ± {column.format(self.se)}" if self.se is not None and mean != NOT_FINITE else mean
 
 
+def estimates(table: Any) -> dict[str, Estimate]:
+    """Return the values of a mapping that are estimates, by name."""
+    return {key: e for key, value in mapping(table).items() if (e := Estimate.parse(value)) is not None}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 @dataclass(frozen=True)
 class Role:
     """The declared role of a run; `of` is the run that a control is a control of."""
@@ -130,96 +137,97 @@ class Role:
         return self.kind in CONTROLS
 
 
-def roles_in(results: Results) -> dict[str, Role]:
-    """Return the role of every row, in the order of the rows. A row without a declared role is a method."""
-    methods, declared = mapping(results.get("methods")), mapping(results.get("roles"))
-    roles = {}
-    for name in methods:
-        role = mapping(declared.get(name))
-        kind, of = role.get("kind"), role.get("of")
-        known: Kind = kind if isinstance(kind, str) and kind in KINDS else "method"
-        roles[name] = Role(known, of if isinstance(of, str) and of in methods and of != name else None)
-    return roles
+class Results:
+    """The content of a results.json, read.
 
+    Args:
+        raw: the JSON object.
+    """
 
-def declares_roles(results: Results) -> bool:
-    """Return whether results.json declares roles; those of older versions do not."""
-    return bool(mapping(results.get("roles")))
+    def __init__(self, raw: "dict[str, Any] | Results") -> None:
+        self.raw: dict[str, Any] = raw.raw if isinstance(raw, Results) else raw
+        self.methods = {name: estimates(scores) for name, scores in self.mapping("methods").items()}
+        self.differences = {name: estimates(scores) for name, scores in self.mapping("differences").items()}
+        self.declared_metric: str | None = _text(self.mapping("headline").get("metric"))
 
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Return an optional section; empty if it is missing or malformed."""
+        return mapping(self.raw.get(key))
 
-def baseline_of(results: Results) -> str | None:
-    """Return the run that the others are compared with, if there is one."""
-    return next((name for name, role in roles_in(results).items() if role.kind == "baseline"), None)
+    def items(self, key: str) -> list[Any]:
+        """Return an optional list; empty if it is missing or malformed."""
+        value = self.raw.get(key)
+        return value if isinstance(value, list) else []
 
+    def text(self, key: str) -> str:
+        """Return an optional text on one line; empty if it is missing or malformed."""
+        return clean(_text(self.raw.get(key)) or "")
 
-def all_columns(results: Results) -> list[Column]:
-    """Return every metric in the order of results.json. Metrics that it does not describe come last."""
-    described = mapping(results.get("metrics"))
-    keys = dict.fromkeys(described)
-    for scores in mapping(results.get("methods")).values():
-        keys.update(dict.fromkeys(mapping(scores)))
-    columns = []
-    for key in keys:
-        about = mapping(described.get(key))
-        better, spec = about.get("higher_is_better"), about.get("format")
-        columns.append(
-            Column(
-                key,
-                clean(about.get("label") or key),
-                better if isinstance(better, bool) else None,
-                spec if isinstance(spec, str) else ".3f",
-            )
-        )
-    return columns
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """The role of every row, in the order of the rows. A row without a declared role is a method."""
+        roles = {}
+        for name in self.methods:
+            declared = mapping(self.mapping("roles").get(name))
+            kind, of = declared.get("kind"), _text(declared.get("of"))
+            known = cast(Kind, kind) if kind in get_args(Kind) else "method"
+            roles[name] = Role(known, of if of in self.methods and of != name else None)
+        return roles
 
+    @cached_property
+    def baseline(self) -> str | None:
+        """The run that the others are compared with, if there is one."""
+        return next((name for name, role in self.roles.items() if role.kind == "baseline"), None)
 
-def columns_of(results: Results) -> list[Column]:
-    """Return the metrics that tables show, the headline first."""
-    described, headline = mapping(results.get("metrics")), _headline_key(results)
-    hidden = {key for key, about in described.items() if mapping(about).get("in_table") is False} - {headline}
-    shown = [column for column in all_columns(results) if column.key not in hidden]
-    return sorted(shown, key=lambda column: column.key != headline)
+    @cached_property
+    def all_columns(self) -> list[Column]:
+        """Every metric in the order of results.json. Metrics that it does not describe come last."""
+        described = self.mapping("metrics")
+        measured = (key for scores in self.mapping("methods").values() for key in mapping(scores))
+        columns = []
+        for key in dict.fromkeys([*described, *measured]):
+            about = mapping(described.get(key))
+            better, spec = about.get("higher_is_better"), _text(about.get("format"))
+            direction = better if isinstance(better, bool) else None
+            label, in_table = clean(about.get("label") or key), about.get("in_table") is not False
+            columns.append(Column(key, label, direction, spec or ".3f", in_table))
+        return columns
 
+    @cached_property
+    def columns(self) -> list[Column]:
+        """The metrics that tables show, the headline first."""
+        shown = [column for column in self.all_columns if column.in_table or column.key == self.declared_metric]
+        return sorted(shown, key=lambda column: column.key != self.declared_metric)
 
-def headline_column(results: Results) -> Column | None:
-    """Return the headline metric: the declared one, else the first of the tables; None where nothing was measured."""
-    columns, key = columns_of(results), _headline_key(results)
-    return next((column for column in columns if key is None or column.key == key), None)
+    @cached_property
+    def headline(self) -> Column | None:
+        """The headline metric: the declared one, else the first of the tables; None where nothing was measured."""
+        declared = self.declared_metric
+        return next((column for column in self.columns if declared is None or column.key == declared), None)
 
+    @cached_property
+    def headline_method(self) -> str | None:
+        """The method that the verdict is about; None where it is about all alike."""
+        name = _text(self.mapping("headline").get("method"))
+        return name if self.roles.get(name or "", Role("start")).kind == "method" else None
 
-def _headline_key(results: Results) -> str | None:
-    key = mapping(results.get("headline")).get("metric")
-    return key if isinstance(key, str) else None
+    def score(self, name: str, column: Column) -> Estimate | None:
+        """Return the score of a run."""
+        return self.methods.get(name, {}).get(column.key)
 
+    def difference(self, name: str, column: Column | None = None) -> Estimate | None:
+        """Return the paired difference of a run to the baseline, by default of the headline metric."""
+        column = column or self.headline
+        return self.differences.get(name, {}).get(column.key) if column else None
 
-def headline_method(results: Results) -> str | None:
-    """Return the method that the verdict is about; None where it is about all alike."""
-    name = mapping(results.get("headline")).get("method")
-    role = roles_in(results).get(name) if isinstance(name, str) else None
-    return name if role is not None and role.kind == "method" else None
+    def repeats(self, estimate: Estimate) -> str:
+        """Return what an estimate is over: "seeds", "data orders" or "test prompts"."""
+        return estimate.over or ("seeds" if len(self.items("seeds")) > 1 else "data orders")
 
+    def over(self, estimate: Estimate) -> str:
+        """Return " over 3 seeds", or "" where the number is not known."""
+        return f" over {estimate.n} {self.repeats(estimate)}" if estimate.n else ""
 
-def score(results: Results, name: str, column: Column) -> Estimate | None:
-    """Return the score of a run."""
-    return Estimate.parse(mapping(mapping(results.get("methods")).get(name)).get(column.key))
-
-
-def difference(results: Results, name: str, column: Column | None) -> Estimate | None:
-    """Return the paired difference of a run to the baseline."""
-    if column is None:
-        return None
-    return Estimate.parse(mapping(mapping(results.get("differences")).get(name)).get(column.key))
-
-
-def repeats(results: Results, estimate: Estimate) -> str:
-    """Return what an estimate is over: "seeds", "data orders" or "test prompts"."""
-    if estimate.over:
-        return estimate.over
-    seeds = results.get("seeds")
-    return "seeds" if isinstance(seeds, list) and len(seeds) > 1 else "data orders"
-
-
-def display_name(results: Results, name: str) -> str:
-    """Return a run's name as sentences write it."""
-    shown = mapping(results.get("display_names")).get(name)
-    return clean(shown if isinstance(shown, str) and shown else name)
+    def display_name(self, name: str) -> str:
+        """Return a run's name as sentences write it."""
+        return clean(_text(self.mapping("display_names").get(name)) or name)

@@ -10,8 +10,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encoder import accepts_prompt, reward_model_ids
-from prefdistill.evaluation.items import Responses, first_rows
 from prefdistill.evaluation.measure import Measured, mean_of
+from prefdistill.evaluation.metric_inputs import Responses, first_rows
 from prefdistill.evaluation.pairs import prompts_of
 from prefdistill.evaluation.stats import numbered, pair_wins
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready

@@ -7,21 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefdistill.evaluation.results import (
-    NOT_FINITE,
-    Column,
-    Estimate,
-    Results,
-    baseline_of,
-    difference,
-    display_name,
-    headline_column,
-    headline_method,
-    mapping,
-    repeats,
-    roles_in,
-    score,
-)
+from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results
 
 Outcome = Literal["clear", "leaning", "noise", "single", "broken", "missing"]
 
@@ -57,20 +43,20 @@ class Comparison:
         return {"noise": "within noise", "single": "no repeats", "broken": NOT_FINITE, "missing": "-"}[self.outcome]
 
 
-def noise_floors(results: Results, column: Column | None) -> dict[str, float]:
+def noise_floors(results: Results) -> dict[str, float]:
     """Return, by noise-floor run, how far it is from the run that it repeats.
 
     The difference of two runs of the same method should be zero. Its size, or twice its standard error where that is
     larger, is what a difference between two methods has to exceed before it means anything.
     """
-    baseline, floors = baseline_of(results), {}
-    for name, role in roles_in(results).items():
-        repeat = difference(results, name, column) if role.kind == "noise_floor" else None
+    floors = {}
+    for name, role in results.roles.items():
+        repeat = results.difference(name) if role.kind == "noise_floor" else None
         if repeat is None or not repeat.finite:
             continue
         mean, se = repeat.mean, repeat.se or 0.0
-        if role.of is not None and role.of != baseline:
-            repeated = difference(results, role.of, column)
+        if role.of is not None and role.of != results.baseline:
+            repeated = results.difference(role.of)
             if repeated is None or not repeated.finite:
                 continue
             mean, se = mean - repeated.mean, math.hypot(se, repeated.se or 0.0)
@@ -78,13 +64,19 @@ def noise_floors(results: Results, column: Column | None) -> dict[str, float]:
     return floors
 
 
-def noise_floor(results: Results, column: Column | None) -> float | None:
+def noise_floor(results: Results) -> float | None:
     """Return the largest of the noise floors."""
-    return max(noise_floors(results, column).values(), default=None)
+    return max(noise_floors(results).values(), default=None)
 
 
-def compare(results: Results, name: str, column: Column | None) -> Comparison:
-    """Compare a run with the baseline by their paired difference.
+def _direction(results: Results) -> int:
+    """Return +1 where a higher value of the headline metric is better, -1 where a lower one is, 0 where neither."""
+    better = results.headline.higher_is_better if results.headline else None
+    return 0 if better is None else 1 if better else -1
+
+
+def compare(results: Results, name: str) -> Comparison:
+    """Compare a run with the baseline by their paired difference on the headline metric.
 
     clear    larger than two standard errors and than the noise floor, and the 95 % interval excludes zero
     leaning  larger than two standard errors and than the noise floor, but with so few repeats that the 95 % interval
@@ -92,17 +84,16 @@ def compare(results: Results, name: str, column: Column | None) -> Comparison:
     noise    anything smaller
     single   no standard error: one run says nothing about noise
     """
-    estimate = difference(results, name, column)
-    if estimate is None or column is None:
+    estimate = results.difference(name)
+    if estimate is None:
         return Comparison("missing", None)
     if not estimate.finite:
         return Comparison("broken", estimate)
-    direction = 0 if column.higher_is_better is None else 1 if column.higher_is_better else -1
-    good = direction * (1 if estimate.mean > 0 else -1 if estimate.mean < 0 else 0)
+    good = _direction(results) * (1 if estimate.mean > 0 else -1 if estimate.mean < 0 else 0)
     interval = estimate.interval()
     if interval is None or estimate.se is None:
         return Comparison("single", estimate, good)
-    floor = noise_floor(results, column)
+    floor = noise_floor(results)
     if abs(estimate.mean) <= 2 * estimate.se:
         return Comparison("noise", estimate, good)
     if floor is not None and abs(estimate.mean) <= floor:
@@ -110,89 +101,77 @@ def compare(results: Results, name: str, column: Column | None) -> Comparison:
     return Comparison("leaning" if interval[0] <= 0 <= interval[1] else "clear", estimate, good)
 
 
-@dataclass(frozen=True)
-class Placebo:
-    """A placebo beside the method it controls: whether it did as well, within two standard errors of their gap."""
-
-    name: str
-    estimate: Estimate
-    as_well: bool
-
-
-def placebos(results: Results, name: str, column: Column) -> list[Placebo]:
-    """Return the declared placebos of a method; none where either was not compared or no direction is better."""
-    own = difference(results, name, column)
-    if own is None or not own.finite or column.higher_is_better is None:
-        return []
-    compared = []
-    for control, role in roles_in(results).items():
-        estimate = difference(results, control, column) if role.kind == "placebo" and role.of == name else None
-        if estimate is not None and estimate.finite:
-            gap = (1 if column.higher_is_better else -1) * (own.mean - estimate.mean)
-            as_well = gap <= 2 * math.hypot(own.se or 0.0, estimate.se or 0.0)
-            compared.append(Placebo(control, estimate, as_well))
+def placebos(results: Results, name: str) -> dict[str, tuple[Estimate, bool]]:
+    """Return the differences of a method's declared placebos, and whether each did as well: within two standard errors
+    of their gap. None where either was not compared or no direction is better."""
+    own, direction, compared = results.difference(name), _direction(results), {}
+    for control, role in results.roles.items():
+        estimate = results.difference(control) if role.kind == "placebo" and role.of == name else None
+        if own is not None and own.finite and estimate is not None and estimate.finite and direction:
+            gap = direction * (own.mean - estimate.mean)
+            compared[control] = estimate, gap <= 2 * math.hypot(own.se or 0.0, estimate.se or 0.0)
     return compared
 
 
-def verdict_of(results: Results) -> dict[str, Any]:
+def verdict_of(raw: dict[str, Any] | Results) -> dict[str, Any]:
     """Return `verdict` of results.json: the sentence and the comparisons behind it.
 
     Returns:
         `{"text", "metric", "baseline", "noise_floor", "runs": {NAME: {"outcome", "good", "below_floor", "placebos":
         {NAME: as_well}}}}`, a run for every paired difference.
     """
-    column = headline_column(results)
-    runs = {}
-    for name in roles_in(results):
-        comparison = compare(results, name, column)
-        if column is not None and comparison.estimate is not None:
-            runs[name] = {
-                "outcome": comparison.outcome,
-                "good": comparison.good,
-                "below_floor": comparison.below_floor,
-                "placebos": {placebo.name: placebo.as_well for placebo in placebos(results, name, column)},
-            }
+    results = Results(raw)
+    compared = {name: c for name in results.roles if (c := compare(results, name)).estimate is not None}
     return {
         "text": verdict(results),
-        "metric": column.key if column else None,
-        "baseline": baseline_of(results),
-        "noise_floor": noise_floor(results, column),
-        "runs": runs,
+        "metric": results.headline.key if results.headline else None,
+        "baseline": results.baseline,
+        "noise_floor": noise_floor(results),
+        "runs": {
+            name: {
+                "outcome": c.outcome,
+                "good": c.good,
+                "below_floor": c.below_floor,
+                "placebos": {placebo: as_well for placebo, (_, as_well) in placebos(results, name).items()},
+            }
+            for name, c in compared.items()
+        },
     }
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(results: Results) -> str:
+def verdict(raw: dict[str, Any] | Results) -> str:
     """Return in words whether the headline method beat the baseline, and how every other method came out.
 
     "beat" needs a paired difference of the headline metric of more than two standard errors that also exceeds the
     noise floor (see `compare`). A loss is said in the same words as a win, and a tie is called one. Without a headline
     method all are treated alike. Controls are no methods: placebos are mentioned beside the method they control.
     """
-    names = [name for name, role in roles_in(results).items() if role.kind == "method"]
-    column, baseline = headline_column(results), baseline_of(results)
-    if column is None:
-        declared = mapping(results.get("headline")).get("metric")
+    results = Results(raw)
+    names = [name for name, role in results.roles.items() if role.kind == "method"]
+    if results.headline is None:
+        declared = results.declared_metric
         what = f"The headline metric, {declared}, was not measured" if declared else "Nothing was measured"
         return f"{what}, so there is nothing to compare."
-    if baseline is None:
+    if results.baseline is None:
         return "No baseline was run, so nothing can be said about which method is better."
     if not names:
         return "Only baselines and controls were run, so there is nothing to compare."
-    first = headline_method(results) or (names[0] if len(names) == 1 else None)
+    first = results.headline_method or (names[0] if len(names) == 1 else None)
+    column, baseline = results.headline, results.baseline
     if first is None:
         return _list(results, names, baseline, column)
     others = [name for name in names if name != first]
-    return _sentence(results, first, baseline, column) + _others(results, others, baseline, column)
+    return _sentence(results, first, baseline, column) + _others(results, others, baseline)
 
 
 def _sentence(results: Results, name: str, baseline: str, column: Column) -> str:
-    comparison = compare(results, name, column)
-    estimate, a, b = comparison.estimate, display_name(results, name), display_name(results, baseline)
+    comparison = compare(results, name)
+    estimate, a, b = comparison.estimate, results.display_name(name), results.display_name(baseline)
     if estimate is None:
-        own, base = score(results, name, column), score(results, baseline, column)
+        own, base = results.score(name, column), results.score(baseline, column)
         if own is None or base is None:
             return f"No difference between {a} and {b} was measured on {column.label}, so neither can be called better."
         return (
@@ -206,16 +185,16 @@ def _sentence(results: Results, name: str, baseline: str, column: Column) -> str
         how = {1: f"{size} better than", -1: f"{size} worse than", 0: f"{column.format(estimate.mean, sign=True)} from"}
         came = f"came out {how[comparison.good]} {b}" if estimate.mean else f"came out level with {b}"
         if estimate.n and estimate.n > 1:
-            return f"{a} {came} {on}{over(results, estimate)}; without a standard error it may be noise."
+            return f"{a} {came} {on}{results.over(estimate)}; without a standard error it may be noise."
         return f"{a} {came} {on} in a single run; without repeats this may be noise."
 
-    spread = f"(mean ± s.e.{over(results, estimate)})"
+    spread = f"(mean ± s.e.{results.over(estimate)})"
     if comparison.outcome == "noise":
         limit = _variance(results, estimate)
         if comparison.below_floor:
-            floors = noise_floors(results, column)
+            floors = noise_floors(results)
             widest = max(floors, key=lambda floor: floors[floor])
-            limit = f"the noise floor ({column.format(floors[widest])}, from {display_name(results, widest)})"
+            limit = f"the noise floor ({column.format(floors[widest])}, from {results.display_name(widest)})"
         text = f"{a} differs from {b} {on} by no more than {limit}: {estimate.text(column, sign=True)} {spread}"
     else:
         clear = comparison.outcome == "clear"
@@ -231,49 +210,50 @@ def _sentence(results: Results, name: str, baseline: str, column: Column) -> str
     return text + _caveat(results, estimate) + _placebos(results, name, column, comparison) + "."
 
 
-def _others(results: Results, names: list[str], baseline: str, column: Column) -> str:
+def _others(results: Results, names: list[str], baseline: str) -> str:
     """Return a second sentence with the difference of every other method, "" where there is none."""
     if not names:
         return ""
-    parts = ", ".join(_part(results, name, column) for name in names)
+    parts = ", ".join(_part(results, name) for name in names)
     many = f"; {len(names)} methods, not corrected for multiple comparisons" if len(names) >= MANY else ""
     which = "The other method" if len(names) == 1 else "The other methods"
-    return f" {which} against {display_name(results, baseline)}: {parts}{many}."
+    return f" {which} against {results.display_name(baseline)}: {parts}{many}."
 
 
 def _list(results: Results, names: list[str], baseline: str, column: Column) -> str:
     """Return one sentence with the difference of every method."""
-    comparisons = [compare(results, name, column) for name in names]
+    comparisons = [compare(results, name) for name in names]
     measured = [c.estimate for c in comparisons if c.estimate is not None and (c.decided or c.outcome == "noise")]
-    b = display_name(results, baseline)
+    b = results.display_name(baseline)
     text = f"Against {b} on {column.label}: "
     if (
         measured
         and column.higher_is_better is not None
         and not any(c.outcome == "clear" and c.good > 0 for c in comparisons)
     ):
-        over_same = {repeats(results, estimate) for estimate in measured}
+        over_same = {results.repeats(estimate) for estimate in measured}
         variance = _variance(results, measured[0]) if len(over_same) == 1 else "noise"
         text = f"No method beats {b} on {column.label} by more than {variance}: "
-    text += ", ".join(_part(results, name, column) for name in names)
+    text += ", ".join(_part(results, name) for name in names)
     if not measured:
         return f"{text}; without repeats this may be noise."
-    same = len({(e.n, repeats(results, e)) for e in measured}) == 1
-    weakest = min(measured, key=lambda e: ("order" not in repeats(results, e), e.n or 0))
-    return f"{text} (mean ± s.e.{over(results, weakest) if same else ''}){_caveat(results, weakest)}."
+    same = len({(e.n, results.repeats(e)) for e in measured}) == 1
+    weakest = min(measured, key=lambda e: ("order" not in results.repeats(e), e.n or 0))
+    return f"{text} (mean ± s.e.{results.over(weakest) if same else ''}){_caveat(results, weakest)}."
 
 
-def _part(results: Results, name: str, column: Column) -> str:
+def _part(results: Results, name: str) -> str:
     """Return one method of a list: "DCKD ahead (+0.140 ± 0.020)"."""
-    comparison, a = compare(results, name, column), display_name(results, name)
+    comparison, a = compare(results, name), results.display_name(name)
     if comparison.estimate is None:
         return f"{a} not compared"
     if comparison.outcome == "broken":
         return f"{a} {NOT_FINITE}"
-    amount = comparison.estimate.text(column, sign=True)
+    assert results.headline is not None
+    amount = comparison.estimate.text(results.headline, sign=True)
     if comparison.outcome == "single":
         return f"{a} {amount} in a single run"
-    as_well = [display_name(results, p.name) for p in placebos(results, name, column) if p.as_well]
+    as_well = [results.display_name(p) for p, (_, did) in placebos(results, name).items() if did]
     placebo = f"; its placebo {' and '.join(as_well)} did as well" if as_well and comparison.good > 0 else ""
     return f"{a} {comparison.word} ({amount}{placebo if comparison.decided else ''})"
 
@@ -282,31 +262,26 @@ def _placebos(results: Results, name: str, column: Column, own: Comparison) -> s
     """Return how the placebos of the method did: if one did as well, the teacher's signal is not the reason."""
     won, lost = own.decided and own.good > 0, own.decided and own.good < 0
     text = ""
-    for placebo in placebos(results, name, column):
-        text += f"; its placebo {display_name(results, placebo.name)} ({placebo.estimate.text(column, sign=True)}) did "
+    for placebo, (estimate, as_well) in placebos(results, name).items():
+        text += f"; its placebo {results.display_name(placebo)} ({estimate.text(column, sign=True)}) did "
         if lost:
-            text += "no worse" if placebo.as_well else "worse still"
+            text += "no worse" if as_well else "worse still"
         else:
-            text += "as well" if placebo.as_well else "less well"
-        if won and placebo.as_well:
+            text += "as well" if as_well else "less well"
+        if won and as_well:
             text += ", so the gain cannot be credited to the teacher's signal"
     return text
 
 
-def over(results: Results, estimate: Estimate) -> str:
-    """Return " over 3 seeds", or "" where the number is not known."""
-    return f" over {estimate.n} {repeats(results, estimate)}" if estimate.n else ""
-
-
 def _variance(results: Results, estimate: Estimate) -> str:
-    return VARIANCE.get(repeats(results, estimate), "noise")
+    return VARIANCE.get(results.repeats(estimate), "noise")
 
 
 def _caveat(results: Results, estimate: Estimate) -> str:
     """Return what the standard error does not cover."""
-    if "test" in repeats(results, estimate):
+    if "test" in results.repeats(estimate):
         return "; this covers the choice of test prompts only: another training run or seed may differ"
-    if "order" in repeats(results, estimate):
+    if "order" in results.repeats(estimate):
         return "; this covers training-order noise only, another seed may differ"
     if estimate.n is not None and estimate.n < 3:
         return f"; {estimate.n} seeds are too few to cover much more than training-order noise"

@@ -304,16 +304,3 @@ def checkpoint_bytes(trained: int, training: Training) -> int:
     whole. They hold weights and moments, no gradients."""
     limit = training.arguments.get("save_total_limit") or 1
     return (cast(int, limit) + 1) * trained * (1 + ADAM)
-
-
-def size(count: int) -> str:
-    """Return bytes for a reader.
-
-    Example:
-        >>> size(3 * 2**30 // 2)
-        '1.5 GiB'
-    """
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 1 << power:
-            return f"{count / (1 << power):,.1f} {unit}"
-    return f"{count} bytes"

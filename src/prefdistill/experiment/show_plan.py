@@ -12,12 +12,12 @@ from prefdistill.core.artifact import State
 from prefdistill.core.differences import Difference, compare
 from prefdistill.core.paths import check_own
 from prefdistill.core.stages import inspect_stage
-from prefdistill.core.text import printable
+from prefdistill.core.text import printable, size
 from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.experiment.check import check_models, check_plan
-from prefdistill.experiment.cost import Cost, Lengths, costs, size
+from prefdistill.experiment.cost import Cost, Lengths, costs
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe

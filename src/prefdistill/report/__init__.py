@@ -6,10 +6,14 @@ This package only lays out; the statistics and the verdict are in `prefdistill.e
 matplotlib and jinja2 are loaded when a page is rendered.
 """
 
-from prefdistill.evaluation.verdict import verdict
-from prefdistill.report.markdown import render_markdown
-from prefdistill.report.page import render_html, write_report
-from prefdistill.report.run import load_run
-from prefdistill.report.table import method_table
+from typing import TYPE_CHECKING
 
-__all__ = ["load_run", "method_table", "render_html", "render_markdown", "verdict", "write_report"]
+from prefdistill.core.lazy import lazy_imports
+
+if TYPE_CHECKING:
+    from prefdistill.evaluation.verdict import verdict
+    from prefdistill.report.load import load_run
+    from prefdistill.report.page import render_html, render_markdown, write_report
+    from prefdistill.report.table import method_table
+
+__all__, __getattr__, __dir__ = lazy_imports(__name__)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prefdistill.report.run import Points, average
+from prefdistill.report.load import Points, average
 from prefdistill.report.svg import (
     BAND,
     BLUE,

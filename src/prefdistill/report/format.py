@@ -1,4 +1,4 @@
-"""Format values for the report: numbers, times, sizes, table cells and text of unknown origin."""
+"""Format values for the report: numbers, times, table cells and text of unknown origin."""
 
 import json
 import math
@@ -65,10 +65,10 @@ def natural(text: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def cell_of(estimate: Estimate | None, column: Column, *, sign: bool = False) -> dict[str, Any]:
+def cell_of(estimate: Estimate | None, column: Column, *, sign: bool = False, missing: str = "–") -> dict[str, Any]:
     """Return a cell of a table: the mean, its standard error, and whether it is not finite."""
     if estimate is None:
-        return {"mean": "–", "se": "", "bad": False}
+        return {"mean": missing, "se": "", "bad": False}
     mean, _, se = estimate.text(column, sign=sign).partition(" ± ")
     return {"mean": mean, "se": se, "bad": not estimate.finite}
 
@@ -90,10 +90,27 @@ def points_of(value: Any) -> list[tuple[float, float]]:
     return points[:MAX_POINTS]
 
 
-def bytes_of(size: float) -> str:
-    """Return a size in words: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+# -- markdown ----------------------------------------------------------------------------------------------------------
+
+
+def markdown_cell(text: Any) -> str:
+    """Return text that is safe in one cell of a markdown table: no HTML, links, images, cell or line breaks."""
+    text = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
+
+
+def markdown_table(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
+    """Return a GitHub table; the first `left` columns are text, the others numbers. Cells must be escaped."""
+    align = [":--" if i < left else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+
+
+def in_cell(cell: dict[str, Any]) -> str:
+    """Return a cell of a table as text: mean ± standard error."""
+    return f"{cell['mean']} ± {cell['se']}" if cell["se"] else str(cell["mean"])
+
+
+def fence(text: str, language: str = "") -> str:
+    """Return a markdown code block whose fence is longer than any in `text`."""
+    ticks = "`" * max(3, 1 + max((len(t) for t in re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text}\n{ticks}"

@@ -1,45 +1,57 @@
-"""Render the report as one self-contained HTML page (`page.html.j2`, which escapes), and write it to a file."""
+"""Render the report as one self-contained HTML page or as GitHub markdown (`page.*.j2`), and write it to a file."""
 
 import functools
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import disk_full, write_text
 from prefdistill.core.paths import check_file
-from prefdistill.report.format import printable, typeset
-from prefdistill.report.markdown import render_markdown
-from prefdistill.report.reading import reading_of
-from prefdistill.report.run import load_runs
-from prefdistill.report.sections import comparison_of, title_of, view_of
+from prefdistill.report.format import fence, in_cell, markdown_cell, printable, typeset
+from prefdistill.report.glossary import glossary_of
+from prefdistill.report.load import load_runs
+from prefdistill.report.sections import comparison_of, view_of
 
 PAGE = "<!DOCTYPE html>\n"  # the first line of every page
+STARTS = {"html": PAGE, "md": "# "}  # of the formats
 
 
 def render_html(runs: list[Path]) -> str:
     """Return the report on one or several run directories as one HTML page that loads no other file."""
+    return _render(runs, "page.html.j2")
+
+
+def render_markdown(runs: list[Path]) -> str:
+    """Return the report as GitHub markdown: the tables and texts of the page, without its figures."""
+    return _render(runs, "page.md.j2")
+
+
+def _render(runs: list[Path], template: str) -> str:
     loaded = load_runs(runs)
-    views = [view_of(run, f"run{i + 1}", len(loaded)) for i, run in enumerate(loaded)]
-    template = environment().get_template("page.html.j2")
-    html = template.render(
-        title=title_of(loaded),
-        views=views,
-        comparison=comparison_of(loaded) if len(loaded) > 1 else [],
-        reading=reading_of(loaded),
-        version=__version__,
+    several = len(loaded) > 1
+    page = (
+        environment()
+        .get_template(template)
+        .render(
+            title=f"{len(loaded)} runs compared" if several else loaded[0]["name"],
+            views=[view_of(run, f"run{i + 1}", len(loaded)) for i, run in enumerate(loaded)],
+            comparison=comparison_of(loaded) if several else [],
+            glossary=glossary_of(loaded),
+            version=__version__,
+        )
     )
-    return printable(html)
+    return printable(page)
 
 
 def write_report(runs: list[Path], out: str | Path, format: str = "html") -> Path:
     """Render `runs` and write the page to `out` atomically. Returns `out`."""
-    renderers = {"html": (render_html, PAGE), "md": (render_markdown, "# ")}
-    if format not in renderers:
-        raise UserError(f'unknown report format "{format}": use one of {", ".join(renderers)}')
-    render, start = renderers[format]
-    check_file(Path(out), start, "report")
-    return save_page(render([Path(run) for run in runs]), Path(out), "the report")
+    if format not in STARTS:
+        raise UserError(f'unknown report format "{format}": use one of {", ".join(STARTS)}')
+    check_file(Path(out), STARTS[format], "report")
+    return save_page(_render([Path(run) for run in runs], f"page.{format}.j2"), Path(out), "the report")
 
 
 def save_page(text: str, out: Path, what: str) -> Path:
@@ -59,15 +71,13 @@ def save_page(text: str, out: Path, what: str) -> Path:
 
 @functools.cache
 def environment() -> Any:
-    """Return the jinja2 environment of the templates beside this file."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+    """Return the jinja2 environment of the templates beside this file; all but those of markdown escape HTML."""
     templates = Environment(
         loader=PackageLoader("prefdistill.report", "."),
-        autoescape=True,
+        autoescape=lambda name: not (name or "").endswith(".md.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["typeset"] = typeset
+    templates.filters |= {"typeset": typeset, "md": markdown_cell, "cell": in_cell, "fence": fence}
     return templates

@@ -2,10 +2,13 @@
 
 import math
 import statistics
+from functools import partial
 from typing import Any
 
-from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results, all_columns, clean, mapping, number
+from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results, clean, estimates, mapping, number
+from prefdistill.report import figures
 from prefdistill.report.format import cell_of, cut, points_of, string
+from prefdistill.report.svg import BLUE, Style
 
 View = dict[str, Any]
 
@@ -18,14 +21,12 @@ _SHARE = Column("accuracy", "share of pairs", True)
 
 def reward_model_of(results: Results) -> str | None:
     """Return the reward model's accuracy in words; None without a reward model."""
-    model = mapping(results.get("reward_model"))
-    accuracy = Estimate.parse(model.get("accuracy"))
+    model = results.mapping("reward_model")
+    accuracy, longer, pairs = (estimates(model).get(key) for key in ("accuracy", "longer_is_better", "pairs"))
     if accuracy is None:
         return None
     name = clean(model.get("name") or "of unknown origin")
-    longer = Estimate.parse(model.get("longer_is_better"))
-    pairs = number(model.get("pairs"))
-    of = f"{pairs:,.0f} held-out pairs" if pairs is not None and math.isfinite(pairs) else "the held-out pairs"
+    of = f"{pairs.mean:,.0f} held-out pairs" if pairs is not None and pairs.finite else "the held-out pairs"
     length = f"; the better one is the longer one in {longer.text(_SHARE)}" if longer else ""
     return (
         f"The reward model, {name}, scores the better response higher in {accuracy.text(_SHARE)}"
@@ -35,8 +36,8 @@ def reward_model_of(results: Results) -> str | None:
 
 def reward_model_warning(results: Results) -> str | None:
     """Return a warning if the reward model is not clearly better than chance, or than length alone."""
-    model = mapping(results.get("reward_model"))
-    accuracy, longer = Estimate.parse(model.get("accuracy")), Estimate.parse(model.get("longer_is_better"))
+    model = estimates(results.mapping("reward_model"))
+    accuracy, longer = model.get("accuracy"), model.get("longer_is_better")
     if accuracy is None or not accuracy.finite:
         return None
     low = (accuracy.interval() or (accuracy.mean, accuracy.mean))[0]
@@ -48,13 +49,11 @@ def reward_model_warning(results: Results) -> str | None:
     return None
 
 
-def lengths_of(results: Results, styles: dict[str, Any], key: str, budget: int) -> View | None:
+def lengths_of(results: Results, styles: dict[str, Style], key: str, budget: int) -> View | None:
     """Return score against length of each model's responses: a row of numbers and a scatter plot each."""
-    from prefdistill.report import figures, svg
-
     models = {
-        clean(name): (points, styles.get(name, svg.Style(svg.BLUE)))
-        for name, value in mapping(results.get("responses")).items()
+        clean(name): (points, styles.get(name, Style(BLUE)))
+        for name, value in results.mapping("responses").items()
         if (points := points_of(mapping(value).get("points")))
     }
     if not models:
@@ -71,76 +70,55 @@ def lengths_of(results: Results, styles: dict[str, Any], key: str, budget: int) 
             f"and a score of {cells[1]['mean']}; correlation {cells[2]['mean']}."
         )
         clouds.append((name, points, style, alt))
-    plots = figures.clouds(
-        clouds[:_MAX_CLOUDS],
-        labels=("tokens of the response", "score"),
-        key=f"{key}-length",
-        budget=budget,
-        zero=False,
-    )
-    return {"rows": rows, "plots": plots, "left_out": len(clouds) - len(plots)}
+    shown, labels = clouds[:_MAX_CLOUDS], ("tokens of the response", "score")
+    plots = partial(figures.clouds, shown, labels=labels, key=f"{key}-length", budget=budget, zero=False)
+    return {"rows": rows, "plots": plots, "left_out": len(clouds) - len(shown)}
 
 
-def tables_by_length(results: Results) -> list[View]:
-    """Return a table for each metric: methods by range of the reference response's length."""
-    known = {column.key: column for column in all_columns(results)}
-    tables = []
-    for name, value in mapping(results.get("by_length")).items():
+def by_length_of(results: Results, styles: dict[str, Style], key: str) -> list[View]:
+    """Return a table and a figure for each metric: methods by range of the reference response's length."""
+    known = {column.key: column for column in results.all_columns}
+    tables: list[View] = []
+    for name, value in results.mapping("by_length").items():
         column = known.get(name, Column(name, clean(name)))
         parts = [part for part in value if isinstance(part, dict)][:_MAX_RANGES] if isinstance(value, list) else []
         methods = list(dict.fromkeys(m for part in parts for m in mapping(part.get("methods"))))
         if not methods:
             continue
-        rows = []
+        ranges = [_range(part) for part in parts]
+        rows, series, words = [], {}, []
         for method in methods:
-            estimates = [Estimate.parse(mapping(part.get("methods")).get(method)) for part in parts]
-            cells = [cell_of(estimate, column) for estimate in estimates]
-            rows.append({"key": method, "name": clean(method), "estimates": estimates, "cells": cells})
+            by_range = [Estimate.parse(mapping(part.get("methods")).get(method)) for part in parts]
+            cells = [cell_of(estimate, column) for estimate in by_range]
+            rows.append({"name": clean(method), "cells": cells})
+            series[clean(method)] = [_ends(estimate) for estimate in by_range], styles.get(method, Style())
+            words.append(f"{clean(method)}: {', '.join(cell['mean'] for cell in cells)}")
+        alt = f"{column.label} by words of the reference response ({'; '.join(ranges)}). {'; '.join(words)}."
+        figure_key = f"{key}-range{len(tables)}"
         tables.append(
             {
                 "metric": column.label,
-                "ranges": [_range(part) for part in parts],
+                "ranges": ranges,
                 "counts": [f"{n:.0f}" if (n := number(part.get("n"))) is not None else "" for part in parts],
                 "rows": rows,
+                "legend": [{"name": name, "style": style} for name, (_, style) in series.items()],
+                "svg": partial(figures.ranges, ranges, series, label=column.label, key=figure_key, alt=alt),
             }
-        )
-    return tables
-
-
-def by_length_of(results: Results, styles: dict[str, Any], key: str) -> list[View]:
-    """Return `tables_by_length`, each with its figure."""
-    from prefdistill.report import figures, svg
-
-    tables = tables_by_length(results)
-    for i, table in enumerate(tables):
-        own_styles = {row["name"]: styles.get(row["key"], svg.Style()) for row in table["rows"]}
-        words = [f"{row['name']}: {', '.join(cell['mean'] for cell in row['cells'])}" for row in table["rows"]]
-        table["legend"] = [{"name": name, "style": style} for name, style in own_styles.items()]
-        table["svg"] = figures.ranges(
-            table["ranges"],
-            {row["name"]: ([_ends(e) for e in row["estimates"]], own_styles[row["name"]]) for row in table["rows"]},
-            label=table["metric"],
-            key=f"{key}-range{i}",
-            alt=f"{table['metric']} by words of the reference response ({'; '.join(table['ranges'])}). "
-            f"{'; '.join(words)}.",
         )
     return tables
 
 
 def samples_of(results: Results, budget: int) -> list[View]:
     """Return the responses of every model to the same prompts; `budget` characters are shared by all."""
-    names = list(results["methods"])
-    rows = [s for s in results.get("samples", []) if isinstance(s, dict)][:_MAX_SAMPLES]
+    rows = [s for s in results.items("samples") if isinstance(s, dict)][:_MAX_SAMPLES]
     size = sum(len(mapping(s.get("responses"))) + 1 for s in rows)
     limit = max(200, min(3_000, budget // max(size, 1)))
     samples = []
     for sample in rows:
         responses, scores = mapping(sample.get("responses")), mapping(sample.get("scores"))
-        known = [n for n in names if n in responses] + [n for n in responses if n not in names]
-        values = {n: number(scores.get(n)) for n in known}
         cards = []
-        for name in known:
-            value = values[name]
+        for name in [n for n in dict.fromkeys([*results.methods, *responses]) if n in responses]:
+            value = number(scores.get(name))
             score = "" if value is None else NOT_FINITE if not math.isfinite(value) else f"{value:.4g}"
             cards.append({"name": clean(name), "text": cut(string(responses[name]), limit), "score": score})
         longest = max((len(card["text"]) for card in cards), default=0)

@@ -1,29 +1,20 @@
-"""Sections of the page: from a run to words, numbers as text and figures. A section without data is left out."""
+"""Sections of the page: from a run to words, numbers as text and figures. A section without data is left out.
+
+Figures are drawn when the template calls them: the markdown has none.
+"""
 
 import math
+from functools import partial
 from typing import Any
 
-from prefdistill.evaluation.results import (
-    Column,
-    Results,
-    baseline_of,
-    clean,
-    columns_of,
-    difference,
-    display_name,
-    headline_column,
-    headline_method,
-    mapping,
-    number,
-    repeats,
-    roles_in,
-    score,
-)
+from prefdistill.core.text import size
+from prefdistill.evaluation.results import Column, Results, clean, mapping, number
 from prefdistill.evaluation.verdict import compare, noise_floor, verdict
-from prefdistill.report import responses
-from prefdistill.report.format import bytes_of, cell_of, cut, duration, flat, interval_of, plural
-from prefdistill.report.run import Run
-from prefdistill.report.table import compare_runs
+from prefdistill.report import figures, responses
+from prefdistill.report.format import cell_of, cut, duration, flat, interval_of, plural
+from prefdistill.report.load import Run
+from prefdistill.report.svg import Style, styles_of
+from prefdistill.report.table import method_table
 from prefdistill.report.teacher import gauge_sentence, margin_accuracy_of, shaping_of
 from prefdistill.report.training import curves_of
 from prefdistill.report.warnings import warnings_of
@@ -31,32 +22,26 @@ from prefdistill.report.warnings import warnings_of
 View = dict[str, Any]
 
 # Limits of one page, shared by its runs: it stays under 1 MB for all but very many runs.
-TEXT_BUDGET = 240_000  # characters of samples
+_TEXT_BUDGET = 240_000  # characters of samples
 _LINE_BUDGET = 10_000  # points of all mean curves
 _CLOUD_BUDGET = 6_000  # points of all scatter plots
 ROLE_WORDS = {"baseline": "baseline", "noise_floor": "noise floor"}  # in place of the outcome in the table
 
 
-def title_of(runs: list[Run]) -> str:
-    """Return the title of the page."""
-    return f"{len(runs)} runs compared" if len(runs) > 1 else str(runs[0]["name"])
-
-
 def view_of(run: Run, key: str, of: int) -> View:
     """Return all that the template needs for one run of `of`; an empty value leaves its section out."""
-    from prefdistill.report import svg
-
     results: Results = run["results"]
-    styles = svg.styles(roles_in(results), headline_method(results))
+    styles = styles_of(results)
     return {
         "key": key,
         "name": run["name"],
         "path": run["path"],
-        "task": clean(results.get("task", "")),
-        "facts": facts_of(results),
+        "task": results.text("task"),
+        "facts": _facts(results),
         "verdict": verdict(results),
         "warnings": warnings_of(run),
-        "notes": notes_of(run),
+        "notes": run["notes"],
+        "method_table": method_table(results, markdown=True),
         "table": table_of(results, styles),
         "all_differences": _all_differences(results),
         "forest": _forest(results, styles, key),
@@ -67,97 +52,81 @@ def view_of(run: Run, key: str, of: int) -> View:
         "reward_model": responses.reward_model_of(results),
         "lengths": responses.lengths_of(results, styles, key, _CLOUD_BUDGET // of // 2),
         "by_length": responses.by_length_of(results, styles, key),
-        "samples": responses.samples_of(results, TEXT_BUDGET // of),
+        "samples": responses.samples_of(results, _TEXT_BUDGET // of),
         "stages": stages_of(results),
         "recipe": cut(run["recipe"], 40_000) if run["recipe"] else None,
-        "environment": flat(run["environment"] or {}),
+        "environment": flat(run["environment"]),
     }
 
 
-def notes_of(run: Run) -> list[str]:
-    """Return the notes of the results and on them."""
-    return [str(note) for note in [*run["notes"], *run["results"].get("notes", [])]]
-
-
-def facts_of(results: Results) -> list[str]:
+def _facts(results: Results) -> list[str]:
     """Return the line under the title: how much was repeated."""
     facts = []
-    seeds = _seeds(results)
+    seeds = [clean(seed) for seed in results.items("seeds") or [results.raw.get("seed")] if seed is not None]
     if seeds:
         facts.append(f"{plural(len(seeds), 'seed', 'seeds')} {', '.join(seeds)}")
-    orders = number(results.get("orders"))
+    orders = number(results.raw.get("orders"))
     if orders is not None and math.isfinite(orders):
         facts.append(f"{orders:g} data {plural(int(orders), 'order', 'orders')} each")
-    baseline = baseline_of(results)
-    if baseline is not None:
-        facts.append(f"compared with {display_name(results, baseline)}")
+    if results.baseline is not None:
+        facts.append(f"compared with {results.display_name(results.baseline)}")
     return facts
 
 
-def _seeds(results: Results) -> list[str]:
-    seeds = results.get("seeds")
-    if isinstance(seeds, list):
-        return [clean(seed) for seed in seeds]
-    return [clean(results["seed"])] if results.get("seed") is not None else []
-
-
-def table_of(results: Results, styles: dict[str, Any]) -> View:
+def table_of(results: Results, styles: dict[str, Style]) -> View:
     """Return the table of methods by metrics, with role and comparison of each."""
-    columns, baseline, headline = columns_of(results), baseline_of(results), headline_column(results)
-    compared = baseline is not None and any(difference(results, n, headline) for n in results["methods"])
+    headline, baseline = results.headline, results.baseline
     rows = []
-    for name, role in roles_in(results).items():
-        comparison = compare(results, name, headline)
+    for name, role in results.roles.items():
+        comparison = compare(results, name)
         word = ROLE_WORDS.get(role.kind, comparison.word)
         rows.append(
             {
                 "name": clean(name),
-                "label": clean(mapping(results.get("labels")).get(name, "")),
+                "label": clean(results.mapping("labels").get(name, "")),
                 "role": role.kind,
                 "style": styles[name],
-                "cells": [cell_of(score(results, name, column), column) for column in columns],
+                "cells": [cell_of(results.score(name, column), column) for column in results.columns],
                 "difference": cell_of(comparison.estimate, headline, sign=True) if headline else None,
                 "interval": interval_of(comparison.estimate, headline) if headline else "",
                 "word": "" if word == "-" else word,
             }
         )
     return {
-        "metrics": [{"label": column.label, "better": column.higher_is_better} for column in columns],
-        "baseline": display_name(results, baseline) if baseline else "",
-        "compared": compared,
-        "over": _repeated(results, headline),
+        "metrics": [{"label": column.label, "better": column.higher_is_better} for column in results.columns],
+        "baseline": results.display_name(baseline) if baseline else "",
+        "compared": baseline is not None and any(map(results.difference, results.methods)),
+        "over": _repeated(results),
         "rows": rows,
     }
 
 
-def _repeated(results: Results, column: Column | None) -> str:
+def _repeated(results: Results) -> str:
     """Return what the paired differences were repeated over: "3 seeds"."""
-    estimates = [d for n in mapping(results.get("differences")) if (d := difference(results, n, column))]
-    return " or ".join(dict.fromkeys(f"{d.n} {repeats(results, d)}" for d in estimates if d.n and d.repeated))
+    estimates = [d for d in map(results.difference, results.differences) if d and d.n and d.repeated]
+    return " or ".join(dict.fromkeys(f"{d.n} {results.repeats(d)}" for d in estimates))
 
 
 def _all_differences(results: Results) -> View | None:
     """Return every paired difference, where there are more than those of the headline metric."""
-    names = [name for name in roles_in(results) if name in mapping(results.get("differences"))]
-    columns = [column for column in columns_of(results) if any(difference(results, n, column) for n in names)]
-    if len(columns) < 2 or baseline_of(results) is None:
+    names = [name for name in results.roles if name in results.differences]
+    columns = [column for column in results.columns if any(results.difference(n, column) for n in names)]
+    if len(columns) < 2 or results.baseline is None:
         return None
     rows = [
-        {"name": clean(name), "cells": [cell_of(difference(results, name, c), c, sign=True) for c in columns]}
+        {"name": clean(name), "cells": [cell_of(results.difference(name, c), c, sign=True) for c in columns]}
         for name in names
     ]
     return {"metrics": [column.label for column in columns], "rows": rows}
 
 
-def _forest(results: Results, styles: dict[str, Any], key: str) -> View | None:
-    from prefdistill.report import figures
-
-    column, baseline = headline_column(results), baseline_of(results)
+def _forest(results: Results, styles: dict[str, Style], key: str) -> View | None:
+    column, baseline = results.headline, results.baseline
     if column is None or baseline is None:
         return None
     rows, words = [], []
-    for name, role in roles_in(results).items():
-        estimate = difference(results, name, column)
+    for name, role in results.roles.items():
+        estimate = results.difference(name)
         if estimate is None or name == baseline:
             continue
         low, high = estimate.interval() or (None, None)
@@ -168,21 +137,20 @@ def _forest(results: Results, styles: dict[str, Any], key: str) -> View | None:
         words.append(f"{clean(name)} {text}{span}")
     if not rows:
         return None
-    floor = noise_floor(results, column)
-    base = display_name(results, baseline)
-    left, right = {
-        True: (f"worse than {base}", f"better than {base}"),
-        False: (f"better than {base}", f"worse than {base}"),
-        None: (f"lower than {base}", f"higher than {base}"),
-    }[column.higher_is_better]
+    floor = noise_floor(results)
+    base = results.display_name(baseline)
+    left, right = {True: ("worse", "better"), False: ("better", "worse"), None: ("lower", "higher")}[
+        column.higher_is_better
+    ]
     alt = f"Paired difference to {base} on {column.label}. " + "; ".join(words) + "."
     if floor is not None:
         alt += f" Noise floor: {column.format(floor)} to either side of zero."
+    sides: View = {"left": f"{left} than {base}", "right": f"{right} than {base}"}
     return {
-        "svg": figures.forest(rows, floor=floor, left=left, right=right, alt=alt, key=f"{key}-forest"),
+        "svg": partial(figures.forest, rows, floor=floor, **sides, alt=alt, key=f"{key}-forest"),
         "metric": column.label,
         "baseline": base,
-        "over": _repeated(results, column),
+        "over": _repeated(results),
         "floor": column.format(floor) if floor is not None else None,
     }
 
@@ -190,8 +158,7 @@ def _forest(results: Results, styles: dict[str, Any], key: str) -> View | None:
 def stages_of(results: Results) -> View | None:
     """Return time, memory and disk by stage; all stages of one method and kind are one row."""
     groups: dict[str, dict[str, float]] = {}
-    for stage in results.get("stages", []):
-        about = mapping(stage)
+    for about in map(mapping, results.items("stages")):
         seconds = number(about.get("seconds"))
         if "name" not in about or seconds is None:
             continue
@@ -217,8 +184,8 @@ def stages_of(results: Results) -> View | None:
                 "name": name,
                 "runs": runs,
                 "time": duration(g["seconds"]),
-                "memory": bytes_of(g["peak_memory"]) if g["peak_memory"] else "",
-                "disk": bytes_of(g["bytes"]) if g["bytes"] else "",
+                "memory": size(g["peak_memory"]) if g["peak_memory"] else "",
+                "disk": size(g["bytes"]) if g["bytes"] else "",
                 "width": f"{100 * max(0.0, share):.1f}",
                 "reused": "" if not reused else "reused" if reused == runs else f"{reused} of {runs} reused",
                 "all_reused": reused == runs,
@@ -227,7 +194,7 @@ def stages_of(results: Results) -> View | None:
     return {
         "rows": rows,
         "total": duration(math.fsum(g["seconds"] for g in groups.values())),
-        "disk": bytes_of(math.fsum(g["bytes"] for g in groups.values())),
+        "disk": size(math.fsum(g["bytes"] for g in groups.values())),
         "any_reused": any(g["reused"] for g in groups.values()),
         "any_memory": any(g["peak_memory"] for g in groups.values()),
         "any_disk": any(g["bytes"] for g in groups.values()),
@@ -236,17 +203,23 @@ def stages_of(results: Results) -> View | None:
 
 def comparison_of(runs: list[Run]) -> list[View]:
     """Return a table for each metric that all runs share: methods by runs."""
-    results = [run["results"] for run in runs]
-    tables = []
-    for column, names, rows in compare_runs(results):
-        body = []
-        for name, estimates in zip(names, rows, strict=True):
-            cells = []
-            for result, estimate in zip(results, estimates, strict=True):
-                d = difference(result, name, column) if estimate is not None and baseline_of(result) != name else None
-                cells.append(
-                    {"value": cell_of(estimate, column), "difference": cell_of(d, column, sign=True) if d else None}
-                )
-            body.append({"name": clean(name), "cells": cells})
-        tables.append({"metric": column.label, "runs": [run["name"] for run in runs], "rows": body})
-    return tables
+    results: list[Results] = [run["results"] for run in runs]
+    names = dict.fromkeys(name for one in results for name in one.methods)
+
+    def cell(one: Results, name: str, column: Column) -> View:
+        score = one.score(name, column)
+        difference = one.difference(name, column) if score is not None and one.baseline != name else None
+        return {
+            "value": cell_of(score, column),
+            "difference": cell_of(difference, column, sign=True) if difference else None,
+        }
+
+    return [
+        {
+            "metric": column.label,
+            "runs": [run["name"] for run in runs],
+            "rows": [{"name": clean(n), "cells": [cell(one, n, column) for one in results]} for n in names],
+        }
+        for column in results[0].columns
+        if all(column.key in {other.key for other in one.all_columns} for one in results)
+    ]

@@ -18,8 +18,8 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from prefdistill.evaluation.results import Kind, Role
-from prefdistill.report.run import Points
+from prefdistill.evaluation.results import Kind, Results, Role
+from prefdistill.report.load import Points
 from prefdistill.report.table import width as columns
 
 # Placeholder colours, and the page's colours that replace them.
@@ -117,6 +117,11 @@ def styles(roles: dict[str, Role], headline: str | None) -> dict[str, Style]:
         elif role.kind != "method":
             chosen[name] = BY_KIND[role.kind]
     return {name: chosen[name] for name in roles}
+
+
+def styles_of(results: Results) -> dict[str, Style]:
+    """Return the style of each run of the results."""
+    return styles(results.roles, results.headline_method)
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------

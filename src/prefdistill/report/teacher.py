@@ -1,11 +1,14 @@
 """Sections on the teacher's signals: how well they order held-out pairs, and the shaping margin."""
 
 import statistics
+from functools import partial
 from typing import Any
 
-from prefdistill.evaluation.results import Column, Estimate, Results, clean, mapping, number
+from prefdistill.evaluation.results import Column, Estimate, Results, clean, estimates, mapping, number
+from prefdistill.report import figures
 from prefdistill.report.format import cell_of, points_of
-from prefdistill.report.run import Points
+from prefdistill.report.load import Points
+from prefdistill.report.svg import BLUE, Style
 
 View = dict[str, Any]
 
@@ -14,24 +17,24 @@ _MAX_SCATTERS = 6
 
 def margin_accuracy_of(results: Results, key: str) -> View | None:
     """Return the share of held-out pairs that each term of the teacher orders correctly, as bars."""
-    from prefdistill.report import figures
-
-    column = Column("accuracy", "margin accuracy", True)
-    rows = [
-        (clean(term), e.mean, e.se, e.text(column), mapping(value).get("shaping") is True)
-        for term, value in mapping(results.get("margin_accuracy")).items()
-        if (e := Estimate.parse(value)) is not None
+    column, terms = Column("accuracy", "margin accuracy", True), results.mapping("margin_accuracy")
+    bars = [
+        (clean(term), e.mean, e.se, e.text(column), mapping(terms[term]).get("shaping") is True)
+        for term, e in estimates(terms).items()
     ]
-    if not rows:
+    if not bars:
         return None
     alt = "Fraction of held-out pairs that each term orders correctly; one half is chance. "
-    alt += "; ".join(f"{term} {text}" for term, _, _, text, _ in rows) + "."
-    return {"svg": figures.bars(rows, title="Margin accuracy", alt=alt, key=f"{key}-accuracy")}
+    alt += "; ".join(f"{term} {text}" for term, _, _, text, _ in bars) + "."
+    return {
+        "rows": [{"name": clean(term), "cells": [cell_of(e, column)]} for term, e in estimates(terms).items()],
+        "svg": partial(figures.bars, bars, title="Margin accuracy", alt=alt, key=f"{key}-accuracy"),
+    }
 
 
 def gauge_sentence(results: Results) -> str | None:
     """Return in words how far the order of pairs by the teacher's value depends on its gauge."""
-    flips = Estimate.parse(results.get("gauge_flips"))
+    flips = Estimate.parse(results.mapping("gauge_flips"))
     if flips is None:
         return None
     share = Column("flips", "share of pairs", False)
@@ -42,13 +45,11 @@ def gauge_sentence(results: Results) -> str | None:
     )
 
 
-def shaping_of(results: Results, styles: dict[str, Any], key: str, budget: int) -> View | None:
+def shaping_of(results: Results, styles: dict[str, Style], key: str, budget: int) -> View | None:
     """Return the spread of the shaping margin and of the DPO margin, and a scatter plot of one against the other."""
-    from prefdistill.report import figures, svg
-
     column = Column("margin", "margin", None)
     rows, clouds = [], []
-    for name, value in mapping(results.get("shaping")).items():
+    for name, value in results.mapping("shaping").items():
         about = mapping(value)
         std, dpo_std = number(about.get("std")), number(about.get("dpo_margin_std"))
         ratio = std / dpo_std if std is not None and dpo_std else None
@@ -61,25 +62,16 @@ def shaping_of(results: Results, styles: dict[str, Any], key: str, budget: int) 
             }
         )
         if points:
-            clouds.append((clean(name), points, styles.get(name, svg.Style(svg.BLUE))))
+            alt = f"{len(points)} pairs: shaping margin of {clean(name)} against DPO margin. {_agreement(points)}."
+            clouds.append((clean(name), points, styles.get(name, Style(BLUE)), alt))
     if not rows:
         return None
-    plots = figures.clouds(
-        [
-            (
-                name,
-                points,
-                style,
-                f"{len(points)} pairs: shaping margin of {name} against DPO margin. {_agreement(points)}.",
-            )
-            for name, points, style in clouds[:_MAX_SCATTERS]
-        ],
-        labels=("DPO margin", "shaping margin"),
-        key=f"{key}-scatter",
-        budget=budget,
-        zero=True,
-    )
-    return {"rows": rows, "plots": plots}
+    shown, labels = clouds[:_MAX_SCATTERS], ("DPO margin", "shaping margin")
+    return {
+        "columns": ["mean shaping margin", "its spread (std)", "spread of the DPO margin", "ratio of spreads"],
+        "rows": rows,
+        "plots": partial(figures.clouds, shown, labels=labels, key=f"{key}-scatter", budget=budget, zero=True),
+    }
 
 
 def _agreement(points: Points) -> str:

@@ -1,19 +1,19 @@
 """Section on training: one panel per logged metric, with a line per method."""
 
 import math
+from functools import partial
 from typing import Any
 
 from prefdistill.evaluation.results import NOT_FINITE, clean
+from prefdistill.report import figures, svg
 from prefdistill.report.format import natural
-from prefdistill.report.run import PANELS, Points, Run, average
+from prefdistill.report.load import PANELS, Points, Run, average
 
 View = dict[str, Any]
 
 
-def curves_of(run: Run, styles: dict[str, Any], key: str, budget: int) -> View | None:
+def curves_of(run: Run, styles: dict[str, svg.Style], key: str, budget: int) -> View | None:
     """Return a panel per logged metric with a line per method, and the losses of the stages before the students."""
-    from prefdistill.report import figures, svg
-
     methods: dict[str, dict[str, list[Points]]] = {
         panel: {name: lines[panel] for name, lines in run["curves"].items() if panel in lines} for panel in PANELS
     }
@@ -29,23 +29,13 @@ def curves_of(run: Run, styles: dict[str, Any], key: str, budget: int) -> View |
         ends = [f"{clean(n)} {_last(average(ls))}" for n, ls in lines.items()]
         alt = f"{title} by optimiser step. At the last step: {', '.join(ends)}."
         y_limits = shared if metric.startswith("logps/") else None
-        panels.append(
-            figures.curves(
-                lines, styles, title=title, alt=alt, key=f"{key}-curve{i}", y_limits=y_limits, points=points
-            ),
-        )
+        about: View = {"title": title, "alt": alt, "key": f"{key}-curve{i}", "y_limits": y_limits, "points": points}
+        panels.append(partial(figures.curves, lines, styles, **about))
     early = []
     for i, stage in enumerate(sorted(before, key=natural)[:8]):
-        end = _last(average(before[stage]))
-        early.append(
-            figures.curves(
-                {stage: before[stage]},
-                {stage: svg.Style(svg.BLUE)},
-                title=f"{clean(stage)}: loss",
-                alt=f"Training loss of {clean(stage)} by step; at the last step {end}.",
-                key=f"{key}-early{i}",
-            )
-        )
+        alt = f"Training loss of {clean(stage)} by step; at the last step {_last(average(before[stage]))}."
+        about = {"title": f"{clean(stage)}: loss", "alt": alt, "key": f"{key}-early{i}"}
+        early.append(partial(figures.curves, {stage: before[stage]}, {stage: svg.Style(svg.BLUE)}, **about))
     if not panels and not early:
         return None
     shown = {n for m in methods.values() for n in m}

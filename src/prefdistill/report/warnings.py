@@ -5,20 +5,18 @@ import statistics
 
 from prefdistill.evaluation.results import NOT_FINITE, Estimate, Results, clean, mapping
 from prefdistill.report.format import cut
+from prefdistill.report.load import Points, Run, average
 from prefdistill.report.responses import reward_model_warning
-from prefdistill.report.run import Points, Run, average
 
 
 def warnings_of(run: Run) -> list[str]:
     """Return the warnings of the pipeline, of not finite numbers, of suspicious results and of unreadable files."""
-    results = run["results"]
-    warnings = [str(w) for w in results.get("warnings", [])]
-    for part in ("methods", "differences"):
-        for name, scores in mapping(results.get(part)).items():
-            bad = [k for k, v in mapping(scores).items() if (e := Estimate.parse(v)) is not None and not e.finite]
-            if bad:
-                what = "" if part == "methods" else "difference of "
-                warnings.append(f"{clean(name)}: {what}{', '.join(map(clean, bad))} {NOT_FINITE}")
+    results: Results = run["results"]
+    warnings = list(map(str, results.items("warnings")))
+    for what, table in (("", results.methods), ("difference of ", results.differences)):
+        for name, scores in table.items():
+            if bad := [clean(metric) for metric, estimate in scores.items() if not estimate.finite]:
+                warnings.append(f"{clean(name)}: {what}{', '.join(bad)} {NOT_FINITE}")
     warnings += _collapses(run)
     warnings += [w for w in (_chance(results), reward_model_warning(results)) if w]
     warnings += run["problems"]
@@ -60,8 +58,8 @@ def _fall(lines: list[Points]) -> tuple[float, float, float] | None:
 
 def _chance(results: Results) -> str | None:
     """Return a warning if the shaping return orders the held-out pairs no better than chance."""
-    terms = map(mapping, mapping(results.get("margin_accuracy")).values())
-    estimate = Estimate.parse(next((term for term in terms if term.get("shaping") is True), None))
+    terms = results.mapping("margin_accuracy").values()
+    estimate = Estimate.parse(next((term for term in map(mapping, terms) if term.get("shaping") is True), None))
     interval = estimate.interval() if estimate else None
     if estimate is None or interval is None or not interval[0] <= 0.5 <= interval[1]:
         return None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from prefdistill.core.lazy import lazy_names
+from prefdistill.core.lazy import lazy_imports
 
 if TYPE_CHECKING:
     from prefdistill.signals.extract import extract_signals
@@ -12,19 +12,4 @@ if TYPE_CHECKING:
     from prefdistill.signals.repair import repair_signals
     from prefdistill.signals.store import Signals, SignalSet
 
-__all__ = ["KINDS", "ROLES", "Kind", "LiveTeacher", "Need", "SignalSet", "Signals", "extract_signals", "repair_signals"]
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "KINDS": "kinds",
-        "Kind": "kinds",
-        "ROLES": "needs",
-        "LiveTeacher": "live",
-        "Need": "needs",
-        "SignalSet": "store",
-        "Signals": "store",
-        "extract_signals": "extract",
-        "repair_signals": "repair",
-    },
-)
+__all__, __getattr__, __dir__ = lazy_imports(__name__)

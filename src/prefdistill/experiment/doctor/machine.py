@@ -13,7 +13,8 @@ import torch
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import validate
 from prefdistill.core.paths import check_place
-from prefdistill.experiment.cost import Lengths, Shapes, costs, size
+from prefdistill.core.text import size
+from prefdistill.experiment.cost import Lengths, Shapes, costs
 from prefdistill.experiment.doctor.findings import Finding, Severity
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import Recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from prefdistill.core.text import size
 from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
-from prefdistill.experiment.doctor.machine import size
 
 if TYPE_CHECKING:
     from prefdistill.experiment.doctor.examine import Checkup

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data import synthetic
-from prefdistill.evaluation.items import RESPONSE
 from prefdistill.evaluation.measure import Measured
+from prefdistill.evaluation.metric_inputs import RESPONSE
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.pairs import measure_pairs
 from prefdistill.evaluation.responses import measure_responses, measure_rewards, unique_prompts

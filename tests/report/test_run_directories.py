@@ -15,7 +15,7 @@ from support.runs import NAN, REWARD, distill_stage, log
 def test_load_run(run: Path) -> None:
     loaded = load_run(run)
     assert loaded["name"] == "quickstart"
-    assert loaded["results"]["methods"].keys() == REWARD.keys()
+    assert loaded["results"].methods.keys() == REWARD.keys()
     assert loaded["recipe"].startswith("name: quickstart")
     assert loaded["environment"]["packages"]["trl"] == "1.16.0"
     assert list(loaded["curves"]) == [name for name in REWARD if name not in ("teacher", "start")]
@@ -114,7 +114,7 @@ def test_results_without_roles_say_how_to_rebuild_them(tmp_path: Path) -> None:
 
 def test_average_takes_the_steps_that_all_runs_share() -> None:
     from prefdistill.report import svg
-    from prefdistill.report.run import average
+    from prefdistill.report.load import average
 
     assert average([[(1, 1.0), (2, 2.0), (3, 9.0)], [(1, 3.0), (2, 4.0)]]) == [(1, 2.0), (2, 3.0)]
     assert average([[(1, 1.0)], [(2, 1.0)]]) == []
