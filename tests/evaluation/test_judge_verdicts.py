@@ -53,7 +53,7 @@ RATINGS = [
 
 @pytest.mark.parametrize(("reply", "value"), RATINGS)
 def test_ratings(reply, value):
-    assert verdicts.rating(reply) == value
+    assert verdicts.read_rating(reply).value == value
 
 
 @pytest.mark.parametrize("reply", [reply for reply, value in RATINGS if value is not None and "*" not in reply])
@@ -63,7 +63,7 @@ def test_ratings_match_the_published_rule(reply):
         return
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply) or re.search(r"\[(\d+\.?\d*)\]", reply)
     if found:
-        assert verdicts.rating(reply) == float(found[1])
+        assert verdicts.read_rating(reply).value == float(found[1])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_ratings_match_the_published_rule(reply):
     ],
 )
 def test_winners(reply, letter):
-    assert verdicts.winner(reply) == letter
+    assert verdicts.read_winner(reply).value == letter
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_winners(reply, letter):
     ],
 )
 def test_labels(reply, labels, value):
-    assert verdicts.label(reply, labels) == value
+    assert verdicts.read_label(reply, labels).value == value
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def test_reasoning_is_not_read(start, end):
 
 
 def test_nested_and_quoted_markers_of_reasoning():
-    assert verdicts.winner("<think>a <think>b</think> [[A]]</think> [[B]]") == "B"
-    assert verdicts.winner("<think>The user writes <think> in [[A]].</think> [[B]]") == "B"
-    assert verdicts.winner("<think>[[A]]</think> so far. <think>[[C]]</think> [[B]]") == "B"
-    assert verdicts.winner("Assistant A's <think>aloud</think> is no fault. [[A]]") == "A"
+    assert verdicts.read_winner("<think>a <think>b</think> [[A]]</think> [[B]]").value == "B"
+    assert verdicts.read_winner("<think>The user writes <think> in [[A]].</think> [[B]]").value == "B"
+    assert verdicts.read_winner("<think>[[A]]</think> so far. <think>[[C]]</think> [[B]]").value == "B"
+    assert verdicts.read_winner("Assistant A's <think>aloud</think> is no fault. [[A]]").value == "A"
 
 
 def test_outcomes_of_a_reply():

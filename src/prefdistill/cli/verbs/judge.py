@@ -1,15 +1,15 @@
 """`prefdistill judge answers`, `mt-bench` and `alpaca-eval`: responses compared by a language model."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 
 from prefdistill.cli.flags import key_values
 from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import MODEL
 from prefdistill.core.options import Argument
-from prefdistill.evaluation.judges.options import Answering, Calling, Questions
+from prefdistill.evaluation.judges.options import AlpacaEval, Answering, Calling, Judging, MTBench
 
 
 class AnswersFlags(Answering):
@@ -18,7 +18,7 @@ class AnswersFlags(Answering):
     out: Path = Field(description="The .jsonl file for the responses, in FastChat's format.")
 
 
-class JudgeFlags(Questions, Calling):
+class JudgeFlags(Judging, Calling):
     fields: Annotated[tuple[str, ...], Argument("KEY=VALUE")] = Field(
         (),
         description="Fields of every request, e.g. temperature=1 or max_completion_tokens=2048 max_tokens=null, which "
@@ -32,44 +32,19 @@ class JudgeFlags(Questions, Calling):
     out: Path = Field(
         description="Directory for verdicts.jsonl and results.json; verdicts in it are not requested again."
     )
-    price_in: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's input.")
-    price_out: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's output.")
 
     def endpoint(self) -> Any:
         from prefdistill.evaluation.judges.client import Endpoint
 
         return Endpoint(self.url, self.judge_model, key_values(self.fields), **self.part(Calling))
 
-    def task(self) -> dict[str, Any]:
-        """What is judged, and what it costs: the options that are not the endpoint's."""
-        endpoint = {"fields", "url", "judge_model", "out", *Calling.model_fields}
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in endpoint}
+
+class MTBenchFlags(JudgeFlags, MTBench):
+    pass
 
 
-class MTBenchFlags(JudgeFlags):
-    answers: Path = Field(description="The responses to judge, in FastChat's format.")
-    questions: Path = Field(description="MT-Bench's question.jsonl.")
-    prompts: Path = Field(description="FastChat's judge_prompts.jsonl.")
-    references: Path = Field(description="Reference responses: math, reasoning and coding.")
-    against: Path | None = Field(None, description="Other responses, to compare with.")
-    kind: tuple[Literal["single", "pair"], ...] | None = Field(
-        None, description="Comma-separated: grades from 1 to 10, and comparisons; default: all that can be judged."
-    )
-
-
-class AlpacaEvalFlags(JudgeFlags):
-    answers: Path = Field(description="Responses to judge: instruction and output, or a file of `sample`.")
-    against: Path = Field(description="Responses to compare with, to the same instructions.")
-    prompt: str = Field(
-        "weighted_alpaca_eval_gpt4_turbo",
-        description="An evaluator of the alpaca_eval package, or a text file with {instruction}, {output_1}, "
-        "{output_2}. The default needs log-probabilities of the endpoint; alpaca_eval_clf_gpt4_turbo does not.",
-    )
-    labels: tuple[str, ...] | None = Field(
-        None,
-        description="Comma-separated: what the judge writes, by a prompt file, for the first output, the second and, "
-        "if it can, a tie; default: m,M.",
-    )
+class AlpacaEvalFlags(JudgeFlags, AlpacaEval):
+    pass
 
 
 def answers(options: AnswersFlags) -> dict[str, Any]:
@@ -95,8 +70,7 @@ def mt_bench(options: MTBenchFlags) -> dict[str, Any]:
     one_process("judge mt-bench")
     from prefdistill.evaluation.judges.mt_bench import judge_mt_bench
 
-    task = options.task()
-    results = judge_mt_bench(options.endpoint(), options.out, kinds=task.pop("kind"), **task)
+    results = judge_mt_bench(options.endpoint(), options.out, **options.part(MTBench))
     for side in ("answers", "against"):
         if side in results.get("single", {}):
             _show_estimate(f"{side}: score", results["single"][side]["score"])
@@ -115,7 +89,7 @@ def alpaca_eval(options: AlpacaEvalFlags) -> dict[str, Any]:
     one_process("judge alpaca-eval")
     from prefdistill.evaluation.judges.alpaca import judge_alpaca_eval
 
-    results = judge_alpaca_eval(options.endpoint(), options.out, **options.task())
+    results = judge_alpaca_eval(options.endpoint(), options.out, **options.part(AlpacaEval))
     _show_verdicts(results, options.out)
     return results
 

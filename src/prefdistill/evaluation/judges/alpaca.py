@@ -7,7 +7,6 @@ code is not run (it imports pkg_resources, which setuptools has dropped), or fro
 import importlib.util
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,19 +16,20 @@ from typing import Any
 import numpy as np
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import file_digest, value_digest, write_json
-from prefdistill.core.progress import say
+from prefdistill.core.files import value_digest, write_json
+from prefdistill.core.options import takes
 from prefdistill.core.yaml import read_yaml
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
-from prefdistill.evaluation.judges.inputs import fill, provenance, read_outputs, read_text
-from prefdistill.evaluation.judges.ledger import Ledger, judged_results, outcome_counts, summary
+from prefdistill.evaluation.judges.inputs import evenly, fill, read_outputs, read_text
+from prefdistill.evaluation.judges.ledger import Ledger, judge, outcome_counts
+from prefdistill.evaluation.judges.options import AlpacaEval
 from prefdistill.evaluation.stats import estimate
 
 FIELD_NAMES = ("instruction", "output_1", "output_2")
-DEFAULT = "weighted_alpaca_eval_gpt4_turbo"  # of AlpacaEval 2.0
+DEFAULT = AlpacaEval.model_fields["prompt"].default
 LABELS = ("m", "M")  # default for a prompt file
-ORDERS = ("first", "second")
+ORDERS, SIDES = ("first", "second"), ("answers", "against")
 RIDGE = 0.1  # in nats: keeps the fit finite if one side wins everything; negligible over hundreds of comparisons
 RESAMPLES = 1_000
 
@@ -48,18 +48,8 @@ class Evaluator:
         return Question([message | {"content": fill(message["content"], fields)} for message in self.messages], about)
 
 
-def judge_alpaca_eval(
-    endpoint: Endpoint,
-    out: Path,
-    *,
-    answers: Path,
-    against: Path,
-    prompt: str = DEFAULT,
-    labels: Sequence[str] | None = None,
-    max_questions: int | None = None,
-    price_in: float | None = None,
-    price_out: float | None = None,
-) -> dict[str, Any]:
+@takes(AlpacaEval)
+def judge_alpaca_eval(endpoint: Endpoint, out: Path, **options: Any) -> dict[str, Any]:
     """Compute the win rate of outputs against others to the same instructions, the mean of both orders.
 
     Writes `OUT/verdicts.jsonl` (every reply), `OUT/annotations.json` (the comparisons in `alpaca_eval`'s format) and
@@ -68,13 +58,7 @@ def judge_alpaca_eval(
     Args:
         endpoint: the judge; its fields win over the evaluator's.
         out: a directory; verdicts that are in it already are reused.
-        answers, against: outputs of AlpacaEval's form, or files of `prefdistill sample`.
-        prompt: an evaluator of the `alpaca_eval` package, or a text file with {instruction}, {output_1} and {output_2},
-            in ChatML or plain text.
-        labels: the replies that a prompt file asks for: first output, second output and, optionally, a tie; default:
-            `LABELS`.
-        max_questions: limit of the instructions, evenly spaced over the file.
-        price_in, price_out: money per million tokens.
+        options: fields of `prefdistill.evaluation.judges.options.AlpacaEval`.
 
     Raises:
         UserError: if a file is incomplete, or the endpoint refuses.
@@ -83,68 +67,67 @@ def judge_alpaca_eval(
     Example:
         >>> judge_alpaca_eval(endpoint, Path("judged"), answers=..., against=...)           # doctest: +SKIP
     """
-    begun = time.monotonic()
-    evaluator = read_evaluator(prompt, labels)
+    settings = AlpacaEval.checked("judge_alpaca_eval", **options)
+    evaluator = read_evaluator(settings.prompt, settings.labels)
     endpoint = replace(endpoint, fields=evaluator.fields | endpoint.fields)
-    answer_texts, against_texts = read_outputs(answers), read_outputs(against)
-    shared = [instruction for instruction in answer_texts if instruction in against_texts]
-    if len(shared) < len(answer_texts):
-        first = next(instruction for instruction in answer_texts if instruction not in against_texts)
-        count = len(answer_texts) - len(shared)
-        raise UserError(f"{against}: no output to {count} instructions of {answers}: {first[:80]!r}")
-    if max_questions is not None and max_questions < len(shared):
-        shared = [shared[place * len(shared) // max_questions] for place in range(max_questions)]
+    outputs = {"answers": read_outputs(settings.answers), "against": read_outputs(settings.against)}
+    missing = [instruction for instruction in outputs["answers"] if instruction not in outputs["against"]]
+    if missing:
+        where = f"{len(missing)} instructions of {settings.answers}"
+        raise UserError(f"{settings.against}: no output to {where}: {missing[0][:80]!r}")
+    shared = evenly(list(outputs["answers"]), settings.max_questions)
 
     def questions(order: str) -> list[Question]:
-        shown = (answer_texts, against_texts) if order == "first" else (against_texts, answer_texts)
+        first, second = (outputs[who] for who in (SIDES if order == "first" else SIDES[::-1]))
         about = {"prompt": evaluator.name, "ours_shown": order}
         return [
-            evaluator.question(about | {"instruction": i}, instruction=i, output_1=shown[0][i], output_2=shown[1][i])
+            evaluator.question(about | {"instruction": i}, instruction=i, output_1=first[i], output_2=second[i])
             for i in shared
         ]
 
     prompt_digest = value_digest(list(evaluator.messages))
-    artifact = judged_results(
-        "alpaca-eval",
-        out,
-        endpoint,
-        {
-            "prompt": prompt_digest,
-            "labels": None if labels is None else list(labels),
-            "instructions": value_digest(shared),
-            "answers": file_digest(answers),
-            "against": file_digest(against),
-            "price_in": price_in,
-            "price_out": price_out,
-        },
-    )
-    with artifact.session(reuse=False):
-        ledger = Ledger(out / "verdicts.jsonl")
+
+    def work(ledger: Ledger, sources: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         both = [question for order in ORDERS for question in questions(order)]
         rows = ledger.ask(endpoint, both, evaluator.read, what="comparing")
         shown_first, shown_second = rows[: len(shared)], rows[len(shared) :]
-        lengths = [(len(answer_texts[i]), len(against_texts[i])) for i in shared]
-        results: dict[str, Any] = {"task": "alpaca-eval", "questions": len(shared), "prompt": evaluator.name}
-        results["pair"] = preferences(shown_first, shown_second, lengths)
-        results |= summary(rows, endpoint, price_in, price_out)
-        answered = [row for row in rows if row["error"] is None]
-        if endpoint.body.get("logprobs") and all(row["first_token"] is None for row in answered):
-            results["warnings"].append(
+        lengths = [(len(outputs["answers"][i]), len(outputs["against"][i])) for i in shared]
+        warnings = []
+        if endpoint.body.get("logprobs") and all(row["first_token"] is None for row in rows):
+            warnings = [
                 f"{endpoint.url} gave no log-probabilities, which {evaluator.name} needs; "
                 "alpaca_eval_clf_gpt4_turbo and alpaca_eval_gpt4 do without"
-            )
-        results["answers"] = {
-            who: provenance(path) | {"characters": estimate([len(outputs[i]) for i in shared])}
-            for who, path, outputs in (("answers", answers, answer_texts), ("against", against, against_texts))
-        }
-        results["files"] = {"prompt": {"file": Path(prompt).name, "sha256": prompt_digest}}
-        results["seconds"] = round(time.monotonic() - begun, 3)
-        results["asked_now"] = ledger.asked
-        for warning in results["warnings"]:
-            say(f"warning: {warning}")
-        annotations = _annotations(shared, answer_texts, against_texts, shown_first, shown_second, results)
+            ]
+        for who, source in sources.items():
+            source["characters"] = estimate([len(outputs[who][i]) for i in shared])
+        names = {who: ", ".join(source["models"]) or source["file"] for who, source in sources.items()}
+        annotations = [  # in alpaca_eval's format: output_2 is of --answers, which preference 2 is for
+            {
+                "instruction": i,
+                "output_1": outputs["against"][i],
+                "generator_1": names["against"],
+                "output_2": outputs["answers"][i],
+                "generator_2": names["answers"],
+                "annotator": endpoint.model,
+                "preference": None if None in (a, b) else 1 + (1 - a + b) / 2,
+            }
+            for i, first, second in zip(shared, shown_first, shown_second, strict=True)
+            for a, b in [(first["verdict"], second["verdict"])]
+        ]
         write_json(out / "annotations.json", annotations)
-        return artifact.seal(results)
+        results = {
+            "questions": len(shared),
+            "prompt": evaluator.name,
+            "pair": preferences(shown_first, shown_second, lengths),
+            "files": {"prompt": {"file": Path(settings.prompt).name, "sha256": prompt_digest}},
+            "warnings": warnings,
+        }
+        return results, rows
+
+    labels = None if settings.labels is None else list(settings.labels)
+    request = {"prompt": prompt_digest, "labels": labels, "instructions": value_digest(shared)}
+    files = {"answers": settings.answers, "against": settings.against}
+    return judge("alpaca-eval", out, endpoint, settings, request, files, work)
 
 
 def preferences(
@@ -305,30 +288,3 @@ def _messages(text: str, where: str) -> tuple[dict[str, str], ...]:
     if not messages:
         return ({"role": "user", "content": text.strip()},)
     return tuple({"role": role, "content": content.strip()} for role, content in messages)
-
-
-def _annotations(
-    instructions: Sequence[str],
-    answer_texts: dict[str, str],
-    against_texts: dict[str, str],
-    shown_first: Sequence[dict[str, Any]],
-    shown_second: Sequence[dict[str, Any]],
-    results: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Return the comparisons in `alpaca_eval`'s format: output_2 is of --answers, which preference 2 is for."""
-    names = {who: ", ".join(source["models"]) or source["file"] for who, source in results["answers"].items()}
-    rows = []
-    for i, a, b in zip(instructions, shown_first, shown_second, strict=True):
-        parsed = None not in (a["verdict"], b["verdict"])
-        rows.append(
-            {
-                "instruction": i,
-                "output_1": against_texts[i],
-                "generator_1": names["against"],
-                "output_2": answer_texts[i],
-                "generator_2": names["answers"],
-                "annotator": results["judge"]["model"],
-                "preference": 1 + (1 - a["verdict"] + b["verdict"]) / 2 if parsed else None,
-            }
-        )
-    return rows

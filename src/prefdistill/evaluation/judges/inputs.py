@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, ValidationError
+
 from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import made_of
 from prefdistill.core.files import file_digest
@@ -88,32 +90,44 @@ def _json_rows(path: Path) -> list[Any]:
     return rows
 
 
+def evenly(rows: list[Any], most: int | None) -> list[Any]:
+    """Return at most `most` rows, evenly spaced over all of them."""
+    return rows if most is None or most >= len(rows) else [rows[n * len(rows) // most] for n in range(most)]
+
+
+class _Question(BaseModel):
+    question_id: StrictInt | StrictStr
+    category: StrictStr
+    turns: list[StrictStr] = Field(min_length=1)
+    required_temperature: StrictFloat | StrictInt = Field(0, ge=0, le=sys.float_info.max)
+
+
+# what is wrong with a row, by the field that is
+_ADVICE = {
+    "question_id": "a question has a `question_id` of its own, a whole number or text",
+    "category": "a question has a `category`",
+    "turns": "a question has `turns`, a list of texts",
+    "required_temperature": "`required_temperature` is a finite number, 0 or more; or leave it out",
+}
+
+
 def read_questions(path: Path, most: int | None = None) -> list[dict[str, Any]]:
     """Return questions with `question_id`, `category`, `turns` and, optionally, `required_temperature`; at most `most`,
     evenly spaced over the file.
     """
-    rows = read_rows(path)
-    seen: set[Any] = set()
+    rows, seen = read_rows(path), set()
     for place, row in enumerate(rows):
-        turns = row.get("turns")
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)):
-            raise UserError(f"{path}, row {place}: a question has `turns`, a list of texts")
-        if len(turns) > 2:
-            raise UserError(f"{path}, row {place}: {len(turns)} turns; the judge's prompts are for one and two")
-        name = row.get("question_id")
-        if not isinstance(name, (str, int)) or name in seen:
-            raise UserError(f"{path}, row {place}: a question has a `question_id` of its own, a whole number or text")
-        if not isinstance(row.get("category"), str):
-            raise UserError(f"{path}, row {place}: a question has a `category`")
-        degree = row.get("required_temperature", 0)
-        if isinstance(degree, bool) or not isinstance(degree, (int, float)) or not 0 <= degree <= sys.float_info.max:
-            raise UserError(
-                f"{path}, row {place}: `required_temperature` is a finite number, 0 or more; or leave it out"
-            )
-        seen.add(name)
-    if most is not None and most < len(rows):
-        rows = [rows[place * len(rows) // most] for place in range(most)]
-    return rows
+        try:
+            question = _Question.model_validate(row)
+        except ValidationError as error:
+            raise UserError(f"{path}, row {place}: {_ADVICE[str(error.errors()[0]['loc'][0])]}") from error
+        if len(question.turns) > 2:
+            count = len(question.turns)
+            raise UserError(f"{path}, row {place}: {count} turns; the judge's prompts are for one and two")
+        if question.question_id in seen:
+            raise UserError(f"{path}, row {place}: {_ADVICE['question_id']}")
+        seen.add(question.question_id)
+    return evenly(rows, most)
 
 
 def read_prompts(path: Path, names: Sequence[str]) -> dict[str, Prompt]:

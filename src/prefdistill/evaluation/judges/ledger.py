@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,54 @@ from prefdistill.core.file_artifact import RecordArtifact
 from prefdistill.core.parts import RowLog
 from prefdistill.core.progress import Progress, say
 from prefdistill.evaluation.judges.client import Endpoint, Question, Reply, ask_all, judge_key
+from prefdistill.evaluation.judges.inputs import provenance
+from prefdistill.evaluation.judges.options import Judging
 from prefdistill.evaluation.judges.verdicts import CONTRADICTORY, OUTCOMES, PARSED, Verdict
 
 FAILED_SHARE = 0.02  # share of requests or verdicts above which a failure is a warning
 
 
-def judged_results(task: str, out: Path, endpoint: Endpoint, inputs: dict[str, Any]) -> RecordArtifact:
-    """Return the artifact `OUT/results.json`. It is derived from the verdicts, which do not depend on it.
+def judge(
+    task: str,
+    out: Path,
+    endpoint: Endpoint,
+    options: Judging,
+    request: dict[str, Any],
+    answers: Mapping[str, Path],
+    work: Callable[["Ledger", dict[str, Any]], tuple[dict[str, Any], list[dict[str, Any]]]],
+) -> dict[str, Any]:
+    """Have a task judged and write `OUT/results.json`, which is derived from the verdicts and replaced by each call.
 
     Args:
         task: "mt-bench" or "alpaca-eval".
         out: the directory.
         endpoint: the judge.
-        inputs: everything else that the result depends on.
+        options: with the prices.
+        request: what the result depends on besides judge, answers and prices.
+        answers: files of answers by the name of their side.
+        work: asks through the ledger; from it and the provenance of the answers, by side, which it may add to, to a
+            part of the results, perhaps with "warnings", and the rows that they rest on.
+
+    Raises:
+        UserError: if `out` holds other work, or the endpoint refuses.
+        RuntimeError: if no request is answered.
     """
-    request = {"task": task, "judge": {"model": endpoint.model, "fields": endpoint.body}, **inputs}
-    return RecordArtifact(f"judge {task}", out / "results.json", request, f"judge {task}", mark="task")
+    begun = time.monotonic()
+    sources = {who: provenance(path) for who, path in answers.items()}
+    request |= {"task": task, "judge": {"model": endpoint.model, "fields": endpoint.body}}
+    request |= {who: source["sha256"] for who, source in sources.items()}
+    request |= {"price_in": options.price_in, "price_out": options.price_out}
+    artifact = RecordArtifact(f"judge {task}", out / "results.json", request, f"judge {task}", mark="task")
+    with artifact.session(reuse=False):
+        ledger = Ledger(out / "verdicts.jsonl")
+        part, rows = work(ledger, sources)
+        results = {"task": task, **part, **_summary(rows, endpoint, options), "answers": sources}
+        results["warnings"] += part.get("warnings", [])
+        results["seconds"] = round(time.monotonic() - begun, 3)
+        results["asked_now"] = ledger.asked
+        for warning in results["warnings"]:
+            say(f"warning: {warning}")
+        return artifact.seal(results)
 
 
 class Ledger(RowLog):
@@ -124,23 +156,18 @@ def outcome_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def summary(
-    rows: Sequence[dict[str, Any]], endpoint: Endpoint, price_in: float | None, price_out: float | None
-) -> dict[str, Any]:
-    """Return the judge as its server names it, the failures, tokens and cost of the rows that a result rests on.
+def _summary(rows: Sequence[dict[str, Any]], endpoint: Endpoint, options: Judging) -> dict[str, Any]:
+    """Return the judge as its server names it, the failures, tokens and cost of rows of `Ledger.ask`.
 
-    Args:
-        rows: of `Ledger.ask`; those with the same text count once.
-        endpoint: the judge.
-        price_in, price_out: money per million tokens; the cost is None without both.
+    Rows of the same text count once; the cost is None without both prices.
     """
     unique = list({row["key"]: row for row in rows}.values())
     answered = [row for row in unique if row["error"] is None]
     tokens = {side: sum(row[f"tokens_{side}"] or 0 for row in answered) for side in ("in", "out")}
     uncounted = sum(row["tokens_in"] is None or row["tokens_out"] is None for row in answered)
     cost = None
-    if price_in is not None and price_out is not None:
-        cost = round((tokens["in"] * price_in + tokens["out"] * price_out) / 1e6, 6)
+    if options.price_in is not None and options.price_out is not None:
+        cost = round((tokens["in"] * options.price_in + tokens["out"] * options.price_out) / 1e6, 6)
     unparsable = [row for row in answered if row["verdict"] is None]
     cut = sum(row["finish"] == "length" for row in unparsable)
     counts = outcome_counts(unique)

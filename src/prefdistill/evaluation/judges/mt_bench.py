@@ -4,20 +4,20 @@ A grade is a number from 1 to 10. A comparison is asked in both orders and count
 otherwise it is a tie, so that a judge that prefers the first answer shown decides nothing.
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, value_digest
-from prefdistill.core.progress import say
+from prefdistill.core.options import takes
 from prefdistill.evaluation.judges import verdicts
 from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
-from prefdistill.evaluation.judges.inputs import Prompt, provenance, read_answers, read_prompts, read_questions
-from prefdistill.evaluation.judges.ledger import Ledger, judged_results, outcome_counts, summary
+from prefdistill.evaluation.judges.inputs import Prompt, read_answers, read_prompts, read_questions
+from prefdistill.evaluation.judges.ledger import Ledger, judge, outcome_counts
+from prefdistill.evaluation.judges.options import MTBench
 from prefdistill.evaluation.stats import estimate
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories with a reference answer
@@ -46,32 +46,15 @@ PROMPTS = {
 }
 
 
-def judge_mt_bench(
-    endpoint: Endpoint,
-    out: Path,
-    *,
-    questions: Path,
-    prompts: Path,
-    references: Path,
-    answers: Path,
-    against: Path | None = None,
-    kinds: Sequence[str] | None = None,
-    max_questions: int | None = None,
-    price_in: float | None = None,
-    price_out: float | None = None,
-) -> dict[str, Any]:
+@takes(MTBench)
+def judge_mt_bench(endpoint: Endpoint, out: Path, **options: Any) -> dict[str, Any]:
     """Have the answers to MT-Bench's questions judged; write `OUT/verdicts.jsonl` (every reply) and `OUT/results.json`,
     and return the latter.
 
     Args:
         endpoint: the judge.
         out: a directory; verdicts that are in it already are reused.
-        questions, prompts, references: FastChat's question.jsonl, judge_prompts.jsonl and reference answers.
-        answers: FastChat's answer file, or that of `prefdistill judge answers`.
-        against: another answer file to compare with.
-        kinds: "single" grades each file, "pair" compares them; default: all that the files allow.
-        max_questions: limit, evenly spaced over the file.
-        price_in, price_out: money per million tokens.
+        options: fields of `prefdistill.evaluation.judges.options.MTBench`.
 
     Returns:
         `{"single": {"answers": scores, "against": scores, "difference": estimate}, "pair": {...}, "judge", ...}`, where
@@ -85,66 +68,41 @@ def judge_mt_bench(
         >>> judge_mt_bench(endpoint, Path("judged"), questions=..., prompts=..., references=..., answers=...)
         ... # doctest: +SKIP
     """
-    begun = time.monotonic()
+    settings = MTBench.checked("judge_mt_bench", **options)
     endpoint = replace(endpoint, fields={**FIELDS, **endpoint.fields})
-    kinds = kinds or (KINDS if against else KINDS[:1])
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"unknown kind {unknown[0]!r}; known: {', '.join(KINDS)}")
-    if "pair" in kinds and against is None:
+    kinds = settings.kinds or (KINDS if settings.against else KINDS[:1])
+    if "pair" in kinds and settings.against is None:
         raise UserError("--kind pair compares two files of answers; give the other one with --against")
-    question_rows = read_questions(questions, max_questions)
-    judge_prompts = _prompts(prompts, kinds)
-    reference_answers = _references(references, question_rows)
-    files = {"answers": answers} | ({"against": against} if against else {})
-    turns = {who: read_answers(path, question_rows, "answer") for who, path in files.items()}
-    artifact = judged_results(
-        "mt-bench",
-        out,
-        endpoint,
-        {
-            "kinds": list(kinds),
-            "questions": value_digest(question_rows),
-            "prompts": file_digest(prompts),
-            "references": file_digest(references),
-            **{who: file_digest(path) for who, path in files.items()},
-            "price_in": price_in,
-            "price_out": price_out,
-        },
-    )
-    results: dict[str, Any] = {"task": "mt-bench", "questions": len(question_rows)}
-    verdict_rows: list[dict[str, Any]] = []
-    with artifact.session(reuse=False):
-        ledger = Ledger(out / "verdicts.jsonl")
+    questions = read_questions(settings.questions, settings.max_questions)
+    files = {"answers": settings.answers} | ({"against": settings.against} if settings.against else {})
+    turns = {who: read_answers(path, questions, "answer") for who, path in files.items()}
+    bench = _Bench(questions, _prompts(settings.prompts, kinds), _references(settings.references, questions), turns)
+    inputs = {name: getattr(settings, name) for name in ("questions", "prompts", "references")}
+    digests = {name: file_digest(path) for name, path in inputs.items()}
+
+    def work(ledger: Ledger, sources: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        results: dict[str, Any] = {"questions": len(questions)}
+        verdict_rows: list[dict[str, Any]] = []
         if "single" in kinds:
-            graded = [
-                (who, q) for who in files for q in _single(question_rows, judge_prompts, reference_answers, turns[who])
-            ]
+            graded = [(who, q) for who in files for q in bench.single(who)]
             rows = ledger.ask(endpoint, [q for _, q in graded], _rating, what="grading")
             by_who = {who: [r for r, (w, _) in zip(rows, graded, strict=True) if w == who] for who in files}
             results["single"] = {who: grades(own) for who, own in by_who.items()}
-            if against:
+            if settings.against:
                 results["single"]["difference"] = grade_difference(by_who["answers"], by_who["against"])
             verdict_rows += rows
         if "pair" in kinds:
-            shown = {order: _pair(question_rows, judge_prompts, reference_answers, turns, order) for order in ORDERS}
-            rows = ledger.ask(endpoint, [q for order in ORDERS for q in shown[order]], _winner, what="comparing")
+            rows = ledger.ask(endpoint, [q for order in ORDERS for q in bench.pair(order)], _winner, what="comparing")
             half = len(rows) // 2
             results["pair"] = comparisons(rows[:half], rows[half:])
             verdict_rows += rows
-        results |= summary(verdict_rows, endpoint, price_in, price_out)
-        results["answers"] = {
-            who: provenance(path) | {"characters": _characters(turns[who], question_rows)}
-            for who, path in files.items()
-        }
-        results["files"] = {
-            name: {"file": path.name, "sha256": file_digest(path)}
-            for name, path in (("questions", questions), ("prompts", prompts), ("references", references))
-        }
-        results["seconds"] = round(time.monotonic() - begun, 3)
-        results["asked_now"] = ledger.asked
-        for warning in results["warnings"]:
-            say(f"warning: {warning}")
-        return artifact.seal(results)
+        for who, source in sources.items():
+            source["characters"] = bench.characters(who)
+        results["files"] = {name: {"file": path.name, "sha256": digests[name]} for name, path in inputs.items()}
+        return results, verdict_rows
+
+    request = {"kinds": list(kinds), **digests, "questions": value_digest(questions)}
+    return judge("mt-bench", out, endpoint, settings, request, files, work)
 
 
 def grades(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -218,12 +176,6 @@ def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
     return {str(name): _mean([row for row in rows if row[key] == name]) for name in dict.fromkeys(r[key] for r in rows)}
 
 
-def _characters(answers: dict[Any, list[str]], questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean length of the judged turns: judges prefer long answers."""
-    turns = [(q["question_id"], turn) for q in questions for turn in answers[q["question_id"]][: len(q["turns"])]]
-    return estimate([len(turn) for _, turn in turns], [str(question_id) for question_id, _ in turns])
-
-
 def _rating(reply: Reply) -> verdicts.Verdict:
     return verdicts.read_rating(reply.reply or "")
 
@@ -245,52 +197,56 @@ def _references(path: Path, questions: Sequence[dict[str, Any]]) -> dict[Any, li
     return read_answers(path, needed, "reference answer") if needed else {}
 
 
-def _turns(
-    questions: Sequence[dict[str, Any]],
-    prompts: dict[tuple[str, bool, int], Prompt],
-    kind: str,
-    references: dict[Any, Any],
-) -> Iterable[tuple[dict[str, Any], Prompt, dict[str, str], dict[str, Any]]]:
-    """Yield each turn of each question with its prompt, the fields that do not depend on answers, and its labels."""
-    for q in questions:
-        reference = references[q["question_id"]] if q["category"] in WITH_REFERENCE else []
-        for turn in range(1, len(q["turns"]) + 1):
-            prompt = prompts[kind, bool(reference), turn]
-            fields = {"question": q["turns"][0]}
-            fields |= {f"question_{n}": text for n, text in enumerate(q["turns"], start=1)}
-            fields |= {f"ref_answer_{n}": text for n, text in enumerate(reference, start=1)}
-            about = {"question_id": q["question_id"], "category": q["category"], "turn": turn, "prompt": prompt.name}
-            yield q, prompt, fields, about
+@dataclass(frozen=True)
+class _Bench:
+    """Questions, prompts by kind, reference and turn, reference answers, and answers by side."""
+
+    questions: Sequence[dict[str, Any]]
+    prompts: dict[tuple[str, bool, int], Prompt]
+    references: dict[Any, list[str]]
+    answers: dict[str, dict[Any, list[str]]]
+
+    def turns(self, kind: str) -> Iterator[tuple[Any, Prompt, dict[str, str], dict[str, Any]]]:
+        """Yield each turn of each question: its id, prompt, the fields that do not depend on answers, and labels."""
+        for q in self.questions:
+            reference = self.references[q["question_id"]] if q["category"] in WITH_REFERENCE else []
+            for turn in range(1, len(q["turns"]) + 1):
+                prompt = self.prompts[kind, bool(reference), turn]
+                fields = _numbered("question", q["turns"]) | _numbered("ref_answer", reference)
+                about = {
+                    "question_id": q["question_id"],
+                    "category": q["category"],
+                    "turn": turn,
+                    "prompt": prompt.name,
+                }
+                yield q["question_id"], prompt, fields, about
+
+    def single(self, who: str) -> list[Question]:
+        """Return the requests to grade the answers of one side."""
+        return [
+            Question(prompt.messages(fields | _numbered("answer", self.answers[who][name])), about)
+            for name, prompt, fields, about in self.turns("single")
+        ]
+
+    def pair(self, order: str) -> list[Question]:
+        """Return the requests to compare the sides, with our answers as A ("first") or as B."""
+        a, b = ("answers", "against") if order == "first" else ("against", "answers")
+        requests = []
+        for name, prompt, fields, about in self.turns("pair"):
+            fields |= _numbered("answer_a", self.answers[a][name]) | _numbered("answer_b", self.answers[b][name])
+            requests.append(Question(prompt.messages(fields), about | {"ours_shown": order}))
+        return requests
+
+    def characters(self, who: str) -> dict[str, Any]:
+        """Return the mean length of the judged turns: judges prefer long answers."""
+        turns = [
+            (str(q["question_id"]), len(turn))
+            for q in self.questions
+            for turn in self.answers[who][q["question_id"]][: len(q["turns"])]
+        ]
+        return estimate([length for _, length in turns], [name for name, _ in turns])
 
 
-def _single(
-    questions: Sequence[dict[str, Any]],
-    prompts: dict[tuple[str, bool, int], Prompt],
-    references: dict[Any, list[str]],
-    answers: dict[Any, list[str]],
-) -> list[Question]:
-    requests = []
-    for q, prompt, fields, about in _turns(questions, prompts, "single", references):
-        turns = answers[q["question_id"]]
-        answer_fields = {"answer": turns[0]} | {f"answer_{n}": text for n, text in enumerate(turns, start=1)}
-        requests.append(Question(prompt.messages(fields | answer_fields), about))
-    return requests
-
-
-def _pair(
-    questions: Sequence[dict[str, Any]],
-    prompts: dict[tuple[str, bool, int], Prompt],
-    references: dict[Any, list[str]],
-    answers: dict[str, dict[Any, list[str]]],
-    order: str,
-) -> list[Question]:
-    names = ("answers", "against") if order == "first" else ("against", "answers")
-    requests = []
-    for q, prompt, fields, about in _turns(questions, prompts, "pair", references):
-        answer_fields: dict[str, str] = {}
-        for letter, who in zip("ab", names, strict=True):
-            turns = answers[who][q["question_id"]]
-            answer_fields[f"answer_{letter}"] = turns[0]
-            answer_fields |= {f"answer_{letter}_{n}": text for n, text in enumerate(turns, start=1)}
-        requests.append(Question(prompt.messages(fields | answer_fields), about | {"ours_shown": order}))
-    return requests
+def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    """Return the fields NAME, of the first text, and NAME_1, NAME_2, ..."""
+    return ({name: texts[0]} if texts else {}) | {f"{name}_{n}": text for n, text in enumerate(texts, start=1)}

@@ -1,8 +1,11 @@
-"""Options of judging: how a model answers MT-Bench, and how an endpoint is called."""
+"""Options of judging: how a model answers MT-Bench, how an endpoint is called, and what is judged."""
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pathlib import Path
+from typing import Annotated, Literal
 
-from prefdistill.core.options import Section, Seeded
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from prefdistill.core.options import Flag, Section, Seeded
 from prefdistill.models.options import Loading
 from prefdistill.sampling.options import Sampling
 
@@ -30,3 +33,43 @@ class Calling(Section):
     timeout: float = Field(120.0, ge=0.1, description="Read timeout in seconds, then retry.")
     retries: NonNegativeInt = Field(5, description="Retries after 429, 5xx, a timeout or a lost connection.")
     concurrency: PositiveInt = Field(4, description="Requests at a time.")
+
+
+class Judging(Questions):
+    """What every judged task has."""
+
+    price_in: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's input.")
+    price_out: NonNegativeFloat | None = Field(None, description="Price of a million tokens of the judge's output.")
+
+
+class MTBench(Judging):
+    """What is judged of MT-Bench; all files are FastChat's."""
+
+    answers: Path = Field(description="The responses to judge, in FastChat's format.")
+    questions: Path = Field(description="MT-Bench's question.jsonl.")
+    prompts: Path = Field(description="FastChat's judge_prompts.jsonl.")
+    references: Path = Field(description="Reference responses: math, reasoning and coding.")
+    against: Path | None = Field(None, description="Other responses, to compare with.")
+    kinds: Annotated[tuple[Literal["single", "pair"], ...] | None, Flag("--kind")] = Field(
+        None,
+        strict=False,
+        description="Comma-separated: grades from 1 to 10, and comparisons; default: all that can be judged.",
+    )
+
+
+class AlpacaEval(Judging):
+    """What is judged in the manner of AlpacaEval."""
+
+    answers: Path = Field(description="Responses to judge: instruction and output, or a file of `sample`.")
+    against: Path = Field(description="Responses to compare with, to the same instructions.")
+    prompt: str = Field(
+        "weighted_alpaca_eval_gpt4_turbo",
+        description="An evaluator of the alpaca_eval package, or a text file with {instruction}, {output_1}, "
+        "{output_2}. The default needs log-probabilities of the endpoint; alpaca_eval_clf_gpt4_turbo does not.",
+    )
+    labels: tuple[str, ...] | None = Field(
+        None,
+        strict=False,
+        description="Comma-separated: what the judge writes, by a prompt file, for the first output, the second and, "
+        "if it can, a tie; default: m,M.",
+    )

@@ -69,12 +69,23 @@ def without_reasoning(reply: str) -> str:
 
 
 def read_rating(reply: str) -> Verdict:
-    """Return the rating that a reply states in double brackets, else after a word such as "Rating:" in single ones."""
+    """Return the rating, from 1 to 10, that a reply states in double brackets, else after a word such as "Rating:" in
+    single ones.
+
+    Example:
+        >>> [read_rating(text).value for text in ("Sound. Rating: [[7.5]]", "Rating: 8/10", "[[3]] or [[4]]")]
+        [7.5, None, None]
+    """
     return _read(reply, _rating)
 
 
 def read_winner(reply: str) -> Verdict:
-    """Return the letter that a reply states in double brackets: A, B, or C for a tie."""
+    """Return the letter that a reply states in double brackets: A, B, or C for a tie.
+
+    Example:
+        >>> read_winner("Both are right, B is clearer. [[B]]").value, read_winner("B is better").value
+        ('B', None)
+    """
     return _read(reply, lambda answer: _stated(_WINNER, answer))
 
 
@@ -89,6 +100,10 @@ def read_label(reply: str, labels: Sequence[str]) -> Verdict:
 
     Returns:
         A verdict of 0 for the first output, 1 for the second, one half for a tie.
+
+    Example:
+        >>> read_label(" **M**\\n", ["m", "M"]).value, read_label("model m", ["m", "M"]).value
+        (1.0, None)
     """
     preference = dict(zip(labels, (0.0, 1.0, 0.5), strict=False))
     bracketed = rf"\[\[{_MARKUP}({'|'.join(map(re.escape, labels))}){_MARKUP}\]\]"
@@ -113,36 +128,6 @@ def read_ranking(reply: str, first: str = "model_1") -> Verdict:
     """Return the preference for the second output of a reply that is a list, see `ranking_preference`."""
     value = ranking_preference(without_reasoning(reply), first)
     return _read(reply, lambda _: [] if value is None else [value])
-
-
-def rating(reply: str) -> float | None:
-    """Return the rating of a reply, from 1 to 10; None if it states none, or two that differ.
-
-    Example:
-        >>> rating("A sound answer. Rating: [[7.5]]"), rating("Rating: 8/10"), rating("[[3]] or [[4]]")
-        (7.5, None, None)
-    """
-    return read_rating(reply).value
-
-
-def winner(reply: str) -> str | None:
-    """Return the letter of a reply; None if it states none, or two that differ.
-
-    Example:
-        >>> winner("Both are right, B is clearer. [[B]]"), winner("B is better")
-        ('B', None)
-    """
-    return read_winner(reply).value
-
-
-def label(reply: str, labels: Sequence[str]) -> float | None:
-    """Return the preference of a reply for the second output; None if it states none, or two that differ.
-
-    Example:
-        >>> label(" **M**\\n", ["m", "M"]), label("The verdict: [[A]]", ["A", "B"]), label("model m", ["m", "M"])
-        (1.0, 0.0, None)
-    """
-    return read_label(reply, labels).value
 
 
 def _read(reply: str, read: Callable[[str], list[Any]]) -> Verdict:
