@@ -138,6 +138,7 @@ def make_batch(
     Returns:
         - `input_ids` [N, L], and what a model needs besides: `attention_mask` [N, L]; or `position_ids` and `segments`
           [N, L] where a row holds more than one response; or `position_ids` alone if packed;
+        - `occurrences` [N, L], beside `segments`: the documents of one response that a token stands for, 0 for padding;
         - `states` [S]: indices of the states in the flattened batch, of response 0 in order, then of response 1, ..;
         - `tokens` [S]: the token chosen in each state (in s_T, the padding token);
         - `lengths` [M]: tokens of each response; `sizes`, a list of M: its number of `states`.
@@ -146,6 +147,7 @@ def make_batch(
     ids = np.full(shape, pad_token_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     segments = np.full(shape, PADDING, dtype=np.int64)
+    occurrences = np.zeros(shape, dtype=np.int64)
     count = sum(len(document.responses) for row in rows for document in row)
     where, tokens = [np.empty(0, np.int64)] * count, [np.empty(0, np.int64)] * count
     lengths = np.zeros(count, dtype=np.int64)
@@ -155,12 +157,12 @@ def make_batch(
             before, segment = len(document.prompt), number * DOCUMENT
             last = at + before - 1  # of the prompt: s_0
             ids[n, at : last + 1], positions[n, at : last + 1] = document.prompt, np.arange(before)
-            segments[n, at : last + 1] = segment
+            segments[n, at : last + 1], occurrences[n, at : last + 1] = segment, len(document.responses)
             at = last + 1
             for place, response in document.responses:
                 end, segment = at + len(response), segment + 1
                 ids[n, at:end], positions[n, at:end] = response, before + np.arange(len(response))
-                segments[n, at:end] = segment
+                segments[n, at:end], occurrences[n, at:end] = segment, 1
                 used = states(place, len(response))
                 where[place] = n * shape[1] + np.where(used == 0, last, at + used - 1)
                 tokens[place] = np.array([*response, pad_token_id])[used]
@@ -171,6 +173,7 @@ def make_batch(
         batch["position_ids"] = torch.from_numpy(positions)
     elif count > len(rows):
         batch |= {"position_ids": torch.from_numpy(positions), "segments": torch.from_numpy(segments)}
+        batch["occurrences"] = torch.from_numpy(occurrences)
     else:
         batch["attention_mask"] = torch.from_numpy((segments != PADDING).astype(np.int64))
     return batch | {

@@ -34,6 +34,7 @@ class Student:
     log-probability, [states] each, for methods that set `reads_likeliest`; `token_logps`, the log-probability of each
     realised token [states], for methods that set `reads_token_logps`; `log_sum_squares`, the log of the sum of the
     squared probabilities of all tokens [states], without gradient, for methods that set `reads_log_sum_squares`.
+    `balance`: the load-balancing loss of a mixture of experts, which the trainer adds to the method's loss.
     """
 
     logps: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Student:
     likeliest: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     token_logps: dict[str, Tensor] = field(default_factory=dict)
     log_sum_squares: dict[str, Tensor] = field(default_factory=dict)
+    balance: Tensor | None = None
 
     def mean_over_tokens(self, response: str, per_state: Tensor) -> Tensor:
         """Return the mean of a quantity over the states of each response: [states] -> [B]; 0 without tokens."""

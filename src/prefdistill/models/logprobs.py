@@ -203,6 +203,7 @@ def reduce_logits(
     *per_state: Tensor,
     emittable: Tensor | None = None,
     tile: int | None = None,
+    balance: bool = False,
 ) -> tuple[Tensor, ...]:
     """Reduce a model's final logits at some states, without the [batch, tokens, vocabulary] tensor.
 
@@ -219,17 +220,20 @@ def reduce_logits(
         emittable: bool [vocab rows]; rows the tokenizer cannot emit get -inf, or are cut off if they are the last ones.
             None: all can be emitted.
         tile: states per tile; default: as many as fit `TILE_ELEMENTS`.
+        balance: also return the model's own load-balancing loss, see `models.balance`.
 
     Returns:
-        What `reduce` returns, over all states: tensors [number of states, ...].
+        What `reduce` returns, over all states: tensors [number of states, ...]; then the load-balancing loss over all
+        tokens of the documents, each with its own copy of its prompt, if `balance`.
     """
     lm = causal_lm(model)
     own_forward = type(lm).forward
     backbone = backbone_of(lm)
+    routed = {"output_router_logits": True} if balance else {}
     columns = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
     gaps = emittable is not None and not bool(emittable[:columns].all())
 
-    def logits_of(hidden: Tensor, outputs: Any) -> Tensor:
+    def own_outputs(hidden: Tensor, outputs: Any, **inputs: Any) -> Any:
         """Run the model's own forward from the last hidden state: its backbone is replaced by a constant."""
         constant = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -241,18 +245,22 @@ def reduce_logits(
             return constant
 
         with _forward(backbone, hidden_states):
-            logits = own_forward(lm, input_ids=ids, use_cache=False).logits.squeeze(0).float()
+            found = own_forward(lm, input_ids=ids, use_cache=False, **inputs)
         if not called:  # then the logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
+        return found
+
+    def logits_of(hidden: Tensor, outputs: Any) -> Tensor:
+        logits = own_outputs(hidden, outputs).logits.squeeze(0).float()
         if emittable is not None and gaps:
             return logits.masked_fill(~emittable[: logits.shape[-1]].to(logits.device), float("-inf"))
         return logits[:, :columns]
 
     def forward(**kwargs: Any) -> tuple[Tensor, ...]:
-        outputs = backbone(**kwargs, use_cache=False)
+        outputs = backbone(**kwargs, use_cache=False, **routed)
         last = outputs.last_hidden_state.flatten(0, 1)
         hidden = last[batch["states"].to(last.device)]
-        slim = type(outputs)(**{k: v for k, v in outputs.items() if k != "past_key_values"})
+        slim = type(outputs)(**{k: v for k, v in outputs.items() if k not in ("past_key_values", "router_logits")})
 
         def reduced(hidden: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
             return reduce(logits_of(hidden, slim), *slices)
@@ -264,7 +272,11 @@ def reduce_logits(
         recomputed = functools.partial(checkpoint, reduced, use_reentrant=False)
         tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
         results = [(reduced if i < stored else recomputed)(*slices) for i, slices in enumerate(tiles)]
-        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+        reductions = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+        if not balance:
+            return reductions
+        counts = batch.get("occurrences", batch.get("attention_mask"))
+        return *reductions, own_outputs(last[:1], outputs, attention_mask=counts, **routed).aux_loss
 
     with _forward(lm, forward):
         return model(**model_inputs(batch, model))

@@ -79,6 +79,10 @@ def training_arguments(
         **more,
         **training.arguments,
     }
+    if "router_aux_loss_coef" in get_type_hints(kind):
+        options["router_aux_loss_coef"] = training.router_aux_loss_coef
+    elif training.router_aux_loss_coef and kind is not TrainingArguments:
+        raise UserError(f"router_aux_loss_coef has no effect on a training with {kind.__name__}; leave it out")
     _check_numbers(kind, training.arguments)
     try:
         arguments = kind(output_dir=str(out), **options)

@@ -69,6 +69,7 @@ def make_trainer(
             processing_class=tokenizer,
             peft_config=adapter_config(training),
             truncation=truncation,
+            router_aux_loss_coef=training.router_aux_loss_coef,
         )
 
 

@@ -91,6 +91,9 @@ class Training(Section):
         False, description="bfloat16 autocast; the weights stay in their dtype. null: where the hardware is faster so."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    router_aux_loss_coef: NonNegativeFloat | None = Field(
+        None, description="Weight of a mixture of experts' load-balancing loss; null: the model's own; 0: leave it out."
+    )
     logging_steps: Annotated[PositiveInt, NOT_IN_KEY] = Field(10, description="Steps between lines of metrics.jsonl.")
     save_steps: Annotated[PositiveInt, NOT_IN_KEY] = Field(200, description="Steps between checkpoints.")
     report_to: Annotated[list[str], NOT_IN_KEY] = Field(

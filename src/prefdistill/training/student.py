@@ -23,6 +23,7 @@ def read_student(
     *,
     emittable: Tensor | None = None,
     tile: int | None = None,
+    balance: bool = False,
 ) -> Student:
     """Return what a method reads from the student on a batch, in one forward pass and without full logits.
 
@@ -31,7 +32,7 @@ def read_student(
         batch: of a `PairCollator` with the method's responses, on the model's device.
         method: says which responses it reads, and whether it needs the student's most likely tokens.
         signals: the batch's features; `RESPONSE_ids` [states, k] are the token ids to score a response at.
-        emittable, tile: see `logprobs.reduce_logits`.
+        emittable, tile, balance: see `logprobs.reduce_logits`.
     """
     responses, lengths = method.responses, batch["lengths"]
     rows = len(lengths) // len(responses)
@@ -49,7 +50,7 @@ def read_student(
         return tuple(columns)
 
     columns: Iterator[Tensor] = iter(
-        reduce_logits(model, batch, reduce, batch["tokens"], *topk_ids, emittable=emittable, tile=tile)
+        reduce_logits(model, batch, reduce, batch["tokens"], *topk_ids, emittable=emittable, tile=tile, balance=balance)
     )
 
     def by_response(per_state: Tensor) -> dict[str, Tensor]:
@@ -71,7 +72,9 @@ def read_student(
     tokens = dict(zip(responses, lengths.chunk(len(responses)), strict=True))
     of_tokens = by_response(all_token_logps) if method.reads_token_logps else {}
     squares = by_response(next(columns)) if method.reads_log_sum_squares else {}
-    return Student(dict(zip(responses, logps, strict=True)), tokens, topk, rest, likeliest, of_tokens, squares)
+    balance_loss = next(columns) if balance else None
+    by_name = dict(zip(responses, logps, strict=True))
+    return Student(by_name, tokens, topk, rest, likeliest, of_tokens, squares, balance_loss)
 
 
 def _pad_together(ids_by_response: list[Tensor | None], states: list[int], like: Tensor) -> list[Tensor]:

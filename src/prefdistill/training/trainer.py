@@ -14,6 +14,7 @@ from prefdistill.data.batches import layout_for
 from prefdistill.data.encode import longest_text
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method, Student
+from prefdistill.models.balance import balance_coefficient
 from prefdistill.models.load import load_model
 from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models.positions import check_positions
@@ -47,6 +48,7 @@ class PrefDistillTrainer(Trainer):
         eval_dataset, eval_signals: held-out pairs and their stores.
         peft_config: train an adapter of this kind instead of the weights.
         truncation: for methods without signals; those with signals truncate as their signals did.
+        router_aux_loss_coef: coefficient of a mixture of experts' load-balancing loss, in place of the model's own.
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -76,6 +78,7 @@ class PrefDistillTrainer(Trainer):
         eval_signals: Sequence[Signals] = (),
         peft_config: "PeftConfig | None" = None,
         truncation: Truncation | None = None,
+        router_aux_loss_coef: float | None = None,
         **kwargs: Any,
     ) -> None:
         if processing_class is None:
@@ -100,6 +103,7 @@ class PrefDistillTrainer(Trainer):
                 columns = ["prompt_ids", *(f"{name}_ids" for name in method.responses)]
                 check_positions(longest_text(rows.select_columns(columns)), student)
         check_start(student, [*signals, *eval_signals], bf16=bool(args.bf16))
+        self._balance = balance_coefficient(student, router_aux_loss_coef)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -153,8 +157,13 @@ class PrefDistillTrainer(Trainer):
         features = feature_tensors(row_features, self.args.device)
         # accelerate's autocast is on the model's forward, which `reduce_logits` bypasses
         with self.accelerator.autocast():
-            student = read_student(model, inputs, self.method, features, emittable=self._emittable)
+            student = read_student(
+                model, inputs, self.method, features, emittable=self._emittable, balance=self._balance != 0
+            )
         loss, metrics = self.method.loss(student, features)
+        if student.balance is not None:
+            loss = loss + self._balance * student.balance
+            metrics = {**metrics, "aux_loss": student.balance.detach()}
         check_loss(loss, self.state.global_step + 1, f"rows {row_features['row']} of the data")
         if num_items_in_batch is not None:
             self._check_reference(student, features)
