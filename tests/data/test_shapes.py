@@ -89,11 +89,11 @@ def test_a_public_shape_is_read_and_said(tmp_path, name, capsys):
 def test_own_names_of_columns(tmp_path, capsys):
     rows = [{"q": "why?", "response_j": "so", "response_k": "no", "system": "x", "chosen": "other"}]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    names = (("chosen", "response_j"), ("prompt", "q"), ("rejected", "response_k"), ("system", None))
+    names = {"chosen": "response_j", "prompt": "q", "rejected": "response_k", "system": None}
     assert list(load_pairs(path, columns=names)) == [TEXT]
     with pytest.raises(UserError, match=r"data\.columns names 'absent', but the columns are 'q', 'response_j'"):
-        load_pairs(path, columns=(("chosen", "absent"),))
-    pairs, findings = read_pairs(path, "train", names=dict(names))
+        load_pairs(path, columns={"chosen": "absent"})
+    pairs, findings = read_pairs(path, "train", options={"columns": names})
     assert (len(pairs.pairs), findings) == (1, [])
 
 
@@ -156,9 +156,9 @@ def test_demonstrations_take_the_chosen_responses_of_any_shape(tmp_path):
 
 
 def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
-    row = {**PAIR, "note": 1, "tools": [{"type": "function"}], "score_chosen": 1.0, "mine": "x", "mine_ended": True}
+    row = {**PAIR, "note": 1, "weight": 2.0, "score_chosen": 1.0, "mine": "x", "mine_ended": True}
     path = write_jsonl(tmp_path / "pairs.jsonl", [row])
-    line = f"{path}: columns that are not read: tools, note; `tools` would change what other trainers learn\n"
+    line = f"{path}: columns that are not read: weight, note; `weight` would change what other trainers learn\n"
     for expected in (line, ""):
         load_pairs(path)
         assert capsys.readouterr().err == expected

@@ -14,7 +14,7 @@ from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.load import load_prompts
-from prefdistill.data.messages import prompt_text
+from prefdistill.data.prompts import prompt_text
 from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
 from prefdistill.evaluation.metric_inputs import Responses, rouge_l
 from prefdistill.evaluation.responses import measure_texts, references_of, scores_by_prompt, unique_prompts

@@ -379,12 +379,13 @@ def test_real_pairs(data_dir):
 @pytest.mark.parametrize(
     ("changes", "check", "severity"),
     [
-        ({"tools": [{"type": "function"}]}, "data.unread", "warning"),
+        ({"weight": 2.0}, "data.unread", "warning"),
+        ({"tools": [{"type": "function"}]}, None, None),
         ({"note": 1}, "data.unread", "note"),
         ({"system": "be kind"}, "data.shape", "note"),
         ({}, None, None),
     ],
-    ids=["tools", "an unknown column", "a system column", "none"],
+    ids=["weight", "tools", "an unknown column", "a system column", "none"],
 )
 def test_columns_that_are_not_read_and_other_shapes_are_named(tmp_path, changes, check, severity):
     pair = {"prompt": turns("user"), "chosen": turns("assistant"), "rejected": turns("assistant")}

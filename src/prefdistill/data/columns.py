@@ -16,15 +16,16 @@ def tokens_column(response: str) -> str:
     return f"{response}_tokens"
 
 
-# Columns with a meaning elsewhere, such as to TRL or to chat templates, that is not given to them here.
-MEANINGFUL = ("tools", "documents", "chat_template_kwargs", "images", "image", "weight", "margin")
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")  # what the chat template reads beside messages
+# Columns that other trainers give a meaning, and that are not read here.
+MEANINGFUL = ("images", "image", "weight", "margin")
 
 
 def unread_columns(columns: Iterable[str], responses: Collection[str] = SIDES) -> list[str]:
     """Return the columns of preference data that nothing reads, those that are `MEANINGFUL` first."""
     names = list(columns)
     sampled = {name for name in names if ended_column(name) in names} | {*responses, *SIDES}
-    read = {"prompt", "system", *SCORES, *sampled} | {
+    read = {"prompt", "system", *TEMPLATE_COLUMNS, *SCORES, *sampled} | {
         f(name) for f in (ended_column, tokens_column) for name in sampled
     }
     return sorted((name for name in names if name not in read), key=lambda name: name not in MEANINGFUL)

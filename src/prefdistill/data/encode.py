@@ -21,6 +21,7 @@ from prefdistill.data.columns import SIDES, ended_column
 from prefdistill.data.encoder import Encoder
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import check_pairs
+from prefdistill.data.prompts import prompt_columns, prompt_of
 from prefdistill.data.sources import NO_CACHE
 from prefdistill.data.template import NO_TEMPLATE, template_ending
 from prefdistill.data.truncation import (
@@ -107,7 +108,7 @@ def render_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterat
     encoder = Encoder(tokenizer)
     for row in dataset:
         cut = [row.get(ended_column(name)) is False for name in SIDES]
-        yield encoder.ended_texts(row["prompt"], *(row[name] for name in SIDES), cut=cut)
+        yield encoder.ended_texts(prompt_of(row), *(row[name] for name in SIDES), cut=cut)
 
 
 def encode_untruncated(
@@ -143,7 +144,7 @@ def drop_refused(
         raise UserError(NO_TEMPLATE)
     template_ending(tokenizer)
     encoder = Encoder(tokenizer)
-    texts = (encoder.texts(row["prompt"], *(row[name] for name in responses)) for row in dataset)
+    texts = (encoder.texts(prompt_of(row), *(row[name] for name in responses)) for row in dataset)
     reasons = [TEMPLATE_FAILED if row_texts is None else "" for row_texts in texts]
     dropped = Dropped.from_reasons(reasons)
     if not dropped:
@@ -256,7 +257,10 @@ class _PairEncoder:
 
     def rows(self, batch: dict[str, list[Any]]) -> Iterator[tuple[tuple[str, ...] | None, dict[str, Any]]]:
         """Yield the texts and the encoded columns of each row."""
-        rows = list(zip(batch["prompt"], *(batch[name] for name in self.responses), strict=True))
+        names = prompt_columns(batch)
+        columns = zip(*(batch[name] for name in names), strict=True)
+        prompts = [prompt_of(dict(zip(names, values, strict=True))) for values in columns]
+        rows = list(zip(prompts, *(batch[name] for name in self.responses), strict=True))
         flags = [batch.get(ended_column(name)) or [None] * len(rows) for name in self.responses]
         cuts = [[ended is False for ended in row] for row in zip(*flags, strict=True)]
         texts = [self.encoder.ended_texts(*row, cut=cut) for cut, row in zip(cuts, rows, strict=True)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.messages import normal_messages
+from prefdistill.data.prompts import inputs_of
 from prefdistill.data.template import NO_TEMPLATE, Ending, render_messages, template_ending
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 class Encoder:
     """Text and token ids of a prompt, alone or with a response, for one tokenizer.
 
-    A prompt is text, or messages for the chat template. A response is text or messages; text after messages is the
-    content of an assistant message.
+    A prompt is text, or messages for the chat template, or a `Conversation`: messages with what else the template
+    reads. A response is text or messages; text after messages is the content of an assistant message.
 
     Example:
         >>> Encoder(tokenizer).ids("Once upon a time")                                 # doctest: +SKIP
@@ -51,11 +52,11 @@ class Encoder:
             return prompt + (response or "")
         if not self.tokenizer.chat_template:
             raise UserError(NO_TEMPLATE)
-        messages = normal_messages(prompt)
+        messages, inputs = normal_messages(list(prompt)), inputs_of(prompt)
         if response is None:
-            return render_messages(self.tokenizer, messages, generation_prompt=True)
+            return render_messages(self.tokenizer, messages, generation_prompt=True, inputs=inputs)
         reply = [{"role": "assistant", "content": response}] if isinstance(response, str) else normal_messages(response)
-        return render_messages(self.tokenizer, messages + reply)
+        return render_messages(self.tokenizer, messages + reply, inputs=inputs)
 
     def texts(self, prompt: Any, *responses: Any) -> tuple[str, ...] | None:
         """Return the texts of a prompt, and of it with each response; None if the chat template refuses."""

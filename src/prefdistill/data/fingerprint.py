@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from prefdistill.data.columns import SCORES, SIDES, ended_column
+from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column
 from prefdistill.data.messages import normal_messages
+from prefdistill.data.prompts import template_inputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +20,8 @@ _COMPUTED: WeakKeyDictionary[Dataset, dict[tuple[str, ...], str]] = WeakKeyDicti
 
 
 def data_fingerprint(dataset: Dataset, responses: Sequence[str] = SIDES) -> str:
-    """Return the SHA-256 of the prompt, the responses and their scores of every row, in order.
+    """Return the SHA-256 of the prompt, its template's other inputs, the responses and their scores of every row, in
+    order.
 
     Columns that say whether a response has ended count if they exist. Scores count if `responses` holds both sides of a
     pair. Computed once for each data set object.
@@ -32,7 +34,10 @@ def data_fingerprint(dataset: Dataset, responses: Sequence[str] = SIDES) -> str:
 
 def demonstrations_fingerprint(demonstrations: Dataset) -> str:
     """Return the `data_fingerprint` of what `load_messages` returns."""
-    return _digest(demonstrations.rename_column("completion", "chosen"), SIDES)
+    computed, key = _COMPUTED.setdefault(demonstrations, {}), (str(demonstrations._fingerprint), "completion")
+    if key not in computed:
+        computed[key] = _digest(demonstrations.rename_column("completion", "chosen"), SIDES)
+    return computed[key]
 
 
 def _digest(dataset: Dataset, responses: Sequence[str]) -> str:
@@ -40,8 +45,11 @@ def _digest(dataset: Dataset, responses: Sequence[str]) -> str:
     columns = ("prompt", *responses)
     flags = [ended_column(name) for name in responses if ended_column(name) in dataset.column_names]
     scores = SCORES if set(SIDES) <= set(responses) else ()
-    for row in dataset.select_columns([n for n in (*columns, *flags, *scores) if n in dataset.column_names]):
+    for row in dataset.select_columns(
+        [n for n in (*columns, *flags, *scores, *TEMPLATE_COLUMNS) if n in dataset.column_names]
+    ):
         texts = [normal_messages(row.get(name)) for name in columns]
         numbers = [None if row.get(name) is None else float(row[name]) for name in (*scores, *flags)]
-        digest.update(json.dumps(texts + numbers, sort_keys=True).encode() + b"\n")
+        inputs = [inputs] if (inputs := template_inputs(row)) else []
+        digest.update(json.dumps(texts + numbers + inputs, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

@@ -7,26 +7,32 @@ Rows are counted from 0, here and in every message.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say_once
-from prefdistill.data.columns import SCORES, SIDES, ended_column, unread_columns, unread_message
+from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column, unread_columns, unread_message
 from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
-from prefdistill.data.shapes import VALUES, RowReader
+from prefdistill.data.prompts import prompt_columns
+from prefdistill.data.shapes import PAIR, VALUES, RowReader
 from prefdistill.data.sources import NO_CACHE, read_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Names = tuple[tuple[str, str | None], ...] | None
+Names = Mapping[str, str | None]
 
 # ---- Loading ----------------------------------------
 
 
 def load_pairs(
-    source: str, *, split: str = "train", responses: Sequence[str] = SIDES, columns: Names = None
+    source: str,
+    *,
+    split: str = "train",
+    responses: Sequence[str] = SIDES,
+    columns: Names | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Return preference pairs with the columns `prompt`, `chosen`, `rejected` and whatever else the source has.
 
@@ -38,53 +44,72 @@ def load_pairs(
             files or that `save_to_disk` wrote; or a Hub name. `org/name#test` and `directory#test` name a split.
         split: the split to read if `source` has several and names none.
         responses: the responses a row must have; a sampled one, such as `student_response`, is a response too.
-        columns: pairs of a column's usual name and its name in the source, as `data.columns` of a recipe has them.
+        columns: the source's names of columns, such as `{"chosen": "response_j"}`; null leaves a column out.
+        chat_template_kwargs: variables of the chat template, for rows that do not set them themselves.
 
     Raises:
         UserError: if the source cannot be read, or a row is not a preference pair.
     """
-    dataset = _read(source, split, responses, columns)
+    dataset = _read(source, split, responses, columns, chat_template_kwargs)
     if "prompt" not in dataset.column_names:
         _require_columns(dataset, source, SIDES)
         dataset = _with_shared_prompt(dataset, source)
     check_pairs(dataset, source, responses)
-    if unread := unread_columns(dataset.column_names, responses):
-        say_once(f"{source}: {unread_message(unread)}")
+    say_unread(source, unread_columns(dataset.column_names, responses))
     return dataset
 
 
-def load_messages(source: str, *, split: str = "train") -> Dataset:
-    """Return examples for supervised fine-tuning, with the columns `prompt` and `completion` and no others.
+def load_messages(
+    source: str,
+    *,
+    split: str = "train",
+    columns: Names | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Return examples for supervised fine-tuning: `prompt`, `completion` and what else the chat template reads.
 
     They come from `messages` (the completion is the last assistant turn), or `prompt` and `completion`, or the chosen
     side of preference pairs. Arguments and errors are those of `load_pairs`.
     """
-    dataset = _read(source, split)
-    columns = dataset.column_names
-    if "messages" in columns:
-        dataset = _with_last_turn(dataset.select_columns("messages"), source)
-    elif "completion" not in columns and "chosen" in columns:
-        if "prompt" not in columns and "rejected" in columns:
+    dataset = _read(source, split, columns=columns, variables=chat_template_kwargs)
+    names = dataset.column_names
+    read = {"messages"} if "messages" in names else {"prompt", "completion"} if "completion" in names else {*PAIR}
+    say_unread(source, [name for name in names if name not in read | {"system", *TEMPLATE_COLUMNS}])
+    if "messages" in names:
+        dataset = _with_last_turn(
+            dataset.select_columns([name for name in ("messages", *TEMPLATE_COLUMNS) if name in names]), source
+        )
+    elif "completion" not in names and "chosen" in names:
+        if "prompt" not in names and "rejected" in names:
             dataset = _with_shared_prompt(dataset, source)
         dataset = dataset.rename_column("chosen", "completion")
     hint = "SFT data has `messages`, or `prompt` and `completion`."
     _require_columns(dataset, source, ("prompt", "completion"), hint)
     _check_rows(dataset, source, ("prompt", "completion"))
-    return dataset.select_columns(["prompt", "completion"])
+    return dataset.select_columns([*prompt_columns(dataset.column_names), "completion"])
 
 
-def load_prompts(source: str | Dataset, *, split: str = "train") -> Dataset:
+def load_prompts(
+    source: str | Dataset,
+    *,
+    split: str = "train",
+    columns: Names | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Dataset:
     """Return prompts to respond to, with the column `prompt` and whatever else the source has.
 
     Without a `prompt` column, the shared start of `chosen` and `rejected` becomes the prompt, or `messages` is split
     into `prompt` and `completion`, its last assistant turn. Arguments and errors are those of `load_pairs`; a data set
     in memory is used as it is.
     """
-    dataset, name = (_read(source, split), source) if isinstance(source, str) else (source, "The data set")
-    columns = dataset.column_names
-    if "prompt" not in columns and {*SIDES} <= {*columns}:
+    if isinstance(source, str):
+        dataset, name = _read(source, split, columns=columns, variables=chat_template_kwargs), source
+    else:
+        dataset, name = source, "The data set"
+    names = dataset.column_names
+    if "prompt" not in names and {*SIDES} <= {*names}:
         dataset = _with_shared_prompt(dataset, name)
-    elif "prompt" not in columns and "messages" in columns:
+    elif "prompt" not in names and "messages" in names:
         dataset = _with_last_turn(dataset, name)
     hint = "Prompts are `prompt`, or the start of `messages` or of preference pairs."
     _require_columns(dataset, name, ("prompt",), hint)
@@ -92,28 +117,44 @@ def load_prompts(source: str | Dataset, *, split: str = "train") -> Dataset:
     return dataset
 
 
+def say_unread(source: str, unread: Sequence[str]) -> None:
+    """Name the columns of a source that are not read, once."""
+    if unread:
+        say_once(f"{source}: {unread_message(unread)}")
+
+
 def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
     """Return the first rows of a data set, all of them if there are fewer or there is no limit."""
     return dataset.select(range(limit)) if limit and limit < len(dataset) else dataset
 
 
-def _read(source: str, split: str, responses: Sequence[str] = SIDES, columns: Names = None) -> Dataset:
+def _read(
+    source: str,
+    split: str,
+    responses: Sequence[str] = SIDES,
+    columns: Names | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Dataset:
     """Return the data set of a source: its columns by their usual names, its messages in normal form."""
     dataset = read_source(source, split)
     if len(dataset) == 0:
         return dataset
     has_system = "system" in dataset.features and any(dataset["system"])
-    reader = RowReader(dataset.column_names, dataset[0], source, dict(columns or ()), responses, has_system)
+    reader = RowReader(dataset.column_names, dataset[0], source, columns, responses, has_system, variables)
     for note in reader.notes:
         say_once(f"{source}: {note}")
     names = [*dict.fromkeys((*VALUES, *reader.responses))]
     if not reader.changes:
         names = [n for n in names if n in dataset.features and not _is_normal(dataset, n)]
+    if variables or not reader.columns.isdisjoint(TEMPLATE_COLUMNS):
+        names += TEMPLATE_COLUMNS
     values: dict[str, list[Any]] = {}
     if names:
         rows = [reader.read(row, index) for index, row in enumerate(dataset)]
         values = {name: [row.get(name) for row in rows] for name in names if any(name in row for row in rows)}
-    unused = [name for name in dataset.column_names if name in reader.drops - {*values}]
+    empty = [name for name in TEMPLATE_COLUMNS if name in values and not any(values[name])]
+    values = {name: column for name, column in values.items() if name not in empty}
+    unused = [name for name in dataset.column_names if name in reader.drops.union(empty) - {*values}]
     return with_columns(dataset.remove_columns(unused), values) if unused or values else dataset
 
 

@@ -1,6 +1,5 @@
 """Values of prompt and response columns: text, or a list of messages with a role and content."""
 
-import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -76,13 +75,6 @@ def normal_messages(value: Any) -> Any:
         {**m, "content": ""} if isinstance(m, dict) and m.get("tool_calls") and "content" not in m else m
         for m in messages
     ]
-
-
-def prompt_text(prompt: Any) -> str:
-    """Return a prompt as one text by which prompts are compared: the text itself, or its messages as JSON."""
-    return (
-        prompt if isinstance(prompt, str) else json.dumps(normal_messages(prompt), sort_keys=True, ensure_ascii=False)
-    )
 
 
 def split_shared_prompt(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:

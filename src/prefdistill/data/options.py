@@ -1,10 +1,10 @@
 """Options of data: where pairs come from, how many are used, how long they may be."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from prefdistill.core.options import NOT_IN_KEY, Section
+from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
 
 class Lengths(Section):
@@ -15,6 +15,19 @@ class Lengths(Section):
     )
     max_prompt_length: PositiveInt | None = Field(
         None, description="Tokens of the prompt; a longer one keeps its end. TRL's SFT and DPO know max_length only."
+    )
+
+
+class Columns(Section):
+    """How the columns of data are read."""
+
+    columns: Annotated[dict[str, str | None], NOT_IN_KEY] = Field(
+        default_factory=dict,
+        description="Names of columns, such as {chosen: response_j}; null leaves a column out.",
+    )
+    chat_template_kwargs: Annotated[Options, NOT_IN_KEY] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as {enable_thinking: false}; the column of this name wins.",
     )
 
 
@@ -42,8 +55,24 @@ class Data(Section):
         default_factory=dict,
         description="Names of columns of `train` and `test`, such as {chosen: response_j}; null leaves a column out.",
     )
+    sft_columns: Annotated[dict[str, str | None], NOT_IN_KEY] = Field(
+        default_factory=dict, description="Names of columns of `sft`."
+    )
+    chat_template_kwargs: Annotated[Options, NOT_IN_KEY] = Field(
+        default_factory=dict, description=Columns.model_fields["chat_template_kwargs"].description
+    )
     max_train: PositiveInt | None = Field(None, description="Use the first rows of `train` only.")
     max_test: PositiveInt | None = Field(None, description="Use the first rows of `test` only.")
     max_length: PositiveInt | None = Lengths.redefault("max_length", 1024)
     max_prompt_length: PositiveInt | None = Lengths.redefault("max_prompt_length", None)
     synthetic: Synthetic | None = Field(None, description="The built-in task, in place of `train`.")
+
+    @property
+    def column_options(self) -> dict[str, Any]:
+        """How `train` and `test` are read."""
+        return self.part(Columns)
+
+    @property
+    def sft_column_options(self) -> dict[str, Any]:
+        """How `sft` is read."""
+        return {"columns": self.sft_columns, "chat_template_kwargs": self.chat_template_kwargs}

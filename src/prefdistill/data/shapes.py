@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.columns import SIDES
+from prefdistill.data.columns import SIDES, TEMPLATE_COLUMNS
 from prefdistill.data.messages import normal_messages, split_shared_prompt
+from prefdistill.data.prompts import VARIABLES, template_inputs
 
 Row = dict[str, Any]
 PAIR = ("prompt", *SIDES)
@@ -111,6 +112,7 @@ class RowReader:
         source: its name, for messages.
         names: own names of columns, such as `{"chosen": "response_j"}`; null leaves a column out.
         responses: columns that hold responses.
+        variables: of the chat template, for rows that do not set them: `data.chat_template_kwargs` of a recipe.
         has_system: whether any row has a system message in the column `system`.
 
     Raises:
@@ -125,7 +127,9 @@ class RowReader:
         names: Mapping[str, str | None] | None = None,
         responses: Sequence[str] = SIDES,
         has_system: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
+        self.variables = template_inputs({VARIABLES: dict(variables or {})})
         self.source, self.names, self.notes = source, dict(names or {}), list[str]()
         self.responses = tuple(dict.fromkeys((*SIDES, "completion", *responses)))
         if unknown := [own for own in self.names.values() if own is not None and own not in columns]:
@@ -138,10 +142,14 @@ class RowReader:
             used = ", ".join(f"`{name}`" for name in self.shape.needs)
             self.notes.append(f"read as {self.shape.name}: the pair is taken from {used}")
             self.columns |= {*self.shape.gives}
-        self.system = has_system and "system" in self.columns and bool({"prompt", "messages"} & self.columns)
+        values = {**self._values(self._shaped(first, 0), 0)}
+        has_prompt = bool({"prompt", "messages"} & self.columns)
+        self.starts = ("prompt", "messages") if has_prompt else SIDES  # what may start with a system message
+        self.system = has_system and "system" in self.columns and (has_prompt or _is_conversation(values.get("chosen")))
         if self.system:
             self.notes.append("the column `system` becomes the first message of the prompt")
-        values = {**self._values(self._shaped(first, 0), 0)}
+        elif has_system and "system" in self.columns:
+            self.notes.append("the column `system` is not read: two texts without a `prompt` have no place for it")
         prompt, side = values.get("prompt"), next((values[n] for n in self.responses if values.get(n)), None)
         roles = (
             {message.get("role") for message in side} if isinstance(side, list) and _is_conversation(side) else set()
@@ -181,10 +189,30 @@ class RowReader:
                 if isinstance(row.get(name), str):
                     row[name] = [{"role": "assistant", "content": row[name]}]
         if self.system:
-            for name in ("prompt", "messages"):
+            for name in self.starts:
                 if _is_conversation(row.get(name)):
                     row[name] = _with_system(row[name], row.get("system"), where)
-        return row
+        return row | self._inputs(row, where)
+
+    def _inputs(self, row: Row, where: str) -> Row:
+        """Return the columns for the chat template, in normal form."""
+        if not self.variables and self.columns.isdisjoint(TEMPLATE_COLUMNS):
+            return {}
+        try:
+            own = template_inputs(row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}. Fix it, or leave the column out with data.columns.") from error
+        inputs = {**self.variables, **own}
+        texts = [name for name in (*VALUES, *self.responses) if isinstance(row.get(name), str)]
+        if inputs and texts:
+            column = next(name for name in TEMPLATE_COLUMNS if row.get(name)) if own else f"data.{VARIABLES}"
+            fix = f"data.columns: {{{column}: null}}" if own else f"no data.{VARIABLES}"
+            raise UserError(
+                f"{where}: '{column}' is for a chat template, and '{texts[0]}' is text, which goes through none. Write "
+                f"messages, or leave it out: {fix}."
+            )
+        tools, documents = inputs.pop("tools", None), inputs.pop("documents", None)
+        return {"tools": tools, "documents": documents, VARIABLES: inputs or None}
 
     def _with_names(self, row: Row) -> Row:
         taken = {*self.names, *(own for own in self.names.values() if own)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefdistill.core.errors import UserError
@@ -22,9 +22,16 @@ class Ending(NamedTuple):
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    generation_prompt: bool = False,
+    inputs: Mapping[str, Any] | None = None,
 ) -> str:
     """Return messages as text, with the header of an assistant turn at the end if `generation_prompt`.
+
+    Args:
+        inputs: what else the template reads: tools, documents, its own variables.
 
     Raises:
         jinja2.TemplateError: whatever goes wrong in the template, which is a program and may raise anything.
@@ -32,7 +39,10 @@ def render_messages(
     from jinja2 import TemplateError, TemplateRuntimeError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **(inputs or {})
+        )
+        return str(text)
     except TemplateError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import drop_refused
 from prefdistill.data.load import check_pairs, load_pairs, load_prompts
+from prefdistill.data.prompts import prompt_columns, prompts_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
 from prefdistill.evaluation.measure import Measured, by_length, mean_of, points
@@ -116,7 +117,7 @@ def _evaluate_responses(request: EvaluateRequest, data: "Dataset | None", out: P
 def _sample(request: EvaluateRequest, prompts: "Dataset", file: Path) -> "Dataset":
     return sample_responses(
         str(request.model),
-        prompts.select_columns("prompt"),
+        prompts.select_columns(prompt_columns(prompts.column_names)),
         out=file,
         column=RESPONSE,
         truncation=Truncation(None),
@@ -134,7 +135,7 @@ def _score(request: EvaluateRequest, responses: Responses, data: "Dataset | None
         pairs = drop_refused(data, reward_model.tokenizer, "reward model")
         on_pairs = reward_model.score_pairs(pairs)
         about["reward_model"] = accuracy_of(str(request.reward_model), [on_pairs])
-        opponents["chosen"] = scores_by_prompt(pairs["prompt"][:], on_pairs.items["chosen_score"])
+        opponents["chosen"] = scores_by_prompt(prompts_of(pairs), on_pairs.items["chosen_score"])
     if request.against:
         others = Responses.read(load_prompts(str(request.against)), request.column)
         scores = reward_model.score(others.prompts, others.texts, what="scoring --against")

@@ -10,7 +10,7 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import tokens_column
-from prefdistill.data.messages import prompt_text
+from prefdistill.data.prompts import prompt_text, prompts_of
 from prefdistill.evaluation.stats import numbered, pair_wins
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Responses:
                 f"the responses have no column {column!r}; their columns: {', '.join(rows.column_names)}. Name the "
                 "right one with --column"
             )
-        prompts = rows["prompt"][:]
+        prompts = prompts_of(rows)
         for row, response in enumerate(rows[column][:]):
             if not isinstance(response, str) and not _are_messages(response):
                 raise UserError(

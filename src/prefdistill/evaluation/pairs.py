@@ -9,7 +9,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
-from prefdistill.data.messages import prompt_text
+from prefdistill.data.prompts import prompt_text, prompts_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.measure import Measured, mean_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, numbered, pair_wins
@@ -57,7 +57,7 @@ def implicit_rewards(
     logps = {side: np.array(scores[f"{side}_logps"], dtype=np.float64) for side in SIDES}
     ratios = {side: logps[side] - reference.scalar(f"{side}_logps", rows) for side in SIDES}
     per_token = logps["chosen"] / reference.scalar("chosen_tokens", rows)
-    return PairRewards(**ratios, chosen_logp=per_token, row=rows, groups=numbered(prompts_of(pairs, rows)))
+    return PairRewards(**ratios, chosen_logp=per_token, row=rows, groups=numbered(prompt_texts(pairs, rows)))
 
 
 def measure_pairs(
@@ -71,9 +71,9 @@ def measure_pairs(
     measured.add_metrics("pairs", implicit_rewards(student, pairs, tokenizer, reference))
 
 
-def prompts_of(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
+def prompt_texts(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
     """Return the prompt of each of these rows as text; error bars are over prompts."""
-    prompts = pairs["prompt"][:]
+    prompts = prompts_of(pairs)
     return [prompt_text(prompts[row]) for row in rows]
 
 
@@ -120,7 +120,7 @@ def evaluate_pairs(
     else:
         terms = pair_terms(signals)
     terms["the start's log-prob"] = pair_wins(*(reference.scalar(f"{side}_logps", signals.rows) for side in SIDES))
-    prompts = prompts_of(pairs, signals.rows)
+    prompts = prompt_texts(pairs, signals.rows)
     return {
         "metrics": {name: mean_of([[measured]], name) for name in measured.metrics},
         "margin_accuracy": {name: estimate(wins, prompts) | {"over": PROMPTS} for name, wins in terms.items()},

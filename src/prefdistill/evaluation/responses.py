@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.data.messages import prompt_text
+from prefdistill.data.prompts import prompt_text, prompts_of
 from prefdistill.evaluation.measure import Measured
 from prefdistill.sampling.sampler import Response
 
@@ -20,7 +20,7 @@ REFERENCES = ("chosen", "completion")  # columns of reference responses: the fir
 
 def unique_prompts(rows: "Dataset", limit: int | None = None) -> "Dataset":
     """Return the rows of `first_rows`."""
-    return rows.select(first_rows(rows["prompt"][:], limit))
+    return rows.select(first_rows(prompts_of(rows), limit))
 
 
 def references_of(rows: "Dataset") -> dict[str, str]:
@@ -28,7 +28,7 @@ def references_of(rows: "Dataset") -> dict[str, str]:
     column = next((name for name in REFERENCES if name in rows.column_names), None)
     references: dict[str, str] = {}
     if column is not None:
-        for prompt, response in zip(rows["prompt"][:], rows[column][:], strict=True):
+        for prompt, response in zip(prompts_of(rows), rows[column][:], strict=True):
             references.setdefault(prompt_text(prompt), text_of(response))
     return references
 

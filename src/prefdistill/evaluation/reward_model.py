@@ -10,9 +10,9 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encoder import accepts_prompt, reward_model_ids
+from prefdistill.data.prompts import prompt_text, prompts_of
 from prefdistill.evaluation.measure import Measured, mean_of
 from prefdistill.evaluation.metric_inputs import Responses, first_rows
-from prefdistill.evaluation.pairs import prompts_of
 from prefdistill.evaluation.stats import numbered, pair_wins
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready
 
@@ -97,14 +97,14 @@ class RewardModel:
     def score_pairs(self, pairs: "Dataset") -> Measured:
         """Return, per pair, whether it orders the pair correctly ("accuracy"), whether length in its tokens does
         ("longer_is_better"), and its score of the chosen response ("chosen_score")."""
-        prompts = pairs["prompt"][:]
+        prompts = prompts_of(pairs)
         sides = {side: pairs[side][:] for side in SIDES}
         scores = {side: self.score(prompts, responses, what="scoring pairs") for side, responses in sides.items()}
         lengths = [
             [len(reward_model_ids(self.tokenizer, *pair)) for pair in zip(prompts, responses, strict=True)]
             for responses in sides.values()
         ]
-        groups = numbered(prompts_of(pairs, range(len(pairs))))
+        groups = numbered([prompt_text(prompt) for prompt in prompts])
         measured = Measured()
         measured.add("accuracy", pair_wins(scores["chosen"], scores["rejected"]), groups)
         measured.add("longer_is_better", pair_wins(*lengths), groups)
@@ -132,7 +132,7 @@ def check_prompts(
     Raises:
         UserError: if the template refuses one, or there is none for messages.
     """
-    reward_tokenizer, prompts = load_tokenizer(name, trust_remote_code=trust_remote_code), rows["prompt"][:]
+    reward_tokenizer, prompts = load_tokenizer(name, trust_remote_code=trust_remote_code), prompts_of(rows)
     for row in first_rows(prompts, limit):
         try:
             reward_model_ids(reward_tokenizer, prompts[row], "a response")

@@ -9,7 +9,7 @@ import numpy as np
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SIDES
-from prefdistill.data.messages import prompt_text
+from prefdistill.data.prompts import prompt_of, prompt_text
 from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import reference_bf16
@@ -134,7 +134,7 @@ def _check_scores(where: str, column: str, data: UserData) -> None:
             continue
         missing = np.flatnonzero(~np.isfinite(np.array(pairs[column][:], dtype=np.float64)))
         if len(missing):
-            prompt = prompt_text(pairs["prompt"][int(missing[0])])
+            prompt = prompt_text(prompt_of(pairs[int(missing[0])]))
             raise UserError(
                 f"{where} needs a number in {column!r} for every pair; {len(missing)} of data.{part} have none, "
                 f"the first of them with the prompt {reprlib.repr(prompt)}; add it, or leave these pairs out"

@@ -1,11 +1,12 @@
 """Cache the user's data and models for the seeds of a run and the cells of a study, and detect changes during a run."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.files import value_digest
 from prefdistill.core.processes import processes
 from prefdistill.core.stages import empty_stage
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
@@ -30,19 +31,29 @@ class Sources:
     """
 
     def __init__(self) -> None:
-        self._pairs = functools.cache(load_pairs)
-        self._rows: dict[tuple[str, int | None, Any], Dataset] = {}
-        self.messages = functools.cache(load_messages)
-        self.messages_key = functools.cache(lambda name: demonstrations_fingerprint(self.messages(name)))
+        self._loaded: dict[str, Dataset] = {}
+        self._first: dict[tuple[int, int | None], Dataset] = {}
         self.model_key = functools.cache(model_key)  # as of the first call
         self.check_model = functools.cache(check_model)
 
-    def pairs(self, name: str, limit: int | None = None, columns: Mapping[str, str | None] | None = None) -> "Dataset":
-        """Return the preference pairs of a file, directory or Hub name: all, or the first `limit`."""
-        names = tuple(sorted((columns or {}).items()))
-        if (name, limit, names) not in self._rows:
-            self._rows[name, limit, names] = first_rows(self._pairs(name, columns=names), limit)
-        return self._rows[name, limit, names]
+    def pairs(self, name: str, limit: int | None = None, **options: Any) -> "Dataset":
+        """Return the preference pairs of a file, directory or Hub name: all, or the first `limit`.
+
+        Args:
+            options: of `Columns`.
+        """
+        rows = self._load(load_pairs, name, options)
+        return self._first.setdefault((id(rows), limit), first_rows(rows, limit))
+
+    def messages(self, name: str, **options: Any) -> "Dataset":
+        """Return the demonstrations of a file, directory or Hub name."""
+        return self._load(load_messages, name, options)
+
+    def _load(self, load: "Callable[..., Dataset]", name: str, options: dict[str, Any]) -> "Dataset":
+        key = value_digest([load.__name__, name, options])
+        if key not in self._loaded:
+            self._loaded[key] = load(name, **options)
+        return self._loaded[key]
 
     def unchanged(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
         """Wrap the `make` of a step so that it raises ModelChanged, and leaves no output, if these models change."""
@@ -74,9 +85,9 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     # all rows, whichever of them a seed sets aside for its reward model
     for part, name, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
         if name:
-            prints[part] = data_fingerprint(sources.pairs(name, limit, data.columns))
+            prints[part] = data_fingerprint(sources.pairs(name, limit, **data.column_options))
     if data.sft:
-        prints["sft"] = sources.messages_key(data.sft)
+        prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft, **data.sft_column_options))
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(names, role):
             prints[role] = sources.model_key(name)

@@ -163,9 +163,9 @@ class Recipe(Section):
         if (self.data.train is None) == (self.data.synthetic is None):
             raise ValueError("data needs either `train` (pairs) or `synthetic`; give data.train=FILE_OR_HUB_NAME")
         if self.data.synthetic:
-            for key in ("test", "sft", "max_train", "max_test"):
-                if getattr(self.data, key) is not None:
-                    raise ValueError(f"data.{key} has no part in a synthetic task; leave it out")
+            used = {"synthetic", "max_length", "max_prompt_length"}
+            for key in self.data.model_dump(exclude_defaults=True, exclude=used):
+                raise ValueError(f"data.{key} has no part in a synthetic task; leave it out")
             if self.reward_model or self.evaluate.prompts:
                 raise ValueError(
                     "a synthetic task knows its reward and its prompts; leave reward_model and evaluate.prompts out"

@@ -19,7 +19,7 @@ from prefdistill.core.paths import check_own
 from prefdistill.core.progress import say
 from prefdistill.core.stages import REQUEST, Stage, inspect_stage, run_stage
 from prefdistill.evaluation.measure import Measured
-from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompts_of
+from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompt_texts
 from prefdistill.evaluation.reward_model import accuracy_of
 from prefdistill.evaluation.shaping import shaping_of
 from prefdistill.evaluation.stats import numbered
@@ -112,7 +112,7 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
     ]
     summary = summarise(recipe, measured)
     held_out = [signals for plan in plans if (signals := _held_out_signals(plan)) is not None]  # of all seeds, or none
-    groups = numbered(prompts_of(held_out[0].data, held_out[0].rows)) if held_out else None
+    groups = numbered(prompt_texts(held_out[0].data, held_out[0].rows)) if held_out else None
     shaping = [
         shaping_of(plan.methods, signals, models)
         for plan, signals, models in zip(plans, held_out, measured, strict=False)

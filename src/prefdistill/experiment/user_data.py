@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
-from prefdistill.data.messages import prompt_text
+from prefdistill.data.prompts import prompt_columns, prompt_text, prompts_of
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
@@ -43,7 +43,7 @@ class UserData:
     @property
     def _all_pairs(self) -> "Dataset":
         assert self.recipe.data.train is not None
-        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train, self.recipe.data.columns)
+        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train, **self.recipe.data.column_options)
 
     @property
     def train(self) -> "Dataset":
@@ -57,13 +57,15 @@ class UserData:
     @property
     def test(self) -> "Dataset":
         assert self.recipe.data.test is not None
-        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test, self.recipe.data.columns)
+        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test, **self.recipe.data.column_options)
 
     @functools.cached_property
     def demonstrations(self) -> "Dataset":
         if self.recipe.data.sft is None:
-            return self.train.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
-        rows = self.sources.messages(self.recipe.data.sft)
+            return self.train.select_columns([*prompt_columns(self.train.column_names), "chosen"]).rename_column(
+                "chosen", "completion"
+            )
+        rows = self.sources.messages(self.recipe.data.sft, **self.recipe.data.sft_column_options)
         return without_prompts(rows, self.reward_pairs) if self.splits_prompts else rows
 
     def demonstrations_key(self) -> str:
@@ -80,7 +82,7 @@ def split_prompts(pairs: "Dataset", share: float, seed: int) -> "tuple[Dataset, 
     Raises:
         UserError: if there are too few prompts for two parts.
     """
-    texts = [prompt_text(prompt) for prompt in pairs["prompt"][:]]
+    texts = [prompt_text(prompt) for prompt in prompts_of(pairs)]
     prompts = list(dict.fromkeys(texts))
     count = round(share * len(prompts))
     if not 0 < count < len(prompts):
@@ -97,8 +99,8 @@ def split_prompts(pairs: "Dataset", share: float, seed: int) -> "tuple[Dataset, 
 
 def without_prompts(rows: "Dataset", others: "Dataset") -> "Dataset":
     """Return the rows whose prompt is not in `others`."""
-    excluded = {prompt_text(prompt) for prompt in others["prompt"][:]}
-    return rows.select([row for row, prompt in enumerate(rows["prompt"][:]) if prompt_text(prompt) not in excluded])
+    excluded = {prompt_text(prompt) for prompt in prompts_of(others)}
+    return rows.select([row for row, prompt in enumerate(prompts_of(rows)) if prompt_text(prompt) not in excluded])
 
 
 def user_rows(name: str, read: "Callable[[], Dataset]") -> Rows:

@@ -26,6 +26,7 @@ from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import ended_column, tokens_column
 from prefdistill.data.load import load_prompts
 from prefdistill.data.messages import without_nulls
+from prefdistill.data.prompts import prompts_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.identity import model_identity, model_key, tokenizer_identity
 from prefdistill.models.load import load_tokenizer
@@ -112,7 +113,7 @@ def sample_responses(
     artifact = FileArtifact("sample", out, request, "sample")
     with artifact.session() as seal:
         if seal is None:
-            prompts = dataset["prompt"][:]
+            prompts = prompts_of(dataset)
             encoded, dropped = sampler.encode_all(prompts)
             if len(dropped) == len(dataset):
                 raise UserError(f"No prompt is left: {dropped}. Change the data, the chat template or the lengths.")

@@ -1,5 +1,6 @@
 """Train with TRL's own trainers: SFT, DPO and reward models."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import drop_refused, longest_text
 from prefdistill.data.encoder import reward_model_ids
+from prefdistill.data.load import with_columns
+from prefdistill.data.prompts import prompt_columns, prompt_of, template_inputs
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.positions import check_positions
@@ -73,7 +76,7 @@ def train_with_trl(
     trainer = trl_trainer(
         (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer),
         models,
-        rows.select_columns(["prompt", *columns]),
+        trl_rows(rows, columns),
         tokenizer,
         training,
         out,
@@ -113,7 +116,7 @@ def train_reward(
     model = random_model(tokenizer, shape, seed, reward=True)
     positions = model.config.max_position_embeddings
     ids = [
-        {f"{side}_ids": reward_model_ids(tokenizer, row["prompt"], row[side])[:positions] for side in SIDES}
+        {f"{side}_ids": reward_model_ids(tokenizer, prompt_of(row), row[side])[:positions] for side in SIDES}
         for row in pairs
     ]
     trainer = trl_trainer(
@@ -128,3 +131,13 @@ def train_reward(
         max_length=None,
     )
     fit(trainer, out, what, verify=training.verify)
+
+
+def trl_rows(rows: "Dataset", responses: Sequence[str]) -> "Dataset":
+    """Return the prompts and responses of rows in the columns from which TRL renders the same texts."""
+    plain = rows.select_columns(["prompt", *responses])
+    inputs = [template_inputs(row) for row in rows.select_columns(prompt_columns(rows.column_names))]
+    if not any(inputs):
+        return plain
+    tools = [row.pop("tools", None) for row in inputs]
+    return with_columns(plain, {"tools": tools, "chat_template_kwargs": inputs})

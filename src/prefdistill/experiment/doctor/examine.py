@@ -93,7 +93,9 @@ def examine(
     sets = {}
     for name, source in (("train", data), ("test", test)):
         if source is not None:
-            sets[name], findings = read_pairs(source, name, limits[name], recipe.data.columns if recipe else None)
+            sets[name], findings = read_pairs(
+                source, name, limits[name], recipe.data.column_options if recipe else None
+            )
             checkup.findings += findings
     models = _Models(checkup, trust_remote_code)
     models.read(recipe, teacher, student, sets.get("train"))

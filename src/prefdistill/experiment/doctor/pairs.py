@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
 from prefdistill.data.columns import MEANINGFUL, SIDES, unread_columns, unread_message
 from prefdistill.data.load import load_pairs
-from prefdistill.data.messages import check_roles, form_of, prompt_text, split_shared_prompt
+from prefdistill.data.messages import check_roles, form_of, split_shared_prompt
+from prefdistill.data.prompts import prompt_of, prompt_text
 from prefdistill.data.shapes import RowReader
 from prefdistill.data.sources import read_rows
 from prefdistill.experiment.doctor.characters import around
@@ -78,7 +79,7 @@ class Pair:
 
     def key(self, name: str) -> str:
         """Return a column's roles and texts as one text, to compare values by."""
-        return prompt_text(self.columns[name])
+        return prompt_text(prompt_of(self.columns) if name == "prompt" else self.columns[name])
 
 
 @dataclass
@@ -89,7 +90,7 @@ class PairSet:
     source: str
     pairs: list[Pair]
     rows: int  # in the data, the unreadable ones included
-    names: Mapping[str, str | None] | None = None  # own names of columns
+    options: dict[str, Any] = field(default_factory=dict)  # of `Columns`
 
     def finding(
         self, check: str, severity: Severity, hits: Iterable[tuple[int, str]], message: str, fix: str
@@ -108,7 +109,7 @@ def content_text(value: str | list[dict[str, Any]]) -> str:
 
 
 def read_pairs(
-    source: str, name: str, limit: int | None = None, names: Mapping[str, str | None] | None = None
+    source: str, name: str, limit: int | None = None, options: dict[str, Any] | None = None
 ) -> tuple[PairSet, list[Finding]]:
     """Return the pairs of a source, and findings about its other rows. Rows count from 0, unreadable ones included.
 
@@ -116,8 +117,9 @@ def read_pairs(
         source: as for `load_pairs`.
         name: train or test.
         limit: read the first rows only.
-        names: own names of columns, as `data.columns` of a recipe.
+        options: of `Columns`.
     """
+    options = options or {}
     try:
         rows = list(read_rows(source))[:limit]
     except UserError as error:
@@ -128,7 +130,9 @@ def read_pairs(
     if (first := next((row for row in rows if isinstance(row, dict)), None)) is not None:
         systems = any(isinstance(row, dict) and row.get("system") for row in rows)
         try:
-            reader = RowReader(columns, first, source, names, has_system=systems)
+            reader = RowReader(
+                columns, first, source, options.get("columns"), SIDES, systems, options.get("chat_template_kwargs")
+            )
             columns = reader.columns
             unread = unread_columns(sorted(columns - reader.drops))
             shape_findings = [
@@ -185,13 +189,13 @@ def read_pairs(
                 data=name,
             )
         )
-    return PairSet(name, source, pairs, len(rows), names), shape_findings + findings
+    return PairSet(name, source, pairs, len(rows), options), shape_findings + findings
 
 
 def loader_refusal(data: PairSet) -> Iterator[Finding]:
     """Yield what the loader refuses in data without other errors, such as a value in another column."""
     try:
-        load_pairs(data.source, columns=tuple((data.names or {}).items()))
+        load_pairs(data.source, **data.options)
     except UserError as error:
         yield Finding("data.refused", "error", str(error), "Fix or drop that column.", data=data.name)
 

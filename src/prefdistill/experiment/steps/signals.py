@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.progress import say
-from prefdistill.data.columns import SCORES, SIDES, ended_column
+from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.step import Model, Rows, Step
@@ -49,7 +49,7 @@ class Sample(Step):
 
     def make(self, out: Path) -> None:
         train = self.data.rows
-        columns = ("prompt", *SIDES, *SCORES, *(ended_column(side) for side in SIDES))
+        columns = ("prompt", *TEMPLATE_COLUMNS, *SIDES, *SCORES, *(ended_column(side) for side in SIDES))
         sample_responses(
             self.model.place,
             train.select_columns([name for name in columns if name in train.column_names]),

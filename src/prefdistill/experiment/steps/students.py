@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data import synthetic
+from prefdistill.data.prompts import prompt_columns
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metric_inputs import RESPONSE
 from prefdistill.evaluation.metrics import METRICS
@@ -127,9 +128,10 @@ class Evaluate(Step):
 
     def _sample(self, test: Rows, out: Path) -> "Dataset":
         section = self.context.recipe.evaluate
+        prompts = unique_prompts(test.rows, max(section.prompts, section.samples))
         return sample_responses(
             self.model.place,
-            unique_prompts(test.rows, max(section.prompts, section.samples)).select_columns("prompt"),
+            prompts.select_columns(prompt_columns(prompts.column_names)),
             self.context.tokenizer.tokenizer,
             out / "responses.jsonl",
             column=RESPONSE,
