@@ -93,16 +93,8 @@ def workdir(in_tmp_path, make_model, tokenizer, pairs):
 @pytest.fixture
 def judge(monkeypatch):
     """Starts servers; no proxy and no key of the machine's comes between."""
-    for name in (
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "PREFDISTILL_JUDGE_KEY",
-        "OPENAI_API_KEY",
-    ):
+    proxies = ("http_proxy", "https_proxy", "all_proxy")
+    for name in (*proxies, *map(str.upper, proxies), "PREFDISTILL_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     from support.judges import Judge
 

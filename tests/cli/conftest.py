@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from support.cli import write_pairs
+from support.pairs import write_jsonl
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def place(tmp_path, monkeypatch, make_model, tokenizer, pairs):
     """A working directory with pairs and a tiny model, and things that are neither."""
     datasets.disable_progress_bars()  # the command does so through the environment, before it imports datasets
     monkeypatch.chdir(tmp_path)
-    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
     (tmp_path / "recipe.yaml").write_text(
         "name: x\ndata: {train: nowhere.jsonl}\nmodel: {teacher: model, student: model}\nmethods: {dpo: {}}\n"
     )

@@ -10,7 +10,8 @@ import pytest
 from prefdistill import __version__
 from prefdistill.cli import main
 from prefdistill.cli.verbs import VERBS
-from support.cli import run, run_code, write_pairs
+from support.cli import run, run_code
+from support.pairs import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "trl", "datasets", "pandas", "peft", "pyarrow", "scipy", "matplotlib", "ruamel")
@@ -98,7 +99,7 @@ def example_files(tmp_path_factory, make_model, tokenizer, pairs):
     directory = tmp_path_factory.mktemp("examples")
     pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
     for name, rows in {"pairs": range(12), "sft": range(12), "test": range(12, 24)}.items():
-        write_pairs(directory / f"{name}.jsonl", pairs.select(rows))
+        write_jsonl(directory / f"{name}.jsonl", pairs.select(rows))
     model = make_model(num_hidden_layers=1)
     for name in ("my/base", "my/teacher", "my/student", "models/teacher-sft", "models/tvkd"):
         model.save_pretrained(directory / name)

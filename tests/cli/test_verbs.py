@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from prefdistill.cli import main
-from support.cli import FAST, MODEL, OUT, PAIRS, call, run, write_pairs
+from support.cli import FAST, MODEL, OUT, PAIRS, call, run
+from support.pairs import write_jsonl
 
 
 def test_the_small_profile_has_its_own_run_directory(place, monkeypatch):
@@ -141,7 +142,7 @@ def test_a_stage_is_keyed_by_the_content_of_its_inputs(place, capfd, make_model,
     assert call(capfd, *stage, "report_to=[]", "logging_steps=3")[0]["reused"] is True  # how it is watched is no input
     made = (place / OUT[1] / "model.safetensors").read_bytes()
     before = (place / "pairs.jsonl").read_bytes()
-    write_pairs(place / "pairs.jsonl", [row | {"chosen": row["rejected"]} for row in pairs])
+    write_jsonl(place / "pairs.jsonl", [row | {"chosen": row["rejected"]} for row in pairs])
     assert main(stage) == 2
     assert "holds work of another request (data differs (" in capfd.readouterr().err
     (place / "pairs.jsonl").write_bytes(before)
@@ -169,14 +170,14 @@ def test_rows_that_the_chat_template_refuses_are_dropped_and_counted(place, capf
     template.write_text(refusal + template.read_text())
     system = {"role": "system", "content": "be brief"}
     mixed = [row | {"prompt": [system, *row["prompt"]]} if i in (3, 7) else row for i, row in enumerate(pairs)]
-    write_pairs(place / "mixed.jsonl", mixed)
-    write_pairs(place / "taken.jsonl", [row for i, row in enumerate(pairs) if i not in (3, 7)])
+    write_jsonl(place / "mixed.jsonl", mixed)
+    write_jsonl(place / "taken.jsonl", [row for i, row in enumerate(pairs) if i not in (3, 7)])
     few = (*FAST[1:], "max_steps=1")
     _, err = call(capfd, verb, *MODEL, "--data", "mixed.jsonl", "--out", "mixed", *few)
     assert f"{verb}: dropped 2 rows: the chat template refuses its messages (2, first row 3)" in err
     call(capfd, verb, *MODEL, "--data", "taken.jsonl", "--out", "taken", *few)
     assert (place / "mixed" / "model.safetensors").read_bytes() == (place / "taken" / "model.safetensors").read_bytes()
-    write_pairs(place / "refused.jsonl", mixed[3:4])
+    write_jsonl(place / "refused.jsonl", mixed[3:4])
     assert main([verb, *MODEL, "--data", "refused.jsonl", "--out", "none", *few]) == 2
     assert "No row is left: dropped 1 row: the chat template refuses its messages" in capfd.readouterr().err
 

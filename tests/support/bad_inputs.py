@@ -15,14 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefdistill.core.files import read_sealed, write_sealed
+from support.pairs import write_jsonl
 
 # A token whose embedding in the model "nan" is nan; one row of poisoned.jsonl has it.
 POISON = "Q"
 POISONED_ROW = 3
-
-
-def write_rows(path: Path, rows: Any) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def messages(role: str, text: str) -> list[dict[str, str]]:
@@ -33,45 +30,45 @@ def write_data(directory: Path, pairs: Any) -> None:
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
     few, first = rows[:6], rows[0]
     plain = [{key: "".join(message["content"] for message in row[key]) for key in row} for row in few]
-    write_rows(directory / "pairs.jsonl", few)
-    write_rows(directory / "others.jsonl", rows[6:12])
-    write_rows(directory / "plain.jsonl", plain)
+    write_jsonl(directory / "pairs.jsonl", few)
+    write_jsonl(directory / "others.jsonl", rows[6:12])
+    write_jsonl(directory / "plain.jsonl", plain)
     poisoned = [dict(row) for row in few]
     poisoned[POISONED_ROW]["rejected"] = messages("assistant", f"the small {POISON} teacher")
-    write_rows(directory / "poisoned.jsonl", poisoned)
+    write_jsonl(directory / "poisoned.jsonl", poisoned)
     asked = [messages("user", f"the {POISON}") if number == 2 else row["prompt"] for number, row in enumerate(few)]
-    write_rows(directory / "questions-poisoned.jsonl", [{"prompt": prompt} for prompt in asked])
-    write_rows(
+    write_jsonl(directory / "questions-poisoned.jsonl", [{"prompt": prompt} for prompt in asked])
+    write_jsonl(
         directory / "infinite-rows.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in few]
     )
-    write_rows(directory / "mixed.jsonl", [few[0], few[1], plain[2]])
-    write_rows(directory / "nulls.jsonl", [row | {"chosen": None} for row in few])
-    write_rows(directory / "one-null.jsonl", [*few[:4], few[4] | {"rejected": None}])
-    write_rows(directory / "numbers.jsonl", [{"prompt": "a", "chosen": 1, "rejected": 2}])
-    write_rows(directory / "no-messages.jsonl", [first, first | {"chosen": []}])
-    write_rows(directory / "no-content.jsonl", [first | {"chosen": [{"role": "assistant"}]}])
-    write_rows(directory / "roles.jsonl", [first, first | {"rejected": messages("user", "no")}])
-    write_rows(directory / "steering.jsonl", [first | {"rejected": messages("user\x1b]0;owned\x07", "no")}])
-    write_rows(directory / "answered.jsonl", [first | {"prompt": messages("user", "a") + messages("assistant", "b")}])
-    write_rows(directory / "scores.jsonl", [row | {"score_chosen": "good", "score_rejected": "bad"} for row in few])
+    write_jsonl(directory / "mixed.jsonl", [few[0], few[1], plain[2]])
+    write_jsonl(directory / "nulls.jsonl", [row | {"chosen": None} for row in few])
+    write_jsonl(directory / "one-null.jsonl", [*few[:4], few[4] | {"rejected": None}])
+    write_jsonl(directory / "numbers.jsonl", [{"prompt": "a", "chosen": 1, "rejected": 2}])
+    write_jsonl(directory / "no-messages.jsonl", [first, first | {"chosen": []}])
+    write_jsonl(directory / "no-content.jsonl", [first | {"chosen": [{"role": "assistant"}]}])
+    write_jsonl(directory / "roles.jsonl", [first, first | {"rejected": messages("user", "no")}])
+    write_jsonl(directory / "steering.jsonl", [first | {"rejected": messages("user\x1b]0;owned\x07", "no")}])
+    write_jsonl(directory / "answered.jsonl", [first | {"prompt": messages("user", "a") + messages("assistant", "b")}])
+    write_jsonl(directory / "scores.jsonl", [row | {"score_chosen": "good", "score_rejected": "bad"} for row in few])
     scored = [row | {"score_chosen": 1.0, "score_rejected": 0.0} for row in few]
-    write_rows(directory / "scored.jsonl", scored)
-    write_rows(directory / "unscored.jsonl", [*scored[:3], few[3], *scored[4:]])
-    write_rows(directory / "ended.jsonl", [row | {"chosen_ended": "yes"} for row in few])
-    write_rows(directory / "scores-mixed.jsonl", [few[0] | {"score_chosen": 1.0}, few[1] | {"score_chosen": "good"}])
-    write_rows(directory / "ended-mixed.jsonl", [few[0] | {"chosen_ended": True}, few[1] | {"chosen_ended": "yes"}])
-    write_rows(directory / "surrogate.jsonl", [plain[0], plain[1] | {"chosen": "half a \ud800 character"}])
-    write_rows(directory / "long.jsonl", [row | {"prompt": messages("user", "a small prompt " * 900)} for row in few])
+    write_jsonl(directory / "scored.jsonl", scored)
+    write_jsonl(directory / "unscored.jsonl", [*scored[:3], few[3], *scored[4:]])
+    write_jsonl(directory / "ended.jsonl", [row | {"chosen_ended": "yes"} for row in few])
+    write_jsonl(directory / "scores-mixed.jsonl", [few[0] | {"score_chosen": 1.0}, few[1] | {"score_chosen": "good"}])
+    write_jsonl(directory / "ended-mixed.jsonl", [few[0] | {"chosen_ended": True}, few[1] | {"chosen_ended": "yes"}])
+    write_jsonl(directory / "surrogate.jsonl", [plain[0], plain[1] | {"chosen": "half a \ud800 character"}])
+    write_jsonl(directory / "long.jsonl", [row | {"prompt": messages("user", "a small prompt " * 900)} for row in few])
     columns = {"prompt": pa.array(["a"]), "chosen": pa.array(["b"]), "rejected": pa.array(["c"])}
     pq.write_table(pa.table(columns).slice(0, 0), directory / "rowless.parquet")
     pq.write_table(pa.table([*columns.values(), columns["chosen"]], [*columns, "chosen"]), directory / "twice.parquet")
-    write_rows(directory / "apart.jsonl", [{"chosen": messages("user", "a"), "rejected": messages("user", "b")}])
-    write_rows(directory / "columns.jsonl", [{"question": "a", "answer": "b"}])
-    write_rows(directory / "messages.jsonl", [{"messages": messages("user", "a")}])
-    write_rows(directory / "messages-text.jsonl", [{"messages": "a"}])
-    write_rows(directory / "responses.jsonl", [{"prompt": row["prompt"], "response": "the small"} for row in few])
-    write_rows(directory / "wordless.jsonl", [row | {"response": None} for row in few])
-    write_rows(directory / "list.jsonl", [[1, 2]])
+    write_jsonl(directory / "apart.jsonl", [{"chosen": messages("user", "a"), "rejected": messages("user", "b")}])
+    write_jsonl(directory / "columns.jsonl", [{"question": "a", "answer": "b"}])
+    write_jsonl(directory / "messages.jsonl", [{"messages": messages("user", "a")}])
+    write_jsonl(directory / "messages-text.jsonl", [{"messages": "a"}])
+    write_jsonl(directory / "responses.jsonl", [{"prompt": row["prompt"], "response": "the small"} for row in few])
+    write_jsonl(directory / "wordless.jsonl", [row | {"response": None} for row in few])
+    write_jsonl(directory / "list.jsonl", [[1, 2]])
     (directory / "broken.jsonl").write_text(f"{json.dumps(first)}\n\n{json.dumps(first)[:-9]}\n")
     (directory / "deep.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     (directory / "digits.jsonl").write_text('{"prompt": ' + "9" * 5_000 + "}\n")
@@ -267,32 +264,26 @@ def write_runs(directory: Path) -> None:
 def write_judging(directory: Path) -> None:
     question = {"question_id": 1, "category": "math", "turns": ["one?", "two?"]}
     answer = {"question_id": 1, "choices": [{"turns": ["one.", "two."]}]}
-    write_rows(directory / "questions.jsonl", [question])
-    write_rows(directory / "turnless.jsonl", [question, question | {"question_id": 2, "turns": "one?"}])
-    write_rows(directory / "category.jsonl", [question | {"category": 1}])
-    write_rows(directory / "same-id.jsonl", [question, question])
-    write_rows(directory / "list-id.jsonl", [question | {"question_id": [1]}])
-    write_rows(directory / "half-turn.jsonl", [question | {"turns": ["half a \ud800 character"]}])
-    for name, degree in {
-        "word": "hot",
-        "null": None,
-        "true": True,
-        "below": -1,
-        "nan": math.nan,
-        "huge": 10**999,
-    }.items():
-        write_rows(directory / f"temperature-{name}.jsonl", [question | {"required_temperature": degree}])
-    write_rows(directory / "answers.jsonl", [answer])
-    write_rows(directory / "answers-other.jsonl", [answer | {"question_id": 7}])
-    write_rows(directory / "answers-short.jsonl", [answer | {"choices": []}])
+    write_jsonl(directory / "questions.jsonl", [question])
+    write_jsonl(directory / "turnless.jsonl", [question, question | {"question_id": 2, "turns": "one?"}])
+    write_jsonl(directory / "category.jsonl", [question | {"category": 1}])
+    write_jsonl(directory / "same-id.jsonl", [question, question])
+    write_jsonl(directory / "list-id.jsonl", [question | {"question_id": [1]}])
+    write_jsonl(directory / "half-turn.jsonl", [question | {"turns": ["half a \ud800 character"]}])
+    degrees = {"word": "hot", "null": None, "true": True, "below": -1, "nan": math.nan, "huge": 10**999}
+    for name, degree in degrees.items():
+        write_jsonl(directory / f"temperature-{name}.jsonl", [question | {"required_temperature": degree}])
+    write_jsonl(directory / "answers.jsonl", [answer])
+    write_jsonl(directory / "answers-other.jsonl", [answer | {"question_id": 7}])
+    write_jsonl(directory / "answers-short.jsonl", [answer | {"choices": []}])
     names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
     places = "{question} {answer} {ref_answer_1} {ref_answer_2} {question_1} {question_2} {answer_1} {answer_2}"
-    write_rows(directory / "prompts.jsonl", [{"name": name, "prompt_template": places} for name in names])
+    write_jsonl(directory / "prompts.jsonl", [{"name": name, "prompt_template": places} for name in names])
     for key, value in {"name": ["x"], "prompt_template": 3, "system_prompt": 3}.items():
-        write_rows(directory / f"prompts-{key}.jsonl", [{"name": "x", "prompt_template": "x"} | {key: value}])
-    write_rows(directory / "outputs.jsonl", [{"instruction": "a", "output": "b"}])
-    write_rows(directory / "outputs-other.jsonl", [{"instruction": "z", "output": "b"}])
-    write_rows(directory / "outputs-number.jsonl", [{"instruction": "a", "output": 3}])
+        write_jsonl(directory / f"prompts-{key}.jsonl", [{"name": "x", "prompt_template": "x"} | {key: value}])
+    write_jsonl(directory / "outputs.jsonl", [{"instruction": "a", "output": "b"}])
+    write_jsonl(directory / "outputs-other.jsonl", [{"instruction": "z", "output": "b"}])
+    write_jsonl(directory / "outputs-number.jsonl", [{"instruction": "a", "output": 3}])
     (directory / "placeless.txt").write_text("Compare {output_1} and {output_2}.")
     (directory / "latin.txt").write_bytes("{instruction} {output_1} {output_2} café".encode("latin-1"))
     (directory / "prompt.txt").write_text("For {instruction}, compare {output_1} and {output_2}.")

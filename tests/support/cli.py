@@ -10,11 +10,6 @@ MODEL, PAIRS, OUT = ["--model", "model"], ["--data", "pairs.jsonl"], ["--out", "
 FAST = ["max_steps=2", "batch_size=4", "micro_batch_size=4", "learning_rate=1e-3"]
 
 
-def write_pairs(path: Path, rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def files(directory: Path) -> dict[Path, Any]:
     """What is in a directory, with the times of its files."""
     return {path: path.is_dir() or path.lstat().st_mtime_ns for path in Path(directory).rglob("*")}

@@ -3,35 +3,17 @@
 import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import load_recipe
+from support.pairs import conversation
 from support.tokenizer_styles import make_tokenizer
 
 SUBJECTS = [
-    "Paris",
-    "Rome",
-    "trains",
-    "rivers",
-    "bread",
-    "music",
-    "letters",
-    "stars",
-    "winter",
-    "gardens",
-    "clocks",
-    "ink",
-]
-
-
+    "Paris", "Rome", "trains", "rivers", "bread", "music", "letters", "stars", "winter", "gardens", "clocks", "ink",
+]  # fmt: skip
 LONG = Truncation(None)
-
-
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -40,16 +22,9 @@ def clean(first=0):
     rows = []
     for i, subject in enumerate(SUBJECTS, first):
         short, long = f"Short words on {subject}.", f"Rather more words that are about {subject} and nothing else."
-        chosen, rejected = (short, long) if i % 2 else (long, short)
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": f"Question {i}: what of {subject}?"}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "score_chosen": 2.0,
-                "score_rejected": 1.0,
-            }
-        )
+        responses = (short, long) if i % 2 else (long, short)
+        row = conversation(f"Question {i}: what of {subject}?", *responses)
+        rows.append(row | {"score_chosen": 2.0, "score_rejected": 1.0})
     return rows
 
 
@@ -62,8 +37,7 @@ def text_of(messages):
 
 
 def write(path, rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -108,11 +82,7 @@ def turns(*said):
 
 
 HEADER = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-
-
 TAIL = "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-
-
 GENERATE = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 

@@ -4,6 +4,8 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from support.pairs import write_jsonl
+
 
 class Judge(ThreadingHTTPServer):
     """An OpenAI-compatible server whose `behave(text, number)` says what comes back: the text of a verdict, a status
@@ -57,26 +59,18 @@ class Handler(BaseHTTPRequestHandler):
 
 def completion(text, **more):
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"} | more
-    payload = {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "judge-2026-01",
-        "system_fingerprint": "fp_1",
-        "choices": [choice],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-    }
+    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    payload = {"id": "x", "object": "chat.completion", "created": 1, "model": "judge-2026-01", "choices": [choice]}
+    payload |= {"system_fingerprint": "fp_1", "usage": usage}
     return 200, {"content-type": "application/json"}, json.dumps(payload).encode()
 
 
 def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
     return path
 
 
 def answers(path, turns):
     """FastChat's form, from question -> texts of the turns."""
-    return jsonl(
-        path,
-        [{"question_id": q, "model_id": path.stem, "choices": [{"index": 0, "turns": t}]} for q, t in turns.items()],
-    )
+    about = {"model_id": path.stem}
+    return jsonl(path, [about | {"question_id": q, "choices": [{"index": 0, "turns": t}]} for q, t in turns.items()])

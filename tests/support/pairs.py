@@ -20,5 +20,6 @@ def plain(prompt, chosen, rejected):
 
 
 def write_jsonl(path, rows):
+    """Write rows and return the path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

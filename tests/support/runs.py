@@ -171,12 +171,8 @@ def write_run(
     rng = random.Random(1)
     for seed in results.get("seeds", [0]):
         for stage, start in (("teacher-sft", 3.4), ("teacher-dpo", 0.69), ("student-sft", 3.5)):
-            log(
-                path,
-                seed,
-                stage,
-                [{"step": s, "loss": start * math.exp(-s / 90) + rng.random() * 0.1} for s in range(10, steps, 10)],
-            )
+            losses = {s: start * math.exp(-s / 90) + rng.random() * 0.1 for s in range(10, steps, 10)}
+            log(path, seed, stage, [{"step": s, "loss": loss} for s, loss in losses.items()])
         for i, name in enumerate(names or TRAINED):
             for order in range(int(results.get("orders", 1))):
                 lines = []

@@ -1,25 +1,9 @@
 """Sentences of a few words."""
 
 WORDS = [
-    "the",
-    "small",
-    "teacher",
-    "reads",
-    "a",
-    "long",
-    "prompt",
-    "and",
-    "answers",
-    "with",
-    "care",
-    "while",
-    "every",
-    "student",
-    "copies",
-    "what",
-    "it",
-    "says",
-]
+    "the", "small", "teacher", "reads", "a", "long", "prompt", "and", "answers", "with", "care", "while", "every",
+    "student", "copies", "what", "it", "says",
+]  # fmt: skip
 
 
 def sentence(n: int, start: int) -> str:

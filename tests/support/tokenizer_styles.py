@@ -41,7 +41,13 @@ def _turns(turn: str, generation: str, head: str = "", tail: str = "") -> str:
 
 
 _CHATML = "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>"
-_CHATML_SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+def _chatml(turn: str, generation: str, trailing: str) -> Style:
+    end = "<|im_end|>"
+    return Style(_turns(turn, generation), end=end, trailing=trailing, eos=end, special=("<|im_start|>", end))
+
+
 STYLES = {
     "llama3": Style(
         _turns(
@@ -56,13 +62,7 @@ STYLES = {
         writes_bos=True,
         special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
-    "chatml": Style(
-        _turns(_CHATML + "{{ '\n' }}", "<|im_start|>assistant{{ '\n' }}"),
-        end="<|im_end|>",
-        trailing="\n",
-        eos="<|im_end|>",
-        special=_CHATML_SPECIAL,
-    ),
+    "chatml": _chatml(_CHATML + "{{ '\n' }}", "<|im_start|>assistant{{ '\n' }}", trailing="\n"),
     "gemma": Style(
         _turns(
             "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -97,21 +97,9 @@ STYLES = {
         eos="<|endoftext|>",
         special=("<|user|>", "<|assistant|>", "<|end|>"),
     ),
-    "chatml_bare": Style(
-        _turns(_CHATML, "<|im_start|>assistant{{ '\n' }}"),
-        end="<|im_end|>",
-        trailing="",
-        eos="<|im_end|>",
-        special=_CHATML_SPECIAL,
-    ),
+    "chatml_bare": _chatml(_CHATML, "<|im_start|>assistant{{ '\n' }}", trailing=""),
     # The generation prompt opens a block that a finished conversation does not contain.
-    "not_a_prefix": Style(
-        _turns(_CHATML + "{{ '\n' }}", "<|im_start|>assistant\n<think>{{ '\n' }}"),
-        end="<|im_end|>",
-        trailing="\n",
-        eos="<|im_end|>",
-        special=_CHATML_SPECIAL,
-    ),
+    "not_a_prefix": _chatml(_CHATML + "{{ '\n' }}", "<|im_start|>assistant\n<think>{{ '\n' }}", trailing="\n"),
     "no_end": Style(
         _turns("[{{ message['role'] }}]\n{{ message['content'] }}", "[assistant]{{ '\n' }}"),
         end="",
