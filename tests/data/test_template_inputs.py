@@ -17,7 +17,6 @@ from prefdistill.evaluation.responses import references_of, unique_prompts
 from prefdistill.experiment.user_data import split_prompts
 from prefdistill.sampling.options import Sampling
 from prefdistill.sampling.sampler import Sampler
-from prefdistill.training.trl import trl_rows
 from support.pairs import assistant, user, write_jsonl
 from support.tokenizer_styles import make_tokenizer
 
@@ -129,16 +128,6 @@ def test_variables_of_the_recipe_stand_below_those_of_the_row(tmp_path, tokenize
         texts = [Encoder(tokenizer).text(prompt) for prompt in prompts_of(loaded)]
         assert [text.rpartition("<|assistant|>")[2] for text in texts] == ["recipe:", "own:"]
     assert data_fingerprint(load_pairs(path)) != data_fingerprint(load_pairs(path, chat_template_kwargs={"a": 1}))
-
-
-def test_trl_gets_the_same_inputs(tmp_path, tokenizer):
-    pairs = load_pairs(write_jsonl(tmp_path / "rows.jsonl", ROWS))
-    for one, right in zip(trl_rows(pairs, ("chosen",)), render_pairs(pairs, tokenizer), strict=True):
-        inputs = {"tools": one["tools"], **one["chat_template_kwargs"]}
-        text = tokenizer.apply_chat_template(one["prompt"], tokenize=False, add_generation_prompt=True, **inputs)
-        assert text == right[0]
-    bare = load_pairs(write_jsonl(tmp_path / "bare.jsonl", [row()]))
-    assert trl_rows(bare, ("chosen",)).column_names == ["prompt", "chosen"]
 
 
 @pytest.mark.parametrize(

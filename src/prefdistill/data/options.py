@@ -13,9 +13,7 @@ class Lengths(Section):
     max_length: PositiveInt | None = Field(
         1024, description="Tokens of prompt and response; the response is cut on the right."
     )
-    max_prompt_length: PositiveInt | None = Field(
-        None, description="Tokens of the prompt; a longer one keeps its end. TRL's SFT and DPO know max_length only."
-    )
+    max_prompt_length: PositiveInt | None = Field(None, description="Tokens of the prompt; a longer one keeps its end.")
 
 
 class Columns(Section):

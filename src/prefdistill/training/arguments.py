@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 UNUSED_BUT_IN_SFT = {"label_smoothing_factor": "the method has its own loss"}
+_ENCODED = "rows are encoded and truncated before TRL sees them"
+UNUSED_IN_TRL = {
+    **dict.fromkeys(("dataset_kwargs", "dataset_num_proc", "truncation_mode"), _ENCODED),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "the loss is that of the completion"),
+    **dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_batch_size"), "TRL computes reference log-probs during training"
+    ),
+}
 OPTIMIZERS_OF_A_MODEL = ("galore", "lomo", "adalomo", "apollo")  # they need the whole model
 
 
@@ -45,7 +53,7 @@ def training_arguments(
         UserError: if transformers refuses them, `training.arguments` repeats an option or has no effect, a tracker of
             `report_to` is unknown or not installed, or the batch size does not fit the number of processes.
     """
-    unused = {} if kind.__name__ == "SFTConfig" else UNUSED_BUT_IN_SFT
+    unused = UNUSED_IN_TRL | ({} if kind.__name__ == "SFTConfig" else UNUSED_BUT_IN_SFT)
     if clashes := argument_problems(training.arguments, more, unused):
         raise UserError(*clashes, where="training arguments")
     team = processes().num_processes

@@ -13,23 +13,25 @@ from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import write_jsonl
+from prefdistill.core.files import write_json, write_jsonl
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.encode import highest_token_id
+from prefdistill.data.truncation import READING, Reading
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint
 from prefdistill.training.nan_guard import check_weights
 from prefdistill.training.saved import save
 
 
-def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True) -> None:
+def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading: Reading | None = None) -> None:
     """Run a Trainer to completion, resuming from the last complete checkpoint, and save model and tokenizer in `out`.
 
     Works for any Trainer whose output_dir is `out/checkpoints`. Ctrl-C finishes the step, writes a checkpoint and
     stops; the same call later resumes from it. An adapter is saved in `out/adapter`, and merged into its base in
     `out`, so that training on top of it needs no other directory. What was saved is loaded again and its logits are
-    compared with the trained model's, unless `verify` is False.
+    compared with the trained model's, unless `verify` is False. `reading`, how the rows were read, goes to
+    `out/reading.json`; default: that of the trainer.
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
@@ -39,6 +41,7 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True) -> None:
     from transformers import PrinterCallback
 
     check_ids(highest_token_id(trainer.train_dataset), trainer.model, trainer.processing_class)
+    reading = reading or getattr(trainer, "reading", None)
     last = last_checkpoint(Path(str(trainer.args.output_dir)))
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
@@ -47,7 +50,7 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True) -> None:
             if trainer.is_world_process_zero():  # its last line may be incomplete
                 write_jsonl(out / "metrics.jsonl", [_resumable_logs(logs) for logs in state.log_history])
             _load_weights(trainer.model, last)
-            _save(trainer, out, verify)
+            _save(trainer, out, verify, reading)
             return
         say(f"{what}: resuming from step {state.global_step}")
     stop = StopOnInterrupt()
@@ -65,7 +68,7 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True) -> None:
         stop.restore()
     if stop.requested:
         raise KeyboardInterrupt
-    _save(trainer, out, verify)
+    _save(trainer, out, verify, reading)
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:
@@ -75,11 +78,13 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
         model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
 
-def _save(trainer: Trainer, out: Path, verify: bool) -> None:
+def _save(trainer: Trainer, out: Path, verify: bool, reading: Reading | None) -> None:
     logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which are deleted
     if logs.is_dir() and trainer.is_world_process_zero():
         shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
     check_weights(trainer.accelerator.unwrap_model(trainer.model))
+    if reading is not None and trainer.is_world_process_zero():
+        write_json(out / READING, reading.to_json())
     save(trainer, out, verify=verify)
 
 

@@ -13,7 +13,7 @@ from prefdistill.core.progress import say
 from prefdistill.data.batches import Layout, PairCollator
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs, reading_of
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.truncation import NO_SIGNALS, Dropped, Reading, Truncation
 from prefdistill.methods import Method
 from prefdistill.signals.ids import check_ids
 from prefdistill.signals.kinds import KINDS
@@ -66,8 +66,9 @@ def prepare_rows(
     signals: Sequence[Signals],
     tokenizer: "PreTrainedTokenizerBase",
     truncation: Truncation | None,
-) -> "tuple[Dataset, SignalCollator, Truncation]":
-    """Return encoded rows with the method's features as columns `feature_*`, their collator, and their truncation.
+) -> "tuple[Dataset, SignalCollator, Truncation, Reading]":
+    """Return encoded rows with the method's features as columns `feature_*`, their collator, their truncation, and how
+    the data were read.
 
     Raises:
         UserError: if a signal is missing, or was computed from other data, tokens or truncation.
@@ -78,11 +79,11 @@ def prepare_rows(
     available.check_settings(method.needs)
     truncation = _shared_truncation(signals, tokenizer, truncation)
     encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
-    if not (reading := reading_of(encoded, dropped)).complete:
-        say(f"training: {reading}")
     for store in available.stores:
         check_ids(store, encoded, tokenizer)
-    encoded = _with_signals_only(encoded, available)
+    encoded, dropped = _with_signals_only(encoded, dropped, available)
+    if not (reading := reading_of(encoded, dropped)).complete:
+        say(f"training: {reading}")
     available = available.at(np.asarray(encoded["row"][:]))
     features = method.row_signals(available)
     encoded = encoded.select_columns(["row", "prompt_ids", *(f"{name}_ids" for name in method.responses)])
@@ -99,7 +100,7 @@ def prepare_rows(
         if need.role != "data" and KINDS[need.kind].in_batch
         for response in need.responses
     )
-    return encoded, SignalCollator(collate, available, per_state), truncation
+    return encoded, SignalCollator(collate, available, per_state), truncation, reading
 
 
 def _shared_truncation(
@@ -115,16 +116,17 @@ def _shared_truncation(
     return truncation or Truncation()
 
 
-def _with_signals_only(encoded: "Dataset", available: SignalSet) -> "Dataset":
-    """Return the encoded rows that have all the signals."""
-    has_signals = np.isin(np.asarray(encoded["row"][:]), available.rows)
+def _with_signals_only(encoded: "Dataset", dropped: Dropped, available: SignalSet) -> "tuple[Dataset, Dropped]":
+    """Return the encoded rows that have all the signals, and the rows that were dropped."""
+    rows = np.asarray(encoded["row"][:])
+    has_signals = np.isin(rows, available.rows)
     if not has_signals.any():
         raise UserError("no row of the data has all the signals that the method needs")
     if has_signals.all():
-        return encoded
-    without = int((~has_signals).sum())
-    say(f"training: {without} more rows have no signals, because another response of the same row was dropped")
-    return encoded.select(np.flatnonzero(has_signals))
+        return encoded, dropped
+    missing = rows[~has_signals]
+    dropped = Dropped(dropped.counts | {NO_SIGNALS: len(missing)}, dropped.first_rows | {NO_SIGNALS: int(missing[0])})
+    return encoded.select(np.flatnonzero(has_signals)), dropped
 
 
 def _how_to_extract(need: Need) -> str:

@@ -92,12 +92,16 @@ class PrefDistillTrainer(Trainer):
         disable_dropout(student)
         self.method = method
         signals = self._signals(signals, student, args, train_dataset, processing_class, truncation)
-        train_rows, collate, resolved = prepare_rows(train_dataset, method, signals, processing_class, truncation)
+        train_rows, collate, resolved, self.reading = prepare_rows(
+            train_dataset, method, signals, processing_class, truncation
+        )
         eval_rows: Dataset | None = None
         collate_eval: SignalCollator | None = None
         if eval_dataset:
             eval_signals = self._signals(eval_signals, student, args, eval_dataset, processing_class, truncation)
-            eval_rows, collate_eval, _ = prepare_rows(eval_dataset, method, eval_signals, processing_class, truncation)
+            eval_rows, collate_eval, _, _ = prepare_rows(
+                eval_dataset, method, eval_signals, processing_class, truncation
+            )
         for rows in (train_rows, eval_rows):
             if rows is not None:
                 columns = ["prompt_ids", *(f"{name}_ids" for name in method.responses)]

@@ -1,18 +1,16 @@
 """Train with TRL's own trainers: SFT, DPO and reward models."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import drop_refused, longest_text
+from prefdistill.data.encode import drop_refused, encode_pairs, longest_text, reading_of
 from prefdistill.data.encoder import reward_model_ids
-from prefdistill.data.load import with_columns
-from prefdistill.data.prompts import prompt_columns, prompt_of, template_inputs
+from prefdistill.data.prompts import prompt_of
+from prefdistill.data.sources import NO_CACHE
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.positions import check_positions
@@ -54,19 +52,24 @@ def train_with_trl(
 ) -> None:
     """Run supervised fine-tuning, or DPO where the training is a `DPOTraining`; save the model in `out`.
 
+    Rows become the same tokens as for every method. TRL's own would have more of them after the end token, what the
+    template writes there, and would keep rows whose response cannot be told apart from the prompt.
+
     Args:
         model: where to start; it is also the reference of DPO.
         rows: `prompt` and `completion`, with the loss on completions only, or the pairs of DPO.
         what: the training, for messages.
 
     Raises:
-        UserError: if no row has room for a response.
+        UserError: as `encode_pairs` does.
     """
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     dpo = isinstance(training, DPOTraining)
-    columns = SIDES if dpo else ("completion",)
-    rows = drop_refused(rows, tokenizer, what, columns)
+    responses = SIDES if dpo else ("completion",)
+    encoded, dropped = encode_pairs(rows, tokenizer, truncation, responses=responses)
+    if not (reading := reading_of(encoded, dropped)).complete:
+        say(f"{what}: {reading}")
 
     def models() -> dict[str, Any]:
         load = partial(load_model, model, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -76,23 +79,39 @@ def train_with_trl(
     trainer = trl_trainer(
         (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer),
         models,
-        trl_rows(rows, columns),
+        _placeholder(tokenizer) if dpo else _sft_rows(encoded),
         tokenizer,
         training,
         out,
         seed=seed,
         data_seed=seed,
-        max_length=truncation.max_length,
+        max_length=None,  # `encode_pairs` has truncated the rows
         **({"beta": training.beta} if isinstance(training, DPOTraining) else {}),
     )
-    remaining = len(trainer.train_dataset)
-    if remaining == 0:
-        raise UserError(f"{what}: no row has room for a response within max_length={truncation.max_length}; raise it")
-    if dropped := len(rows) - remaining:  # TRL drops rows whose prompt fills max_length
-        say(f"{what}: dropped {dropped} of {len(rows)} rows, whose prompts fill max_length={truncation.max_length}")
-    longest, limit = longest_text(trainer.train_dataset), truncation.max_length
-    check_positions(longest if limit is None else min(longest, limit), trainer.model)
-    fit(trainer, out, what, verify=training.verify)
+    if dpo:
+        trainer.train_dataset = encoded.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)])
+    check_positions(longest_text(trainer.train_dataset), trainer.model)
+    fit(trainer, out, what, verify=training.verify, reading=reading)
+
+
+def _sft_rows(encoded: "Dataset") -> "Dataset":
+    """Return rows of `encode_pairs` in the columns of TRL's SFT, with the loss on completions."""
+
+    def row(pair: dict[str, list[int]]) -> dict[str, list[int]]:
+        prompt, completion = pair["prompt_ids"], pair["completion_ids"]
+        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+    return encoded.map(row, remove_columns=encoded.column_names, **NO_CACHE)
+
+
+def _placeholder(tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    """Return a row for the constructor of TRL's DPO, which renders and tokenizes rows itself."""
+    from datasets import Dataset
+
+    texts = {"prompt": ("user", "a"), **dict.fromkeys(SIDES, ("assistant", "b"))}
+    if tokenizer.eos_token is not None:  # plain text, which no chat template refuses
+        return Dataset.from_list([{name: text for name, (_, text) in texts.items()}])
+    return Dataset.from_list([{name: [{"role": role, "content": text}] for name, (role, text) in texts.items()}])
 
 
 def train_reward(
@@ -131,13 +150,3 @@ def train_reward(
         max_length=None,
     )
     fit(trainer, out, what, verify=training.verify)
-
-
-def trl_rows(rows: "Dataset", responses: Sequence[str]) -> "Dataset":
-    """Return the prompts and responses of rows in the columns from which TRL renders the same texts."""
-    plain = rows.select_columns(["prompt", *responses])
-    inputs = [template_inputs(row) for row in rows.select_columns(prompt_columns(rows.column_names))]
-    if not any(inputs):
-        return plain
-    tools = [row.pop("tools", None) for row in inputs]
-    return with_columns(plain, {"tools": tools, "chat_template_kwargs": inputs})
