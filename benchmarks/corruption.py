@@ -112,13 +112,11 @@ def main() -> None:
         shards = sorted((store / "shards").iterdir())
         tried: Counter[str] = Counter()
         detected: Counter[str] = Counter()
-        for path in shards:
-            counts = try_flips(store, path, parts_of_shard(path), bits=args.bits, stride=args.stride)
-            tried, detected = tried + counts[0], detected + counts[1]
         manifest = store / "manifest.json"
-        counts = try_flips(store, manifest, parts_of_manifest(manifest), bits=args.bits, stride=args.stride)
-        tried, detected = tried + counts[0], detected + counts[1]
         for path in (*shards, manifest):
+            parts = parts_of_manifest(path) if path == manifest else parts_of_shard(path)
+            counts = try_flips(store, path, parts, bits=args.bits, stride=args.stride)
+            tried, detected = tried + counts[0], detected + counts[1]
             part = f"{path.name} truncated"
             tried[part], detected[part] = try_truncations(store, path, stride=args.stride)
         size = sum(path.stat().st_size for path in shards)

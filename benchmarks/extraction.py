@@ -13,13 +13,13 @@ from benchmarks.harness import (
     add_options,
     device_name,
     gib,
-    measure,
+    measure_all,
     ratio_text,
     ratios,
     summary,
     table,
     write_report,
-)
+)  # fmt: skip
 from benchmarks.shapes import SHAPES, peak_flops
 
 BASELINE = "bare forward, padded"
@@ -60,21 +60,13 @@ def variants(args: argparse.Namespace) -> list[Variant]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument(
-        "--data", help="a .jsonl(.gz) file of real pairs to take the lengths from; default: a fitted distribution"
-    )
-    parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=16, help="sequences per batch of the padded variants")
     parser.add_argument("--budget", type=int, default=16_384, help="tokens per batch of the other variants")
     parser.add_argument("--variants", help="only these, separated by |, plus the baseline and the limit")
-    add_options(parser)
+    add_options(parser, shape="small", pairs=64)
     args = parser.parse_args()
-    measurements = measure(
-        variants(args), rounds=args.rounds, threads=args.threads, timed_by=args.clock, together=not args.sequential
-    )
+    measurements = measure_all(args, variants(args))
     facts = next(one.facts for one in measurements.values() if one.facts)
     peak = peak_flops(device_name())
     rows = []

@@ -18,7 +18,6 @@ up, at a size between what is in it and the peak of an undisturbed run.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -33,15 +32,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+from benchmarks import quiet
 from benchmarks.attempts import PAGE, Attempt, Disk, Fault, Job, attempt
-
 from prefdistill import cli
+
+quiet(OMP_NUM_THREADS="1")  # before torch is imported
 
 WORDS = ["the", "small", "teacher", "reads", "a", "prompt", "and", "answers", "with", "care", "what", "it", "says"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -156,10 +151,12 @@ def results(out: Path) -> Any:
     return without_clocks(json.loads((out / "results.json").read_text()))
 
 
-RECIPE = "src/prefdistill/experiment/recipes/quickstart.yaml"
+RECIPE = Path(__file__).parents[1] / "src" / "prefdistill" / "experiment" / "recipes" / "quickstart.yaml"
 PAIRS = ("--data", "pairs.jsonl")
 STORES = ("--signals", "signals-teacher", "--signals", "signals-start")
+FROM = (*PAIRS, *STORES)
 TESTED = ("--reference", "signals-start", "--teacher", "signals-teacher")
+GENERATED = ("--generate", "--max-new-tokens", "4")
 JOBS = {
     "signals": Job(_signals, all_bytes, "manifest.json"),
     "sample": Job(_sample, rows_and_meta, "rows.jsonl"),
@@ -169,18 +166,11 @@ JOBS = {
         command("distill", "--student", "model", *PAIRS, *STORES, "--out", "out", *FEW), weights, "stage.json"
     ),
     "evaluate": Job(
-        command(
-            *("evaluate", "--model", "teacher", *PAIRS, *TESTED, "--generate", "--max-new-tokens", "4"),
-            *("--out", "out/results.json"),
-        ),
+        command("evaluate", "--model", "teacher", *PAIRS, *TESTED, *GENERATED, "--out", "out/results.json"),
         results,
         "results.json",
     ),
-    "run": Job(
-        command("run", str(Path(__file__).parents[1] / RECIPE), "--out", "out", "--methods", "tvkd", *TINY),
-        results,
-        "results.json",
-    ),
+    "run": Job(command("run", str(RECIPE), "--out", "out", "--methods", "tvkd", *TINY), results, "results.json"),
 }
 ON_SEVERAL = ("signals", "sft", "dpo", "distill")  # processes; the others refuse them
 

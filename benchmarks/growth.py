@@ -7,7 +7,7 @@ Time should grow linearly with the data. Memory should grow neither with the dat
 
 import argparse
 
-from benchmarks.harness import Variant, add_options, device_name, measure, summary, table, write_report
+from benchmarks.harness import Variant, add_options, device_name, measure_all, summary, table, write_report
 from benchmarks.shapes import SHAPES
 
 SIZES = {"1x": (1, 1), "4x data": (4, 1), "16x data": (16, 1), "4x vocabulary": (1, 4)}
@@ -16,14 +16,10 @@ MIB = 2**20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--pairs", type=int, default=64, help="at 1x")
-    parser.add_argument("--data", help="a .jsonl(.gz) file of real pairs to take the lengths from")
-    parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--budget", type=int, default=16_384, help="tokens in a batch")
     parser.add_argument("--kinds", default="values", help="comma-separated signal kinds")
-    add_options(parser)
+    add_options(parser, shape="tiny", pairs=64)  # at 1x
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     variants = [
@@ -45,9 +41,7 @@ def main() -> None:
         for name, (data, vocabulary) in SIZES.items()
     ]
     # one after another, so that the memory of one does not depend on the others
-    measurements = measure(
-        variants, rounds=args.rounds, warmup=0, threads=args.threads, timed_by=args.clock, together=False
-    )
+    measurements = measure_all(args, variants, warmup=0, together=False)
     rows, base = [], measurements["1x"]
     for name, one in measurements.items():
         if one.error:

@@ -24,14 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault(
-    "PYTHONWARNINGS", "ignore::FutureWarning"
-)  # deprecated options that both versions of the trainers accept
+from benchmarks import quiet
+from benchmarks.shapes import SHAPES
+
+quiet(PYTHONWARNINGS="ignore::FutureWarning")  # deprecated options that both versions of the trainers accept
 
 # The fork server imports the slow modules once, so processes start quickly and from the same state.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -115,6 +111,12 @@ def measure(
         for worker in workers:
             worker.process.kill()
     return {worker.variant.name: worker.measured for worker in workers}
+
+
+def measure_all(args: argparse.Namespace, variants: Sequence[Variant], **options: Any) -> dict[str, Measured]:
+    """Run variants as the options of the command line say; `options` of `measure` win."""
+    how = {"rounds": args.rounds, "threads": args.threads, "timed_by": args.clock, "together": not args.sequential}
+    return measure(variants, **how | options)
 
 
 def once(function: str, arguments: dict[str, Any], *, threads: int | None = None, timed_by: str = "wall") -> Numbers:
@@ -293,8 +295,14 @@ def device_name() -> str:
     return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all benchmarks share."""
+def add_options(parser: argparse.ArgumentParser, *, shape: str, pairs: int | None, max_length: int = 1024) -> None:
+    """Add the options that all benchmarks share, with these defaults."""
+    parser.add_argument("--shape", choices=SHAPES, default=shape, help="of the model (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=pairs, help="in the data (default: %(default)s)")
+    parser.add_argument(
+        "--data", help="a .jsonl(.gz) file of real pairs to take the lengths from; default: a fitted distribution"
+    )
+    parser.add_argument("--max-length", type=int, default=max_length, help="tokens of prompt and response")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each variant, after one warm-up round")
     parser.add_argument("--threads", type=int, help="CPU threads of each process; default: torch's")
     parser.add_argument(

@@ -1,7 +1,5 @@
 """Pairs of random words with the lengths of real ones, a tokenizer of any size for them, and signals."""
 
-import gzip
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,13 +50,13 @@ def fitted_lengths(pairs: int, rng: np.random.Generator) -> np.ndarray:
 
 def real_lengths(source: Path, pairs: int, rng: np.random.Generator) -> np.ndarray:
     """Return the lengths of random rows of a .jsonl(.gz) file of conversations, [pairs, 4]."""
-    with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as file:
-        rows = [json.loads(line) for line in file]
+    from prefdistill.data.load import load_pairs
+
     counts = [
         [sum(len(re.findall(r"\w+|[^\w\s]", message["content"])) for message in row[name]) for name in COLUMNS[:3]]
-        for row in rows
+        for row in load_pairs(str(source))
     ]
-    drawn = rng.choice(np.array(counts), pairs, replace=len(rows) < pairs)
+    drawn = rng.choice(np.array(counts), pairs, replace=len(counts) < pairs)
     return np.concatenate([drawn, rng.permutation(drawn[:, 2:])], axis=1).clip(min=1)
 
 
@@ -96,7 +94,6 @@ def make(
     """
     from benchmarks import harness
     from benchmarks.shapes import make_model
-
     from prefdistill import extract_signals
     from prefdistill.core.files import write_jsonl
     from prefdistill.data.truncation import Truncation

@@ -49,8 +49,9 @@ def prepare(
 ) -> harness.Prepared:
     """Prepare a trainer; a round is a number of its steps."""
     import torch
-    from benchmarks.inputs import make_tokenizer
     from transformers import PrinterCallback, TrainerCallback
+
+    from benchmarks.inputs import make_tokenizer
 
     tokenizer = make_tokenizer(shape["vocab_size"])
     model = make_model(shape, tokenizer, 0)
@@ -113,9 +114,9 @@ def prepare(
 def _trainer(
     variant: str, directory: Path, model: Any, options: dict[str, Any], tokenizer: Any, max_length: int
 ) -> "Trainer":
-    from benchmarks.inputs import load
     from transformers import TrainingArguments
 
+    from benchmarks.inputs import load
     from prefdistill import METHODS, PrefDistillTrainer
     from prefdistill.data.truncation import Truncation
     from prefdistill.signals import Signals
@@ -166,18 +167,14 @@ def _work(rows: list[dict[str, Any]], max_length: int, shape: dict[str, Any]) ->
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the student (default: tiny)")
     parser.add_argument("--teacher", choices=SHAPES, default="nano", help="of the teacher, with the student's tokens")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated subset of these (default: all)")
-    parser.add_argument("--pairs", type=int, help="pairs in the data; default: as many as a round needs")
     parser.add_argument("--batch", type=int, default=2, help="pairs per step")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per round")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response")
     parser.add_argument("--k", type=int, default=50, help="tokens per state in a top-k signal")
-    parser.add_argument("--data", help="take the lengths from these pairs, a .jsonl or .jsonl.gz file of conversations")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, weights in float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    harness.add_options(parser)
+    harness.add_options(parser, shape="tiny", pairs=None, max_length=512)  # as many pairs as a round needs
     args = parser.parse_args()
     requested = args.variants.split(",")
     if unknown := [name for name in requested if name not in VARIANTS]:
@@ -204,14 +201,11 @@ def main() -> None:
         }
         each = {"directory": directory, "batch": args.batch, "steps": args.steps}
         each |= {"checkpointing": args.gradient_checkpointing, **common}
-        how = {"threads": args.threads, "timed_by": args.clock}
-        input_facts = harness.once("benchmarks.inputs:make", {**inputs, **common}, **how)
-        measured = harness.measure(
-            [harness.Variant(name, "benchmarks.training:prepare", {"variant": name, **each}) for name in args.variants],
-            rounds=args.rounds,
-            together=not args.sequential,
-            **how,
-        )
+        make = ("benchmarks.inputs:make", {**inputs, **common})
+        input_facts = harness.once(*make, threads=args.threads, timed_by=args.clock)
+        function = "benchmarks.training:prepare"
+        variants = [harness.Variant(name, function, {"variant": name, **each}) for name in args.variants]
+        measured = harness.measure_all(args, variants)
     entries = harness.summary(measured, BASELINE)
     device = harness.device_name()
     peak = peak_flops(device) if args.bf16 else None
@@ -258,26 +252,23 @@ def _print(
     )
     header = ["variant", "s / step", f"x {BASELINE} (min..max)", "peak above loaded, GiB", f"x {BASELINE}"]
     header += ["loaded, GiB", "data, % of step", "tokens / s", "in batches", "MFU"]
-    rows = []
-    for name, entry in entries.items():
-        if entry["error"]:
-            rows.append([name, "failed", *[""] * (len(header) - 2)])
-            continue
-        seconds, mfu, memory = entry["seconds_per_unit"], entry["mfu"], entry["memory"]
-        rows.append(
-            [
-                name,
-                f"{seconds:.3f}",
-                harness.ratio_text(entry["ratio"]),
-                harness.gib(memory["above_loaded"]),
-                f"{entry['memory_ratio']:.2f}" if entry["memory_ratio"] else "",
-                harness.gib(memory["loaded"]),
-                f"{100 * entry['data_share']:.2f}",
-                f"{(measured[name].median('tokens') or 0) / seconds:.0f}",
-                f"{measured[name].median('batch_tokens') or 0:.0f}",
-                f"{mfu:.3f}" if mfu else "",
-            ]
-        )
+    rows = [
+        [
+            name,
+            f"{entry['seconds_per_unit']:.3f}",
+            harness.ratio_text(entry["ratio"]),
+            harness.gib(entry["memory"]["above_loaded"]),
+            f"{entry['memory_ratio']:.2f}" if entry["memory_ratio"] else "",
+            harness.gib(entry["memory"]["loaded"]),
+            f"{100 * entry['data_share']:.2f}",
+            f"{(measured[name].median('tokens') or 0) / entry['seconds_per_unit']:.0f}",
+            f"{measured[name].median('batch_tokens') or 0:.0f}",
+            f"{entry['mfu']:.3f}" if entry["mfu"] else "",
+        ]
+        if not entry["error"]
+        else [name, "failed", *[""] * (len(header) - 2)]
+        for name, entry in entries.items()
+    ]
     print(harness.table(header, rows))
     state = 12 * measured[BASELINE].facts.get("parameters", 0)
     print(f"\nGradients and the optimizer's two moments of each weight are {harness.gib(state)} GiB of every peak.")

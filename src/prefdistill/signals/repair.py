@@ -149,7 +149,9 @@ def _request(out: Path) -> dict[str, Any]:
     for name in ("manifest.json", "request.json"):
         record = read_sealed(out / name) if (out / name).is_file() else None
         if record is not None and record.get("schema") == SCHEMA:
-            request = {key: value for key, value in record.items() if key not in ("dropped", "shards", "versions")}
+            request = {
+                key: value for key, value in record.items() if key not in ("dropped", "truncated", "shards", "versions")
+            }
             return request | {"topk": {key: value for key, value in request["topk"].items() if key != "kl_error"}}
     raise UserError(
         f"neither manifest.json nor request.json of {out} can be read: delete it and extract the signals again"
