@@ -410,7 +410,7 @@ BAD = [
         run("methods.tvkd.potential=reward", "data.train=unscored.jsonl"),
         "methods.tvkd needs a number in 'score_chosen' for every pair; 1 of data.train have none, the first",
     ),
-    (run("methods.tvkd.potential=reward"), "methods.tvkd needs a column 'score_chosen', a score for every pair"),
+    (run("methods.tvkd.potential=reward"), "methods.tvkd needs a column 'score_chosen', a number for every pair"),
     (["quickstart", *OUT, "model.scratch.student.hiden_size=3"], "has no 'hiden_size'; did you mean 'hidden_size'?"),
     (["quickstart", *OUT, "data.synthetic.pairs=-1"], "data.synthetic.pairs must be greater than 0, got -1"),
     (["quickstart", *OUT, "evaluate.prompts=1"], "a synthetic task knows its reward and its prompts"),

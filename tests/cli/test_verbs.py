@@ -117,6 +117,29 @@ def test_methods_that_need_no_signals(place, capfd, method):
     assert (place / "s" / "model.safetensors").exists()
 
 
+def test_weights_and_margins_are_read_where_a_method_names_them(place, capfd, pairs):
+    """They are inputs then, no longer named as unread, and their numbers a part of the cache key."""
+    rows = [row | {"weight": 1.0, "margin": 0.25 * (n % 3)} for n, row in enumerate(pairs)]
+    write_jsonl(place / "weighted.jsonl", rows)
+    distill = ["distill", "--student", "model", "--data", "weighted.jsonl", "--method", "simpo", *FAST]
+    _, err = call(capfd, *distill, "--out", "plain")
+    assert "weighted.jsonl: columns that are not read: weight, margin; `weight`, `margin` would change" in err
+    _, err = call(capfd, *distill, "--out", "ones", "weight=weight")
+    assert "columns that are not read: margin; `margin` would change" in err
+    weights = [(place / name / "model.safetensors").read_bytes() for name in ("plain", "ones")]
+    assert weights[0] == weights[1]  # every weight is 1
+    both = [*distill, "--out", "both", "weight=weight", "margin=margin"]
+    _, err = call(capfd, *both)
+    assert "not read" not in err
+    assert (place / "both" / "model.safetensors").read_bytes() != weights[0]
+    assert call(capfd, *both)[0]["reused"] is True
+    write_jsonl(place / "weighted.jsonl", [row | {"margin": 0.5} for row in rows])
+    assert main(both) == 2
+    assert "holds work of another request (columns differs (" in capfd.readouterr().err
+    assert main([*both, "weight=lost"]) == 2
+    assert "the data has no column 'lost'; give every pair a number there" in capfd.readouterr().err
+
+
 def test_an_adapter_is_trained_and_evaluated(place, capfd):
     call(capfd, "signals", *MODEL, *PAIRS, "--role", "reference", "--kind", "logps", "--out", "start")
     distill = ["distill", "--student", "model", *PAIRS, "--signals", "start", "--method", "dpo", *FAST]

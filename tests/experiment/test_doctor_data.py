@@ -379,17 +379,18 @@ def test_real_pairs(data_dir):
 @pytest.mark.parametrize(
     ("changes", "check", "severity"),
     [
-        ({"weight": 2.0}, "data.unread", "warning"),
+        ({"margin": 2.0}, "data.unread", "warning"),
+        ({"weight": 2.0}, None, None),
         ({"tools": [{"type": "function"}]}, None, None),
         ({"note": 1}, "data.unread", "note"),
         ({"system": "be kind"}, "data.shape", "note"),
         ({}, None, None),
     ],
-    ids=["weight", "tools", "an unknown column", "a system column", "none"],
+    ids=["a margin", "a weight that a method reads", "tools", "an unknown column", "a system column", "none"],
 )
 def test_columns_that_are_not_read_and_other_shapes_are_named(tmp_path, changes, check, severity):
     pair = {"prompt": turns("user"), "chosen": turns("assistant"), "rejected": turns("assistant")}
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(pair | changes) + "\n")
-    _, findings = read_pairs(str(path), "train")
+    _, findings = read_pairs(str(path), "train", reads=["weight"])
     assert [(finding.check, finding.severity) for finding in findings] == ([(check, severity)] if check else [])

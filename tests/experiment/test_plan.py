@@ -7,7 +7,9 @@ import pytest
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
+from prefdistill.core.files import write_jsonl
 from prefdistill.data.load import load_pairs
+from prefdistill.experiment.check import check_plan
 from prefdistill.experiment.plan import build_plan, build_plans
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
@@ -82,6 +84,38 @@ def test_keys_that_depend_on_a_trained_tokenizer_are_known_before_it_is(finished
     assert not {"reward-model", "evaluate-reward-model", "evaluate-teacher"} & rebuilt
     assert {name for name, reused in stages(run_recipe(wider, tmp_path / "run")).items() if not reused} == rebuilt
     assert results["reward_model"]["pairs"] > 0
+
+
+def test_weights_of_rows_are_an_input_of_the_methods_that_name_them(tmp_path, pairs, tokenizer, make_model, capsys):
+    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = {
+        "name": "weighted",
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "test": str(tmp_path / "test.jsonl")},
+        "model": dict.fromkeys(("teacher", "student"), str(tmp_path / "model")),
+        "training": {"max_steps": 1},
+        "reward_model": None,
+        "methods": {"dpo": {}, "weighted": {"method": "dpo", "weight": "weight"}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    write_jsonl(tmp_path / "test.jsonl", list(pairs))
+
+    def keys(weights):
+        weighted = [dict(row) | {"weight": weight} for row, weight in zip(pairs, weights, strict=True)]
+        write_jsonl(tmp_path / "pairs.jsonl", weighted)
+        plan = build_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", 0)
+        check_plan(plan)
+        return {step.name: step.key for step in plan.steps}
+
+    first, second = keys([1.0] * 24), keys([1.0] * 23 + [0.5])
+    assert {name for name in first if first[name] != second[name]} == {"distill-weighted-0", "evaluate-weighted-0"}
+    assert "not read" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="weights must be 0 or more, not all 0; the least in column 'weight' is -1"):
+        keys([-1.0] + [1.0] * 23)
+    with pytest.raises(UserError, match=r"weighted needs a number in 'weight' for every pair; 1 of data\.train"):
+        keys([None] + [1.0] * 23)
+    with pytest.raises(UserError, match=r"dpo needs a column 'weight' of the data; the built-in task has none"):
+        check_plan(build_plan(load_recipe(QUICKSTART, ["methods.dpo.weight=weight"]), tmp_path / "run", 0))
 
 
 def test_two_steps_of_one_name_are_refused(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Training
-from support.methods import MODELS, SAMPLED, SIDES, Stores
+from support.methods import MODELS, NUMBERS, SAMPLED, SIDES, Stores
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,8 @@ def model_of(make_model):
 def rows(pairs):
     """The pairs, with what a teacher and a student might have answered; some of it was cut before its end."""
     data = pairs
+    for name, numbers in NUMBERS.items():
+        data = data.add_column(name, numbers)
     for n, name in enumerate(SAMPLED):
         data = data.add_column(name, [pairs[(5 * i + 7 * n + 3) % 24][SIDES[n]] for i in range(24)])
         data = data.add_column(f"{name}_ended", [(i + n) % 3 != 0 for i in range(24)])
@@ -39,11 +41,11 @@ def stores(tmp_path_factory, model_of, rows, tokenizer):
 def trainer_of(tmp_path_factory, model_of, rows, tokenizer, stores):
     """The trainer of a method before its first step."""
 
-    def make(method, *, k="vocab", p=None, same="", signals=None, **training):
+    def make(method, *, k="vocab", p=None, same="", signals=None, data=None, **training):
         signals = stores(k, p, same) if signals is None else signals
         options = {"batch_size": 4, "max_steps": 8, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 100}
         trainer = make_trainer(
-            method, lambda: model_of(same or "student"), rows, tokenizer, Training(**options | training),
+            method, lambda: model_of(same or "student"), data or rows, tokenizer, Training(**options | training),
             tmp_path_factory.mktemp("out"), signals=signals, seed=11,
         )  # fmt: skip
         trainer.model.eval()

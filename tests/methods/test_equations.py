@@ -18,6 +18,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.methods import make_method
 from support.methods import (
     MODELS,
+    NUMBERS,
     ROWS,
     SAMPLED,
     SIDES,
@@ -38,6 +39,9 @@ class Row:
     def __init__(self, models, encoded, index, k="vocab", p=None):
         self.models, self.encoded, self.index, self.seen = models, encoded, index, {}
         self.k, self.p = k, p
+
+    def number(self, column):
+        return NUMBERS[column][self.index]
 
     def tokens(self, response):
         return self.encoded[response][self.index][f"{response}_ids"]
@@ -110,8 +114,8 @@ class Row:
             v[-1] = torch.zeros(())
         return sum(g * v[t + 1] - v[t] for t in range(len(v) - 1))
 
-    def tvkd(self, psi, alpha=0.7, beta=0.1):
-        return self.dpo(beta, offset=alpha * (psi("chosen") - psi("rejected")))
+    def tvkd(self, psi, alpha=0.7, beta=0.1, offset=0.0):
+        return self.dpo(beta, offset=alpha * (psi("chosen") - psi("rejected")) + offset)
 
 
 def minus_log_sigmoid(x):
@@ -139,13 +143,13 @@ def dpkd_tokens(row, beta=0.1):
     return row.mean("teacher_response", loss)
 
 
-def wpo(row, beta=0.1):
+def wpo(row, beta=0.1, offset=0.0):
     """DPO times exp(mean_t [log pi(a_t|s_t) - log sum_a pi(a|s_t)^2]) of both responses, without gradient."""
     weight = 1.0
     for side in SIDES:
         pi = [x.detach() for x in row.pi("student", side)]
         weight = weight * row.mean(side, lambda t, a, pi=pi: pi[t][a].log() - (pi[t] ** 2).sum().log()).exp()
-    return weight * row.dpo(beta)
+    return weight * row.dpo(beta, offset=offset)
 
 
 def simpo(row, beta=2.0, gamma=1.0):
@@ -243,6 +247,22 @@ CASES = [
     Case(
         "distillm2", {"skew": 0.0},
         lambda r: (r.kl("teacher_response") + r.kl("student_response", backward=True)) / 2, nothing,
+    ),
+]  # fmt: skip
+COLUMNS = {"weight": "importance", "margin": "gap"}
+CASES += [
+    Case("dpo", {"weight": "importance"}, lambda r: r.number("importance") * r.dpo(0.1)),
+    Case("dpo", {"margin": "gap"}, lambda r: r.dpo(0.1, offset=-r.number("gap"))),
+    *(
+        Case(name, COLUMNS, lambda r, loss=loss: r.number("importance") * loss(r, -r.number("gap")))
+        for name, loss in {
+            "tvkd": lambda r, m: r.tvkd(r.psi, offset=m),
+            "dadpo": lambda r, m: minus_log_sigmoid(sum(
+                sign * 0.1 * (r.ratio(y) + r.ratio(y, "teacher")) for sign, y in zip((1, -1), SIDES, strict=True)
+            ) + m),
+            "wpo": lambda r, m: wpo(r, offset=m),
+            "simpo": lambda r, m: simpo(r, gamma=1.0 - m),
+        }.items()
     ),
 ]  # fmt: skip
 DISTRIBUTIONS = [case for case in CASES if case.method in ("vanillakd", "dckd", "adpa", "distillm2")]

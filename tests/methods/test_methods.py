@@ -91,6 +91,36 @@ def test_signals_of_other_data_or_another_tokenizer_are_refused(name, tmp_path, 
     refuse(rows, other, r"the teacher signals were made with another tokenizer .*template_sha256")
 
 
+@pytest.mark.parametrize(
+    ("options", "numbers", "message"),
+    [
+        (
+            {"weight": "lost"},
+            None,
+            "DPO lacks data.lost. The data has no column 'lost'; give every pair a number there",
+        ),
+        ({"weight": "w"}, [1.0, -0.5], "weights must be 0 or more, not all 0; the least in column 'w' is -0.5"),
+        ({"weight": "w"}, [0.0, 0.0], "weights must be 0 or more, not all 0; the least in column 'w' is 0"),
+        ({"weight": "w"}, [1.0, math.nan], "column 'w' has no number in row 1 of the data"),
+        ({"margin": "w"}, [1.0, None], "column 'w' has no number in row 1 of the data"),
+        ({"margin": "w"}, ["one", "two"], "column 'w' must hold numbers; convert it, or name another column"),
+    ],
+)
+def test_columns_that_cannot_be_weights_or_margins_are_refused(options, numbers, message, rows, trainer_of, stores):
+    data = rows if numbers is None else rows.add_column("w", numbers * 12)
+    with pytest.raises(UserError) as refusal:
+        trainer_of(METHODS["dpo"](**options), data=data)
+    assert message in str(refusal.value)
+
+
+def test_weights_and_margins_of_a_csv_file_are_text(rows, trainer_of):
+    method = METHODS["dpo"](weight="w", margin="w")
+    trainers = [trainer_of(method, data=rows.add_column("w", numbers)) for numbers in ([0.5] * 24, ["0.5"] * 24)]
+    first, second = (trainer.train_dataset[0] for trainer in trainers)
+    assert first == second
+    assert first["feature_weight"] == first["feature_margin"] == 0.5
+
+
 def test_training_with_another_truncation_than_the_signals_is_refused(tmp_path, model_of, rows, tokenizer, stores):
     training = Training(batch_size=1, max_steps=1)
     with pytest.raises(UserError, match=r"signals were made with Truncation\(max_length=1024"):
@@ -103,7 +133,8 @@ def test_training_with_another_truncation_than_the_signals_is_refused(tmp_path, 
 NUMBER = "must be a number, got"
 REFUSED = [
     ("tvkdd", {}, "unknown method 'tvkdd'; did you mean 'tvkd'?"),
-    ("dpo", {"alpha": 1.0}, "dpo has no option 'alpha'; its options: beta"),
+    ("dpo", {"alpha": 1.0}, "dpo has no option 'alpha'; its options: beta, margin, weight"),
+    ("dpo", {"weight": 0.5}, "dpo: weight must be a string, got 0.5"),
     ("sft", {"beta": 1.0}, "sft has no option 'beta'; its options: none"),
     ("seqkd", {"beta": 1.0}, "its options: none"),
     ("dpo", {"beta": "big"}, f"dpo: beta {NUMBER} 'big'"),

@@ -10,6 +10,8 @@ SIDES = ("chosen", "rejected")
 SAMPLED = ("teacher_response", "student_response")
 ROWS = (0, 3, 8, 13, 18, 23)  # of the data, with responses of many lengths, ended and cut
 
+NUMBERS = {"importance": [(i % 4) / 2 for i in range(24)], "gap": [0.3 * (i % 5) - 0.5 for i in range(24)]}
+
 MODELS = {"student": (0, 2.0), "reference": (0, 2.0), "teacher": (5, 4.0), "teacher_reference": (6, 3.0)}
 
 

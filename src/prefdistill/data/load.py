@@ -33,6 +33,7 @@ def load_pairs(
     responses: Sequence[str] = SIDES,
     columns: Names | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    reads: Sequence[str] = (),
 ) -> Dataset:
     """Return preference pairs with the columns `prompt`, `chosen`, `rejected` and whatever else the source has.
 
@@ -46,6 +47,7 @@ def load_pairs(
         responses: the responses a row must have; a sampled one, such as `student_response`, is a response too.
         columns: the source's names of columns, such as `{"chosen": "response_j"}`; null leaves a column out.
         chat_template_kwargs: variables of the chat template, for rows that do not set them themselves.
+        reads: other columns that the caller reads, not to be named as unread.
 
     Raises:
         UserError: if the source cannot be read, or a row is not a preference pair.
@@ -55,7 +57,7 @@ def load_pairs(
         _require_columns(dataset, source, SIDES)
         dataset = _with_shared_prompt(dataset, source)
     check_pairs(dataset, source, responses)
-    say_unread(source, unread_columns(dataset.column_names, responses))
+    say_unread(source, unread_columns([name for name in dataset.column_names if name not in reads], responses))
     return dataset
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
-from prefdistill.data.columns import SIDES
+from prefdistill.data.columns import SCORES, SIDES
+from prefdistill.data.numbers import numeric_column
 from prefdistill.data.prompts import prompt_of, prompt_text
 from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.inputs import Sources
@@ -119,23 +120,28 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
                 "let the recipe do teacher.dpo"
             )
         if need.role == "data" and plan.user_data is not None:
-            _check_scores(where, need.kind, plan.user_data)
+            _check_numbers(where, method, need.kind, plan.user_data)
+        elif need.role == "data" and need.kind not in SCORES:
+            raise UserError(f"{where} needs a column {need.kind!r} of the data; the built-in task has none")
         if recipe.sampling.n > 1 and sampled(method) and not set(SIDES).isdisjoint(need.responses):
             raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
 
 
-def _check_scores(where: str, column: str, data: UserData) -> None:
+def _check_numbers(where: str, method: Method, column: str, data: UserData) -> None:
+    """Check that a column has a number for every pair: of the training data, and scores of the test data too."""
     if column not in data.train.column_names:
-        raise UserError(f"{where} needs a column {column!r}, a score for every pair; the data has none")
+        raise UserError(f"{where} needs a column {column!r}, a number for every pair; the data has none")
     parts: list[tuple[str, Dataset]] = [("train", data.train)]
-    parts += [("test", data.test)] if data.recipe.data.test is not None else []
+    parts += [("test", data.test)] if column in SCORES and data.recipe.data.test is not None else []
     for part, pairs in parts:
         if column not in pairs.column_names:
             continue
-        missing = np.flatnonzero(~np.isfinite(np.array(pairs[column][:], dtype=np.float64)))
+        numbers = numeric_column(pairs, column)
+        missing = np.flatnonzero(~np.isfinite(numbers))
         if len(missing):
             prompt = prompt_text(prompt_of(pairs[int(missing[0])]))
             raise UserError(
                 f"{where} needs a number in {column!r} for every pair; {len(missing)} of data.{part} have none, "
                 f"the first of them with the prompt {reprlib.repr(prompt)}; add it, or leave these pairs out"
             )
+        method.check_column(column, numbers)

@@ -33,6 +33,7 @@ class Sources:
     def __init__(self) -> None:
         self._loaded: dict[str, Dataset] = {}
         self._first: dict[tuple[int, int | None], Dataset] = {}
+        self.reads: set[str] = set()  # the columns that the methods of the plans read
         self.model_key = functools.cache(model_key)  # as of the first call
         self.check_model = functools.cache(check_model)
 
@@ -42,7 +43,7 @@ class Sources:
         Args:
             options: of `Columns`.
         """
-        rows = self._load(load_pairs, name, options)
+        rows = self._load(load_pairs, name, options | {"reads": sorted(self.reads)})
         return self._first.setdefault((id(rows), limit), first_rows(rows, limit))
 
     def messages(self, name: str, **options: Any) -> "Dataset":

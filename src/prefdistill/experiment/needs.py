@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prefdistill.data.columns import SIDES
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.methods import Method
+from prefdistill.methods import Method, make_method
 from prefdistill.signals import Need
 
 TRAIN = "train"
@@ -18,6 +18,12 @@ def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:
         for name, method in methods.items()
         if any(need.role == "reference" for need in method.needs)
     }
+
+
+def columns_of(recipe: Recipe) -> set[str]:
+    """Return the numeric columns of the data that the methods of a recipe read, besides the scores."""
+    methods = (make_method(run.method, run.options) for run in recipe.methods.values())
+    return {column for method in methods for column in method.columns}
 
 
 def held_out(methods: Iterable[Method], teacher_reference: bool) -> dict[str, set[str]]:

@@ -17,6 +17,7 @@ from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import (
     STUDENT_RESPONSE,
     TRAIN,
+    columns_of,
     held_out,
     reference_bf16,
     source,
@@ -94,6 +95,7 @@ class _Builder:
         self.context, self.recipe, self.sources = context, context.recipe, sources
         self.user_models = UserModels(self.recipe, sources)
         self.methods = {name: make_method(run.method, run.options) for name, run in self.recipe.methods.items()}
+        self.sources.reads |= columns_of(self.recipe)
         self.users = {
             name: frozenset(other for other, run in self.recipe.methods.items() if run.start == name)
             for name in (None, *self.recipe.methods)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefdistill.losses.preference import check_shapes
+from prefdistill.losses.preference import check_shapes, tensors
 
 
 def dadpo_loss(
@@ -16,6 +16,7 @@ def dadpo_loss(
     *,
     beta: float,
     teacher_beta: float,
+    margin: Tensor | float = 0.0,
 ) -> Tensor:
     r"""Return the DPO loss of a policy that is regularised towards both its reference and the teacher.
 
@@ -30,6 +31,7 @@ def dadpo_loss(
         policy_chosen, policy_rejected, ref_chosen, ref_rejected, teacher_chosen, teacher_rejected: sequence
             log-probabilities in nats, shape [B].
         beta, teacher_beta: strength of the pull towards the reference and the teacher, per nat.
+        margin: as for `dpo_loss`.
 
     Returns:
         One loss per pair, shape [B].
@@ -42,7 +44,8 @@ def dadpo_loss(
         >>> dadpo_loss(one, zero, zero, zero, zero, zero, beta=0.5, teacher_beta=0.5)     # -log sigmoid(1)
         tensor([0.3133])
     """
-    check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected, teacher_chosen, teacher_rejected)
+    logps = (policy_chosen, policy_rejected, ref_chosen, ref_rejected, teacher_chosen, teacher_rejected)
+    check_shapes(*logps, *tensors(margin))
     ratio = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     teacher_ratio = (policy_chosen - teacher_chosen) - (policy_rejected - teacher_rejected)
-    return -F.logsigmoid(beta * ratio + teacher_beta * teacher_ratio)
+    return -F.logsigmoid(beta * ratio + teacher_beta * teacher_ratio - margin)

@@ -27,21 +27,28 @@ def sft_loss(policy_chosen: Tensor, tokens: Tensor) -> Tensor:
 
 
 def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float,
+    margin: Tensor | float = 0.0,
 ) -> Tensor:
     r"""Return the loss of direct preference optimisation.
 
     .. math:: -\log\sigma\big(\beta [\log\tfrac{\pi_\theta(y_w)}{\pi_{ref}(y_w)}
-              - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}]\big)
+              - \log\tfrac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}] - m\big)
 
     Args:
         policy_chosen, policy_rejected, ref_chosen, ref_rejected: sequence log-probabilities in nats, shape [B].
         beta: strength of the pull towards the reference, per nat.
+        margin: m, by how much the chosen response shall win, in units of the scaled log-ratio: one number, or [B].
 
     Returns:
         One loss per pair, shape [B].
 
-    Source: Rafailov et al. (arXiv 2305.18290), equation 7.
+    Source: Rafailov et al. (arXiv 2305.18290), equation 7; with a margin ODPO (arXiv 2402.10571), equation 7.
 
     Example:
         >>> import torch
@@ -49,8 +56,8 @@ def dpo_loss(
         >>> dpo_loss(zero, zero, zero, zero, beta=0.1)
         tensor([0.6931])
     """
-    check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)))
+    check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *tensors(margin))
+    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)) - margin)
 
 
 def simpo_loss(
@@ -61,6 +68,7 @@ def simpo_loss(
     *,
     beta: float,
     gamma: float,
+    margin: Tensor | float = 0.0,
 ) -> Tensor:
     r"""Return the SimPO loss: the log-probability per token is the reward, and the chosen one has a target margin.
 
@@ -72,6 +80,7 @@ def simpo_loss(
         tokens_chosen, tokens_rejected: response tokens of each, shape [B]; one without any has reward 0.
         beta: scale of the reward.
         gamma: target margin, in units of the scaled reward.
+        margin: of each pair, beside gamma: one number, or [B].
 
     Returns:
         One loss per pair, shape [B].
@@ -84,9 +93,9 @@ def simpo_loss(
         >>> simpo_loss(chosen, rejected, torch.tensor([2]), torch.tensor([3]), beta=2.0, gamma=1.0)  # -log sigmoid(1)
         tensor([0.3133])
     """
-    check_shapes(policy_chosen, policy_rejected, tokens_chosen, tokens_rejected)
-    margin = policy_chosen / tokens_chosen.clamp(min=1) - policy_rejected / tokens_rejected.clamp(min=1)
-    return -F.logsigmoid(beta * margin - gamma)
+    check_shapes(policy_chosen, policy_rejected, tokens_chosen, tokens_rejected, *tensors(margin))
+    per_token = policy_chosen / tokens_chosen.clamp(min=1) - policy_rejected / tokens_rejected.clamp(min=1)
+    return -F.logsigmoid(beta * per_token - gamma - margin)
 
 
 def tvkd_loss(
@@ -99,6 +108,7 @@ def tvkd_loss(
     *,
     beta: float,
     alpha: float,
+    margin: Tensor | float = 0.0,
 ) -> Tensor:
     r"""Return the TVKD loss: the DPO margin plus the margin of the teacher's shaping return.
 
@@ -115,6 +125,7 @@ def tvkd_loss(
         shaping_chosen, shaping_rejected: `shaping_return` of each response, shape [B].
         beta: strength of the pull towards the reference, per nat.
         alpha: weight of the teacher's term; negative values turn its sign.
+        margin: as for `dpo_loss`.
 
     Returns:
         One loss per pair, shape [B].
@@ -127,9 +138,15 @@ def tvkd_loss(
         >>> tvkd_loss(zero, zero, zero, zero, one, zero, beta=0.1, alpha=0.7)     # -log sigmoid(0.7)
         tensor([0.4032])
     """
-    check_shapes(policy_chosen, policy_rejected, ref_chosen, ref_rejected, shaping_chosen, shaping_rejected)
-    margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
-    return -F.logsigmoid(margin + alpha * (shaping_chosen - shaping_rejected).detach())
+    logps = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    check_shapes(*logps, shaping_chosen, shaping_rejected, *tensors(margin))
+    ratio = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
+    return -F.logsigmoid(ratio + alpha * (shaping_chosen - shaping_rejected).detach() - margin)
+
+
+def tensors(*values: Tensor | float) -> list[Tensor]:
+    """Return those values that are tensors."""
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def check_shapes(first: Tensor, *others: Tensor) -> None:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prefdistill import losses
 from prefdistill.core.errors import UserError
-from prefdistill.data.columns import SIDES
+from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.signals.needs import Need
 
 if TYPE_CHECKING:
@@ -108,6 +108,14 @@ class Method:
     def reads_log_sum_squares(self) -> bool:
         """Whether it needs the log of the sum of the student's squared probabilities of each state."""
         return False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The numeric columns of the data that it reads, besides the scores."""
+        return tuple(need.kind for need in self.needs if need.role == "data" and need.kind not in SCORES)
+
+    def check_column(self, name: str, numbers: np.ndarray) -> None:
+        """Raise a UserError if the numbers of a column, [rows], are not what the method reads there."""
 
     def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
         """Return the numbers per row that `loss` reads, computed once before training: name -> [rows]."""

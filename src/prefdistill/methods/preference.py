@@ -44,29 +44,63 @@ class SeqKD(SFT):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(Method):
-    """Direct preference optimisation (arXiv 2305.18290).
+class PairMethod(Method):
+    """Base of the losses -log sigmoid(h - m) of a pair, whose rows may have a weight and a margin m.
+
+    Args:
+        weight: the column of the data with each row's weight, 0 or more, which multiplies its loss; none by default.
+        margin: the column of the data with each row's margin, in units of h; none by default.
+    """
+
+    weight: str | None = None
+    margin: str | None = None
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return tuple(Need("data", column, ()) for column in dict.fromkeys((self.weight, self.margin)) if column)
+
+    def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
+        for column in self.columns:
+            self.check_column(column, signals.column(column))
+        options = {"weight": self.weight, "margin": self.margin}
+        return {option: signals.column(column) for option, column in options.items() if column}
+
+    def check_column(self, name: str, numbers: np.ndarray) -> None:
+        if name == self.weight and not (numbers.min() >= 0 < numbers.max()):
+            raise UserError(f"weights must be 0 or more, not all 0; the least in column {name!r} is {numbers.min():g}")
+
+    def mean(self, loss: Tensor, signals: BatchSignals) -> Tensor:
+        """Return the sum of the weighted losses of the rows, divided by the number of rows."""
+        return (loss * signals["weight"] if self.weight else loss).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(PairMethod):
+    """Direct preference optimisation (arXiv 2305.18290), with an offset ODPO (arXiv 2402.10571).
 
     Args:
         beta: strength of the pull towards the reference, per nat.
+        weight, margin: see `PairMethod`.
     """
 
     beta: PositiveFloat = 0.1
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("reference", "logps"),)
+        return (Need("reference", "logps"), *super().needs)
 
     @property
     def margin_scale(self) -> float:
         return self.beta
 
     def row_signals(self, signals: SignalSet) -> dict[str, np.ndarray]:
-        return {f"ref_{side}": signals.scalar("reference", "logps", side) for side in SIDES}
+        reference = {f"ref_{side}": signals.scalar("reference", "logps", side) for side in SIDES}
+        return {**super().row_signals(signals), **reference}
 
     def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
-        return losses.dpo_loss(*logps, beta=self.beta).mean(), reward_metrics(*logps, beta=self.beta)
+        loss = losses.dpo_loss(*logps, beta=self.beta, margin=signals.get("margin", 0.0))
+        return self.mean(loss, signals), reward_metrics(*logps, beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +110,7 @@ class DaDPO(DPO):
     Args:
         beta: strength of the pull towards the reference, per nat; 0 leaves it to the teacher.
         teacher_beta: strength of the pull towards the teacher, per nat; 0 is DPO.
+        weight, margin: see `PairMethod`.
     """
 
     display_name: ClassVar[str] = "daDPO"
@@ -98,8 +133,9 @@ class DaDPO(DPO):
     def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         teacher = (signals["teacher_chosen"], signals["teacher_rejected"])
-        loss = losses.dadpo_loss(*logps, *teacher, beta=self.beta, teacher_beta=self.teacher_beta)
-        return loss.mean(), reward_metrics(*logps, beta=self.beta)
+        margin = signals.get("margin", 0.0)
+        loss = losses.dadpo_loss(*logps, *teacher, beta=self.beta, teacher_beta=self.teacher_beta, margin=margin)
+        return self.mean(loss, signals), reward_metrics(*logps, beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +144,7 @@ class WPO(DPO):
 
     Args:
         beta: strength of the pull towards the reference, per nat.
+        weight, margin: see `PairMethod`.
     """
 
     scores_reference: ClassVar[bool] = True
@@ -127,17 +164,18 @@ class WPO(DPO):
             for side in SIDES
         )
         weight = chosen * rejected
-        loss = weight * losses.dpo_loss(*logps, beta=self.beta)
-        return loss.mean(), {**reward_metrics(*logps, beta=self.beta), "weights": weight.mean()}
+        loss = weight * losses.dpo_loss(*logps, beta=self.beta, margin=signals.get("margin", 0.0))
+        return self.mean(loss, signals), {**reward_metrics(*logps, beta=self.beta), "weights": weight.mean()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimPO(Method):
+class SimPO(PairMethod):
     """SimPO (arXiv 2405.14734): log-probabilities per token as the reward, a target margin, no reference.
 
     Args:
         beta: scale of the reward.
         gamma: the margin that the chosen response shall have, in units of the scaled reward.
+        weight, margin: see `PairMethod`.
     """
 
     beta: PositiveFloat = 2.0
@@ -145,10 +183,10 @@ class SimPO(Method):
 
     def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         logps, tokens = ([part[side] for side in SIDES] for part in (student.logps, student.tokens))
-        loss = losses.simpo_loss(*logps, *tokens, beta=self.beta, gamma=self.gamma)
+        loss = losses.simpo_loss(*logps, *tokens, beta=self.beta, gamma=self.gamma, margin=signals.get("margin", 0.0))
         chosen, rejected = (logp / count.clamp(min=1) for logp, count in zip(logps, tokens, strict=True))
         zero = loss.new_zeros(len(loss))
-        return loss.mean(), reward_metrics(chosen, rejected, zero, zero, beta=self.beta)
+        return self.mean(loss, signals), reward_metrics(chosen, rejected, zero, zero, beta=self.beta)
 
 
 def reward_metrics(

@@ -48,6 +48,7 @@ class TVKD(DPO):
         standardize: centre the returns and divide them by their spread over all responses of the pairs at hand: the
             scale of raw logits is arbitrary.
         clip: bound on the size of each return (after `standardize`); none by default.
+        weight, margin: see `PairMethod`.
     """
 
     alpha: float = 0.7
@@ -167,7 +168,9 @@ class TVKD(DPO):
         logps = (student.logps["chosen"], student.logps["rejected"], signals["ref_chosen"], signals["ref_rejected"])
         shaping = (signals["shaping_chosen"], signals["shaping_rejected"])
         margin = self.alpha * (shaping[0] - shaping[1])
-        return losses.tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha).mean(), {
+        offset = signals.get("margin", 0.0)
+        loss = losses.tvkd_loss(*logps, *shaping, beta=self.beta, alpha=self.alpha, margin=offset)
+        return self.mean(loss, signals), {
             **reward_metrics(*logps, beta=self.beta),
             "shaping/margins": margin.mean(),
             "shaping/margins_abs": margin.abs().mean(),

@@ -22,6 +22,7 @@ from prefdistill.core.differences import compare, differences, listed
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, read_sealed, value_digest
 from prefdistill.data.fingerprint import data_fingerprint
+from prefdistill.data.numbers import numeric_column
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.kinds import Settings, make_kinds
 from prefdistill.signals.manifest import check_manifest
@@ -356,8 +357,8 @@ class SignalSet:
 
     def column(self, name: str) -> np.ndarray:
         """Return a numeric column of the data, e.g. `score_chosen`, for these rows."""
-        scores = np.array(self.data[name][:], dtype=np.float64)[self.rows]
-        if not np.isfinite(scores).all():
-            row = self.rows[int(np.argmin(np.isfinite(scores)))]
-            raise UserError(f"column {name!r} has no number in row {row} of the data; give every pair its score there")
-        return scores
+        numbers = numeric_column(self.data, name)[self.rows]
+        if not np.isfinite(numbers).all():
+            row = self.rows[int(np.argmin(np.isfinite(numbers)))]
+            raise UserError(f"column {name!r} has no number in row {row} of the data; give every pair one there")
+        return numbers

@@ -131,7 +131,7 @@ def _with_signals_only(encoded: "Dataset", dropped: Dropped, available: SignalSe
 
 def _how_to_extract(need: Need) -> str:
     if need.role == "data":
-        return f"The data has no column {need.kind!r}; give every pair its score there"
+        return f"The data has no column {need.kind!r}; give every pair a number there"
     model = {"teacher": "TEACHER", "teacher_reference": "TEACHER_SFT_MODEL", "reference": "STUDENT"}[need.role]
     options = "" if need.responses == SIDES else f" --responses {','.join(need.responses)}"
     if need.kind == "topk" and need.role != "teacher":

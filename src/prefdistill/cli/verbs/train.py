@@ -89,6 +89,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     from prefdistill.core.progress import say
     from prefdistill.data.fingerprint import data_fingerprint
     from prefdistill.data.load import load_pairs
+    from prefdistill.data.numbers import columns_digest
     from prefdistill.data.truncation import Truncation
     from prefdistill.evaluation.shaping import outweighing
     from prefdistill.models.load import load_model, load_tokenizer
@@ -99,7 +100,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     check_training(training)
     lengths = (options.max_length, options.max_prompt_length)
     truncation = Truncation(lengths[0] or 1024, lengths[1]) if any(lengths) else None
-    pairs = load_pairs(options.data, responses=method.responses)
+    pairs = load_pairs(options.data, responses=method.responses, reads=method.columns)
     stores = [Signals.open(path) for path in options.signals]
     tokenizer = load_tokenizer(options.student, trust_remote_code=options.trust_remote_code)
 
@@ -122,6 +123,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     request = {
         "trust_remote_code": options.trust_remote_code,
         "data": data_fingerprint(pairs, method.responses),
+        **({"columns": columns_digest(pairs, method.columns)} if method.columns else {}),
         "method": name,
         "options": repr(method),
         "training": training.cache_key(),

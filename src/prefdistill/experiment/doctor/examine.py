@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
 from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
 from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, loader_refusal, read_pairs
 from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Encoding, quantiles, token_facts, tokenise
+from prefdistill.experiment.needs import columns_of
 from prefdistill.experiment.plan import build_plan
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
 from prefdistill.models.scratch import random_model, train_tokenizer
@@ -91,11 +92,12 @@ def examine(
     truncation = truncation or Truncation()
     checkup = Checkup()
     sets = {}
+    options, reads = recipe.data.column_options if recipe else None, set[str]()
+    with suppress(UserError):  # of a method's options, which the plan reports
+        reads = columns_of(recipe) if recipe else reads
     for name, source in (("train", data), ("test", test)):
         if source is not None:
-            sets[name], findings = read_pairs(
-                source, name, limits[name], recipe.data.column_options if recipe else None
-            )
+            sets[name], findings = read_pairs(source, name, limits[name], options, reads)
             checkup.findings += findings
     models = _Models(checkup, trust_remote_code)
     models.read(recipe, teacher, student, sets.get("train"))

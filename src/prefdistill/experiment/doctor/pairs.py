@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,11 @@ def content_text(value: str | list[dict[str, Any]]) -> str:
 
 
 def read_pairs(
-    source: str, name: str, limit: int | None = None, options: dict[str, Any] | None = None
+    source: str,
+    name: str,
+    limit: int | None = None,
+    options: dict[str, Any] | None = None,
+    reads: Collection[str] = (),
 ) -> tuple[PairSet, list[Finding]]:
     """Return the pairs of a source, and findings about its other rows. Rows count from 0, unreadable ones included.
 
@@ -118,6 +122,7 @@ def read_pairs(
         name: train or test.
         limit: read the first rows only.
         options: of `Columns`.
+        reads: other columns that the recipe's methods read.
     """
     options = options or {}
     try:
@@ -134,7 +139,7 @@ def read_pairs(
                 columns, first, source, options.get("columns"), SIDES, systems, options.get("chat_template_kwargs")
             )
             columns = reader.columns
-            unread = unread_columns(sorted(columns - reader.drops))
+            unread = unread_columns(sorted(columns - reader.drops - set(reads)))
             shape_findings = [
                 Finding("data.shape", "note", note, "Nothing to do, if that is meant.", data=name)
                 for note in reader.notes
@@ -150,7 +155,10 @@ def read_pairs(
                     "data.unread",
                     "warning" if lost else "note",
                     unread_message(unread),
-                    "Write what they say into the messages, or drop them." if lost else "Nothing to do.",
+                    "Write what they say into the messages, name a weight or a margin in the method's options "
+                    "(weight=COLUMN, margin=COLUMN), or drop them."
+                    if lost
+                    else "Nothing to do.",
                     data=name,
                 )
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data import synthetic
+from prefdistill.data.numbers import columns_digest
 from prefdistill.data.prompts import prompt_columns
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metric_inputs import RESPONSE
@@ -52,6 +53,7 @@ class Distill(Trained):
             "training": run.training.cache_key(),
             "truncation": [truncation.max_length, truncation.max_prompt_length],
             "dtype": self.context.recipe.model.dtype,
+            **({"columns": columns_digest(self.train.rows, columns)} if (columns := self.algorithm.columns) else {}),
         }
 
     def make(self, out: Path) -> None:
