@@ -1,7 +1,6 @@
 """Check a plan before anything is written: data, names of models, training arguments, what methods need."""
 
 import reprlib
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +15,13 @@ from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import reference_bf16
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.steps.signals import Sample
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
 from prefdistill.models.load import check_reward_model
 from prefdistill.models.scratch import check_shape
+from prefdistill.sampling import ENGINES
+from prefdistill.sampling.options import SampleRequest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,8 +103,10 @@ def _check_data(data: UserData, recipe: Recipe) -> None:
 def _check_samples(plan: Plan) -> None:
     recipe = plan.context.recipe
     columns = {response for method in plan.methods.values() for response in sampled(method)}
-    if columns and recipe.sampling.engine == "vllm" and find_spec("vllm") is None:
-        raise UserError("sampling.engine=vllm: vLLM is not installed; `pip install vllm`, or leave it out")
+    request = SampleRequest(**recipe.sampling.model_dump())
+    for step in plan.steps:
+        if isinstance(step, Sample):
+            ENGINES.find(recipe.sampling.engine).check(step.model.place, request)
     if plan.user_data and (ignored := sorted(columns.intersection(plan.user_data.train.column_names))):
         say(f"note: the data's own {', '.join(ignored)} is not used; a recipe samples what its methods learn from")
 

@@ -1,8 +1,10 @@
 """Engines: what generates responses. A new engine is a class and its entry in `prefdistill.sampling.ENGINES`."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -170,13 +172,13 @@ class VLLMEngine(Engine):
     def check(cls, model: Any, options: SampleRequest) -> None:
         if not isinstance(model, str):
             raise UserError("vLLM loads a model itself: give its Hub name or directory, or use the engine transformers")
+        if sys.modules.get("vllm") is None and find_spec("vllm") is None:
+            raise UserError("vLLM is not installed: `pip install vllm`, or use the engine transformers")
 
     @classmethod
     def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise UserError("vLLM is not installed: `pip install vllm`, or use the engine transformers") from error
+        from vllm import LLM
+
         llm = LLM(
             model=model,
             tokenizer=tokenizer.name_or_path or model,

@@ -17,23 +17,29 @@ Scalar = bool | int | float | str | None
 
 
 class Study(Section):
-    """A study file. Overrides are those of a recipe: dotted key -> value, e.g. methods.tvkd.alpha: 0.3."""
+    """A study file. Overrides are those of a recipe: dotted key -> value, e.g. methods.tvkd.alpha: 0.3.
 
-    name: str
-    question: str
-    recipe: str = "quickstart"  # the built-in one, or a file named relative to this one
-    overrides: Options = Field(default_factory=dict)  # for every cell
-    # The cells: named ones, all combinations of a grid, or every named one with every combination. A grid key may be
-    # several dotted keys, comma-separated, which take the same value.
-    cells: dict[str, Options] = Field(default_factory=dict)
-    grid: dict[str, list[Scalar]] = Field(default_factory=dict)
-    methods: list[str] = Field(min_length=1)  # of the recipe, beside its baseline
-    metric: str = "reward"
-    x: str | None = None  # the grid or override key along which to plot; default: the cells are categories
-    x_label: str = ""
-    x_scale: Literal["linear", "log"] = "linear"
-    seed: NonNegativeInt = 1
-    seeds: PositiveInt = 3
+    The cells are the named ones, all combinations of the grid, or every named one with every combination.
+    """
+
+    name: str = Field(description="Names the directory.")
+    question: str = Field(description="What the study answers; the title of its page.")
+    recipe: str = Field("quickstart", description="The built-in recipe, or a file named relative to this one.")
+    overrides: Options = Field(default_factory=dict, description="Overrides for every cell.")
+    cells: dict[str, Options] = Field(default_factory=dict, description="Overrides of each named cell.")
+    grid: dict[str, list[Scalar]] = Field(
+        default_factory=dict,
+        description="Values by dotted key, or by several keys, comma-separated; the last changes fastest.",
+    )
+    methods: list[str] = Field(min_length=1, description="Methods of the recipe, beside its baseline.")
+    metric: str = Field("reward", description="What the methods are compared by.")
+    x: str | None = Field(
+        None, description="The grid or override key along which to plot; default: the cells are categories."
+    )
+    x_label: str = Field("", description="Label of the axis; default: the last part of x.")
+    x_scale: Literal["linear", "log"] = Field("linear", description="Scale of the axis.")
+    seed: NonNegativeInt = Field(1, description="The first seed.")
+    seeds: PositiveInt = Field(3, description="Seeds of each cell, each a whole pipeline.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":

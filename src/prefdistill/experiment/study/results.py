@@ -1,10 +1,8 @@
-"""What a study writes: a record per cell and seed, and results.json over all of them."""
+"""What a study writes of a cell: a record per seed, and its part of results.json over all of them."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefdistill.core.options import Override
-from prefdistill.experiment.study.options import Cell, Study
+from prefdistill.experiment.study.options import Cell
 
 # what a cell keeps of the results of its run
 KEPT = (
@@ -19,60 +17,14 @@ KEPT = (
     "reward_model",
 )
 
-Records = Mapping[tuple[str, int], dict[str, Any]]  # by cell and seed
-
 
 def without_points(shaping: dict[str, Any]) -> dict[str, Any]:
     """Return the shaping statistics of a run without the single points."""
     return {name: {key: value for key, value in row.items() if key != "points"} for name, row in shaping.items()}
 
 
-def summary(
-    study: Study,
-    overrides: Sequence[Override],
-    cells: Sequence[Cell],
-    seeds: Sequence[int],
-    records: Records,
-    failed: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Return results.json of a study: every cell over its seeds.
-
-    Args:
-        study: the study file.
-        overrides: of the command line.
-        cells, seeds: all of the study.
-        records: of the finished cells.
-        failed: `{"cell", "seed", "error", "refused"}` each.
-    """
-    some = list(records.values())
-    first = some[0] if some else {}
-    return {
-        "study": study.name,
-        "question": study.question,
-        "recipe": study.recipe,
-        "overrides": study.overrides | {change.key: change.value for change in overrides},
-        "metric": study.metric,
-        "x": study.x,
-        "x_label": study.x_label or (study.x or "").rsplit(".", 1)[-1],
-        "x_scale": study.x_scale,
-        "seeds": list(seeds),
-        "methods": list(first["differences"]) if some else study.methods,
-        "labels": first.get("labels", {}),
-        "roles": first.get("roles", {}),
-        "display_names": first.get("display_names", {}),
-        "metrics": first.get("metrics", {}),
-        "cells": [_cell(cell, [records[cell.name, s] for s in seeds if (cell.name, s) in records]) for cell in cells],
-        "failed": failed,
-        "seconds": round(sum(record["seconds"] for record in some), 1),
-        "environments": _distinct([record["environment"] for record in some]),
-        "data": {
-            f"seed {seed}": _distinct([record["data"] for (_, s), record in records.items() if s == seed])
-            for seed in seeds
-        },
-    }
-
-
-def _cell(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
+def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the part of a cell in results.json, from its records."""
     margins = [{"m": {"": record["margin_accuracy"]}} for record in records]
     return {
         "cell": cell.name,
@@ -107,5 +59,5 @@ def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, 
     return table
 
 
-def _distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [value for place, value in enumerate(values) if value not in values[:place]]

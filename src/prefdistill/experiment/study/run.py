@@ -20,7 +20,7 @@ from prefdistill.experiment.inputs import ModelChanged, Sources, source_fingerpr
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.study.load import load_study, recipe_of
 from prefdistill.experiment.study.options import Cell, Study, cells_of
-from prefdistill.experiment.study.results import KEPT, summary, without_points
+from prefdistill.experiment.study.results import KEPT, distinct, over_records, without_points
 from prefdistill.training.nan_guard import NotFinite
 
 SYNTHETIC_FILES = ("pairs/train.jsonl", "pairs/test.jsonl", "data/demonstrations.jsonl")  # of a seed
@@ -80,14 +80,37 @@ class StudyRun:
 
     def finished(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Return the records of the cells that need not be run."""
-        inspections = {
-            (cell.name, seed): self.artifacts[cell.name, seed].inspect() for cell in self.cells for seed in self.seeds
-        }
+        inspections = {at: artifact.inspect() for at, artifact in self.artifacts.items()}
         return {at: inspection.seal for at, inspection in inspections.items() if inspection.state is State.FINISHED}
 
     def summary(self, failed: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return results.json as it stands."""
-        return summary(self.study, self.overrides, self.cells, self.seeds, self.finished(), failed)
+        """Return results.json as it stands: every cell over its seeds.
+
+        Args:
+            failed: `{"cell", "seed", "error", "refused"}` each.
+        """
+        study, records = self.study, self.finished()
+        first = next(iter(records.values()), None)
+        shared = ("labels", "roles", "display_names", "metrics")
+        cells = [
+            over_records(cell, [records[cell.name, s] for s in self.seeds if (cell.name, s) in records])
+            for cell in self.cells
+        ]
+        data = {seed: [record["data"] for (_, s), record in records.items() if s == seed] for seed in self.seeds}
+        return {
+            "study": study.name,
+            **study.model_dump(include={"question", "recipe", "metric", "x", "x_scale"}),
+            "overrides": study.overrides | {change.key: change.value for change in self.overrides},
+            "x_label": study.x_label or (study.x or "").rsplit(".", 1)[-1],
+            "seeds": list(self.seeds),
+            "methods": list(first["differences"]) if first else study.methods,
+            **{name: (first or {}).get(name, {}) for name in shared},
+            "cells": cells,
+            "failed": failed,
+            "seconds": round(sum(record["seconds"] for record in records.values()), 1),
+            "environments": distinct([record["environment"] for record in records.values()]),
+            "data": {f"seed {seed}": distinct(digests) for seed, digests in data.items()},
+        }
 
     def run(self, command: str) -> list[dict[str, Any]]:
         """Run what is missing or stale, one seed after the other, writing the results so far before each cell.
@@ -99,9 +122,8 @@ class StudyRun:
 
         failed: list[dict[str, Any]] = []
         finished = self.finished()
-        cells = [(cell, seed) for seed in self.seeds for cell in self.cells]
-        missing = [(cell, seed) for cell, seed in cells if (cell.name, seed) not in finished]
-        say(f"study {self.study.name}: {len(missing)} of {len(cells)} cells to run")
+        missing = [(cell, seed) for seed in self.seeds for cell in self.cells if (cell.name, seed) not in finished]
+        say(f"study {self.study.name}: {len(missing)} of {len(self.artifacts)} cells to run")
         start = time.monotonic()
         for done, (cell, seed) in enumerate(missing):
             left = (time.monotonic() - start) / done * (len(missing) - done) if done else None
@@ -203,7 +225,7 @@ def run_study(
         before = {path.name for path in out.iterdir()}
         failed = run.run(command)
         results = run.summary(failed)
-        if _all_refused(results):
+        if failed and not run.finished() and all(cell["refused"] for cell in failed):  # then the input is wrong
             _clean(out, before)
             raise UserError(f"{path}: cell {failed[0]['cell']!r}: {failed[0]['error']}")
         write_study(results, out)
@@ -214,13 +236,6 @@ def run_study(
             f"the others are in {out}, and the same command retries"
         )
     return results
-
-
-def _all_refused(results: dict[str, Any]) -> bool:
-    """Return whether every cell was refused: then the input is wrong."""
-    failed = results["failed"]
-    nothing = not any(cell["seeds"] for cell in results["cells"])
-    return bool(failed) and nothing and all(cell["refused"] for cell in failed)
 
 
 def _clean(out: Path, before: set[str]) -> None:
