@@ -1,6 +1,7 @@
 """From sections to flags: the command of a verb, and the section that a command line asks for."""
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -42,7 +43,10 @@ class Call:
         paths_and_lists = [n for n in texts if _is_list(fields[n]) or Path in _members(fields[n].annotation)]
         if empty := [flag_of(section, name) for name in paths_and_lists if texts[name] == ""]:
             raise UserError(*(f"{flag} is empty; give a value, or leave it out" for flag in empty))
-        values = {name: not _is_on(fields[name]) and _parsed(fields[name], value) for name, value in texts.items()}
+        values = {
+            name: not _is_on(fields[name]) and _parsed(fields[name], value, flag_of(section, name))
+            for name, value in texts.items()
+        }
         options = validate(section, values, "", spelled=lambda key: flag_of(section, key), strict=False)
         return typing.cast(Section, options)
 
@@ -115,11 +119,13 @@ def _option(section: type[Section], name: str) -> tuple[Any, Any]:
         help = field.description or ""
         return bool, typer.Option(flag_of(section, name), help=help)
     option = typer.Option(flag_of(section, name), help=help, metavar=type_text(field), show_default=False)
-    return (list[str] if several and REPEATED in field.metadata else str) | None, option
+    return (list[str] if is_mapping(field) or (several and REPEATED in field.metadata) else str) | None, option
 
 
 def type_text(field: FieldInfo) -> str:
-    """The type of a field in a help text or a table: INTEGER>0, [all|endpoints], TEXT,..."""
+    """The type of a field in a help text or a table: INTEGER>0, [all|endpoints], TEXT,..., KEY=VALUE,..."""
+    if is_mapping(field):
+        return "KEY=VALUE,..."
     members = _members(field.annotation)
     choices = [str(c) for member in members if typing.get_origin(member) is Literal for c in typing.get_args(member)]
     names = [NAMES.get(member, "TEXT") for member in members if typing.get_origin(member) is not Literal]
@@ -138,8 +144,13 @@ def default_text(field: FieldInfo) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _parsed(field: FieldInfo, value: Any) -> Any:
-    """The text of a flag, split at commas if it is a list in one flag."""
+def _parsed(field: FieldInfo, value: Any, flag: str) -> Any:
+    """The text of a flag, split at commas if it is a list in one flag, or a mapping of its `KEY=VALUE`."""
+    if is_mapping(field):
+        parts = [part for text in value for part in re.split(r",(?=[^,=]+=)", text)]
+        if wrong := next((part for part in parts if "=" not in part), None):
+            raise UserError(f"{flag} {wrong}: write KEY=VALUE, such as {flag} prompt=question,tools=null")
+        return key_values(tuple(parts))
     if isinstance(value, str) and _is_list(field):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -156,6 +167,11 @@ def _is_on(field: FieldInfo) -> bool:
 
 def _is_list(field: FieldInfo) -> bool:
     return any(typing.get_origin(member) in (list, tuple) for member in _members(field.annotation, within=False))
+
+
+def is_mapping(field: FieldInfo) -> bool:
+    """Return whether an option is a mapping of names to values."""
+    return any(typing.get_origin(member) is dict for member in _members(field.annotation))
 
 
 def _members(annotation: Any, within: bool = True) -> list[Any]:

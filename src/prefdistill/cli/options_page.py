@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from prefdistill.cli.flags import default_text, type_text
+from prefdistill.cli.flags import default_text, is_mapping, type_text
 from prefdistill.core.options import NOT_IN_KEY
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.experiment.recipe import Recipe
@@ -83,7 +83,7 @@ def _type(field: FieldInfo) -> str:
         return "section"
     if field.annotation is bool:
         return "boolean"
-    if dict in {typing.get_origin(part) for part in (field.annotation, *typing.get_args(field.annotation))}:
+    if is_mapping(field):
         return "mapping"
     return _escaped(type_text(field).lower())
 

@@ -7,7 +7,8 @@ from typing import Any
 
 SHOWN = 40  # characters of a value that a message shows
 NAMED = 5  # differences that a message names
-NAMES = frozenset({"name"})  # keys that say where a thing lies, and not what it is: directories may be moved
+# Keys that say where a thing lies and how it is read, and not what it is: directories may be moved.
+NAMES = frozenset({"name", "read_as"})
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{20,}")
 
 

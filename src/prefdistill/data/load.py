@@ -15,7 +15,7 @@ from prefdistill.core.progress import say_once
 from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column, unread_columns, unread_message
 from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
 from prefdistill.data.prompts import prompt_columns
-from prefdistill.data.shapes import PAIR, VALUES, RowReader
+from prefdistill.data.shapes import VALUES, RowReader
 from prefdistill.data.sources import NO_CACHE, read_source
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ def load_messages(
     """
     dataset = _read(source, split, columns=columns, variables=chat_template_kwargs)
     names = dataset.column_names
-    read = {"messages"} if "messages" in names else {"prompt", "completion"} if "completion" in names else {*PAIR}
-    say_unread(source, [name for name in names if name not in read | {"system", *TEMPLATE_COLUMNS}])
+    unread = unread_columns(names)
+    if "messages" in names or "completion" in names:
+        read = {"messages"} if "messages" in names else {"prompt", "completion"}
+        unread = [name for name in names if name not in read | {"system", *TEMPLATE_COLUMNS}]
     if "messages" in names:
         dataset = _with_last_turn(
             dataset.select_columns([name for name in ("messages", *TEMPLATE_COLUMNS) if name in names]), source
@@ -88,6 +90,7 @@ def load_messages(
     hint = "SFT data has `messages`, or `prompt` and `completion`."
     _require_columns(dataset, source, ("prompt", "completion"), hint)
     _check_rows(dataset, source, ("prompt", "completion"))
+    say_unread(source, unread)
     return dataset.select_columns([*prompt_columns(dataset.column_names), "completion"])
 
 

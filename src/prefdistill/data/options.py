@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
 
@@ -27,6 +28,17 @@ class Columns(Section):
         default_factory=dict,
         description="Variables of the chat template, such as {enable_thinking: false}; the column of this name wins.",
     )
+
+    def loader_options(self, data: Any) -> dict[str, Any]:
+        """Return these options for the loader of data.
+
+        Raises:
+            UserError: if any is set for data that are in memory, which no loader reads.
+        """
+        options = self.part(Columns)
+        if not isinstance(data, str) and any(options.values()):
+            raise UserError("columns and chat_template_kwargs apply to data given by name; leave them out")
+        return options if isinstance(data, str) else {}
 
 
 class Synthetic(Section):
@@ -66,11 +78,11 @@ class Data(Section):
     synthetic: Synthetic | None = Field(None, description="The built-in task, in place of `train`.")
 
     @property
-    def column_options(self) -> dict[str, Any]:
-        """How `train` and `test` are read."""
+    def read_as(self) -> dict[str, Any]:
+        """The options of `Columns` for `train` and `test`."""
         return self.part(Columns)
 
     @property
-    def sft_column_options(self) -> dict[str, Any]:
-        """How `sft` is read."""
+    def sft_read_as(self) -> dict[str, Any]:
+        """The options of `Columns` for `sft`."""
         return {"columns": self.sft_columns, "chat_template_kwargs": self.chat_template_kwargs}

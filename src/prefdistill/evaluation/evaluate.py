@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.file_artifact import made_of
 from prefdistill.core.progress import say
-from prefdistill.data.columns import SIDES
+from prefdistill.data.columns import SIDES, unread_columns
 from prefdistill.data.encode import drop_refused
-from prefdistill.data.load import check_pairs, load_pairs, load_prompts
+from prefdistill.data.load import check_pairs, load_pairs, load_prompts, say_unread
+from prefdistill.data.options import Columns
 from prefdistill.data.prompts import prompt_columns, prompts_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.benchmarks import known_names, run_benchmarks
@@ -17,7 +18,7 @@ from prefdistill.evaluation.metric_inputs import RESPONSE, Responses
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
-from prefdistill.evaluation.responses import measure_texts, references_of, scores_by_prompt, unique_prompts
+from prefdistill.evaluation.responses import REFERENCES, measure_texts, references_of, scores_by_prompt, unique_prompts
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of, check_prompts
 from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
 from prefdistill.sampling.files import sample_responses
@@ -49,7 +50,10 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
     stores = [Signals.open(path) for path in (request.reference, request.teacher) if path]
     data = None
     if request.data:
-        data = load_pairs(request.data) if request.reference else load_prompts(request.data)
+        load = load_pairs if request.reference else load_prompts
+        data = load(request.data, **request.part(Columns))
+        if load is load_prompts:
+            say_unread(request.data, unread_columns(data.column_names, (*SIDES, *REFERENCES, request.column)))
         if set(SIDES) <= set(data.column_names):
             check_pairs(data, request.data)
     tokenizer = None

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section, Seeded
+from prefdistill.data.options import Columns
 from prefdistill.models.options import Dtype, Loading
 from prefdistill.sampling.options import Engine, Sampling
 from prefdistill.training.options import Training
@@ -55,7 +56,7 @@ class Evaluation(Section):
     )
 
 
-class EvaluateRequest(Loading, Seeded):
+class EvaluateRequest(Loading, Seeded, Columns):
     """What `evaluate` measures of one model."""
 
     model: str | None = Field(
@@ -113,9 +114,11 @@ class EvaluateRequest(Loading, Seeded):
             (self.generations or self.against, "--generations or --against", ("column",)),
             (self.has_responses, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
             (sampled, "responses to sample: --generate or --reward-model", SAMPLED),
+            (self.data, "--data", tuple(Columns.model_fields)),
             (self.lm_eval, "--lm-eval", ("lm_eval_include", "lm_eval_batch_size", "limit")),
         ):
-            changed = [name for name in options if getattr(self, name) != type(self).model_fields[name].default]
+            fields = type(self).model_fields
+            changed = [n for n in options if getattr(self, n) != fields[n].get_default(call_default_factory=True)]
             if changed and not present:
                 raise ValueError(f"--{changed[0].replace('_', '-')} needs {needs}")
         return self

@@ -86,9 +86,9 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     # all rows, whichever of them a seed sets aside for its reward model
     for part, name, limit in (("train", data.train, data.max_train), ("test", data.test, data.max_test)):
         if name:
-            prints[part] = data_fingerprint(sources.pairs(name, limit, **data.column_options))
+            prints[part] = data_fingerprint(sources.pairs(name, limit, **data.read_as))
     if data.sft:
-        prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft, **data.sft_column_options))
+        prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft, **data.sft_read_as))
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(names, role):
             prints[role] = sources.model_key(name)

@@ -43,7 +43,7 @@ class UserData:
     @property
     def _all_pairs(self) -> "Dataset":
         assert self.recipe.data.train is not None
-        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train, **self.recipe.data.column_options)
+        return self.sources.pairs(self.recipe.data.train, self.recipe.data.max_train, **self.recipe.data.read_as)
 
     @property
     def train(self) -> "Dataset":
@@ -57,7 +57,7 @@ class UserData:
     @property
     def test(self) -> "Dataset":
         assert self.recipe.data.test is not None
-        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test, **self.recipe.data.column_options)
+        return self.sources.pairs(self.recipe.data.test, self.recipe.data.max_test, **self.recipe.data.read_as)
 
     @functools.cached_property
     def demonstrations(self) -> "Dataset":
@@ -65,7 +65,7 @@ class UserData:
             return self.train.select_columns([*prompt_columns(self.train.column_names), "chosen"]).rename_column(
                 "chosen", "completion"
             )
-        rows = self.sources.messages(self.recipe.data.sft, **self.recipe.data.sft_column_options)
+        rows = self.sources.messages(self.recipe.data.sft, **self.recipe.data.sft_read_as)
         return without_prompts(rows, self.reward_pairs) if self.splits_prompts else rows
 
     def demonstrations_key(self) -> str:

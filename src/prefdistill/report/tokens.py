@@ -12,6 +12,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.paths import check_file
 from prefdistill.data.columns import SIDES
 from prefdistill.data.load import load_pairs
+from prefdistill.data.options import Columns
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_tokenizer
@@ -43,6 +44,7 @@ def write_token_view(
     *,
     max_pairs: int = MOST_PAIRS,
     weights: Weights | None = None,
+    columns: Columns | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     r"""Write the token view of some pairs to one HTML file that loads nothing from elsewhere.
@@ -55,6 +57,7 @@ def write_token_view(
         out: the file.
         tokenizer: the tokenizer of the signals; default: the one that their manifest names.
         max_pairs: the page holds the first of them.
+        columns: how the columns of data given by name are read.
         weights: alpha and beta of the margins, discount and terminal of psi.
 
     Returns:
@@ -71,7 +74,7 @@ def write_token_view(
     if not signals:
         raise UserError("no signals: give a store with --signals DIR (`prefdistill signals` extracts one)")
     name = data if isinstance(data, str) else signals[0].manifest["data"]["name"]
-    pairs = load_pairs(data) if isinstance(data, str) else data
+    pairs = load_pairs(data, **(columns or Columns()).part(Columns)) if isinstance(data, str) else data
     available = SignalSet.of(signals, pairs)
     if tokenizer is None:
         tokenizer = _tokenizer_of(signals[0], trust_remote_code)

@@ -23,8 +23,8 @@ from prefdistill.core.files import read_json, value_digest, write_json
 from prefdistill.core.options import takes
 from prefdistill.core.parts import Parts
 from prefdistill.core.progress import Progress, say
-from prefdistill.data.columns import ended_column, tokens_column
-from prefdistill.data.load import load_prompts
+from prefdistill.data.columns import SIDES, ended_column, tokens_column, unread_columns
+from prefdistill.data.load import load_prompts, say_unread
 from prefdistill.data.messages import without_nulls
 from prefdistill.data.prompts import prompts_of
 from prefdistill.data.truncation import Truncation
@@ -86,7 +86,10 @@ def sample_responses(
     _check_place(out)
     engine.check(model, settings)
     data_name = dataset if isinstance(dataset, str) else "a data set in memory"
-    dataset = load_prompts(dataset)
+    read_as = settings.loader_options(dataset)
+    dataset = load_prompts(dataset, **read_as)
+    if read_as:
+        say_unread(data_name, unread_columns(dataset.column_names, (*SIDES, "completion")))
     if taken := [
         name for name in (column, ended_column(column), tokens_column(column)) if name in dataset.column_names
     ]:

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from prefdistill.core.options import NO_FLAG, Section, Seeded
+from prefdistill.data.options import Columns
 from prefdistill.models.options import QuantizedLoading
 from prefdistill.sampling import ENGINES
 
@@ -35,7 +36,7 @@ class Sampling(Section):
         return self
 
 
-class SampleRequest(Sampling, QuantizedLoading, Seeded):
+class SampleRequest(Sampling, QuantizedLoading, Seeded, Columns):
     """Options of `sample_responses`, without the model, the data and the file."""
 
     column: str = Field(

@@ -17,6 +17,7 @@ class _Data(_Part):
     name: str
     rows: PositiveInt
     fingerprint: str
+    read_as: dict[str, Any] = {}
 
 
 class _Tokenizer(_Part):

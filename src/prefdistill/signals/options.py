@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import NO_FLAG, Flag, Section
+from prefdistill.data.options import Columns
 from prefdistill.models.options import Dtype, Quantization, QuantizedLoading, Trust
 from prefdistill.signals.kinds import KINDS, Settings, make_kinds
 
@@ -43,7 +44,7 @@ class SignalOptions(Section):
     batch_tokens: PositiveInt = Field(16_384, description="Padded tokens per forward pass.")
 
 
-class SignalRequest(SignalOptions, Trust):
+class SignalRequest(SignalOptions, Trust, Columns):
     """Everything that `extract_signals` takes but the model, the data and the output directory."""
 
     kinds: Annotated[tuple[str, ...], Flag("--kind")] = Field(

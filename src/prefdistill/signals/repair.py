@@ -102,6 +102,7 @@ def repair_signals(
         shard_rows=request["shard_rows"],
         trust_remote_code=trust_remote_code,
         **options,
+        **(request["data"].get("read_as", {}) if dataset is None or isinstance(dataset, str) else {}),
     )
     return store, damaged
 

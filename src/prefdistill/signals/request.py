@@ -79,8 +79,9 @@ class Extraction:
         """
         responses, model_name = options.responses, model if isinstance(model, str) else ""
         data_name = data if isinstance(data, str) else IN_MEMORY
+        read_as = {name: value for name, value in options.loader_options(data).items() if value}
         if isinstance(data, str):
-            data = load_pairs(data, responses=responses)
+            data = load_pairs(data, responses=responses, **read_as)
         else:
             check_pairs(data, "The data set", responses)
         if tokenizer is None:
@@ -122,7 +123,12 @@ class Extraction:
                 **({"read_in": options.quantization} if options.quantization else {}),
             },
             "tokenizer": tokenizer_identity(tokenizer),
-            "data": {"name": data_name, "rows": len(data), "fingerprint": data_fingerprint(data, responses)},
+            "data": {
+                "name": data_name,
+                "rows": len(data),
+                "fingerprint": data_fingerprint(data, responses),
+                **({"read_as": read_as} if read_as else {}),
+            },
             "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
             "shard_rows": min(options.shard_rows, _rows_in_memory(truncation, len(responses), numbers)),
             "batch_tokens": options.batch_tokens,

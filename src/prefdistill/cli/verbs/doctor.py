@@ -9,11 +9,11 @@ from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import Overridable
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Override
-from prefdistill.data.options import Data, Lengths
+from prefdistill.data.options import Columns, Data, Lengths
 from prefdistill.models.options import Models, Trust
 
 
-class DoctorFlags(Overridable, Trust):
+class DoctorFlags(Overridable, Trust, Columns):
     data: str | None = Data.redefault("train", None)
     test: str | None = Data.redefault("test", None)
     teacher: str | None = Models.redefault("teacher", None)
@@ -47,6 +47,7 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             Truncation(options.max_length or 1024, options.max_prompt_length),
             out=options.out,
             trust_remote_code=options.trust_remote_code,
+            columns=options,
         )
     else:
         from prefdistill.experiment.recipe import load_recipe
@@ -54,6 +55,8 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
         flags = {
             "data.train": options.data,
             "data.test": options.test,
+            "data.columns": options.columns or None,
+            "data.chat_template_kwargs": options.chat_template_kwargs or None,
             "data.max_length": options.max_length,
             "data.max_prompt_length": options.max_prompt_length,
             "model.teacher": options.teacher,

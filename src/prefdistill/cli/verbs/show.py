@@ -8,11 +8,12 @@ from pydantic import Field, PositiveInt
 from prefdistill.cli.output import one_process, show
 from prefdistill.cli.verbs.common import PAIRS
 from prefdistill.core.options import REPEATED, Argument, Section
+from prefdistill.data.options import Columns
 from prefdistill.models.options import Trust
 from prefdistill.report.options import Weights
 
 
-class InspectFlags(Weights, Trust):
+class InspectFlags(Weights, Trust, Columns):
     data: str = Field(description=PAIRS)
     signals: Annotated[tuple[Path, ...], REPEATED] = Field(description="Signal store of these pairs; repeat for each.")
     out: Path = Field(description="File to write (HTML).")
@@ -38,6 +39,7 @@ def inspect(options: InspectFlags) -> dict[str, Any]:
         None if name is None else load_tokenizer(name, trust_remote_code=trust),
         max_pairs=options.max_pairs,
         weights=options,
+        columns=options,
         trust_remote_code=trust,
     )
     show(f"{results['pairs']} of {results['rows']} pairs, {results['bytes']:,} bytes in {options.out}")

@@ -10,14 +10,14 @@ from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import PAIRS, Overridable
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import REPEATED, Seeded, validate
-from prefdistill.data.options import Lengths
+from prefdistill.data.options import Columns, Lengths
 from prefdistill.models.options import Dtype, Loading
 from prefdistill.training.options import DPOTraining, Training
 
 WHERE = "command line"
 
 
-class TrainFlags(Overridable, Loading, Seeded):
+class TrainFlags(Overridable, Loading, Seeded, Columns):
     data: str = Field(description=PAIRS)
     out: Path = Field(description="Directory for the trained model.")
     dtype: Dtype = Loading.redefault("dtype", "float32")
@@ -60,7 +60,7 @@ def sft(options: SFTFlags) -> dict[str, Any]:
     from prefdistill.data.fingerprint import demonstrations_fingerprint
     from prefdistill.data.load import load_messages
 
-    rows = load_messages(options.data)
+    rows = load_messages(options.data, **options.part(Columns))
     return _teach("sft", options, rows, demonstrations_fingerprint(rows), training)
 
 
@@ -74,7 +74,7 @@ def dpo(options: DPOFlags) -> dict[str, Any]:
     from prefdistill.data.fingerprint import data_fingerprint
     from prefdistill.data.load import load_pairs
 
-    pairs = load_pairs(options.data)
+    pairs = load_pairs(options.data, **options.part(Columns))
     return _teach("dpo", options, pairs, data_fingerprint(pairs), training)
 
 
@@ -100,7 +100,7 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     check_training(training)
     lengths = (options.max_length, options.max_prompt_length)
     truncation = Truncation(lengths[0] or 1024, lengths[1]) if any(lengths) else None
-    pairs = load_pairs(options.data, responses=method.responses, reads=method.columns)
+    pairs = load_pairs(options.data, responses=method.responses, reads=method.columns, **options.part(Columns))
     stores = [Signals.open(path) for path in options.signals]
     tokenizer = load_tokenizer(options.student, trust_remote_code=options.trust_remote_code)
 

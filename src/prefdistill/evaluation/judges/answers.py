@@ -9,7 +9,7 @@ from datasets import Dataset
 from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import FileArtifact, made_of
 from prefdistill.core.files import jsonl, value_digest
-from prefdistill.core.options import takes
+from prefdistill.core.options import Options, takes
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.judges.inputs import read_questions
 from prefdistill.evaluation.judges.options import Answering
@@ -52,7 +52,7 @@ def answer_questions(model: str, questions: Path, out: Path, **options: Any) -> 
     settings = Answering.checked("answer_questions", **options)
     if out.suffix != ".jsonl" or out.is_dir():
         raise UserError(f"{out}: --out names a file for the answers that ends in .jsonl")
-    rows = read_questions(questions, settings.max_questions)
+    rows, variables = read_questions(questions, settings.max_questions), settings.chat_template_kwargs
     request = {
         "model": {"name": model, "key": model_key(model)},
         "model_id": settings.name or Path(model).name,
@@ -62,6 +62,7 @@ def answer_questions(model: str, questions: Path, out: Path, **options: Any) -> 
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "dtype": settings.dtype,
+        **({"chat_template_kwargs": variables} if variables else {}),
         "temperatures": {str(row["question_id"]): temperature(row) for row in rows},
     }
     artifact = FileArtifact("answers", out, request, "judge answers")
@@ -75,7 +76,7 @@ def answer_questions(model: str, questions: Path, out: Path, **options: Any) -> 
                 "batch_size": settings.batch_size,
                 "seed": settings.seed,
             }
-            answers, counts = _sample_answers(loaded, tokenizer, rows, artifact.parts, sampling)
+            answers, counts = _sample_answers(loaded, tokenizer, rows, artifact.parts, sampling, variables)
             text = jsonl(_answer_rows(artifact.request, answers))
             seal = artifact.seal(lambda path: path.write_text(text, encoding="utf-8"), counts)
     return {"out": str(out), **{key: seal[key] for key in ("answers", "tokens", "ended_share")}}
@@ -87,7 +88,12 @@ def temperature(question: dict[str, Any]) -> float:
 
 
 def _sample_answers(
-    model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]], parts: Path, options: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[dict[str, Any]],
+    parts: Path,
+    options: dict[str, Any],
+    variables: Options,
 ) -> tuple[dict[Any, list[str]], dict[str, Any]]:
     """Return the answers to each question, and the counts for the seal."""
     answers: dict[Any, list[str]] = {q["question_id"]: [] for q in questions}
@@ -98,7 +104,9 @@ def _sample_answers(
             if not group:
                 continue
             part = parts / f"turn{turn + 1}-temperature{degree:g}.jsonl"
-            rows = [{"prompt": _conversation(q["turns"][: turn + 1], answers[q["question_id"]])} for q in group]
+            prompts = [_conversation(q["turns"][: turn + 1], answers[q["question_id"]]) for q in group]
+            inputs = {"chat_template_kwargs": variables} if variables else {}
+            rows = [{"prompt": prompt, **inputs} for prompt in prompts]
             sampled = sample_responses(model, Dataset.from_list(rows), tokenizer, part, temperature=degree, **options)
             if len(sampled) < len(group):
                 raise UserError(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from prefdistill.core.options import Flag, Section, Seeded
+from prefdistill.core.options import Flag, Options, Section, Seeded
 from prefdistill.models.options import Loading
 from prefdistill.sampling.options import Sampling
 
@@ -25,6 +25,9 @@ class Answering(Questions, Loading, Seeded):
         None, description="Tokens of conversation and response together; a longer conversation loses its start."
     )
     batch_size: PositiveInt = Sampling.redefault("batch_size", 16)
+    chat_template_kwargs: Options = Field(
+        default_factory=dict, description="Variables of the chat template, such as {enable_thinking: false}."
+    )
 
 
 class Calling(Section):

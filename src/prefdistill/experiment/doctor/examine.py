@@ -14,6 +14,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data import synthetic
 from prefdistill.data.messages import pair_texts
+from prefdistill.data.options import Columns
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.check import check_plan, check_trainings
 from prefdistill.experiment.cost import Shapes
@@ -62,6 +63,7 @@ def examine(
     *,
     out: str | Path = ".",
     trust_remote_code: bool = False,
+    columns: Columns | None = None,
 ) -> Checkup:
     """Check data, tokenizers, shapes of models, and the machine. No weights are loaded, nothing is written.
 
@@ -72,6 +74,7 @@ def examine(
         recipe: replaces all of these; its plan is checked too.
         out: where the run will write; its disk space is checked.
         trust_remote_code: let a model's repository run its own code.
+        columns: how the columns of the data are read.
 
     Raises:
         UserError: if there is nothing to check.
@@ -90,14 +93,15 @@ def examine(
     if not (data or test or teacher or student or recipe):
         raise UserError("there is nothing to check: give --data, --teacher, --student or --recipe")
     truncation = truncation or Truncation()
+    read_as = recipe.data.read_as if recipe else (columns or Columns()).part(Columns)
     checkup = Checkup()
     sets = {}
-    options, reads = recipe.data.column_options if recipe else None, set[str]()
+    reads = set[str]()
     with suppress(UserError):  # of a method's options, which the plan reports
         reads = columns_of(recipe) if recipe else reads
     for name, source in (("train", data), ("test", test)):
         if source is not None:
-            sets[name], findings = read_pairs(source, name, limits[name], options, reads)
+            sets[name], findings = read_pairs(source, name, limits[name], read_as, reads)
             checkup.findings += findings
     models = _Models(checkup, trust_remote_code)
     models.read(recipe, teacher, student, sets.get("train"))
