@@ -320,3 +320,14 @@ def test_the_command_needs_something_to_check(arguments, capsys):
 def test_examine_needs_something_to_check():
     with pytest.raises(UserError, match="nothing to check"):
         examine()
+
+
+def test_demonstrations_of_a_recipe_are_read_as_the_run_reads_them(tmp_path, tokenizer, capsys):
+    rows = [{"question": "Why?", "completion": "So.", "source": "x"}]
+    sft = f"data.sft={write(tmp_path / 'sft.jsonl', rows)}"
+    refusal = finding_of(examine(recipe=recipe_for(tmp_path, tokenizer, sft)), "data.refused")
+    assert refusal.data == "sft"
+    assert "no column 'prompt'" in refusal.message
+    checkup = examine(recipe=recipe_for(tmp_path, tokenizer, sft, "data.sft_columns.prompt=question"))
+    assert "data.refused" not in {finding.check for finding in checkup.findings}
+    assert "sft.jsonl: columns that are not read: source" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from support.doctor import (
     TAIL,
     checks_found,
     clean,
+    copy_of,
     edited,
     finding_of,
     model_of,
@@ -188,3 +189,41 @@ def test_truncation_counts_match_training(tmp_path, tokenizer, limits):
     reading = reading_of(cut, dropped)
     assert checkup.facts["train"]["read"] == {**reading.to_json(), "text": str(reading)}
     assert f"read: {str(reading)[:60]}" in as_text(checkup)
+
+
+SPEAKS = HEADER + "{{ m.thinking }}" + TAIL + "{% if think %}{{ tools }}{% endif %}" + GENERATE
+TOOLS = [{"name": "add"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "keys", "inputs", "findings"),
+    [
+        (SPEAKS, {"thinking": "hm", "name": "eve"}, {}, {("template.unread-keys", "note", "name")}),
+        (
+            HEADER + TAIL + GENERATE,
+            {"thinking": "hm", "name": "eve"},
+            {},
+            {("template.unread-keys", "warning", "thinking"), ("template.unread-keys", "note", "name")},
+        ),
+        (SPEAKS, {}, {"tools": TOOLS}, {("template.unread-input", "warning", "`tools`")}),  # only with `think`
+        (SPEAKS, {}, {"tools": TOOLS, "chat_template_kwargs": {"think": True}}, set()),
+        (SPEAKS, {}, {"chat_template_kwargs": {"think": False}}, set()),  # changes nothing, but is read
+        (
+            SPEAKS,
+            {},
+            {"chat_template_kwargs": {"thin": True}, "documents": [{"text": "x"}]},
+            {("template.unread-variable", "warning", "'thin'"), ("template.unread-input", "warning", "`documents`")},
+        ),
+    ],
+    ids=["a read key", "no read key", "tools", "read tools", "a default", "a misspelt variable"],
+)
+def test_what_the_template_does_not_read_is_named(tmp_path, tokenizer, template, keys, inputs, findings):
+    rows = [row | {"chosen": [row["chosen"][0] | keys]} | inputs for row in clean()]
+    model = model_of(copy_of(tokenizer, tmp_path, chat_template=template), tmp_path / "model")
+    checkup = examine(write(tmp_path / "rows.jsonl", rows), student=model, truncation=LONG)
+    named = [f for f in checkup.findings if f.check.startswith("template.unread")]
+    assert {(f.check, f.severity) for f in named} == {finding[:2] for finding in findings}
+    for check, severity, name in findings:
+        (finding,) = [f for f in named if (f.check, f.severity) == (check, severity)]
+        assert name in finding.message
+        assert (finding.count, finding.of) == (12, 12)

@@ -21,8 +21,9 @@ from prefdistill.experiment.cost import Shapes
 from prefdistill.experiment.doctor import machine, template, vocabulary
 from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
 from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
-from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, loader_refusal, read_pairs
+from prefdistill.experiment.doctor.pairs import COLUMNS, PairSet, check_demonstrations, loader_refusal, read_pairs
 from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Encoding, quantiles, token_facts, tokenise
+from prefdistill.experiment.doctor.unread import UNREAD_CHECKS
 from prefdistill.experiment.needs import columns_of
 from prefdistill.experiment.plan import build_plan
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
@@ -103,6 +104,8 @@ def examine(
         if source is not None:
             sets[name], findings = read_pairs(source, name, limits[name], read_as, reads)
             checkup.findings += findings
+    if recipe is not None and recipe.data.sft:
+        checkup.findings += check_demonstrations(recipe.data.sft, recipe.data.sft_read_as)
     models = _Models(checkup, trust_remote_code)
     models.read(recipe, teacher, student, sets.get("train"))
     if not sets or any(data.conversational for data in sets.values()):
@@ -239,7 +242,7 @@ def _check_data(
             "characters": {column: quantiles([len(pair.texts[column]) for pair in data.pairs]) for column in COLUMNS},
         }
         if encoding is not None:
-            for check_tokens in TOKEN_CHECKS:
+            for check_tokens in (*TOKEN_CHECKS, *UNREAD_CHECKS):
                 checkup.findings += check_tokens(data, encoding)
             checkup.facts[name] |= token_facts(data, encoding)
     if len(sets) == 2:

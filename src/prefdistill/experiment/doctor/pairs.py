@@ -14,7 +14,7 @@ import numpy as np
 from prefdistill.core.errors import UserError
 from prefdistill.core.text import surrogate
 from prefdistill.data.columns import MEANINGFUL, SIDES, unread_columns, unread_message
-from prefdistill.data.load import load_pairs
+from prefdistill.data.load import load_messages, load_pairs
 from prefdistill.data.messages import check_roles, form_of, split_shared_prompt
 from prefdistill.data.prompts import prompt_of, prompt_text
 from prefdistill.data.shapes import RowReader
@@ -206,6 +206,14 @@ def loader_refusal(data: PairSet) -> Iterator[Finding]:
         load_pairs(data.source, **data.options)
     except UserError as error:
         yield Finding("data.refused", "error", str(error), "Fix or drop that column.", data=data.name)
+
+
+def check_demonstrations(source: str, options: dict[str, Any]) -> Iterator[Finding]:
+    """Yield what the loader refuses in demonstrations; it names their unread columns on stderr."""
+    try:
+        load_messages(source, **options)
+    except UserError as error:
+        yield Finding("data.refused", "error", str(error), "Give demonstrations that can be read.", data="sft")
 
 
 class _NotAPair(Exception):
