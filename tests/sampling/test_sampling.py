@@ -22,8 +22,10 @@ from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_messages, load_pairs, load_prompts
 from prefdistill.data.truncation import Truncation
 from prefdistill.sampling.files import sample_responses
-from prefdistill.sampling.sampler import Response, sample
+from prefdistill.sampling.sampler import sample
+from support.clock import dated, move_clock
 from support.texts import sentence
+from support.tiny_runs import stop
 from support.tokenizer_styles import make_tokenizer
 
 PROMPTS = [[{"role": "user", "content": sentence(1 + (i * 5) % 11, i)}] for i in range(14)]
@@ -287,7 +289,7 @@ def test_the_model_gets_the_tokens_of_encode_pairs(truncation, style, chat, opti
     model = Recorder()
     found = sample(model, tokenizer, rows["prompt"][:], truncation=truncation, batch_size=1)
     assert sorted(model.prompts) == sorted(encoded["prompt_ids"][:])
-    assert found == [Response("", 1, True)] * len(questions)
+    assert [(response.text, response.tokens, response.ended) for response in found] == [("", 1, True)] * len(questions)
 
 
 def test_null_keys_of_messages_do_not_reach_the_template():
@@ -371,7 +373,8 @@ def test_each_row_is_written_with_its_responses(model, tokenizer, rows, tmp_path
     for row, response in zip(written, dataset, strict=True):
         (original,) = (r for r in rows if r["id"] == row["id"])
         assert {key: row[key] for key in original} == original
-        assert list(row) == [*original, "student_response", "student_response_ended", "student_response_tokens"]
+        names = ("", "_ended", "_tokens", "_ids", "_check")
+        assert list(row) == [*original, *(f"student_response{name}" for name in names)]
         assert [m["role"] for m in row["student_response"]] == ["assistant"]
         assert response == row  # what is given back is the file
     texts = [row["student_response"][0]["content"] for row in written]
@@ -684,7 +687,7 @@ def test_a_missing_vllm_is_an_error_with_the_fix(saved, rows, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_responses_that_do_not_round_trip_are_counted(vllm, saved, tokenizer, tmp_path):
+def test_sampled_tokens_are_those_that_are_learnt(vllm, saved, tokenizer, tmp_path):
     """A text can be sampled in other tokens than the tokenizer gives, or with special tokens in it."""
     text = sentence(3, 1)
     usual = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -692,20 +695,36 @@ def test_responses_that_do_not_round_trip_are_counted(vllm, saved, tokenizer, tm
     assert letters != usual
     assert tokenizer.decode(letters) == text
     marker, end = tokenizer.convert_tokens_to_ids("<|user|>"), tokenizer.eos_token_id
-    vllm.said = [[*usual, end], usual, [end], [*letters, end], [*usual, marker, *usual, end], letters]
+    said = [[*usual, end], usual, [end], [*letters, end], [*usual, marker, *usual, end], letters]
+    vllm.said = [*said]
     rows = Dataset.from_list([{"prompt": PROMPTS[i]} for i in range(6)])
     written = sample_responses(saved, rows, out=tmp_path / "a.jsonl", engine="vllm")
     assert written["completion_ended"][:] == [True, False, True, True, True, False]
     texts = [text, text, "", text, text + text, text]
     assert [row["completion"][0]["content"] for row in written] == texts
-    assert json.loads(sidecar(tmp_path / "a.jsonl").read_text())["other_tokens_share"] == 0.5
+    assert written["completion_ids"][:] == said
+    encoded, dropped = encode_pairs(written, tokenizer, Truncation(None), responses=("completion",))
+    assert not dropped
+    assert encoded["completion_ids"][:] == said
+    assert encoded["completion_ended"][:] == written["completion_ended"][:]
+    assert encoded["prompt_ids"][:] == [prompt_ids(tokenizer, row["prompt"]) for row in rows]
 
 
-def test_a_template_that_adds_text_to_the_response_breaks_the_round_trip(vllm, saved, tokenizer, tmp_path):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "{{ '\\n' + eos_token }}")
-    for ours, share in ((tokenizer, 0), (other, 1)):
-        vllm.said = [[*tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
-        rows, out = Dataset.from_list([{"prompt": PROMPTS[0]}]), tmp_path / f"{share}.jsonl"
-        sample_responses(saved, rows, ours, out, engine="vllm")
-        assert json.loads(sidecar(out).read_text())["other_tokens_share"] == share
+def test_a_file_whose_prompts_are_rendered_otherwise_is_refused(vllm, saved, tokenizer, tmp_path, monkeypatch):
+    move_clock(monkeypatch, 0)
+    rows = Dataset.from_list([{"prompt": PROMPTS[i]} for i in range(3)])
+
+    def draw(name):
+        return sample_responses(saved, rows, dated(tokenizer), tmp_path / name, engine="vllm", shard_rows=1)
+
+    assert draw("a.jsonl")["completion_check"][:] == draw("a.jsonl")["completion_check"][:]  # reused
+    with monkeypatch.context() as cut:
+        cut.setattr("prefdistill.sampling.files._read_parts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            draw("b.jsonl")
+    (tmp_path / "b.jsonl.parts" / "00002.json").unlink()
+    move_clock(monkeypatch, 1)
+    for name in ("a.jsonl", "b.jsonl"):
+        with pytest.raises(UserError, match=rf"the prompt of row 0 of .*{name} is rendered otherwise.*prints the date"):
+            draw(name)
+    assert not (tmp_path / "b.jsonl").exists()

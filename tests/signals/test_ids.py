@@ -1,20 +1,17 @@
 """A store knows the token ids that it was computed from."""
 
 import copy
-import datetime
 import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import transformers.utils.chat_template_utils as rendering
 from datasets import Dataset
 
 from prefdistill import METHODS, extract_signals
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, read_sealed, write_sealed
 from prefdistill.core.parts import write_checksum
-from prefdistill.data import encode
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.template import changes_with_time
 from prefdistill.data.truncation import Truncation
@@ -24,36 +21,20 @@ from prefdistill.signals import Signals, SignalSet, repair_signals
 from prefdistill.signals.ids import Ids, OtherIds, check_ids
 from prefdistill.signals.shards import NOTES
 from prefdistill.training.rows import prepare_rows
-
-DATED = "{{ strftime_now('%d %B %Y') }} "
+from support import clock as clocks
+from support.clock import move_clock
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Move the clock that chat templates read: `clock(days)`."""
-
-    def move(days):
-        class Moved(datetime.datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return datetime.datetime(2026, 11, 27 + days, tzinfo=tz)
-
-        monkeypatch.setattr(rendering, "datetime", Moved)
-        encode._CACHE.clear()  # of what this process has encoded
-
-    move(0)
-    return move
-
-
-def with_template(tokenizer, change):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = change(tokenizer.chat_template)
-    return other
+    move_clock(monkeypatch, 0)
+    return lambda days: move_clock(monkeypatch, days)
 
 
 @pytest.fixture
 def dated(tokenizer):
-    return with_template(tokenizer, lambda template: DATED + template)
+    return clocks.dated(tokenizer)
 
 
 def test_digests_are_of_the_ids_of_prompt_and_response(tmp_path, make_model, pairs, tokenizer):
@@ -164,7 +145,8 @@ def test_a_store_of_an_older_version_is_read_with_a_warning(tmp_path, make_model
     ],
 )
 def test_templates_that_change_with_time(tokenizer, text, expected):
-    other = with_template(tokenizer, lambda template: text + template)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = text + tokenizer.chat_template
     assert changes_with_time(other) is expected
     system = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert changes_with_time(other, system) is (expected or "system" in text)

@@ -21,7 +21,8 @@ from prefdistill.data.columns import SIDES, ended_column
 from prefdistill.data.encoder import Encoder
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import check_pairs
-from prefdistill.data.prompts import prompt_columns, prompt_of
+from prefdistill.data.prompts import prompt_of
+from prefdistill.data.sampled import RowTexts, row_texts
 from prefdistill.data.sources import NO_CACHE
 from prefdistill.data.template import NO_TEMPLATE, template_ending
 from prefdistill.data.truncation import (
@@ -59,7 +60,8 @@ def encode_pairs(
 
     Conversations go through the chat template, which alone decides about BOS and the end token. Plain text gets the
     tokenizer's own special tokens in front and one EOS at the end. A sampled response that was cut, as its column
-    `NAME_ended` says, gets no end token.
+    `NAME_ended` says, gets no end token. Where a row has sampled token ids that belong to its prompt and text, they are
+    the response, see `data.sampled`.
 
     Args:
         dataset: preference pairs, or rows with the columns `responses`.
@@ -107,8 +109,7 @@ def render_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterat
     """
     encoder = Encoder(tokenizer)
     for row in dataset:
-        cut = [row.get(ended_column(name)) is False for name in SIDES]
-        yield encoder.ended_texts(prompt_of(row), *(row[name] for name in SIDES), cut=cut)
+        yield row_texts(encoder, row, SIDES).texts
 
 
 def encode_untruncated(
@@ -145,7 +146,7 @@ def drop_refused(
     template_ending(tokenizer)
     encoder = Encoder(tokenizer)
     texts = (encoder.texts(prompt_of(row), *(row[name] for name in responses)) for row in dataset)
-    reasons = [TEMPLATE_FAILED if row_texts is None else "" for row_texts in texts]
+    reasons = [TEMPLATE_FAILED if of_row is None else "" for of_row in texts]
     dropped = Dropped.from_reasons(reasons)
     if not dropped:
         return dataset
@@ -257,33 +258,35 @@ class _PairEncoder:
 
     def rows(self, batch: dict[str, list[Any]]) -> Iterator[tuple[tuple[str, ...] | None, dict[str, Any]]]:
         """Yield the texts and the encoded columns of each row."""
-        names = prompt_columns(batch)
-        columns = zip(*(batch[name] for name in names), strict=True)
-        prompts = [prompt_of(dict(zip(names, values, strict=True))) for values in columns]
-        rows = list(zip(prompts, *(batch[name] for name in self.responses), strict=True))
-        flags = [batch.get(ended_column(name)) or [None] * len(rows) for name in self.responses]
-        cuts = [[ended is False for ended in row] for row in zip(*flags, strict=True)]
-        texts = [self.encoder.ended_texts(*row, cut=cut) for cut, row in zip(cuts, rows, strict=True)]
-        tokens = self.encoder.ids_and_ends([text for row in texts if row for text in row], plain=self.plain)
-        for row_texts, cut in zip(texts, cuts, strict=True):
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        texts = [row_texts(self.encoder, row, self.responses) for row in rows]
+        tokens = self.encoder.ids_and_ends([text for row in texts for text in row.texts or ()], plain=self.plain)
+        for row, of_row in zip(rows, texts, strict=True):
             try:
-                encoded = self._encode(row_texts, tokens, cut)
+                encoded = self._encode(row, of_row, tokens)
             except _Refused as refusal:
                 encoded = {"dropped": str(refusal)}
-            yield row_texts, encoded
+            yield of_row.texts, encoded
 
     def _encode(
-        self, texts: tuple[str, ...] | None, tokens: Iterator[tuple[list[int], list[int]]], cut: list[bool]
+        self, row: dict[str, Any], of_row: RowTexts, tokens: Iterator[tuple[list[int], list[int]]]
     ) -> dict[str, Any]:
-        if texts is None:
-            raise _Refused(TEMPLATE_FAILED)
-        prompt_text, *full_texts = texts
-        (prompt_ids, _), *full = [next(tokens) for _ in texts]
+        if of_row.texts is None:
+            raise _Refused(of_row.refused)
+        prompt_text, *full_texts = of_row.texts
+        (prompt_ids, _), *full = [next(tokens) for _ in of_row.texts]
         if not prompt_ids:
             raise _Refused(PROMPT_EMPTY)
+        if of_row.refused:
+            raise _Refused(of_row.refused)
         ids = {"prompt": prompt_ids}
         offsets = {}
-        for name, full_text, (full_ids, ends) in zip(self.responses, full_texts, full, strict=True):
+        for name, sampled, full_text, (full_ids, ends) in zip(
+            self.responses, of_row.sampled, full_texts, full, strict=True
+        ):
+            if sampled is not None and full_ids != prompt_ids + sampled:
+                ids[name], offsets[name] = sampled, iter(self.encoder.ends(sampled))
+                continue
             if not full_text.startswith(prompt_text):
                 raise _Refused(TEMPLATE_DIFFERS)
             if full_ids[: len(prompt_ids)] != prompt_ids:
@@ -299,8 +302,8 @@ class _PairEncoder:
         encoded: dict[str, Any] = {"dropped": ""}
         for name, part in result.ids.items():
             encoded |= {f"{name}_ids": part, f"{name}_truncated": name in result.names}
-        for name, was_cut in zip(self.responses, cut, strict=True):
+        for name in self.responses:
             encoded[f"{name}_offsets"] = list(offsets[name])[: len(result.ids[name])]
             whole = ids[name][-1] in self.end_tokens and name not in result.names
-            encoded[f"{name}_ended"] = whole and not was_cut
+            encoded[f"{name}_ended"] = whole and row.get(ended_column(name)) is not False
         return encoded

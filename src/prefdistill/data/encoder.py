@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.messages import normal_messages
@@ -85,10 +89,14 @@ class Encoder:
             text.removesuffix(before) if was_cut else text for text, was_cut in zip(full, cut, strict=True)
         )
 
+    @property
+    def eos(self) -> str:
+        """The text of the EOS token."""
+        return str(self.tokenizer.eos_token)
+
     def with_eos(self, text: str) -> str:
         """Return a text that ends with EOS."""
-        eos = str(self.tokenizer.eos_token)
-        return text if text.endswith(eos) else text + eos
+        return text if text.endswith(self.eos) else text + self.eos
 
     # ---- Tokens
 
@@ -111,6 +119,38 @@ class Encoder:
         stop = self._end(plain)
         for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
             yield ids[:stop], [end for _, end in spans[:stop]]
+
+    # ---- Sampled tokens
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of sampled ids, special tokens included."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def ends(self, ids: list[int]) -> list[int]:
+        """Return the character of `decode` at which each id ends; ids that share a character all end after it."""
+        from tokenizers.decoders import DecodeStream
+
+        stream, backend = DecodeStream(skip_special_tokens=False), self.tokenizer.backend_tokenizer
+        pieces = [stream.step(backend, token) for token in ids]  # None until a character is whole
+        end = len(self.decode(ids))
+        places = [*accumulate(len(piece or "") for piece in pieces)]
+        ends = [end := end if piece is None else place for piece, place in zip(pieces[::-1], places[::-1], strict=True)]
+        return ends[::-1]
+
+    def check(self, prompt_text: str, ids: Sequence[int], text: str) -> int:
+        """Return the CRC-32 of a prompt's text, the tokens that ids stand for, and their response's text."""
+        known = max(ids, default=0) < len(self._token_checks)
+        tokens = self._token_checks[[*ids]].tobytes() if known else b"unknown"
+        check = crc32(tokens, crc32(prompt_text.encode(errors="surrogatepass")))
+        return crc32(text.encode(errors="surrogatepass"), check)
+
+    @cached_property
+    def _token_checks(self) -> np.ndarray:
+        """The CRC-32 of each token, by its id."""
+        vocabulary = self.tokenizer.get_vocab()
+        checks = np.zeros(max(vocabulary.values()) + 1, dtype="<u4")
+        checks[[*vocabulary.values()]] = [crc32(token.encode(errors="surrogatepass")) for token in vocabulary]
+        return checks
 
     def _end(self, plain: bool) -> int | None:
         return -1 if plain and self.appends_eos else None

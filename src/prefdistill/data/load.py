@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say_once
-from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column, unread_columns, unread_message
+from prefdistill.data.columns import (
+    SCORES,
+    SIDES,
+    TEMPLATE_COLUMNS,
+    check_column,
+    ended_column,
+    ids_column,
+    sample_columns,
+    unread_columns,
+    unread_message,
+    with_response,
+)
 from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
 from prefdistill.data.prompts import prompt_columns
 from prefdistill.data.shapes import VALUES, RowReader
@@ -68,16 +79,17 @@ def load_messages(
     columns: Names | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Return examples for supervised fine-tuning: `prompt`, `completion` and what else the chat template reads.
+    """Return examples for supervised fine-tuning: `prompt`, `completion`, and what else is read of them.
 
-    They come from `messages` (the completion is the last assistant turn), or `prompt` and `completion`, or the chosen
-    side of preference pairs. Arguments and errors are those of `load_pairs`.
+    That is what the chat template reads, and the columns of a sampled completion. Examples come from `messages` (the
+    completion is the last assistant turn), or `prompt` and `completion`, or the chosen side of preference pairs.
+    Arguments and errors are those of `load_pairs`.
     """
     dataset = _read(source, split, columns=columns, variables=chat_template_kwargs)
     names = dataset.column_names
     unread = unread_columns(names)
     if "messages" in names or "completion" in names:
-        read = {"messages"} if "messages" in names else {"prompt", "completion"}
+        read = {"messages"} if "messages" in names else {"prompt", "completion", *sample_columns("completion")}
         unread = [name for name in names if name not in read | {"system", *TEMPLATE_COLUMNS}]
     if "messages" in names:
         dataset = _with_last_turn(
@@ -86,12 +98,12 @@ def load_messages(
     elif "completion" not in names and "chosen" in names:
         if "prompt" not in names and "rejected" in names:
             dataset = _with_shared_prompt(dataset, source)
-        dataset = dataset.rename_column("chosen", "completion")
+        dataset = with_response(dataset, "chosen", "completion")
     hint = "SFT data has `messages`, or `prompt` and `completion`."
     _require_columns(dataset, source, ("prompt", "completion"), hint)
     _check_rows(dataset, source, ("prompt", "completion"))
     say_unread(source, unread)
-    return dataset.select_columns([*prompt_columns(dataset.column_names), "completion"])
+    return demonstrations_of(dataset, "completion")
 
 
 def load_prompts(
@@ -126,6 +138,13 @@ def say_unread(source: str, unread: Sequence[str]) -> None:
     """Name the columns of a source that are not read, once."""
     if unread:
         say_once(f"{source}: {unread_message(unread)}")
+
+
+def demonstrations_of(dataset: Dataset, response: str) -> Dataset:
+    """Return a response of each row as a demonstration: `prompt`, `completion` and what else is read of them."""
+    beside = [name for name in sample_columns(response) if name in dataset.column_names]
+    columns = [*prompt_columns(dataset.column_names), response, *beside]
+    return with_response(dataset.select_columns(columns), response, "completion")
 
 
 def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
@@ -229,6 +248,11 @@ def check_pairs(dataset: Dataset, source: str, responses: Sequence[str] = SIDES)
         dtype = _dtype(dataset, ended_column(name))
         if dtype not in ("bool", "null"):
             raise UserError(f"{source}: column '{ended_column(name)}' must hold true or false, it holds {dtype}.")
+        if not _holds_ids(dataset, ids_column(name), check_column(name)):
+            raise UserError(
+                f"{source}: columns '{ids_column(name)}' and '{check_column(name)}' must hold lists of token ids and a "
+                "number, as `prefdistill sample` writes them. Rename or remove them."
+            )
     for name in SCORES:
         dtype = _dtype(dataset, name)
         if not dtype.startswith(("float", "int", "uint", "null")):
@@ -241,6 +265,14 @@ def _dtype(dataset: Dataset, column: str) -> str:
     if column not in dataset.features:
         return "null"
     return str(getattr(dataset.features[column], "dtype", "values of several types"))
+
+
+def _holds_ids(dataset: Dataset, ids: str, check: str) -> bool:
+    """Return whether columns of sampled ids have their types; ids without a check are somebody else's."""
+    if not {ids, check} <= {*dataset.features}:
+        return True
+    items = getattr(getattr(dataset.features[ids], "feature", None), "dtype", "")
+    return _dtype(dataset, check).startswith(("int", "uint", "null")) and items.startswith(("int", "uint"))
 
 
 def _require_columns(dataset: Dataset, source: str, columns: Sequence[str], hint: str = "") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefdistill.core.errors import UserError
+from prefdistill.data.prompts import inputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,18 +79,20 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 PROBE = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": "probe answer"})
 
 
-def changes_with_time(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] = PROBE) -> bool:
-    """Return whether the chat template renders messages in another way at another time, as one that prints the date."""
+def changes_with_time(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, Any]] = PROBE) -> bool:
+    """Return whether the chat template renders a prompt in another way at another time, as one that prints the date."""
     if not tokenizer.chat_template:
         return False
-    template = tokenizer.get_chat_template()
+    from jinja2 import TemplateError
+
+    template, inputs = tokenizer.get_chat_template(), inputs_of(prompt)
 
     def render(clock: str) -> str | None:
         """Render with a function of this name that replaces the template's clock, or else replaces nothing."""
         replaced = f"{{% macro {clock}(pattern) %}}2099{{% endmacro %}}{template}"
         try:
-            return str(tokenizer.apply_chat_template([*messages], chat_template=replaced, tokenize=False))
-        except Exception:  # a template is a program and may raise anything
+            return render_messages(tokenizer, [*prompt], inputs={**inputs, "chat_template": replaced})
+        except TemplateError:
             return None
 
     return len({render("unused"), render("unused"), render("strftime_now")}) > 1

@@ -14,6 +14,7 @@ from prefdistill.data.columns import SIDES
 TEMPLATE_FAILED = "the chat template refuses its messages"
 TEMPLATE_DIFFERS = "the chat template renders the prompt differently when a response follows"
 TOKENS_MERGE = "the tokenizer merges tokens across the end of the prompt"
+TEXT_CHANGED = "a sampled response is of another prompt or in other tokens, and the chat template changes its text"
 PROMPT_EMPTY = "the prompt has no tokens"
 PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
 RESPONSE_EMPTY = "a response has no tokens"

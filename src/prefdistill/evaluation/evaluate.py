@@ -125,7 +125,7 @@ def _sample(request: EvaluateRequest, prompts: "Dataset", file: Path) -> "Datase
         out=file,
         column=RESPONSE,
         truncation=Truncation(None),
-        learnt_from=False,
+        keep_ids=False,
         **request.model_dump(include=SHARED),
     )
 

@@ -185,7 +185,7 @@ def _length(data: Rows, plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> Len
     rows: Dataset = data.rows
     responses: tuple[str, ...] = SIDES
     if "completion" in rows.column_names and SIDES[0] not in rows.column_names:
-        rows, responses = rows.rename_column("completion", SIDES[0]), (SIDES[0],)
+        responses = ("completion",)
     encoded, _ = encode_pairs(rows, tokenizer, plan.context.truncation, responses=responses)
     tokens = sum(len(ids) for side in responses for ids in encoded[f"{side}_ids"])
     return Lengths(len(encoded), tokens, sum(map(len, encoded["prompt_ids"])))

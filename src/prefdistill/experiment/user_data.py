@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
-from prefdistill.data.prompts import prompt_columns, prompt_text, prompts_of
+from prefdistill.data.load import demonstrations_of
+from prefdistill.data.prompts import prompt_text, prompts_of
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
@@ -62,9 +63,7 @@ class UserData:
     @functools.cached_property
     def demonstrations(self) -> "Dataset":
         if self.recipe.data.sft is None:
-            return self.train.select_columns([*prompt_columns(self.train.column_names), "chosen"]).rename_column(
-                "chosen", "completion"
-            )
+            return demonstrations_of(self.train, "chosen")
         rows = self.sources.messages(self.recipe.data.sft, **self.recipe.data.sft_read_as)
         return without_prompts(rows, self.reward_pairs) if self.splits_prompts else rows
 

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,19 @@ from prefdistill.core.files import read_json, value_digest, write_json
 from prefdistill.core.options import takes
 from prefdistill.core.parts import Parts
 from prefdistill.core.progress import Progress, say
-from prefdistill.data.columns import SIDES, ended_column, tokens_column, unread_columns
+from prefdistill.data.columns import (
+    SIDES,
+    check_column,
+    ended_column,
+    ids_column,
+    sample_columns,
+    tokens_column,
+    unread_columns,
+)
 from prefdistill.data.load import load_prompts, say_unread
 from prefdistill.data.messages import without_nulls
 from prefdistill.data.prompts import prompts_of
+from prefdistill.data.template import changes_with_time
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.identity import model_identity, model_key, tokenizer_identity
 from prefdistill.models.load import load_tokenizer
@@ -39,7 +48,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OTHER_TOKENS = 0.05  # share of responses that tokenize otherwise than sampled, above which there is a warning
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 DRAWING = ("n", "temperature", "top_p", "max_new_tokens", "batch_size")  # options of the draws
 
@@ -68,7 +76,9 @@ def sample_responses(
             and counted. Default: no limit.
         options: fields of `prefdistill.sampling.options.SampleRequest`, see docs/options.md. Responses go to `column`:
             one assistant message to a conversation, text to text. The column `{column}_ended` says whether the model
-            wrote its end token, `{column}_tokens` is the token count with the end token.
+            wrote its end token, `{column}_tokens` is the token count with the end token, `{column}_ids` are the ids,
+            by which `encode_pairs` encodes the response in the tokens sampled, and `{column}_check` says what they
+            belong to (`data.sampled`).
 
     Returns:
         The file, loaded.
@@ -90,9 +100,7 @@ def sample_responses(
     dataset = load_prompts(dataset, **read_as)
     if read_as:
         say_unread(data_name, unread_columns(dataset.column_names, (*SIDES, "completion")))
-    if taken := [
-        name for name in (column, ended_column(column), tokens_column(column)) if name in dataset.column_names
-    ]:
+    if taken := [name for name in (column, *sample_columns(column)) if name in dataset.column_names]:
         raise UserError(f"{data_name} has a column '{taken[0]}' already; name another with --column")
     if tokenizer is None:
         source = model if isinstance(model, str) else model.name_or_path
@@ -112,6 +120,7 @@ def sample_responses(
         **asdict(sampler.truncation),
         "seed": settings.seed,
         "shard_rows": settings.shard_rows,
+        "keep_ids": settings.keep_ids,
     }
     artifact = FileArtifact("sample", out, request, "sample")
     with artifact.session() as seal:
@@ -132,11 +141,15 @@ def sample_responses(
             _sample_parts(parts, shards, sampler, opened, prompts, encoded, settings.seed)
             responses, seconds = _read_parts(parts)
             counts = _counts(responses, len(rows), seconds)
-            full = _with_responses(dataset, rows, column, responses)
+            full = _with_responses(dataset, rows, column, responses, settings.keep_ids)
+            _check_prompts(out, full, column, sampler)  # of parts that an earlier run has sampled
             about = {"dropped": dropped.counts, **counts, "versions": _versions()}
             artifact.seal(lambda path: write_rows(full, path, out.name), about)
-            _report(counts, settings.learnt_from)
-    return load_prompts(str(out))
+            _report(counts)
+    sampled = load_prompts(str(out))
+    if seal is not None:
+        _check_prompts(out, sampled, column, sampler)
+    return sampled
 
 
 def _check_place(out: Path) -> None:
@@ -174,7 +187,7 @@ def _sample_parts(
     encoded: list[list[int]],
     seed: int,
 ) -> None:
-    """Write the missing parts: `{"seconds": ..., "responses": [[text, tokens, ended, round trip], ...]}` each.
+    """Write the missing parts: `{"seconds": ..., "responses": [[text, ids, ended, check], ...]}` each.
 
     The draws of a part depend on the seed and its number alone, so that an interruption before it changes nothing.
     """
@@ -189,8 +202,8 @@ def _sample_parts(
             seconds = round(time.monotonic() - start, 3)
             part_prompts = [prompts[row] for row in rows for _ in range(n)]
             part = [
-                [*astuple(response), sampler.round_trips(prompt, response.text, body)]
-                for prompt, (response, body) in zip(part_prompts, responses, strict=True)
+                [response.text, response.ids, response.ended, sampler.check(prompt, response.ids, response.text)]
+                for prompt, response in zip(part_prompts, responses, strict=True)
             ]
             write_json(parts.path(number), {"seconds": seconds, "responses": part})
 
@@ -202,39 +215,52 @@ def _read_parts(parts: Parts) -> tuple[list[list[Any]], float]:
 
 
 def _counts(responses: list[list[Any]], prompts: int, seconds: float) -> dict[str, Any]:
-    _, tokens, ended, round_trips = zip(*responses, strict=True)
+    _, ids, ended, _ = zip(*responses, strict=True)
+    tokens = sum(map(len, ids))
     return {
         "prompts": prompts,
         "responses": len(responses),
-        "tokens": sum(tokens),
+        "tokens": tokens,
         "ended_share": round(sum(ended) / len(responses), 6),
-        "other_tokens_share": round(1 - sum(round_trips) / len(responses), 6),
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(sum(tokens) / max(seconds, 1e-3), 1),
+        "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
     }
 
 
-def _with_responses(dataset: "Dataset", rows: list[int], column: str, responses: list[list[Any]]) -> "Dataset":
+def _with_responses(
+    dataset: "Dataset", rows: list[int], column: str, responses: list[list[Any]], keep_ids: bool
+) -> "Dataset":
     """Return the sampled rows, each repeated for its responses, with the columns of these."""
-    texts, tokens, ended, _ = zip(*responses, strict=True)
+    texts, ids, ended, checks = zip(*responses, strict=True)
     conversational = isinstance(dataset[0]["prompt"], list)
     values = [[{"role": "assistant", "content": text}] if conversational else text for text in texts]
     repeated = [row for row in rows for _ in range(len(responses) // len(rows))]
     full = dataset.select(repeated).flatten_indices(keep_in_memory=True)
     full = full.add_column(column, values).add_column(ended_column(column), list(ended))
-    return full.add_column(tokens_column(column), list(tokens))
+    full = full.add_column(tokens_column(column), [*map(len, ids)])
+    return full.add_column(ids_column(column), [*ids]).add_column(check_column(column), [*checks]) if keep_ids else full
 
 
-def _report(counts: dict[str, Any], learnt_from: bool) -> None:
+def _check_prompts(out: Path, sampled: "Dataset", column: str, sampler: Sampler) -> None:
+    """Raise a UserError if a prompt is rendered otherwise now than when its response was sampled."""
+    if check_column(column) not in sampled.column_names:
+        return
+    columns = (sampled[name][:] for name in (column, ids_column(column), check_column(column)))
+    for index, (prompt, response, ids, check) in enumerate(zip(prompts_of(sampled), *columns, strict=True)):
+        text = response if isinstance(response, str) else response[0]["content"]
+        if sampler.check(prompt, ids, text) != check:
+            raise UserError(
+                f"the prompt of row {index} of {out} is rendered otherwise now than when its response was sampled"
+                + (": the chat template prints the date or the time" if changes_with_time(sampler.tokenizer) else "")
+                + "; delete the file and sample again, or give another --out"
+            )
+
+
+def _report(counts: dict[str, Any]) -> None:
     say(
         f"sample: {counts['responses']:,} responses, {counts['tokens']:,} tokens, "
         f"{counts['tokens_per_second']:,} tokens/s, {counts['ended_share']:.1%} ended"
     )
-    if learnt_from and counts["other_tokens_share"] > OTHER_TOKENS:
-        say(
-            f"warning: the text of {counts['other_tokens_share']:.0%} of the responses tokenizes to other tokens than "
-            "were sampled: methods that learn from the responses will see states that the model did not visit"
-        )
 
 
 def write_rows(dataset: "Dataset", path: Path, name: str) -> None:

@@ -44,8 +44,8 @@ class SampleRequest(Sampling, QuantizedLoading, Seeded, Columns):
     )
     max_new_tokens: PositiveInt = Sampling.redefault("max_new_tokens", 512)
     shard_rows: Annotated[PositiveInt, NO_FLAG] = Field(256, description="Prompts per part, the unit of resuming.")
-    learnt_from: Annotated[bool, NO_FLAG] = Field(
-        True, description="Warn if the text of the responses is tokenized otherwise than it was sampled."
+    keep_ids: Annotated[bool, NO_FLAG] = Field(
+        True, description="Write the sampled token ids beside the text, for methods that learn from the responses."
     )
 
     @model_validator(mode="after")

@@ -15,11 +15,16 @@ from prefdistill.sampling.options import Sampling
 
 @dataclass(frozen=True)
 class Response:
-    """A model's response: the text without special tokens, the token count with the end token, whether it ended."""
+    """A model's response: the text without special tokens, the ids with the end token, whether it ended."""
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     ended: bool
+
+    @property
+    def tokens(self) -> int:
+        """The number of ids."""
+        return len(self.ids)
 
 
 def sample(
@@ -71,8 +76,7 @@ def sample(
         raise UserError(f"prompt {first}: {reason}. Leave such prompts out, or change the template or the lengths.")
     engine = TransformersEngine(model, tokenizer, sampling)
     with Progress(what, n * len(prompts), "response") as progress:
-        responses = sampler.respond(engine, encoded, range(len(prompts)), seed, progress)
-    return [response for response, _ in responses]
+        return sampler.respond(engine, encoded, range(len(prompts)), seed, progress)
 
 
 class Sampler:
@@ -104,8 +108,8 @@ class Sampler:
 
     def respond(
         self, engine: Engine, encoded: list[list[int]], rows: Sequence[int], seed: int, progress: Progress
-    ) -> list[tuple[Response, list[int]]]:
-        """Return responses, each with its tokens without the end token; `rows` number the prompts in messages."""
+    ) -> list[Response]:
+        """Return a response to each prompt, or several; `rows` number the prompts in messages."""
         most = self.sampling.max_new_tokens
         rooms = [self.truncation.room_after(ids) for ids in encoded]
         limits = [most if room is None else min(most, room) for room in rooms]
@@ -118,19 +122,11 @@ class Sampler:
             ) from error
         return [self._response(new[: limits[place // self.sampling.n]]) for place, new in enumerate(new_tokens)]
 
-    def _response(self, new: list[int]) -> tuple[Response, list[int]]:
+    def _response(self, new: list[int]) -> Response:
         stop = next((place for place, token in enumerate(new) if token in self.ends), None)
-        body = new[:stop]
-        text = self.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Response(text, len(body) + (stop is not None), stop is not None), body
+        text = self.tokenizer.decode(new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Response(text, tuple(new if stop is None else new[: stop + 1]), stop is not None)
 
-    def round_trips(self, prompt: Any, text: str, body: list[int]) -> bool:
-        """Return whether the text of a response, after its prompt, is tokenized into the tokens that were sampled."""
-        from jinja2 import TemplateError
-
-        try:
-            sampled, whole = self.encoder.ids(prompt) + body, self.encoder.ids(prompt, text)
-        except TemplateError:
-            return False
-        after = whole[len(sampled) :]
-        return whole[: len(sampled)] == sampled and (not after or after[0] in self.ends)
+    def check(self, prompt: Any, ids: Sequence[int], text: str) -> int:
+        """Return the check that goes beside sampled ids, see `data.sampled`."""
+        return self.encoder.check(self.encoder.text(prompt), ids, text)

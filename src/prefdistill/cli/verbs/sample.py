@@ -11,7 +11,7 @@ from prefdistill.data.options import Lengths
 from prefdistill.models.options import ReadWith
 from prefdistill.sampling.options import SampleRequest
 
-REPORTED = ("responses", "tokens", "ended_share", "other_tokens_share", "tokens_per_second")
+REPORTED = ("responses", "tokens", "ended_share", "tokens_per_second")
 
 
 class SampleFlags(SampleRequest, ReadWith, Lengths):

@@ -15,6 +15,7 @@ from prefdistill.core.progress import Progress
 from prefdistill.data import synthetic
 from prefdistill.data.messages import pair_texts
 from prefdistill.data.options import Columns
+from prefdistill.data.prompts import prompt_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.check import check_plan, check_trainings
 from prefdistill.experiment.cost import Shapes
@@ -269,7 +270,7 @@ def _check_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -
         checkup.findings += template.generation_prompt(tokenizer)
         checkup.findings += template.end_token(tokenizer)
         checkup.findings += template.system_message(tokenizer, system)
-        checkup.findings += template.clock(tokenizer, [pair.columns["prompt"] for pair in pairs[:PROMPTS_RENDERED]])
+        checkup.findings += template.clock(tokenizer, [prompt_of(pair.columns) for pair in pairs[:PROMPTS_RENDERED]])
     if len(tokenizers) == 2 and tokenizers["student"] is not tokenizers["teacher"]:
         checkup.findings += vocabulary.same_ids(tokenizers["student"], tokenizers["teacher"])
         checkup.findings += vocabulary.special_tokens(tokenizers["student"], tokenizers["teacher"])

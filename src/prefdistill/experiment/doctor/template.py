@@ -93,14 +93,15 @@ def system_message(tokenizer: PreTrainedTokenizerBase, used: bool) -> Iterator[F
 
 
 def clock(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, Any]]]) -> Iterator[Finding]:
-    """Report a template that prints the date or other text that changes, for a made-up conversation or a prompt."""
-    if any(changes_with_time(tokenizer, messages) for messages in (PROBE, *prompts)):
+    """Report a template that prints the date or other text that changes; without prompts, in a made-up conversation."""
+    if any(changes_with_time(tokenizer, prompt) for prompt in prompts or [[*PROBE]]):
         yield Finding(
             "template.date",
             "warning",
             "the chat template prints the date, or other text that changes with time: token ids change with it, and "
             "signals and samples of another day are refused",
-            "Write a fixed date into the template (tokenizer.chat_template); where it takes `date_string`, give that.",
+            "Set the variable that the template takes (`chat_template_kwargs: {date_string: ...}`), or write a fixed "
+            "date into the template (tokenizer.chat_template).",
         )
 
 

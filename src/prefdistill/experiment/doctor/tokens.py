@@ -32,6 +32,10 @@ DROPPED = {
         "template.differs",
         "Use a template whose generation prompt is the start of a response (some open a thinking block there).",
     ),
+    reasons.TEXT_CHANGED: (
+        "template.sampled",
+        "Sample again with this tokenizer and template, or remove `NAME_ids` to learn from what the template writes.",
+    ),
     reasons.TOKENS_MERGE: (
         "tokens.merge",
         "End the prompt where a token ends: not with a space, or use a template with special tokens around turns.",

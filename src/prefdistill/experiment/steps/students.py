@@ -140,7 +140,7 @@ class Evaluate(Step):
             max_new_tokens=section.max_new_tokens,
             batch_size=section.batch_size,
             seed=self.context.seed,
-            learnt_from=False,
+            keep_ids=False,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
             **self._loading,
         )
