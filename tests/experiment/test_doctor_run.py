@@ -194,6 +194,12 @@ def test_a_reward_model_need_not_be_a_decoder(tmp_path, tokenizer):
     assert checkup.facts["memory"]["reading the reward model"] == 4 * judge.num_parameters()
 
 
+def test_options_that_leave_nothing_to_learn_are_a_finding(tmp_path, tokenizer):
+    checkup = examine(recipe=recipe_for(tmp_path, tokenizer, "methods.far={method: distillm2, skew: 0.99}"))
+    finding = finding_of(checkup, "recipe.method")
+    assert (finding.severity, finding.message[:28]) == ("warning", "methods.far: skew=0.99 leave")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from prefdistill import METHODS, PrefDistillTrainer
+from prefdistill import METHODS, LiveTeacher, PrefDistillTrainer
 from prefdistill.core.errors import UserError
 from prefdistill.core.stages import run_stage
 from prefdistill.data.truncation import Truncation
@@ -54,12 +54,12 @@ def teacher(tmp_path, make_model, pairs, tokenizer):
 def train(tmp_path, make_model, pairs, tokenizer, reference, teacher):
     """Train a fresh copy of the student; returns the trainer after its run."""
 
-    def run(method, *, args=None, model=None, signals=None, **more):
+    def run(method, *, args=None, model=None, signals=None, data=None, **more):
         trainer = PrefDistillTrainer(
             model=model or make_model(),
             method=method,
             args=args or arguments(tmp_path),
-            train_dataset=pairs,
+            train_dataset=data or pairs,
             signals=[reference, teacher] if signals is None else signals,
             processing_class=tokenizer,
             **more,
@@ -137,6 +137,29 @@ def test_tvkd_is_dpo_with_shifted_references(train, reference, teacher, monkeypa
     dpo = train(METHODS["dpo"](beta=0.1))
     np.testing.assert_allclose(history(tvkd), history(shifted), atol=1e-5)
     assert not np.allclose(history(tvkd), history(dpo), atol=1e-2)
+
+
+def test_a_loss_without_a_gradient_is_named_before_the_first_step(tmp_path, train, pairs, make_model, capsys):
+    """Of the methods with a sensible setting none is; saturated margins, weights of almost 0 and a teacher that is the
+    student are."""
+    data = pairs.add_column("far", [-30.0] * 24).add_column("faint", [1e-6] * 24)
+    args = arguments(tmp_path, max_steps=1)
+    for method, warned in (
+        (METHODS["dpo"](), False),
+        (METHODS["tvkd"](), False),
+        (METHODS["dpo"](margin="far"), True),
+        (METHODS["dpo"](weight="faint"), True),
+    ):
+        train(method, args=args, data=data)
+        assert ("next to nothing is learnt" in capsys.readouterr().err) == warned, method
+    topk = {"k": 20, "topk_coding": "float32"}
+    for model, skew, warned in ((5, 0.1, False), (0, 0.1, True), (5, 0.9999, True)):
+        sampled = data.rename_columns({"chosen": "teacher_response", "rejected": "student_response"})
+        teacher = LiveTeacher(make_model(model), "teacher", **topk)
+        train(METHODS["distillm2"](skew=skew), args=args, signals=[teacher], data=sampled)
+        err = capsys.readouterr().err
+        assert ("warning: the gradient of the loss at the start is" in err) == warned
+        assert ("warning: DistiLLM2: skew=0.9999 leaves 1e-08 of the gradient" in err) == (skew > 0.9)
 
 
 def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, train):

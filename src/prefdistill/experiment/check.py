@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.progress import say
+from prefdistill.core.progress import say, say_once
 from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.numbers import numeric_column
 from prefdistill.data.prompts import prompt_of, prompt_text
@@ -114,6 +114,8 @@ def _check_samples(plan: Plan) -> None:
 def _check_method(plan: Plan, where: str, method: Method) -> None:
     """Check that this recipe makes the signals that a method needs."""
     recipe = plan.context.recipe
+    if method.weakness:
+        say_once(f"warning: {where}: {method.weakness}")
     for need in method.needs:
         for name, value in need.settings.items():
             if (actual := getattr(recipe.signals, name)) != value:

@@ -110,6 +110,11 @@ class Method:
         return False
 
     @property
+    def weakness(self) -> str:
+        """What in its options leaves next to nothing to learn; empty if nothing does."""
+        return ""
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The numeric columns of the data that it reads, besides the scores."""
         return tuple(need.kind for need in self.needs if need.role == "data" and need.kind not in SCORES)

@@ -117,6 +117,16 @@ class DistiLLM2(Method):
             raise UserError(f"skew must lie in 0..1 (below 1, where the gradient is 0), got {self.skew}")
 
     @property
+    def weakness(self) -> str:
+        share = (1 - self.skew) ** 2
+        if share >= 0.01:
+            return ""
+        return (
+            f"skew={self.skew:g} leaves {share:.1g} of the gradient of the plain divergence where teacher and student "
+            "are alike, so next to nothing is learnt; the paper uses 0.1"
+        )
+
+    @property
     def responses(self) -> tuple[str, ...]:
         return ("teacher_response", "student_response")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.progress import say
+from prefdistill.core.progress import say, say_once
 from prefdistill.data.batches import layout_for
 from prefdistill.data.encode import longest_text
 from prefdistill.data.truncation import Truncation
@@ -20,6 +20,7 @@ from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models.positions import check_positions
 from prefdistill.signals.live import LiveTeacher, bind_live
 from prefdistill.signals.store import Signals
+from prefdistill.training.gradient import LEAST, gradient_share
 from prefdistill.training.nan_guard import check_loss
 from prefdistill.training.rows import SignalCollator, feature_tensors, prepare_rows
 from prefdistill.training.start import check_start
@@ -130,7 +131,9 @@ class PrefDistillTrainer(Trainer):
         self._emittable = emittable_ids(processing_class, vocabulary_rows(student))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._steps_since_log = 0
-        self._reference_checked = False
+        self._start_checked = False
+        if method.weakness:
+            say_once(f"warning: {type(method).__name__}: {method.weakness}")
 
     def _signals(
         self,
@@ -165,12 +168,13 @@ class PrefDistillTrainer(Trainer):
                 model, inputs, self.method, features, emittable=self._emittable, balance=self._balance != 0
             )
         loss, metrics = self.method.loss(student, features)
+        if num_items_in_batch is not None and not self._start_checked:
+            self._check_start(loss, student, features)
         if student.balance is not None:
             loss = loss + self._balance * student.balance
             metrics = {**metrics, "aux_loss": student.balance.detach()}
         check_loss(loss, self.state.global_step + 1, f"rows {row_features['row']} of the data")
         if num_items_in_batch is not None:
-            self._check_reference(student, features)
             weight = rows / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
             loss = loss * weight
             for name, value in metrics.items():
@@ -231,11 +235,19 @@ class PrefDistillTrainer(Trainer):
             self._steps_since_log = 0
         super().log(logs, start_time)
 
-    def _check_reference(self, student: Student, features: dict[str, Tensor]) -> None:
-        """Warn if, before the first step, the student and its stored reference log-probs disagree."""
-        if self._reference_checked or "ref_chosen" not in features or self.state.global_step > 0:
+    def _check_start(self, loss: Tensor, student: Student, features: dict[str, Tensor]) -> None:
+        """Warn if, before the first step, the loss has no gradient, or the student differs from its reference."""
+        self._start_checked = True
+        if self.state.global_step > 0:
             return
-        self._reference_checked = True
+        if (share := gradient_share(loss, student)) < LEAST:
+            say(
+                f"warning: the gradient of the loss at the start is {share:.1g} of that of SFT on the same responses: "
+                "next to nothing is learnt. Check the method's options, weights and margins, and that the signals are "
+                "of another model than the student"
+            )
+        if "ref_chosen" not in features:
+            return
         gap = (student.logps["chosen"].detach() - features["ref_chosen"]).abs().sum() / student.tokens["chosen"].sum()
         if gap > REFERENCE_GAP:
             say(

@@ -120,6 +120,11 @@ def examine(
         if recipe is not None:
             plan = build_plan(recipe, Path(out), recipe.seed)
             check_trainings(plan)  # the costs depend on them
+            checkup.findings += [
+                Finding("recipe.method", "warning", f"methods.{name}: {method.weakness}", "Change its options.")
+                for name, method in plan.methods.items()
+                if method.weakness
+            ]
         _check_machine(checkup, recipe, models, None if unwritable else Path(out))
         if plan is not None and checkup.ok:
             check_plan(plan)
