@@ -56,7 +56,8 @@ MISSING = [  # method, options, the signals at hand, what is said
 
 
 def test_missing_signals_are_listed_for_every_method():
-    assert {name for name, *_ in MISSING} == {name for name in METHODS if METHODS[name]().needs}
+    own = {name for name in METHODS if METHODS[name].scores_reference}  # WPO computes what it lacks
+    assert {name for name, *_ in MISSING} == {name for name in METHODS if METHODS[name]().needs} - own
 
 
 @pytest.mark.parametrize(("name", "options", "roles", "message"), MISSING)
