@@ -38,6 +38,10 @@ class PairRewards:
     row: np.ndarray
     groups: list[int]
 
+    def wins(self) -> np.ndarray:
+        """Return 1 where the chosen response has the higher reward, one half at a tie, [pairs]."""
+        return pair_wins(self.chosen, self.rejected)
+
 
 @dataclass(frozen=True)
 class Responses:
@@ -76,7 +80,10 @@ class Responses:
             )
         prompts = prompts_of(rows)
         for row, response in enumerate(rows[column][:]):
-            if not isinstance(response, str) and not _are_messages(response):
+            if not isinstance(response, str) and not (
+                isinstance(response, list)
+                and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in response)
+            ):
                 raise UserError(
                     f"row {row} of the responses has no response: {column!r} must be text or a list of messages, not "
                     f"{reprlib.repr(response)}"
@@ -107,6 +114,18 @@ class Responses:
         cut: dict[str, Any] = {name: None if value is None else value[:count] for name, value in values.items()}
         return replace(self, **cut)
 
+    def word_counts(self) -> list[int]:
+        return list(map(word_count, self.texts))
+
+    def exact_matches(self) -> list[bool] | None:
+        """Return whether each response is its reference, but for white space around; None without references."""
+        pairs = zip(self.texts, self.references or [], strict=False)
+        return [text.strip() == reference.strip() for text, reference in pairs] if self.references else None
+
+    def rouge_l(self) -> list[float] | None:
+        """Return ROUGE-L with each reference; None without references."""
+        return rouge_l(self.texts, self.references) if self.references else None
+
     def win_rates(self, opponent: str) -> list[float] | None:
         r"""Return each response's share of wins against the opponent's responses A_i to its prompt, by score.
 
@@ -126,10 +145,6 @@ class Responses:
                 raise UserError(f"no win rate: the responses to compare with lack the prompt {prompt_text(prompt):.80}")
             wins.append(float(np.mean(pair_wins(np.full(len(others), score), others))))
         return wins
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
 
 
 def text_of(response: Any) -> str:

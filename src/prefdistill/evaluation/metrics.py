@@ -10,12 +10,9 @@ The order of the registry is that of the tables, and decides which metric is the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from prefdistill.core.registry import Registry
-
-if TYPE_CHECKING:
-    from prefdistill.evaluation.metric_inputs import PairRewards, Responses
 
 Source = Literal["responses", "greedy", "pairs"]
 Values = Sequence[float] | Any  # a number per item, array-like [items]
@@ -53,31 +50,6 @@ class Metric:
         return shown if self.in_table else shown | {"in_table": False}
 
 
-def _exact_match(responses: "Responses") -> Values | None:
-    if responses.references is None:
-        return None
-    pairs = zip(responses.texts, responses.references, strict=True)
-    return [text.strip() == reference.strip() for text, reference in pairs]
-
-
-def _rouge_l(responses: "Responses") -> Values | None:
-    from prefdistill.evaluation.metric_inputs import rouge_l
-
-    return None if responses.references is None else rouge_l(responses.texts, responses.references)
-
-
-def _response_words(responses: "Responses") -> Values:
-    from prefdistill.evaluation.metric_inputs import word_count
-
-    return [word_count(text) for text in responses.texts]
-
-
-def _reward_accuracy(pairs: "PairRewards") -> Values:
-    from prefdistill.evaluation.stats import pair_wins
-
-    return pair_wins(pairs.chosen, pairs.rejected)
-
-
 METRICS = Registry(
     "metric",
     "metrics",
@@ -95,15 +67,15 @@ METRICS = Registry(
             "reward model: win rate against the given responses", lambda r: r.win_rates("against"), by_length=True
         ),
         "reward_model_score": Metric("reward model: score", lambda responses: responses.scores, by_length=True),
-        "rouge_l": Metric("ROUGE-L", _rouge_l, by_length=True),
-        "exact_match": Metric("exact match", _exact_match, by_length=True),
+        "rouge_l": Metric("ROUGE-L", lambda responses: responses.rouge_l(), by_length=True),
+        "exact_match": Metric("exact match", lambda responses: responses.exact_matches(), by_length=True),
         "response_tokens": Metric(
             "tokens", lambda responses: responses.tokens, higher_is_better=None, format=".1f", by_length=True
         ),
         "response_words": Metric(
-            "words", _response_words, higher_is_better=None, format=".1f", by_length=True, in_table=False
+            "words", lambda r: r.word_counts(), higher_is_better=None, format=".1f", by_length=True, in_table=False
         ),
-        "reward_accuracy": Metric("implicit-reward accuracy", _reward_accuracy, source="pairs"),
+        "reward_accuracy": Metric("implicit-reward accuracy", lambda pairs: pairs.wins(), source="pairs"),
         "chosen_logp": Metric(
             "log-prob of chosen, per token", lambda pairs: pairs.chosen_logp, source="pairs", higher_is_better=None
         ),

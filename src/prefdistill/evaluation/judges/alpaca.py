@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +224,7 @@ def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluato
         if len(labels) not in (2, 3) or len(set(labels)) < len(labels) or not all(labels):
             raise UserError(f"--labels takes two or three different words, comma-separated, got {','.join(labels)}")
         text = read_text(Path(prompt))
-        return Evaluator(prompt, _messages(text, prompt), dict(FIELDS), partial(_by_label, labels=labels))
+        return Evaluator(prompt, _messages(text, prompt), dict(FIELDS), _by_label(labels))
     if labels is not None:
         raise UserError(f"--labels goes with a prompt file, which {prompt} is not; an evaluator has labels of its own")
     directory = _package() / "evaluators_configs"
@@ -234,41 +233,38 @@ def read_evaluator(prompt: str, labels: Sequence[str] | None = None) -> Evaluato
         raise UserError(f"--prompt {prompt} is neither a file nor an evaluator of alpaca_eval, such as {DEFAULT}")
     config = next(iter(read_yaml(config_path, "config", "reinstall alpaca_eval", "prompt_template").values()))
     fields = {key: value for key, value in config["completions_kwargs"].items() if key != "model_name"}
-    read = _reader(config)
+    read, asks_for_label = _reader(config)
     known = {"max_tokens", "temperature", "top_p", "logprobs", "top_logprobs"}
     if read is None or config.get("batch_size", 1) != 1 or fields.keys() - known:
         raise UserError(f"--prompt {prompt}: only evaluators that name the better output, or rank both, can be used")
-    if read.func is _by_label:
+    if asks_for_label:
         # the package asks which of two tokens is likelier; a greedy reply says the same without log-probabilities
         fields = {key: value for key, value in fields.items() if "logprobs" not in key} | {"temperature": 0}
     text = (directory / config["prompt_template"]).read_text(encoding="utf-8")
     return Evaluator(prompt, _messages(text, prompt), fields, read)
 
 
-def _reader(config: dict[str, Any]) -> "partial[verdicts.Verdict] | None":
+Reader = Callable[[Reply], verdicts.Verdict]
+
+
+def _by_label(labels: Sequence[str]) -> Reader:
+    return lambda reply: verdicts.read_label(reply.text, labels)
+
+
+def _reader(config: dict[str, Any]) -> tuple[Reader | None, bool]:
+    """Return what parses the replies to an evaluator, None for one that is not supported, and whether it is a label."""
     options = config.get("completion_parser_kwargs") or {}
     if config.get("fn_completion_parser") == "ranking_parser":
-        return partial(_by_ranking, first=options.get("model_1_name", "model_1"))
+        return lambda reply: verdicts.read_ranking(reply.text, options.get("model_1_name", "model_1")), False
     if config.get("fn_completion_parser") != "logprob_parser" or options.get("log_prob_index", "batch") != "batch":
-        return None
+        return None, False
     first = options["numerator_token"]
-    others = [token for token in options["denominator_tokens"] if token != first]
-    if len(others) != 1:
-        return None
-    by = _by_label if options.get("is_binarize", True) else _by_probability
-    return partial(by, labels=(first, others[0]))
-
-
-def _by_label(reply: Reply, labels: Sequence[str]) -> verdicts.Verdict:
-    return verdicts.read_label(reply.reply or "", labels)
-
-
-def _by_probability(reply: Reply, labels: Sequence[str]) -> verdicts.Verdict:
-    return verdicts.read_label_probability(reply.reply or "", reply.first_token, labels)
-
-
-def _by_ranking(reply: Reply, first: str) -> verdicts.Verdict:
-    return verdicts.read_ranking(reply.reply or "", first)
+    labels = (first, *(token for token in options["denominator_tokens"] if token != first))
+    if len(labels) != 2:
+        return None, False
+    if options.get("is_binarize", True):
+        return _by_label(labels), True
+    return lambda reply: verdicts.read_label_probability(reply.text, reply.first_token, labels), False
 
 
 def _package() -> Path:

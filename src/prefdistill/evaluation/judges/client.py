@@ -103,6 +103,10 @@ class Reply:
     retries: int = 0
     seconds: float = 0.0
 
+    @property
+    def text(self) -> str:
+        return self.reply or ""
+
 
 def judge_key() -> tuple[str | None, str]:
     """Return the name of the environment variable that holds a key, and the key; local servers need none."""

@@ -56,22 +56,17 @@ def read_text(path: Path) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl, .jsonl.gz or .parquet file, or of a JSON file that holds a list of them."""
-    rows = _packed_rows(path) if path.name.endswith((".jsonl.gz", ".parquet")) and path.is_file() else _json_rows(path)
+    packed = path.name.endswith((".jsonl.gz", ".parquet")) and path.is_file()  # other types that `sample` writes
+    rows: list[Any] = list(sources.read_rows(str(path))) if packed else _json_rows(path)
     if not rows:
         raise UserError(f"{path}: there are no rows in it")
     for place, row in enumerate(rows):
+        if isinstance(row, UserError):
+            raise row
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {place}: not a JSON object")
         if surrogate(json.dumps(row, ensure_ascii=False, default=str)) is not None:
             raise UserError(f"{path}, row {place}: it holds half a surrogate pair (\\ud800 to \\udfff); fix the text")
-    return rows
-
-
-def _packed_rows(path: Path) -> list[Any]:
-    """Return the rows of the other file types that `prefdistill sample` writes."""
-    rows = list(sources.read_rows(str(path)))
-    if wrong := next((row for row in rows if isinstance(row, UserError)), None):
-        raise wrong
     return rows
 
 

@@ -176,9 +176,8 @@ def _summary(rows: Sequence[dict[str, Any]], endpoint: Endpoint, options: Judgin
         raise RuntimeError(f"all {errors} requests failed, the last one: {unique[-1]['error']}")
     warnings = []
     if errors > FAILED_SHARE * len(unique):
-        warnings.append(
-            f"{errors} of {len(unique)} requests failed ({_most_frequent_error(unique)}); the same command retries them"
-        )
+        ((frequent, _),) = Counter(row["error"] for row in unique if row["error"] is not None).most_common(1)
+        warnings.append(f"{errors} of {len(unique)} requests failed ({frequent}); the same command retries them")
     if len(unparsable) > FAILED_SHARE * len(unique):
         contradictory = counts["outcomes"][CONTRADICTORY]
         reasons = [f"{contradictory} of them state two that differ"] if contradictory else []
@@ -205,8 +204,3 @@ def _summary(rows: Sequence[dict[str, Any]], endpoint: Endpoint, options: Judgin
         "cost": cost,
         "warnings": warnings,
     }
-
-
-def _most_frequent_error(rows: Sequence[dict[str, Any]]) -> str:
-    errors = [row["error"] for row in rows if row["error"] is not None]
-    return max(set(errors), key=errors.count)

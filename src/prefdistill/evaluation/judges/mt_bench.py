@@ -13,11 +13,11 @@ from typing import Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import file_digest, value_digest
 from prefdistill.core.options import takes
-from prefdistill.evaluation.judges import verdicts
-from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Reply
+from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question
 from prefdistill.evaluation.judges.inputs import Prompt, read_answers, read_prompts, read_questions
 from prefdistill.evaluation.judges.ledger import Ledger, judge, outcome_counts
 from prefdistill.evaluation.judges.options import MTBench
+from prefdistill.evaluation.judges.verdicts import read_rating, read_winner
 from prefdistill.evaluation.stats import estimate
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories with a reference answer
@@ -76,7 +76,10 @@ def judge_mt_bench(endpoint: Endpoint, out: Path, **options: Any) -> dict[str, A
     questions = read_questions(settings.questions, settings.max_questions)
     files = {"answers": settings.answers} | ({"against": settings.against} if settings.against else {})
     turns = {who: read_answers(path, questions, "answer") for who, path in files.items()}
-    bench = _Bench(questions, _prompts(settings.prompts, kinds), _references(settings.references, questions), turns)
+    judge_prompts = _prompts(settings.prompts, kinds)
+    needed = [q for q in questions if q["category"] in WITH_REFERENCE]
+    references = read_answers(settings.references, needed, "reference answer") if needed else {}
+    bench = _Bench(questions, judge_prompts, references, turns)
     inputs = {name: getattr(settings, name) for name in ("questions", "prompts", "references")}
     digests = {name: file_digest(path) for name, path in inputs.items()}
 
@@ -85,14 +88,16 @@ def judge_mt_bench(endpoint: Endpoint, out: Path, **options: Any) -> dict[str, A
         verdict_rows: list[dict[str, Any]] = []
         if "single" in kinds:
             graded = [(who, q) for who in files for q in bench.single(who)]
-            rows = ledger.ask(endpoint, [q for _, q in graded], _rating, what="grading")
+            requests = [question for _, question in graded]
+            rows = ledger.ask(endpoint, requests, lambda reply: read_rating(reply.text), what="grading")
             by_who = {who: [r for r, (w, _) in zip(rows, graded, strict=True) if w == who] for who in files}
             results["single"] = {who: grades(own) for who, own in by_who.items()}
             if settings.against:
                 results["single"]["difference"] = grade_difference(by_who["answers"], by_who["against"])
             verdict_rows += rows
         if "pair" in kinds:
-            rows = ledger.ask(endpoint, [q for order in ORDERS for q in bench.pair(order)], _winner, what="comparing")
+            requests = [question for order in ORDERS for question in bench.pair(order)]
+            rows = ledger.ask(endpoint, requests, lambda reply: read_winner(reply.text), what="comparing")
             half = len(rows) // 2
             results["pair"] = comparisons(rows[:half], rows[half:])
             verdict_rows += rows
@@ -176,25 +181,12 @@ def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
     return {str(name): _mean([row for row in rows if row[key] == name]) for name in dict.fromkeys(r[key] for r in rows)}
 
 
-def _rating(reply: Reply) -> verdicts.Verdict:
-    return verdicts.read_rating(reply.reply or "")
-
-
-def _winner(reply: Reply) -> verdicts.Verdict:
-    return verdicts.read_winner(reply.reply or "")
-
-
 def _prompts(path: Path, kinds: Sequence[str]) -> dict[tuple[str, bool, int], Prompt]:
     required = {key: value for key, value in PROMPTS.items() if key[0] in kinds}
     prompts = read_prompts(path, [name for name, _ in required.values()])
     for name, fields in required.values():
         prompts[name].require(fields, path)
     return {key: prompts[name] for key, (name, _) in required.items()}
-
-
-def _references(path: Path, questions: Sequence[dict[str, Any]]) -> dict[Any, list[str]]:
-    needed = [q for q in questions if q["category"] in WITH_REFERENCE]
-    return read_answers(path, needed, "reference answer") if needed else {}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ _SINGLE_BRACKETS = rf"\[{_NUMBER}\]"
 _WINNER = rf"\[\[{_MARKUP}([ABC]){_MARKUP}\]\]"
 LOWEST, HIGHEST = 1.0, 10.0
 RANKING_CHARACTERS = 2_000  # longer replies are not parsed
+Top = Sequence[tuple[str, float]] | None  # the likeliest first tokens of a reply, with log-probabilities in nats
 PARSED, NO_VERDICT, CONTRADICTORY = OUTCOMES = ("parsed", "no_verdict", "contradictory")
 
 _WORDS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|inner_monologue)"
@@ -118,7 +119,7 @@ def read_label(reply: str, labels: Sequence[str]) -> Verdict:
     return _read(reply, read)
 
 
-def read_label_probability(reply: str, top: Sequence[tuple[str, float]] | None, labels: Sequence[str]) -> Verdict:
+def read_label_probability(reply: str, top: Top, labels: Sequence[str]) -> Verdict:
     """Return `label_probability`; none for a reply that starts by reasoning, whose first token is no verdict."""
     value = label_probability(top, labels) if without_reasoning(reply) == reply else None
     return _read(reply, lambda _: [] if value is None else [value])
@@ -173,7 +174,7 @@ def _is_stated(match: re.Match[str], answer: str) -> bool:
     return bool(before.strip("\t *_`\"'")) or bool(_REST_OF_LINE.match(answer[match.end() :].partition("\n")[0]))
 
 
-def label_probability(top: Sequence[tuple[str, float]] | None, labels: Sequence[str]) -> float | None:
+def label_probability(top: Top, labels: Sequence[str]) -> float | None:
     r"""Return the preference for the second output, from the log-probabilities of the reply's first token.
 
     .. math:: \frac{p(\text{second})}{p(\text{first}) + p(\text{second})}
