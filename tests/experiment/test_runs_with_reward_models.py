@@ -10,6 +10,7 @@ import pytest
 from prefdistill.core.errors import UserError
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.check import check_plan
+from prefdistill.experiment.doctor import examine
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
@@ -132,6 +133,22 @@ def test_every_step_drops_rows_that_the_chat_template_refuses(judged, tmp_path, 
     log = capfd.readouterr().err
     for stage in ("signals", "sample", "evaluate-reward-model"):
         assert f"{stage}: dropped 2 rows: the chat template refuses its messages (2, first row 1)" in log
+    train, judge, test = results["read"]["data"]
+    assert (train["name"], judge["name"], test["name"]) == ("train", "reward model", "test")
+    assert train["rows"] + judge["rows"] == len(load_pairs(recipe["data"]["train"]))
+    assert (test["rows"], test["unread"]) == (12, [])
+    assert results["read"]["template"]["tokenizer"] == recipe["model"]["student"]
+    read = {stage["name"]: stage["read"] for stage in results["stages"]}
+    assert read["signals-reference-test"]["dropped"] == {"the chat template refuses its messages": 2}
+    assert read["teacher-dpo"] == read["signals-reference-train"] == read["distill-dpo-0"]  # the same rows and ids
+    assert read["teacher-sft"]["data"] == "demonstrations"
+    assert not results["warnings"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What was read" in page
+    assert "2: the chat template refuses its messages" in page
+    checkup = examine(recipe=load_recipe(judged))
+    doctor = checkup.facts["test"]["read"]
+    assert {**doctor, **read["signals-reference-test"]} == {**read["signals-reference-test"], **doctor}
 
 
 def test_a_named_reward_model_leaves_all_pairs_to_the_students(judged, tmp_path):

@@ -13,6 +13,7 @@ from prefdistill.evaluation.metrics import METRICS, Metric, headline_metric
 from prefdistill.evaluation.responses import measure_texts
 from prefdistill.evaluation.stats import estimate, mean_and_error
 from prefdistill.evaluation.verdict import verdict
+from prefdistill.experiment.readings import unlike
 from prefdistill.experiment.recipe import Recipe, load_recipe
 from prefdistill.experiment.summary import margin_accuracies, side_by_side, summarise
 from prefdistill.report import method_table, render_html
@@ -233,3 +234,14 @@ def test_a_metric_that_some_runs_lack_is_left_out_of_their_rows():
     results = summarise(recipe(), [models])
     assert results["methods"]["tvkd"].keys() == {"reward", "reward_accuracy"}
     assert results["methods"]["shuffled"].keys() == results["differences"]["tvkd"].keys() == {"reward"}
+
+
+def test_stages_that_read_other_tokens_of_the_same_data_are_named():
+    def stage(name, ids, data="train", seed=0):
+        return {"name": name, "seed": seed, "read": {"data": data, "responses": ["chosen", "rejected"], "ids": ids}}
+
+    alike = [stage("teacher-dpo", "a"), stage("distill-dpo-0", "a"), stage("distill-dpo-0", "b", seed=1)]
+    assert unlike([*alike, stage("sample", "c", "test"), {"name": "init", "seed": 0, "read": {}}]) == []
+    assert unlike([*alike, stage("distill-tvkd-0", "b")]) == [
+        "stages have read other rows or tokens of train: teacher-dpo, distill-dpo-0, unlike distill-tvkd-0"
+    ]

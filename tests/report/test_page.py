@@ -34,7 +34,13 @@ def test_page_shows_the_numbers(page: str) -> None:
     assert "1 of 3 reused" in text
     assert "tvkd: {alpha: 0.7, beta: 0.3}" in text
     assert "packages.trl 1.16.0" in text
+    assert "9: the prompt leaves no room; 1: chosen and rejected are equal 0 31 7d6db3152625" in text
+    assert "teacher-dpo, distill sft-chosen, distill dpo" in text  # they have read the same
+    assert "pairs.jsonl source, margin" in text
+    assert "In tokens: max_length 2,048." in text
+    assert "Chat template of my/student , digest 0123456789ab" in text
     for heading in (
+        "What was read",
         "Methods",
         "Difference to DPO",
         "Training",

@@ -37,6 +37,11 @@ def evil_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     results["roles"] = results["roles"] | {EVIL: {"kind": "method", "of": None}}
     results["stages"].append({"name": EVIL, "seconds": 4000, "reused": True, "directory": EVIL})
+    results["stages"].append({"name": EVIL, "read": {"data": EVIL, "rows": NAN, "dropped": {EVIL: EVIL}, "ids": EVIL}})
+    results["read"] = {
+        "data": [{"name": EVIL, "source": EVIL, "rows": INF, "unread": [EVIL]}],
+        "template": {"tokenizer": EVIL, "sha256": EVIL, "start": EVIL * 40},
+    }
     results["stages"].append(distill_stage("tvkd", 7, seed=0, directory="seed-0/distill-tvkd-7"))
     path = write_run(tmp_path_factory.mktemp("runs") / "evil", results, steps=20, names=("dpo", "tvkd"))
     log(path, 0, "distill-tvkd-7", [{"step": 5, "loss": NAN}])

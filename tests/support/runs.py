@@ -51,6 +51,13 @@ def distill_stage(name: str, order: int = 0, **more: Any) -> dict[str, Any]:
     return stage | {"order": order, "round": 1} | more
 
 
+READ = {
+    "data": "train", "responses": ["chosen", "rejected"], "rows": 1200, "kept": 1190,
+    "dropped": {"the prompt leaves no room": 9, "chosen and rejected are equal": 1}, "truncated_prompts": 0,
+    "truncated_responses": 31, "ids": "7d6db3152625",
+}  # fmt: skip
+
+
 def make_results(seeds: int = 3, orders: int = 3, recipe: str = "quickstart") -> dict[str, Any]:
     methods: dict[str, Any] = {}
     differences: dict[str, Any] = {}
@@ -136,9 +143,15 @@ def make_results(seeds: int = 3, orders: int = 3, recipe: str = "quickstart") ->
             }
             for i in range(6)
         ],
+        "read": {
+            "data": [{"name": "train", "source": "pairs.jsonl", "rows": 1200, "unread": ["source", "margin"]}],
+            "template": {"tokenizer": "my/student", "sha256": "0123456789abcdef", "start": "{% for m in messages %}"},
+            "max_length": 2048, "max_prompt_length": None,
+        },
         "stages": [
             {
-                **stage, "reused": seed == 0 and stage["kind"] in ("sft", "dpo"), "seed": seed,
+                **stage, "read": READ if stage["kind"] in ("dpo", "distill") else {},
+                "reused": seed == 0 and stage["kind"] in ("sft", "dpo"), "seed": seed,
                 "directory": f"seed-{seed}/{stage['name']}", "peak_memory": 900 * 2**20,
                 "bytes": 1_500_000 * stage["seconds"],
             }

@@ -107,12 +107,14 @@ class Reading:
         dropped: the other rows.
         prompts: kept rows whose prompt is truncated.
         responses: kept rows of which a response is truncated.
+        ids: a digest of the kept rows' numbers and token ids, where it was computed.
     """
 
     kept: int
     dropped: Dropped
     prompts: int
     responses: int
+    ids: str = ""
 
     @property
     def rows(self) -> int:
@@ -138,6 +140,7 @@ class Reading:
             "dropped": self.dropped.counts,
             "truncated_prompts": self.prompts,
             "truncated_responses": self.responses,
+            **({"ids": self.ids} if self.ids else {}),
         }
 
 

@@ -27,6 +27,7 @@ from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.check import check_models, check_plan
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
+from prefdistill.experiment.readings import read_of, unlike
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
 from prefdistill.experiment.summary import gauge, margin_accuracies, side_by_side, summarise
@@ -102,6 +103,7 @@ def _entry(step: Step, stage: Stage) -> dict[str, Any]:
         "peak_memory": stage.peak_memory,
         "bytes": stage.bytes,
         **step.describe(),
+        "read": step.read(),
     }
 
 
@@ -130,8 +132,9 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         "gauge_flips": gauge([gauge_flips(signals.store("teacher", "values", "chosen")) for signals in held_out]),
         "shaping": shaping[0][0] if shaping else {},
         "samples": side_by_side(measured[0]),
+        "read": read_of(plans[0]),
         "stages": stages,
-        "warnings": sorted({warning for _, warnings in shaping for warning in warnings}),
+        "warnings": sorted({*unlike(stages), *(warning for _, warnings in shaping for warning in warnings)}),
     }
     return results | {"verdict": verdict_of(results)}
 

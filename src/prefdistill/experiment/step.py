@@ -1,13 +1,14 @@
 """Steps of a plan, and the data and models that they read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from prefdistill.core.files import read_json
 from prefdistill.core.stages import stage_key
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.truncation import READING, Truncation
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
 
@@ -120,6 +121,11 @@ class Step:
         """Do the work, or resume it, in the directory `out`."""
         raise NotImplementedError
 
+    def read(self) -> dict[str, Any]:
+        """Return how a finished step has read its rows, for results.json: `Reading.to_json`, with the name of the data
+        and the responses; empty if it reads none, or was made by a version that did not note it."""
+        return {}
+
     def repair(self) -> None:
         """Check the result of a finished step and rebuild damaged parts, where the step can tell."""
 
@@ -169,6 +175,11 @@ class Trained(Step):
     """A step whose output is a model."""
 
     output_role: ModelRole = "student"
+
+    def noted(self, data: str, responses: Iterable[str]) -> dict[str, Any]:
+        """Return what the training has noted about its rows, see `read`."""
+        file = self.directory / READING
+        return {"data": data, "responses": list(responses), **read_json(file)} if file.is_file() else {}
 
     @functools.cached_property
     def output(self) -> Model:

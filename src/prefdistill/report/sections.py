@@ -53,6 +53,7 @@ def view_of(run: Run, key: str, of: int) -> View:
         "lengths": responses.lengths_of(results, styles, key, _CLOUD_BUDGET // of // 2),
         "by_length": responses.by_length_of(results, styles, key),
         "samples": responses.samples_of(results, _TEXT_BUDGET // of),
+        "read": read_of(results),
         "stages": stages_of(results),
         "recipe": cut(run["recipe"], 40_000) if run["recipe"] else None,
         "environment": flat(run["environment"]),
@@ -162,9 +163,8 @@ def stages_of(results: Results) -> View | None:
         seconds = number(about.get("seconds"))
         if "name" not in about or seconds is None:
             continue
-        kind, method = about.get("kind"), about.get("method")
         group = groups.setdefault(
-            clean(f"{kind} {method}" if kind and method else about["name"]),
+            _stage_name(about),
             {"seconds": 0.0, "runs": 0, "reused": 0, "peak_memory": 0.0, "bytes": 0.0},
         )
         group["seconds"] += seconds
@@ -199,6 +199,59 @@ def stages_of(results: Results) -> View | None:
         "any_memory": any(g["peak_memory"] for g in groups.values()),
         "any_disk": any(g["bytes"] for g in groups.values()),
     }
+
+
+def read_of(results: Results) -> View | None:
+    """Return what was read: the data sets, the chat template, and how many rows of them each stage kept."""
+    counts = ("rows", "kept", "truncated_prompts", "truncated_responses")
+    stages: dict[tuple[str, ...], list[str]] = {}
+    for about in map(mapping, results.items("stages")):
+        if one := mapping(about.get("read")):
+            reasons = mapping(one.get("dropped")).items()
+            dropped = "; ".join(f"{_count(rows)}: {clean(reason)}" for reason, rows in reasons) or "none"
+            numbers = [_count(one.get(key)) for key in counts]
+            key = (clean(one.get("data", "")), *numbers, dropped, clean(one.get("ids", "")))
+            stages.setdefault(key, []).append(_stage_name(about))
+    read = results.mapping("read")
+    sets, template = read.get("data"), mapping(read.get("template"))
+    data = [
+        {
+            "name": clean(one.get("name", "")),
+            "source": clean(one.get("source", "")),
+            "rows": _count(one.get("rows")),
+            "unread": ", ".join(map(clean, one["unread"])) if isinstance(one.get("unread"), list) else "",
+        }
+        for one in map(mapping, sets if isinstance(sets, list) else [])
+    ]
+    if not (stages or data):
+        return None
+    names = ("data", *counts, "dropped", "ids")
+    limits = {name: _count(read.get(name)) for name in ("max_length", "max_prompt_length")}
+    return {
+        "data": data,
+        "stages": [
+            {**dict(zip(names, key, strict=True)), "names": ", ".join(dict.fromkeys(of))} for key, of in stages.items()
+        ],
+        "limits": ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit),
+        "template": {
+            "tokenizer": clean(template.get("tokenizer", "")),
+            "digest": clean(template.get("sha256", ""))[:12],
+            "start": cut(str(template.get("start", "")), 400),
+        }
+        if template
+        else None,
+    }
+
+
+def _count(value: Any) -> str:
+    count = number(value)
+    return f"{count:,.0f}" if count is not None and math.isfinite(count) else ""
+
+
+def _stage_name(about: dict[str, Any]) -> str:
+    """Return the name of a stage, one for all data orders of a method."""
+    kind, method = about.get("kind"), about.get("method")
+    return clean(f"{kind} {method}" if kind and method else about.get("name", ""))
 
 
 def comparison_of(runs: list[Run]) -> list[View]:

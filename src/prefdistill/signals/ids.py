@@ -68,6 +68,28 @@ class Ids:
         )
 
 
+def rows_digest(rows: np.ndarray, checks: Mapping[str, np.ndarray]) -> str:
+    """Return a short digest of rows and of the CRC-32 of their token ids, the same for a store and for a training."""
+    digest = sha256(np.asarray(rows, dtype="<i8").tobytes())
+    for name in sorted(checks):
+        digest.update(np.asarray(checks[name], dtype="<u4").tobytes())
+    return digest.hexdigest()[:12]
+
+
+def reading_of_store(store: Signals) -> dict[str, Any]:
+    """Return how the rows of a store were read, as `Reading.to_json` does; without what an older version lacks."""
+    columns = {name: f"{name}_{IDS_CHECK}" for name in store.responses}
+    checks = {name: store.scalar(column, store.rows) for name, column in columns.items() if column in store.columns}
+    about = store.manifest
+    return {
+        "rows": about["data"]["rows"],
+        "kept": len(store.rows),
+        "dropped": about["dropped"]["reasons"],
+        **{f"truncated_{part}": count for part, count in (about.get("truncated") or {}).items()},
+        **({"ids": rows_digest(store.rows, checks)} if checks else {}),
+    }
+
+
 def _lists(column: Any) -> list[Any]:
     """Return the ids of each row of an Arrow column, without copying them."""
     values = column.values.to_numpy().astype("<i4", copy=False)

@@ -242,7 +242,7 @@ def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple
         for shard, note in zip(shards, notes, strict=True)
     ]
     gone = {"reasons": dropped.counts, "rows": [row for note in notes for row in note["rows"]]}
-    reading = Reading(sum(note["kept"] for note in notes), dropped, **truncated)
+    reading = Reading(sum(note["kept"] for note in notes), dropped, truncated["prompts"], truncated["responses"])
     manifest = {
         **request,
         "topk": topk,

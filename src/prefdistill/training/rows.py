@@ -15,7 +15,7 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.truncation import NO_SIGNALS, Dropped, Reading, Truncation
 from prefdistill.methods import Method
-from prefdistill.signals.ids import check_ids
+from prefdistill.signals.ids import Ids, check_ids, rows_digest
 from prefdistill.signals.kinds import KINDS
 from prefdistill.signals.needs import Need
 from prefdistill.signals.options import SignalOptions
@@ -82,7 +82,8 @@ def prepare_rows(
     for store in available.stores:
         check_ids(store, encoded, tokenizer)
     encoded, dropped = _with_signals_only(encoded, dropped, available)
-    if not (reading := reading_of(encoded, dropped)).complete:
+    reading = reading_with_ids(encoded, dropped, method.responses)
+    if not reading.complete:
         say(f"training: {reading}")
     available = available.at(np.asarray(encoded["row"][:]))
     features = method.row_signals(available)
@@ -101,6 +102,12 @@ def prepare_rows(
         for response in need.responses
     )
     return encoded, SignalCollator(collate, available, per_state), truncation, reading
+
+
+def reading_with_ids(encoded: "Dataset", dropped: Dropped, responses: Sequence[str]) -> Reading:
+    """Return how a data set was read, with the digest of its token ids."""
+    ids = Ids.of(encoded, responses)
+    return replace(reading_of(encoded, dropped), ids=rows_digest(ids.rows, ids.checks))
 
 
 def _shared_truncation(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import drop_refused, encode_pairs, longest_text, reading_of
+from prefdistill.data.encode import drop_refused, encode_pairs, longest_text
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.prompts import prompt_of
 from prefdistill.data.sources import NO_CACHE
@@ -19,6 +19,7 @@ from prefdistill.training.arguments import training_arguments
 from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import DPOTraining, Training
+from prefdistill.training.rows import reading_with_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,8 @@ def train_with_trl(
     dpo = isinstance(training, DPOTraining)
     responses = SIDES if dpo else ("completion",)
     encoded, dropped = encode_pairs(rows, tokenizer, truncation, responses=responses)
-    if not (reading := reading_of(encoded, dropped)).complete:
+    reading = reading_with_ids(encoded, dropped, responses)
+    if not reading.complete:
         say(f"{what}: {reading}")
 
     def models() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import value_digest
 from prefdistill.core.progress import say
+from prefdistill.data.columns import SIDES
 from prefdistill.data.messages import pair_texts
 from prefdistill.experiment.step import Model, ModelRole, Rows, Step, Tokenizer, Trained
 from prefdistill.experiment.steps.synthetic import Language
@@ -88,6 +89,9 @@ class Sft(Trained):
             "truncation": [truncation.max_length, truncation.max_prompt_length],
             "dtype": self.context.recipe.model.dtype,
         }
+
+    def read(self) -> dict[str, Any]:
+        return self.noted(self.rows.name, SIDES if isinstance(self, Dpo) else ("completion",))
 
     def make(self, out: Path) -> None:
         names = self.context.recipe.model

@@ -14,7 +14,7 @@ from prefdistill.experiment.step import Model, Rows, Step
 from prefdistill.models.device import default_dtype
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals, extract_signals
-from prefdistill.signals.ids import OtherIds, check_ids
+from prefdistill.signals.ids import OtherIds, check_ids, reading_of_store
 from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.repair import remove_damaged
 from prefdistill.signals.store import DamagedSignals
@@ -126,6 +126,10 @@ class ReadSignals(Step):
     @functools.cached_property
     def store(self) -> Signals:
         return Signals.open(self.directory / "store")
+
+    def read(self) -> dict[str, Any]:
+        name = self.data.column if isinstance(self.data, Sample) else self.data.name
+        return {"data": name, "responses": list(self.responses), **reading_of_store(self.store)}
 
     def repair(self) -> None:
         store = self.directory / "store"

@@ -56,6 +56,10 @@ class Distill(Trained):
             **({"columns": columns_digest(self.train.rows, columns)} if (columns := self.algorithm.columns) else {}),
         }
 
+    def read(self) -> dict[str, Any]:
+        data = [self.train.name, *(sample.name for sample in self.samples)]
+        return self.noted(" and ".join(data), self.algorithm.responses)
+
     def make(self, out: Path) -> None:
         names, seed = self.context.recipe.model, self.context.seed
         load = functools.partial(

@@ -1,0 +1,58 @@
+"""What a run has read: its data, its chat template, and the rows and tokens of every stage, for results.json."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from prefdistill.data.columns import unread_columns
+from prefdistill.experiment.plan import Plan
+from prefdistill.experiment.user_data import UserData
+from prefdistill.models.identity import tokenizer_identity
+
+TEMPLATE_START = 300  # characters
+
+
+def read_of(plan: Plan) -> dict[str, Any]:
+    """Return the data sets of a plan with the columns that nothing reads, the chat template, and the truncation."""
+    tokenizer, truncation = plan.context.tokenizer.tokenizer, plan.context.truncation
+    template, names = tokenizer.chat_template, plan.context.recipe.model
+    return {
+        "data": list(_data_of(plan.user_data)) if plan.user_data else [],
+        "template": {
+            "tokenizer": names.student or names.teacher or "made in this run",
+            "sha256": tokenizer_identity(tokenizer)["template_sha256"],
+            "start": template[:TEMPLATE_START],
+        }
+        if isinstance(template, str)
+        else None,
+        "max_length": truncation.max_length,
+        "max_prompt_length": truncation.max_prompt_length,
+    }
+
+
+def _data_of(data: UserData) -> Iterator[dict[str, Any]]:
+    options, reads = data.recipe.data, data.sources.reads
+    sets = {"train": (options.train, data.train)}
+    if data.splits_prompts:
+        sets["reward model"] = (options.train, data.reward_pairs)
+    if options.test is not None:
+        sets["test"] = (options.test, data.test)
+    for name, (source, rows) in sets.items():
+        unread = [column for column in unread_columns(rows.column_names) if column not in reads]
+        yield {"name": name, "source": source, "rows": len(rows), "unread": unread}
+    if options.sft is not None:
+        yield {"name": "demonstrations", "source": options.sft, "rows": len(data.demonstrations), "unread": []}
+
+
+def unlike(stages: list[dict[str, Any]]) -> list[str]:
+    """Return a warning for each data set of which stages have read other rows or tokens of the same responses."""
+    by_rows: dict[Any, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for stage in stages:
+        read = stage["read"]
+        if "ids" in read:
+            by_rows[stage["seed"], read["data"], tuple(read["responses"])][read["ids"]].append(stage["name"])
+    return [
+        f"stages have read other rows or tokens of {data}: " + ", unlike ".join(", ".join(names) for names in parts)
+        for (_, data, _), digests in by_rows.items()
+        if len(parts := list(digests.values())) > 1
+    ]
