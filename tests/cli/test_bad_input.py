@@ -172,7 +172,7 @@ BAD = [
     (["signals", "--model", "generation-list", *PAIRS, *OUT], "generation-list exists but holds no model"),
     (["signals", "--model", "index-away", *PAIRS, *OUT], "index-away exists but holds no model"),
     (["signals", "--model", "pickled", *PAIRS, *OUT], "pickled exists but holds no model"),
-    (["signals", "--model", "adapter-list", *PAIRS, *OUT], "adapter-list exists but holds no model"),
+    (["signals", "--model", "adapter-list", *PAIRS, *OUT], "adapter_config.json names no base model"),
     (["signals", "--model", "adapter-type", *PAIRS, *OUT], "adapter-type exists but holds no model"),
     (["signals", "--model", "dividing-template", *PAIRS, *OUT], "(ZeroDivisionError: division by zero). Fix it"),
     (

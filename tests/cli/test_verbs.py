@@ -145,7 +145,7 @@ def test_an_adapter_is_trained_and_evaluated(place, capfd):
     distill = ["distill", "--student", "model", *PAIRS, "--signals", "start", "--method", "dpo", *FAST]
     call(capfd, *distill, "--out", "one", "lora={r: 4}", "learning_rate=1e-1")
     config = json.loads((place / "one" / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["base_model_name_or_path"]) == (4, "model")
+    assert (config["r"], config["base_model_name_or_path"]) == (4, str(place / "model"))
     assert (place / "one" / "model.safetensors").exists()  # merged: it needs no other directory
     call(capfd, *distill, "--out", "two", "lora.r=4", "learning_rate=1e-1")  # a dotted key says the same
     assert json.loads((place / "two" / "adapter" / "adapter_config.json").read_text())["r"] == 4

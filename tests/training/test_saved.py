@@ -1,19 +1,25 @@
 """What a training saves: ready to serve, and verified to be the trained model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from prefdistill import METHODS
 from prefdistill.core.errors import UserError
 from prefdistill.data.truncation import Truncation
+from prefdistill.models.load import load_model, load_tokenizer
 from prefdistill.models.scratch import random_model
 from prefdistill.training import saved
+from prefdistill.training.arguments import training_arguments
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import DPOTraining, Training
+from prefdistill.training.trainer import PrefDistillTrainer
 from prefdistill.training.trl import train_reward, train_with_trl
 from support.tokenizer_styles import STYLES, make_tokenizer
 
@@ -31,9 +37,9 @@ def rows(pairs):
 def start(tmp_path):
     """Save a model whose generation_config stops at EOS, at a word, and at an id that the tokenizer lacks."""
 
-    def make(style="phi3", dtype=torch.float32):
+    def make(style="phi3", dtype=torch.float32, **shape):
         tokenizer = make_tokenizer(style, pad="<pad>")
-        model = random_model(tokenizer, SHAPE, 0).to(dtype)
+        model = random_model(tokenizer, SHAPE | shape, 0).to(dtype)
         word = tokenizer.convert_tokens_to_ids("a")
         model.generation_config = GenerationConfig(
             eos_token_id=[tokenizer.eos_token_id, word, 99_999], pad_token_id=word, bos_token_id=tokenizer.bos_token_id
@@ -47,8 +53,7 @@ def start(tmp_path):
 
 def distill(method, start, rows, tokenizer, out, **options):
     training = Training(**OPTIONS | options)
-    load = lambda: AutoModelForCausalLM.from_pretrained(start)  # noqa: E731
-    trainer = make_trainer(METHODS[method](), load, rows, tokenizer, training, out)
+    trainer = make_trainer(METHODS[method](), lambda: load_model(start), rows, tokenizer, training, out)
     fit(trainer, out, method, verify=training.verify)
     return trainer
 
@@ -146,9 +151,8 @@ def test_a_saved_model_that_differs_is_an_error(tmp_path, start, rows, monkeypat
 
     monkeypatch.setattr(Trainer, "save_model", save_altered)
     if options:
-        monkeypatch.setattr(
-            "peft.tuners.lora.LoraModel.merge_and_unload", lambda self, *a, **k: altered(self.unload()), raising=True
-        )
+        merged = saved._merged
+        monkeypatch.setattr(saved, "_merged", lambda *args: altered(merged(*args)))
     out = tmp_path / "out"
     with pytest.raises(
         UserError, match=r"does not give the logits of the trained model: they differ by .*--no-verify"
@@ -172,6 +176,68 @@ def test_an_adapter_that_names_another_base_is_an_error(tmp_path, start, rows):
         trainer.model.peft_config["default"].base_model_name_or_path = str(base)
         with pytest.raises(UserError, match=f"^{out}/adapter {message}"):
             fit(trainer, out, "sft")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 20)[None]).logits.float()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["sft", "teacher-sft", "teacher-dpo"])
+def test_an_adapter_on_an_adapter_is_saved_with_its_base(tmp_path, start, rows, monkeypatch, kind):
+    place, _ = start()
+    first = str(tmp_path / "first")
+    live = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(place),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    live.save_pretrained(first)  # as PEFT saves it, without a tokenizer
+    monkeypatch.chdir(tmp_path)
+    train(kind, "first", rows, load_tokenizer(first), Path("out"), **LORA, learning_rate=0.1)
+    monkeypatch.chdir("/")  # the names of the bases hold from everywhere
+    out = tmp_path / "out"
+    adapter = str(out / "adapter")
+    trained = logits(AutoModelForCausalLM.from_pretrained(out))
+    torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), trained, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(load_model(adapter)), trained, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(out / "base")), logits(live.eval()), atol=1e-4, rtol=1e-4
+    )
+    assert (trained - logits(live)).abs().max() > 0.01
+    shutil.move(out, tmp_path / "moved")  # prefdistill finds the base beside the adapter
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "moved" / "adapter"))), trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": "all-linear", "init_lora_weights": "pissa"}],
+)
+def test_adapters_that_change_more_than_their_own_weights(tmp_path, start, rows, config):
+    """The head that is tied to the embeddings, or the base when they are initialised."""
+    place, tokenizer = start(tie_word_embeddings=True)
+    out = tmp_path / "out"
+    arguments = training_arguments(
+        Training(**OPTIONS | {"learning_rate": 0.1}), out / "checkpoints", seed=0, data_seed=0
+    )
+    peft_config = LoraConfig(task_type="CAUSAL_LM", **config)
+    model, method = load_model(place), METHODS["sft"]()
+    trainer = PrefDistillTrainer(model, method, arguments, rows, (), tokenizer, peft_config=peft_config)
+    fit(trainer, out, "sft")
+    trained = logits(AutoModelForCausalLM.from_pretrained(out))
+    assert (out / "base").exists() is ("init_lora_weights" in config)
+    adapter = AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter"))
+    torch.testing.assert_close(logits(adapter), trained, atol=1e-4, rtol=1e-4)
+    assert (trained - logits(AutoModelForCausalLM.from_pretrained(place))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("rate", "dtype"), [(1e-4, "float32"), (0.05, "bfloat16")])
+def test_what_an_adapter_learnt_is_not_rounded_away(tmp_path, start, rows, capsys, rate, dtype):
+    place, tokenizer = start(dtype=torch.bfloat16)
+    distill("sft", place, rows, tokenizer, tmp_path / "out", **LORA, learning_rate=rate)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    assert ("of what the adapter learnt away" in capsys.readouterr().err) is (dtype == "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

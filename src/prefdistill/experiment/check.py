@@ -18,6 +18,7 @@ from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.steps.signals import Sample
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
+from prefdistill.models.adapters import check_start
 from prefdistill.models.load import check_reward_model
 from prefdistill.models.scratch import check_shape
 from prefdistill.sampling import ENGINES
@@ -90,6 +91,9 @@ def check_models(recipe: Recipe, sources: Sources, *, fetch: bool = True) -> Non
     names = recipe.model
     for name in filter(None, (names.teacher, names.teacher_reference, names.student)):
         sources.check_model(name, trust_remote_code=names.trust_remote_code, fetch=fetch)
+    trained = {names.student, names.teacher if recipe.teacher.sft or recipe.teacher.dpo else None}
+    for name in filter(None, trained):
+        check_start(name, names.dtype)
 
 
 def _check_data(data: UserData, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from prefdistill.core.files import file_digest, value_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefdistill.models.hub import adapter_base, fetch_hub_file, hub_revision
+from prefdistill.models.hub import ADAPTER_CONFIG, adapter_base, base_revision, fetch_hub_file, hub_revision
 
 # Settings of a configuration that do not change what a model computes: origin, storage, training, other tasks, usage.
 NOT_COMPUTING = re.compile(
@@ -35,7 +35,7 @@ NOT_LOADED = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
 
 def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
     """Return what identifies a loaded model: name, Hub revision, architecture, dtype, a digest of every weight, the
-    configuration, and how it is quantised if it is."""
+    configuration, and if it has them, its unmerged adapters and its quantisation."""
     identity = {
         "name": name or model.name_or_path,
         "revision": hub_revision(name),
@@ -44,12 +44,27 @@ def model_identity(model: "PreTrainedModel", name: str = "") -> dict[str, Any]:
         "weights_sha256": weights_digest(model),
         "config": computing_config(model),
     }
+    if adapters := adapter_kinds(model):
+        identity["adapters"] = adapters
     if getattr(model, "is_quantized", False):
         settings = model.config.quantization_config
         settings = settings if isinstance(settings, dict) else settings.to_dict()
         named = {key: value for key, value in settings.items() if not key.startswith("_")}
         identity["quantization"] = json.loads(json.dumps(named, default=str))
     return identity
+
+
+def adapter_kinds(model: Any) -> dict[str, Any]:
+    """Return the settings of a model's unmerged adapters, such as their scale, that the weights do not show."""
+    origin = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
+
+    def settings(config: Any) -> dict[str, Any]:
+        named = {key: value for key, value in config.to_dict().items() if value and key not in origin}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in named.items()}
+
+    kinds = {name: settings(config) for name, config in getattr(model, "peft_config", {}).items()}
+    result: dict[str, Any] = json.loads(json.dumps(kinds, default=str, sort_keys=True))
+    return result
 
 
 def computing_config(model: "PreTrainedModel") -> dict[str, Any]:
@@ -104,13 +119,14 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _parts(f"{key}.{name}", getattr(value, name))
 
 
-def model_key(name: str | None, *, above: tuple[str, ...] = ()) -> Any:
+def model_key(name: str | None, *, revision: str | None = None, above: tuple[str, ...] = ()) -> Any:
     """Return a cache key of a model without loading it, including the key of an adapter's base.
 
     Of a directory: digests of the files that loading it may read, independent of its path and of other files. Of a
     model on the Hub: name and revision.
 
     Args:
+        revision: of a model on the Hub; None is the newest.
         above: adapters whose base this model is, to end at a cycle, which the loader refuses.
     """
     if name is None:
@@ -120,13 +136,15 @@ def model_key(name: str | None, *, above: tuple[str, ...] = ()) -> Any:
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
             key: dict[str, Any] = dict(zip(files, pool.map(_digest, files.values()), strict=True))
     else:
-        config = fetch_hub_file(name, "config.json") or fetch_hub_file(name, "adapter_config.json")
+        config = fetch_hub_file(name, "config.json", revision) or fetch_hub_file(name, ADAPTER_CONFIG, revision)
         key = {"hub": name, "revision": config.parent.name if config else None}
     try:
         base = adapter_base(name)
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         base = name  # loading the model reports what is wrong
-    return key if base in (name, *above) else key | {"base": model_key(base, above=(*above, name))}
+    if base in (name, *above):
+        return key
+    return key | {"base": model_key(base, revision=base_revision(name), above=(*above, name))}
 
 
 def _loaded_files(directory: Path) -> dict[str, Path]:

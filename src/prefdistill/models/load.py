@@ -1,5 +1,6 @@
 """Load models and tokenizers by Hub name or directory, and check before a long run that they can be loaded."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from prefdistill.core.progress import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefdistill.models.adapters import CAUSAL_LM, SEQ_CLS, check_adapter, load_adapter
 from prefdistill.models.device import DTYPES, default_device
-from prefdistill.models.hub import adapter_base
+from prefdistill.models.hub import adapter_base, adapter_root, base_revision, fetch_hub_file
 from prefdistill.models.quantize import (
     QUANTIZATIONS,
     bitsandbytes_config,
@@ -46,11 +48,15 @@ def ready(model: Any) -> "PreTrainedModel":
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a Hub name or directory; one without a padding token pads with its end token."""
+    """Return the tokenizer of a Hub name or directory; one without a padding token pads with its end token.
+
+    A PEFT adapter without a tokenizer has that of its base.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        owner, revision = tokenizer_owner(name)
+        tokenizer = AutoTokenizer.from_pretrained(owner, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _load_error("tokenizer", name, error) from error
     if tokenizer.eos_token_id is None:
@@ -60,13 +66,29 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
     return tokenizer
 
 
+def tokenizer_owner(name: str) -> tuple[str, str | None]:
+    """Return the model whose tokenizer a model has, and its revision: an adapter may have its base's.
+
+    Raises:
+        ValueError: if an adapter_config.json is damaged.
+    """
+    revision, root = None, adapter_root(name)
+    while name != root and not any(_has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
+        name, revision = adapter_base(name), base_revision(name)
+    return name, revision
+
+
+def _has_file(name: str, file: str) -> bool:
+    return (Path(name) / file).exists() if Path(name).is_dir() else fetch_hub_file(name, file) is not None
+
+
 def load_model(
     name: str, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
     """Return the causal language model of a Hub name or directory.
 
-    A PEFT adapter is merged into its base, or stays beside it if the base is quantised: merging would round it. A
-    checkpoint that is stored quantised is loaded as it is, whatever the dtype.
+    A PEFT adapter is merged into a base in float32, and otherwise stays beside it, as a PeftModel: merging would round
+    it. A checkpoint that is stored quantised is loaded as it is, whatever the dtype.
 
     Args:
         name: Hub name or directory.
@@ -78,9 +100,21 @@ def load_model(
         trust_remote_code: let the model's repository run its own code.
 
     Raises:
-        UserError: if there is no such model, it cannot be loaded as a causal language model, or a package or hardware
-            that its quantisation needs is missing.
+        UserError: if there is no such model, it cannot be loaded as a causal language model, it is an adapter that is
+            not one of weights, or a package or hardware that its quantisation needs is missing.
     """
+    return _load_model(name, dtype, quantization, trust_remote_code)
+
+
+def _load_model(
+    name: str,
+    dtype: str,
+    quantization: str | None,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    replaced: frozenset[str] = frozenset(),
+) -> "PreTrainedModel":
+    """Load a model of a revision; the weights that an adapter replaces may be missing."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -105,14 +139,14 @@ def load_model(
             options["device_map"] = {"": default_device()}
         if quantization:
             options["quantization_config"] = bitsandbytes_config(quantization, dtype)
-        if adapter_base(name) != name:
-            from peft import AutoPeftModelForCausalLM
-
-            adapted = AutoPeftModelForCausalLM.from_pretrained(name, **options)
-            # PEFT freezes the base
-            return adapted if method else adapted.merge_and_unload().requires_grad_(True)
+        check_adapter(name)
+        if adapter_root(name) != name:
+            load_base = functools.partial(
+                _load_model, adapter_base(name), dtype, quantization, trust_remote_code, base_revision(name)
+            )
+            return load_adapter(name, CAUSAL_LM, load_base)
         with _without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **WITH_LOADING_INFO)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options, **WITH_LOADING_INFO)
     except Exception as error:
         # of a quantised model these errors are about a package or hardware that it needs
         if not method or not isinstance(error, (ImportError, NameError, RuntimeError)):
@@ -123,7 +157,7 @@ def load_model(
             raise UserError(f'{name} needs bitsandbytes: pip install "prefdistill[quantized]"') from error
         raise UserError(f"{name} cannot be loaded quantised ({method}) here: {_first_line(error)}") from error
     model, loading_info = loaded
-    _check_weights("model", name, loading_info)
+    _check_weights("model", name, loading_info, replaced)
     if quantization:
         report_unquantized_experts(model, name)
     return model
@@ -143,7 +177,7 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
 
     base = name
     try:
-        base = adapter_base(name)
+        base = adapter_root(name)
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         with torch.device("meta"):
@@ -169,7 +203,8 @@ def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = Tru
 
     base = name
     try:
-        base = adapter_base(name)
+        check_adapter(name)
+        base = adapter_root(name)
         if stored_quantization(base) or not (fetch or Path(base).exists()):
             return
         with _without_report():
@@ -184,12 +219,18 @@ def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = Tru
 def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
     """Check before a long run that a model is a sequence classifier with one label, by its configuration.
 
+    Of a PEFT adapter its kind is checked: its head may be its own.
+
     Raises:
         UserError: if there is no such model, or it is a language model or has several labels.
     """
     from transformers import AutoConfig
 
     try:
+        check_adapter(name, SEQ_CLS)
+        if adapter_root(name) != name:
+            AutoConfig.from_pretrained(adapter_root(name), trust_remote_code=trust_remote_code)
+            return
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _load_error("reward model", name, error) from error
@@ -207,18 +248,37 @@ def load_reward_model(
     Raises:
         UserError: see `check_reward_model`; also if weights are missing, such as a head that was never trained.
     """
+    check_reward_model(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return _load_reward_model(name, trust_remote_code), tokenizer
+
+
+def _load_reward_model(
+    name: str, trust_remote_code: bool, revision: str | None = None, replaced: frozenset[str] = frozenset()
+) -> "PreTrainedModel":
     from transformers import AutoModelForSequenceClassification
 
-    check_reward_model(name, trust_remote_code=trust_remote_code)
     try:
+        if adapter_root(name) != name:
+            load_base = functools.partial(
+                _load_reward_model, adapter_base(name), trust_remote_code, base_revision(name)
+            )
+            return load_adapter(name, SEQ_CLS, load_base)
+        # the head of an adapter's base may be that of a language model
+        labels = {"num_labels": 1} if replaced else {}
         with _without_report():
             model, loading_info = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype="auto", trust_remote_code=trust_remote_code, **WITH_LOADING_INFO
+                name,
+                revision=revision,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                **labels,
+                **WITH_LOADING_INFO,
             )
     except Exception as error:
         raise _load_error("reward model", name, error) from error
-    _check_weights("reward model", name, loading_info)
-    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+    _check_weights("reward model", name, loading_info, replaced)
+    return model
 
 
 @contextmanager
@@ -236,9 +296,9 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(others)
 
 
-def _check_weights(what: str, name: str, loading_info: dict[str, Any]) -> None:
+def _check_weights(what: str, name: str, loading_info: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
     """Refuse a checkpoint with missing or mismatched weights, which transformers would initialise at random."""
-    if missing := sorted(loading_info["missing_keys"]):
+    if missing := sorted(set(loading_info["missing_keys"]) - replaced):
         raise UserError(_not_loaded(what, name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
     if mismatched := sorted(loading_info["mismatched_keys"]):
         key, stored, configured = mismatched[0]

@@ -4,18 +4,18 @@ from typing import Any, get_args
 
 from prefdistill.core.progress import say
 from prefdistill.models.device import fast_bf16
-from prefdistill.models.hub import adapter_base
+from prefdistill.models.hub import adapter_root
 from prefdistill.models.options import Quantization
 
 QUANTIZATIONS = get_args(Quantization)
 
 
 def stored_quantization(name: str) -> str | None:
-    """Return the method with which a checkpoint, or the base of an adapter, is stored quantised; None if it is not."""
+    """Return how a checkpoint, or the model below an adapter, is stored quantised; None if it is not."""
     from transformers import PreTrainedConfig
 
     try:
-        config, _ = PreTrainedConfig.get_config_dict(adapter_base(name))
+        config, _ = PreTrainedConfig.get_config_dict(adapter_root(name))
     except Exception:
         return None  # loading the model reports what is wrong
     if not isinstance(config, dict):

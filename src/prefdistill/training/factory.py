@@ -61,7 +61,7 @@ def make_trainer(
     data_seed = seed if data_seed is None else data_seed
     with _trainer_errors():
         return PrefDistillTrainer(
-            model=load(),
+            model=_plain(load()),
             method=method,
             args=training_arguments(training, out / CHECKPOINTS, seed=seed, data_seed=data_seed),
             train_dataset=pairs,
@@ -98,9 +98,24 @@ def trl_trainer(
         training, out / CHECKPOINTS, seed=seed, data_seed=data_seed, kind=config_class, **arguments
     )
     with _trainer_errors():
+        loaded = {name: model and _plain(model) for name, model in models().items()}
         return with_nan_guard(trainer_class)(
-            **models(), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter_config(training)
+            **loaded, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter_config(training)
         )
+
+
+def _plain(model: Any) -> Any:
+    """Return the model if it has no unmerged adapter, whose base would not be trained.
+
+    Raises:
+        UserError: if it has.
+    """
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "a training cannot start from an adapter that is not merged into its base; train in dtype=float32, or save "
+            "it merged first"
+        )
+    return model
 
 
 @contextmanager

@@ -9,8 +9,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.files import read_json, write_json
 from prefdistill.core.progress import say
 from prefdistill.data.template import template_ending
+from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_adapter
+from prefdistill.models.backbone import causal_lm
+from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,12 +25,14 @@ ADAPTER = "adapter"
 ROWS, TOKENS = 3, 64  # what is compared: rows, and tokens of each
 # Root mean square of the difference, in standard deviations of the logits: more is not rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LOST = 0.1  # share of an adapter's change of the weights that the merged model may lose to rounding
 
 
 def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
     """Save the trained model and its tokenizer in `out`, ready to serve.
 
-    An adapter is saved in `out/adapter`, and merged into its base in `out`.
+    An adapter is saved in `out/adapter`, and merged into its base in `out`. If it was trained on another adapter, its
+    base, the merged start, is saved in `out/base`.
 
     Args:
         trainer: after its training.
@@ -45,24 +51,70 @@ def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
     rows = _rows(trainer.train_dataset, tokenizer) if verify else []
     trained = _logits(model, rows)
     set_generation_config(model, tokenizer)
-    adapted = hasattr(model, "peft_config")
+    adapted, kind, dtype = hasattr(model, "peft_config"), type(causal_lm(model)), model.dtype
     trainer.save_model(str(out / ADAPTER if adapted else out))
     (out / ARGUMENTS).unlink(missing_ok=True)
+    loaders = [(out, _loader(kind, out))]
     if adapted and trainer.is_world_process_zero():
         (out / ADAPTER / ARGUMENTS).unlink(missing_ok=True)
-        base, kind, dtype = model.active_peft_config.base_model_name_or_path, type(model.get_base_model()), model.dtype
-        merged = model.merge_and_unload()
-        merged.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        loaders = [(out, _loader(kind, out))]
-        if base:  # a model from random weights has no name
-            loaders.append((out / ADAPTER, _adapter_loader(kind, base, out / ADAPTER, dtype)))
-    else:
-        loaders = [(out, _loader(type(model), out))]
-    problem = [_difference(loaders, rows, trained) if verify else ""]
+        if _save_merged(model, tokenizer, out):  # a model from random weights has no name
+            loaders.append((out / ADAPTER, _adapter_loader(kind, out / ADAPTER, dtype)))
+    problem = [_difference(loaders, rows, trained, dtype) if verify else ""]
     broadcast_object_list(problem)
     if problem[0]:
         raise UserError(problem[0])
+
+
+def _save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase", out: Path) -> str:
+    """Save a trained adapter merged into its base in `out`, and name its base in `out/adapter`; return that name.
+
+    The base is saved in `out/base` where no other place has it: a merged adapter, or weights that the initialisation
+    of the adapter has changed. The model is used up.
+    """
+    config, place = model.active_peft_config, out / ADAPTER
+    settings: dict[str, Any] = {}
+    name = config.base_model_name_or_path or ""
+    start = model.unload()
+    changed = str(getattr(config, "init_lora_weights", "")).startswith(CHANGES_BASE)
+    if changed:
+        settings["init_lora_weights"] = True
+    if changed or (name and adapter_base(name) != name):
+        start.save_pretrained(out / BASE)
+        tokenizer.save_pretrained(out / BASE)
+        name = str(out / BASE)
+    if Path(name).is_dir():  # PEFT looks for a relative path in the current directory
+        name = str(Path(name).absolute())
+    settings["base_model_name_or_path"] = name or None
+    write_json(place / ADAPTER_CONFIG, read_json(place / ADAPTER_CONFIG) | settings)
+    merged = _merged(start, place, config.task_type)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return name
+
+
+@torch.no_grad()
+def _merged(start: Any, place: Path, task: str | None) -> Any:
+    """Return a base with its adapter merged in, in the dtype of the base unless that rounds away what was learnt."""
+    if getattr(start, "is_quantized", False):
+        start = start.dequantize()
+    dtype, before = start.dtype, {}
+    if dtype != torch.float32:
+        before = {name: weight.to("cpu", copy=True) for name, weight in start.state_dict().items()}
+        start = start.to("cpu", torch.float32)
+    merged = merge(read_adapter(str(place), task or CAUSAL_LM, lambda _: start))
+    if merged is None:
+        raise UserError(f"the adapter is saved in {place}; merged into its base it does not give the same logits")
+    lost = update = 0.0
+    for name, weight in merged.state_dict().items():
+        if name in before and weight.shape == before[name].shape:
+            update += float((weight - before[name]).square().sum())
+            lost += float((weight - weight.to(before[name].dtype)).square().sum())
+    if lost > (LOST**2) * update:
+        share, narrow = (lost / update) ** 0.5, str(dtype).removeprefix("torch.")
+        say(f"the merged model is saved in float32: {narrow} would round {share:.0%} of what the adapter learnt away")
+    elif before:
+        merged.to(dtype)
+    return merged
 
 
 def set_generation_config(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -116,7 +168,10 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _difference(
-    loaders: list[tuple[Path, Callable[[], Any]]], rows: list[list[int]], trained: list[torch.Tensor]
+    loaders: list[tuple[Path, Callable[[], Any]]],
+    rows: list[list[int]],
+    trained: list[torch.Tensor],
+    dtype: torch.dtype,
 ) -> str:
     """Return which of the saved models gives other logits than the trained one; empty if none does."""
     problems = []
@@ -132,19 +187,17 @@ def _difference(
             problems.append(f"{place} has another number of logits than the trained model")
             continue
         difference = float((actual - expected).square().mean().sqrt() / expected.std().clamp_min(1e-6))
-        tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
-        if not difference <= tolerance:
+        tolerance = max(TOLERANCE.get(kind, TOLERANCE[torch.bfloat16]) for kind in (dtype, model.dtype))
+        if difference <= tolerance:
+            say(f"{place}: loaded again, its logits differ by {difference:.1g} of their standard deviation")
+        else:
             problems.append(
                 f"{place} does not give the logits of the trained model: they differ by {difference:.2g} of their "
                 f"standard deviation, and rounding in {str(model.dtype).removeprefix('torch.')} by {tolerance:g}"
             )
     if not problems:
         return ""
-    adapter = (
-        "train all weights (lora=null), or an adapter in dtype float32 on a start that is no adapter itself; "
-        if len(loaders) > 1
-        else ""
-    )
+    adapter = "train all weights (lora=null), or the adapter in dtype float32; " if len(loaders) > 1 else ""
     return (
         f"{'; '.join(problems)}. The training is done and its checkpoint is kept: {adapter}or save it as it is with "
         "--no-verify (verify=false in the training's options)"
@@ -155,10 +208,13 @@ def _loader(kind: Any, place: Path) -> Callable[[], Any]:
     return lambda: _placed(kind.from_pretrained(place, dtype="auto"))
 
 
-def _adapter_loader(kind: Any, base: str, place: Path, dtype: torch.dtype) -> Callable[[], Any]:
-    from peft import PeftModel
+def _adapter_loader(kind: Any, place: Path, dtype: torch.dtype) -> Callable[[], Any]:
+    def load() -> Any:
+        settings = read_json(place / ADAPTER_CONFIG)
+        base, task = settings["base_model_name_or_path"], settings.get("task_type") or CAUSAL_LM
+        return _placed(read_adapter(str(place), task, lambda _: kind.from_pretrained(base, dtype=dtype)))
 
-    return lambda: _placed(PeftModel.from_pretrained(kind.from_pretrained(base, dtype=dtype), str(place)))
+    return load
 
 
 def _placed(model: Any) -> Any:

@@ -92,12 +92,14 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     from prefdistill.data.numbers import columns_digest
     from prefdistill.data.truncation import Truncation
     from prefdistill.evaluation.shaping import outweighing
+    from prefdistill.models.adapters import check_start
     from prefdistill.models.load import load_model, load_tokenizer
     from prefdistill.signals import Signals
     from prefdistill.training.factory import check_training, make_trainer
     from prefdistill.training.loop import fit
 
     check_training(training)
+    check_start(options.student, options.dtype)
     lengths = (options.max_length, options.max_prompt_length)
     truncation = Truncation(lengths[0] or 1024, lengths[1]) if any(lengths) else None
     pairs = load_pairs(options.data, responses=method.responses, reads=method.columns, **options.part(Columns))
@@ -160,10 +162,12 @@ def method_and_training(options: DistillFlags) -> tuple[str, Any, Training]:
 def _teach(kind: str, options: Any, rows: Any, fingerprint: str, training: Training) -> dict[str, Any]:
     """Run one of TRL's trainings as a stage."""
     from prefdistill.data.truncation import Truncation
+    from prefdistill.models.adapters import check_start
     from prefdistill.models.load import load_tokenizer
     from prefdistill.training.trl import check_trl_training, train_with_trl
 
     check_trl_training(training)
+    check_start(options.model, options.dtype)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     loading = {**options.part(Loading), "seed": options.seed}
     request = {"data": fingerprint, "training": training.cache_key(), **loading, "max_length": options.max_length}
