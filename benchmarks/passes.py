@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from benchmarks.harness import Numbers, Prepared
 from benchmarks.inputs import make_pairs, make_tokenizer
 from benchmarks.shapes import forward_flops, make_model
-from torch import Tensor
-
 from prefdistill.data.columns import SIDES
 
 
