@@ -60,6 +60,26 @@ SHAPES = {
     "stack exchange": ({"question": "why?", "response_j": "so", "response_k": "no"}, TEXT),
     "SafeRLHF": ({"prompt": "why?", "response_0": "no", "response_1": "so", "better_response_id": 1}, TEXT),
     "SHP": ({"history": "why?", "human_ref_A": "so", "human_ref_B": "no", "labels": 1}, TEXT),
+    "HelpSteer3": (
+        {"context": [user("why?")], "response1": "no", "response2": "so", "overall_preference": 2},
+        PAIR,
+    ),
+    "HelpSteer2": ({"prompt": "why?", "response_1": "so", "response_2": "no", "preference_strength": -1}, TEXT),
+    "arena conversations": (
+        {"conversation_a": WHOLE["chosen"], "conversation_b": WHOLE["rejected"], "winner": "model_a", "model_a": "x"},
+        PAIR,
+    ),
+    "arena texts": (
+        {
+            "prompt": '["why?"]',
+            "response_a": '["no"]',
+            "response_b": '["so"]',
+            "winner_model_a": 0,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        TEXT,
+    ),
     "UltraInteract": (
         {"trajectory": [{"from": "user", "value": "why?"}], "chosen": "so", "rejected": "no", "id": 3},
         PAIR,
@@ -84,6 +104,65 @@ def test_a_public_shape_is_read_and_said(tmp_path, name, capsys):
     Dataset.from_list([row, row]).to_parquet(tmp_path / "pairs.parquet")
     scored = [data_fingerprint(load_pairs(str(tmp_path / f"pairs.{kind}"))) for kind in ("parquet", "jsonl")]
     assert len({*scored}) == 1
+
+
+LONGER = [user("why?"), assistant("hm"), user("why?"), assistant("so")]
+LEFT_OUT = {
+    "HelpSteer3": {"overall_preference": 0},
+    "HelpSteer2": {"preference_strength": 0},
+    "arena conversations": {"winner": "tie (bothbad)"},
+    "arena texts": {"winner_model_b": 0, "winner_tie": 1},
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_rows_without_a_preference_are_left_out_and_counted(tmp_path, capsys, name):
+    row, pair = SHAPES[name]
+    tie = row | LEFT_OUT[name]
+    path = write_jsonl(tmp_path / "pairs.jsonl", [tie, row, tie])
+    dataset = load_pairs(path)
+    assert [{key: one[key] for key in pair} for one in dataset] == [pair]
+    assert "dropped 2 rows: neither response is preferred (2, first row 0)" in capsys.readouterr().err
+    found, findings = read_pairs(path, "train")
+    assert [one.row for one in found.pairs] == [1]
+    assert [(f.severity, f.count, f.rows) for f in findings if f.check == "data.left-out"] == [("note", 2, (0, 2))]
+    with pytest.raises(UserError, match="no row holds a preference pair: neither response is preferred"):
+        load_pairs(write_jsonl(tmp_path / "ties.jsonl", [tie]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("arena conversations", {"conversation_a": LONGER, "conversation_b": [*LONGER[:1], *LONGER]}, "differ before"),
+        ("arena texts", dict.fromkeys(("prompt", "response_a", "response_b"), '["a", "b"]'), "differ before"),
+        ("arena texts", {"response_a": "[null]"}, "a response is missing"),
+    ],
+    ids=["conversations", "texts", "null"],
+)
+def test_rows_of_other_turns_are_left_out(tmp_path, capsys, name, change, reason):
+    row, _ = SHAPES[name]
+    assert len(load_pairs(write_jsonl(tmp_path / "pairs.jsonl", [row, row | change]))) == 1
+    assert f"dropped 1 row: {reason}" in capsys.readouterr().err or reason == "differ before"
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "why?", "completion": "so", "label": True}, "single responses with a label"),
+        ({"prompt": "why?", "answers": [{"answer": "so", "rank": 1}], "num_responses": 1}, "rankings"),
+        ({"instruction": "why?", "completions": [{"response": "so"}]}, "ultrafeedback_binarized"),
+        ({"prompt": "why?", "response": "so", "helpfulness": 4}, "two responses to the same prompt"),
+        ({"question": "why?"}, "A pair has `prompt`, `chosen`, `rejected`"),
+    ],
+    ids=["KTO", "Nectar", "UltraFeedback", "HelpSteer", "none of them"],
+)
+def test_what_is_no_pair_is_refused_with_what_to_do(tmp_path, row, hint):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [row])
+    with pytest.raises(UserError, match="no column") as error:
+        load_pairs(path)
+    assert hint in str(error.value)
+    _, findings = read_pairs(path, "train")
+    assert [hint in finding.fix for finding in findings if finding.check == "data.columns"] == [True]
 
 
 def test_own_names_of_columns(tmp_path, capsys):

@@ -26,8 +26,10 @@ from prefdistill.data.columns import (
 )
 from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
 from prefdistill.data.prompts import prompt_columns
-from prefdistill.data.shapes import VALUES, RowReader
+from prefdistill.data.reader import VALUES, RowReader
+from prefdistill.data.shapes import LeftOut, pair_hint
 from prefdistill.data.sources import NO_CACHE, read_source
+from prefdistill.data.truncation import Dropped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -164,7 +166,15 @@ def _read(
     if len(dataset) == 0:
         return dataset
     has_system = "system" in dataset.features and any(dataset["system"])
-    reader = RowReader(dataset.column_names, dataset[0], source, columns, responses, has_system, variables)
+    reader = RowReader.of(
+        dataset,
+        dataset.column_names,
+        source,
+        names=columns,
+        responses=responses,
+        has_system=has_system,
+        variables=variables,
+    )
     for note in reader.notes:
         say_once(f"{source}: {note}")
     names = [*dict.fromkeys((*VALUES, *reader.responses))]
@@ -174,7 +184,16 @@ def _read(
         names += TEMPLATE_COLUMNS
     values: dict[str, list[Any]] = {}
     if names:
-        rows = [reader.read(row, index) for index, row in enumerate(dataset)]
+        rows, reasons = [], []
+        for index, row in enumerate(dataset):
+            try:
+                rows.append(reader.read(row, index))
+                reasons.append("")
+            except LeftOut as left_out:
+                reasons.append(str(left_out))
+        if dropped := Dropped.from_reasons(reasons):
+            say_once(f"{source}: {dropped}; the other rows are counted from 0")
+            dataset = dataset.select([index for index, reason in enumerate(reasons) if not reason])
         values = {name: [row.get(name) for row in rows] for name in names if any(name in row for row in rows)}
     empty = [name for name in TEMPLATE_COLUMNS if name in values and not any(values[name])]
     values = {name: column for name, column in values.items() if name not in empty}
@@ -280,7 +299,7 @@ def _require_columns(dataset: Dataset, source: str, columns: Sequence[str], hint
         raise UserError(f"{source}: there are no rows in it. Give data with at least one row.")
     missing = [name for name in columns if name not in dataset.column_names]
     if missing:
-        hint = hint or "A pair has `prompt`, `chosen`, `rejected`; the prompt may be the start of both others."
+        hint = hint or pair_hint(dataset.column_names)
         raise UserError(f"{source}: no column {_quoted(missing)}; it has {_quoted(dataset.column_names)}. {hint}")
 
 

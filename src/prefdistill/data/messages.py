@@ -16,6 +16,13 @@ ASSISTANT_TURN = re.compile(
     r"|<\|assistant\|>\n*|<\|im_start\|>assistant\n|<start_of_turn>model\n|\[/INST\]"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n*"
 )
+# Names of the speakers in ShareGPT's messages {"from": ..., "value": ...}.
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "tool"), "tool"),
+    "system": "system",
+}
 SENTENCE_END = "\u3002\uff01\uff1f"  # of scripts that write no spaces
 
 
@@ -75,6 +82,38 @@ def normal_messages(value: Any) -> Any:
         {**m, "content": ""} if isinstance(m, dict) and m.get("tool_calls") and "content" not in m else m
         for m in messages
     ]
+
+
+def as_messages(value: Any) -> Any:
+    """Return a value as messages with role and content, in normal form, if it is anything like it; else as it is.
+
+    One message stands for a list of it, ShareGPT's `from` and `value` for role and content, and parts of text for their
+    text.
+    """
+    if isinstance(value, dict):
+        value = [value]
+    if not is_conversation(value):
+        return value
+    return normal_messages([_message(message) for message in value])
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    if message.get("role") is None and isinstance(message.get("from"), str) and "value" in message:
+        others = {key: item for key, item in message.items() if key not in ("from", "value", "role", "content")}
+        message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"], **others}
+    content = message.get("content")
+    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+        message = {**message, "content": "".join(part["text"] for part in content)}
+    return message
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of objects, such as messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
 def split_shared_prompt(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:

@@ -1,31 +1,25 @@
-"""Read the rows of public data sets as prompt, chosen and rejected, whatever their columns are named and hold.
-
-    reader = RowReader(columns, first_row, "pairs.jsonl")
-    reader.read(row, index)["prompt"]
-
-docs/data.md has the table of shapes.
-"""
+"""The shapes of public data sets: the columns by which each is known, and how they give prompt, chosen and rejected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.columns import SIDES, TEMPLATE_COLUMNS
-from prefdistill.data.messages import normal_messages, split_shared_prompt
-from prefdistill.data.prompts import VARIABLES, template_inputs
+from prefdistill.data.columns import SIDES
+from prefdistill.data.messages import as_messages, is_conversation
 
 Row = dict[str, Any]
 PAIR = ("prompt", *SIDES)
-VALUES = (*PAIR, "completion", "messages")
-# Names of the speakers in ShareGPT's messages {"from": ..., "value": ...}.
-SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("observation", "tool"), "tool"),
-    "system": "system",
-}
+# Why a row of a shape is left out.
+NO_PREFERENCE = "neither response is preferred"
+OTHER_TURNS = "the two conversations differ before their last turn"
+NO_RESPONSE = "a response is missing"
+
+
+class LeftOut(Exception):
+    """A row of a public shape holds no pair; the argument is the reason."""
 
 
 class Shape(NamedTuple):
@@ -65,6 +59,49 @@ def _chosen_by(prompt: str, first: str, second: str, label: str, first_label: An
     return read
 
 
+def _chosen_by_strength(prompt: str, first: str, second: str, strength: str) -> Callable[[Row], Row]:
+    """Read a preference from -3, the first is much better, to 3, the second is."""
+
+    def read(row: Row) -> Row:
+        if not isinstance(row[strength], int | float):
+            raise UserError(f"'{strength}' must be a number, not {row[strength]!r}")
+        if row[strength] == 0:
+            raise LeftOut(NO_PREFERENCE)
+        own = (first, second) if row[strength] < 0 else (second, first)
+        return {"prompt": row[prompt], "chosen": row[own[0]], "rejected": row[own[1]]}
+
+    return read
+
+
+def _arena(row: Row) -> Row:
+    """Read two whole conversations with models; those of several turns share no prompt, since the answers differ."""
+    if row["winner"] not in ("model_a", "model_b"):
+        raise LeftOut(NO_PREFERENCE)
+    names = ("a", "b") if row["winner"] == "model_a" else ("b", "a")
+    chosen, rejected = (as_messages(row[f"conversation_{name}"]) or [] for name in names)
+    if not chosen or chosen[:-1] != rejected[:-1]:
+        raise LeftOut(OTHER_TURNS)
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _arena_texts(row: Row) -> Row:
+    """Read the turns of prompts and of two models, each a JSON list of texts."""
+    if row["winner_model_a"] == row["winner_model_b"]:
+        raise LeftOut(NO_PREFERENCE)
+    names = ("response_a", "response_b") if row["winner_model_a"] else ("response_b", "response_a")
+    values = {}
+    for side, name in zip(PAIR, ("prompt", *names), strict=True):
+        turns = json.loads(row[name]) if isinstance(row[name], str) else row[name]
+        if not isinstance(turns, list):
+            raise UserError(f"'{name}' must be a list of texts, not {row[name]!r}")
+        if len(turns) != 1:
+            raise LeftOut(OTHER_TURNS)
+        if turns[0] is None:
+            raise LeftOut(NO_RESPONSE)
+        values[side] = turns[0]
+    return values
+
+
 # Tried in this order, for data that lack one of prompt, chosen and rejected.
 SHAPES = (
     Shape(
@@ -100,208 +137,57 @@ SHAPES = (
         PAIR,
         _chosen_by("history", "human_ref_A", "human_ref_B", "labels", 1),
     ),
+    Shape(
+        "HelpSteer3",
+        ("context", "response1", "response2", "overall_preference"),
+        PAIR,
+        _chosen_by_strength("context", "response1", "response2", "overall_preference"),
+    ),
+    Shape(
+        "HelpSteer2's preferences",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        SIDES,
+        _chosen_by_strength("prompt", "response_1", "response_2", "preference_strength"),
+    ),
+    Shape("chatbot_arena_conversations", ("conversation_a", "conversation_b", "winner"), PAIR, _arena),
+    Shape(
+        "arena-human-preference-55k",
+        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+        PAIR,
+        _arena_texts,
+    ),
+)
+# Public data that are no pairs: the columns by which they are known, and how pairs are made of them.
+NO_PAIRS = (
+    (
+        ("prompt", "completion", "label"),
+        "These are single responses with a label (KTO): write rows of a response that is liked and one that is not, to "
+        "the same prompt",
+    ),
+    (("prompt", "answers", "num_responses"), "These are rankings (Nectar): write a row for each pair of answers"),
+    (
+        ("instruction", "completions"),
+        "These are rated responses (UltraFeedback): write a row for each pair of them, or use "
+        "HuggingFaceH4/ultrafeedback_binarized",
+    ),
+    (
+        ("prompt", "response", "helpfulness"),
+        "These are rated responses (HelpSteer): write rows of two responses to the same prompt",
+    ),
 )
 
 
-class RowReader:
-    """Reads the rows of one source. What their values mean is decided by the first row; `notes` says what is done.
-
-    Args:
-        columns: of the source.
-        first: the first row.
-        source: its name, for messages.
-        names: own names of columns, such as `{"chosen": "response_j"}`; null leaves a column out.
-        responses: columns that hold responses.
-        variables: of the chat template, for rows that do not set them: `data.chat_template_kwargs` of a recipe.
-        has_system: whether any row has a system message in the column `system`.
-
-    Raises:
-        UserError: if a column of `names` is not there.
-    """
-
-    def __init__(
-        self,
-        columns: Collection[str],
-        first: Row,
-        source: str,
-        names: Mapping[str, str | None] | None = None,
-        responses: Sequence[str] = SIDES,
-        has_system: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.variables = template_inputs({VARIABLES: dict(variables or {})})
-        self.source, self.names, self.notes = source, dict(names or {}), list[str]()
-        self.responses = tuple(dict.fromkeys((*SIDES, "completion", *responses)))
-        if unknown := [own for own in self.names.values() if own is not None and own not in columns]:
-            have = ", ".join(f"'{name}'" for name in columns)
-            raise UserError(f"{source}: data.columns names '{unknown[0]}', but the columns are {have}.")
-        first = self._with_names(first)
-        self.columns = {*self._with_names(dict.fromkeys(columns))}
-        self.shape = self._recognise(first)
-        if self.shape:
-            used = ", ".join(f"`{name}`" for name in self.shape.needs)
-            self.notes.append(f"read as {self.shape.name}: the pair is taken from {used}")
-            self.columns |= {*self.shape.gives}
-        values = {**self._values(self._shaped(first, 0), 0)}
-        has_prompt = bool({"prompt", "messages"} & self.columns)
-        self.starts = ("prompt", "messages") if has_prompt else SIDES  # what may start with a system message
-        self.system = has_system and "system" in self.columns and (has_prompt or _is_conversation(values.get("chosen")))
-        if self.system:
-            self.notes.append("the column `system` becomes the first message of the prompt")
-        elif has_system and "system" in self.columns:
-            self.notes.append("the column `system` is not read: two texts without a `prompt` have no place for it")
-        prompt, side = values.get("prompt"), next((values[n] for n in self.responses if values.get(n)), None)
-        roles = (
-            {message.get("role") for message in side} if isinstance(side, list) and _is_conversation(side) else set()
-        )
-        self.whole = "prompt" in values and bool(roles - {"assistant"}) and {*SIDES} <= self.columns
-        self.wraps = self.system or (isinstance(prompt, str) != isinstance(side, str) and side is not None)
-        if self.whole:
-            self.notes.append("the responses are whole conversations: `prompt` is what they share")
-        elif self.wraps and not self.system and prompt is not None:
-            self.notes.append("text beside messages becomes a message")
-
-    @property
-    def drops(self) -> set[str]:
-        """The columns that were read into others, or that `names` leaves out."""
-        of_shape = {*self.shape.needs} - {*PAIR} if self.shape else set()
-        return of_shape | {own for own in self.names.values() if own} | {n for n, own in self.names.items() if not own}
-
-    @property
-    def changes(self) -> bool:
-        """Whether `read` does more than bring messages into normal form."""
-        return bool(self.names or self.notes)
-
-    def read(self, row: Row, index: int) -> Row:
-        """Return a row with the columns of a pair, or of a demonstration, where it has them, in normal form.
-
-        Raises:
-            UserError: about the row.
-        """
-        row = self._values(self._shaped(self._with_names(row), index), index)
-        where = f"{self.source}, row {index}"
-        if self.whole:
-            row = self._split_whole(row, index, where)
-        elif self.wraps and "prompt" in row:
-            if isinstance(row["prompt"], str):
-                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-            for name in self.responses:
-                if isinstance(row.get(name), str):
-                    row[name] = [{"role": "assistant", "content": row[name]}]
-        if self.system:
-            for name in self.starts:
-                if _is_conversation(row.get(name)):
-                    row[name] = _with_system(row[name], row.get("system"), where)
-        return row | self._inputs(row, where)
-
-    def _inputs(self, row: Row, where: str) -> Row:
-        """Return the columns for the chat template, in normal form."""
-        if not self.variables and self.columns.isdisjoint(TEMPLATE_COLUMNS):
-            return {}
-        try:
-            own = template_inputs(row)
-        except UserError as error:
-            raise UserError(f"{where}: {error}. Fix it, or leave the column out with data.columns.") from error
-        inputs = {**self.variables, **own}
-        texts = [name for name in (*VALUES, *self.responses) if isinstance(row.get(name), str)]
-        if inputs and texts:
-            column = next(name for name in TEMPLATE_COLUMNS if row.get(name)) if own else f"data.{VARIABLES}"
-            fix = f"data.columns: {{{column}: null}}" if own else f"no data.{VARIABLES}"
-            raise UserError(
-                f"{where}: '{column}' is for a chat template, and '{texts[0]}' is text, which goes through none. Write "
-                f"messages, or leave it out: {fix}."
-            )
-        tools, documents = inputs.pop("tools", None), inputs.pop("documents", None)
-        return {"tools": tools, "documents": documents, VARIABLES: inputs or None}
-
-    def _with_names(self, row: Row) -> Row:
-        taken = {*self.names, *(own for own in self.names.values() if own)}
-        own = {name: row.get(column) for name, column in self.names.items() if column}
-        return {name: value for name, value in row.items() if name not in taken} | own
-
-    def _recognise(self, first: Row) -> Shape | None:
-        missing = {*PAIR} - self.columns
-        if not missing or "messages" in self.columns:
-            return None
-        if _is_conversation(first.get("chosen")) and any(m.get("role") == "user" for m in first["chosen"]):
-            return None  # whole conversations: the prompt is what they share
-        fits = (s for s in SHAPES if {*s.needs} <= self.columns and missing <= {*s.gives})
-        return next(fits, None)
-
-    def _shaped(self, row: Row, index: int) -> Row:
-        if not self.shape:
-            return row
-        try:
-            return row | self.shape.read({name: row.get(name) for name in self.shape.needs})
-        except UserError as error:
-            raise UserError(f"{self.source}, row {index}: {error}.") from error
-
-    def _values(self, row: Row, index: int) -> Row:
-        names = dict.fromkeys((*VALUES, *self.responses))
-        return row | {name: as_messages(row[name]) for name in names if name in row}
-
-    def _split_whole(self, row: Row, index: int, where: str) -> Row:
-        prompt = row.get("prompt")
-        if isinstance(prompt, list):
-            size = len(prompt)
-            sides: dict[str, Any] = {name: row.get(name) for name in SIDES}
-            if all(isinstance(v, list) and v[:size] == prompt and len(v) > size for v in sides.values()):
-                return row | {name: value[size:] for name, value in sides.items()}
-            return row
-        split = row | split_shared_prompt(row, index, self.source)
-        contents = [m.get("content") for m in split["prompt"]]
-        if prompt and not any(isinstance(c, str) and prompt.strip() in c for c in contents):
-            raise UserError(
-                f"{where}: 'prompt' is not in the conversations of 'chosen' and 'rejected'. Leave it out with "
-                "data.columns: {prompt: null}, or put it into their first message."
-            )
-        return split
+def shape_of(columns: Collection[str], first: Row) -> Shape | None:
+    """Return the shape of data that lack a column of a pair, if one fits their columns and first row."""
+    missing = {*PAIR} - {*columns}
+    if not missing or "messages" in columns:
+        return None
+    if is_conversation(first.get("chosen")) and any(m.get("role") == "user" for m in first["chosen"]):
+        return None  # whole conversations: the prompt is what they share
+    return next((s for s in SHAPES if {*s.needs} <= {*columns} and missing <= {*s.gives}), None)
 
 
-def as_messages(value: Any) -> Any:
-    """Return a value as messages with role and content, in normal form, if it is anything like it; else as it is.
-
-    One message stands for a list of it, ShareGPT's `from` and `value` for role and content, and parts of text for their
-    text.
-    """
-    if isinstance(value, dict):
-        value = [value]
-    if not _is_conversation(value):
-        return value
-    return normal_messages([_message(message) for message in value])
-
-
-def _message(message: Row) -> Row:
-    if message.get("role") is None and isinstance(message.get("from"), str) and "value" in message:
-        others = {key: item for key, item in message.items() if key not in ("from", "value", "role", "content")}
-        message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"], **others}
-    content = message.get("content")
-    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
-        message = {**message, "content": "".join(part["text"] for part in content)}
-    return message
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
-
-
-def _with_system(messages: list[Row], system: Any, where: str) -> list[Row]:
-    if system is None or system == "":
-        return messages
-    if not isinstance(system, str):
-        raise UserError(
-            f"{where}: 'system' must be text, not {system!r}. Leave it out: data.columns: {{system: null}}."
-        )
-    first = messages[0]
-    if first.get("role") in ("system", "developer"):
-        if first.get("content") == system:
-            return messages
-        raise UserError(
-            f"{where}: the prompt has a system message already, and 'system' another. Leave the column out: "
-            "data.columns: {system: null}."
-        )
-    return [{"role": "system", "content": system}, *messages]
+def pair_hint(columns: Collection[str]) -> str:
+    """Return what to do with columns that are no pair."""
+    usual = "A pair has `prompt`, `chosen`, `rejected`; the prompt may be the start of both others"
+    return next((hint for needs, hint in NO_PAIRS if {*needs} <= {*columns}), usual) + "."

@@ -17,7 +17,8 @@ from prefdistill.data.columns import MEANINGFUL, SIDES, unread_columns, unread_m
 from prefdistill.data.load import load_messages, load_pairs
 from prefdistill.data.messages import check_roles, form_of, split_shared_prompt
 from prefdistill.data.prompts import prompt_of, prompt_text
-from prefdistill.data.shapes import RowReader
+from prefdistill.data.reader import RowReader
+from prefdistill.data.shapes import LeftOut, pair_hint
 from prefdistill.data.sources import read_rows
 from prefdistill.experiment.doctor.characters import around
 from prefdistill.experiment.doctor.findings import Finding, Severity, finding_for_rows
@@ -132,11 +133,15 @@ def read_pairs(
         return PairSet(name, source, [], 0), [unreadable]
     columns = {key for row in rows if isinstance(row, dict) for key in row}
     reader, shape_findings = None, []
-    if (first := next((row for row in rows if isinstance(row, dict)), None)) is not None:
-        systems = any(isinstance(row, dict) and row.get("system") for row in rows)
+    if objects := [row for row in rows if isinstance(row, dict)]:
         try:
-            reader = RowReader(
-                columns, first, source, options.get("columns"), SIDES, systems, options.get("chat_template_kwargs")
+            reader = RowReader.of(
+                objects,
+                columns,
+                source,
+                names=options.get("columns"),
+                has_system=any(row.get("system") for row in objects),
+                variables=options.get("chat_template_kwargs"),
             )
             columns = reader.columns
             unread = unread_columns(sorted(columns - reader.drops - set(reads)))
@@ -165,6 +170,7 @@ def read_pairs(
     required = COLUMNS if "prompt" in columns else SIDES
     missing = [column for column in required if column not in columns]
     hits: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    left_out: list[tuple[int, str]] = []
     pairs: list[Pair] = []
     if not rows:
         empty = Finding("data.empty-file", "error", f"{source} has no rows", "Give at least one pair.", data=name)
@@ -179,6 +185,8 @@ def read_pairs(
                 pairs.append(_pair(number, row, "prompt" in columns))
             except _NotAPair as problem:
                 hits[problem.check].append((number, str(problem)))
+            except LeftOut as reason:
+                left_out.append((number, str(reason)))
     pairs, others = _more_frequent_form(pairs)
     hits["data.mixed"] = sorted(hits["data.mixed"] + others)
     findings = [
@@ -186,14 +194,17 @@ def read_pairs(
         for check, (message, fix) in NOT_A_PAIR.items()
         for finding in finding_for_rows(check, "error", (name, len(rows)), hits[check], message, fix)
     ]
-    if missing and any(isinstance(row, dict) for row in rows):
+    findings += finding_for_rows(
+        "data.left-out", "note", (name, len(rows)), left_out, "the row holds no pair and is left out", "Nothing to do."
+    )
+    if missing and objects:
         lacking, present = ", ".join(missing), ", ".join(sorted(columns)) or "none"
         findings.append(
             Finding(
                 "data.columns",
                 "error",
                 f"{source} has no column {lacking}; it has {present}",
-                "A pair has `prompt`, `chosen`, `rejected`; the prompt may be the start of both others.",
+                pair_hint(columns),
                 data=name,
             )
         )
