@@ -57,7 +57,7 @@ def test_figures_carry_their_numbers_in_words(page: str) -> None:
     assert forest
     assert "tvkd +0.039 ± 0.010, 95 % interval -0.003 to 0.081" in forest[1]
     assert "Noise floor: 0.023" in forest[1]
-    assert re.search(r'<desc id="run1-curve0-alt">loss by optimiser step. At the last step: .*tvkd 0\.\d+', page)
+    assert re.search(r'<desc id="run1-curve0-alt">loss by optimizer step. At the last step: .*tvkd 0\.\d+', page)
 
 
 def test_figures_follow_the_theme_of_the_page(page: str) -> None:

@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 from prefdistill import __version__
 from prefdistill.cli.flags import CONTEXT, Call, command
 from prefdistill.cli.output import main_process
-from prefdistill.cli.verbs import GROUPS, VERBS
+from prefdistill.cli.verbs import GROUPS, ON_SEVERAL, VERBS
 from prefdistill.core.errors import UserError
+from prefdistill.core.processes import require_one_process
 from prefdistill.core.text import printable, surrogate
 
 # Some typers carry their own click: this is the error of a bad command line in either.
@@ -41,7 +42,7 @@ class Commands(Mapping[str, Any]):
         if name not in self.names:
             raise KeyError(name)
         if self.prefix + name in VERBS:
-            return command(name, VERBS[self.prefix + name])
+            return command(self.prefix + name, VERBS[self.prefix + name])
         return group(name, GROUPS.get(name, ""), f"{self.prefix}{name} ")
 
     def __iter__(self) -> Any:
@@ -96,7 +97,10 @@ def run(parsed: Call) -> int:
     _quiet()
     try:
         with redirect_stdout(sys.stderr) if parsed.as_json else nullcontext():
-            result = parsed.verb(parsed.options())
+            options = parsed.options()
+            if parsed.name not in ON_SEVERAL:
+                require_one_process(f"`prefdistill {parsed.name}`")
+            result = parsed.verb(options)
         if parsed.as_json and main_process():
             print(json.dumps(result, ensure_ascii=False))
         return WRONG_INPUT if result.get("ok") is False else OK  # a verb that checks has found an error

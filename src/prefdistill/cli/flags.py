@@ -26,6 +26,7 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 class Call:
     """A verb with what the command line says, not validated yet."""
 
+    name: str
     verb: Verb
     values: dict[str, Any]
     as_json: bool
@@ -73,7 +74,7 @@ def command(name: str, verb: Verb) -> Any:
     section = section_of(verb)
 
     def parse(as_json: bool, debug: bool, **values: Any) -> Call:
-        return Call(verb, values, as_json, debug)
+        return Call(name, verb, values, as_json, debug)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     flags = [
@@ -89,7 +90,7 @@ def command(name: str, verb: Verb) -> Any:
     parse.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parse.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=CONTEXT)
-    app.command(name, help=inspect.getdoc(verb))(parse)
+    app.command(name.split()[-1], help=inspect.getdoc(verb))(parse)
     return typer.main.get_command(app)
 
 

@@ -135,7 +135,7 @@ def curves(
     runs: dict[str, list[Points]], chosen: dict[str, Style], *, title: str, alt: str, key: str,
     y_limits: tuple[float, float] | None = None, points: int = 80,
 ) -> Markup:  # fmt: skip
-    """Draw one metric by optimiser step: the mean over data orders and seeds, and each of them thinly behind it.
+    """Draw one metric by optimizer step: the mean over data orders and seeds, and each of them thinly behind it.
 
     More than four runs of a method are drawn as the band between the lowest and the highest, with `points` per line.
     """
@@ -157,12 +157,12 @@ def curves(
         if y_limits is not None:
             axes.set_ylim(*y_limits)
         axes.set_title(shorten(title, 44))
-        axes.set_xlabel("step")
+        axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         bare(axes, "x")
 
-    return svg(draw, 330, 220, title=f"{title} by step", alt=alt, key=key)
+    return svg(draw, 330, 220, title=f"{title} by optimizer step", alt=alt, key=key)
 
 
 def sweep(

@@ -157,7 +157,7 @@ def _forest(results: Results, styles: dict[str, Style], key: str) -> View | None
 
 
 def stages_of(results: Results) -> View | None:
-    """Return time, memory and disk by stage; all stages of one method and kind are one row."""
+    """Return time, memory and disk by step of the run; all steps of one method and kind are one row."""
     groups: dict[str, dict[str, float]] = {}
     for about in map(mapping, results.items("stages")):
         seconds = number(about.get("seconds"))

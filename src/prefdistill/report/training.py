@@ -13,7 +13,7 @@ View = dict[str, Any]
 
 
 def curves_of(run: Run, styles: dict[str, svg.Style], key: str, budget: int) -> View | None:
-    """Return a panel per logged metric with a line per method, and the losses of the stages before the students."""
+    """Return a panel per logged metric with a line per method, and the losses of the steps before the students."""
     methods: dict[str, dict[str, list[Points]]] = {
         panel: {name: lines[panel] for name, lines in run["curves"].items() if panel in lines} for panel in PANELS
     }
@@ -27,15 +27,15 @@ def curves_of(run: Run, styles: dict[str, svg.Style], key: str, budget: int) -> 
         if not lines:
             continue
         ends = [f"{clean(n)} {_last(average(ls))}" for n, ls in lines.items()]
-        alt = f"{title} by optimiser step. At the last step: {', '.join(ends)}."
+        alt = f"{title} by optimizer step. At the last step: {', '.join(ends)}."
         y_limits = shared if metric.startswith("logps/") else None
         about: View = {"title": title, "alt": alt, "key": f"{key}-curve{i}", "y_limits": y_limits, "points": points}
         panels.append(partial(figures.curves, lines, styles, **about))
     early = []
-    for i, stage in enumerate(sorted(before, key=natural)[:8]):
-        alt = f"Training loss of {clean(stage)} by step; at the last step {_last(average(before[stage]))}."
-        about = {"title": f"{clean(stage)}: loss", "alt": alt, "key": f"{key}-early{i}"}
-        early.append(partial(figures.curves, {stage: before[stage]}, {stage: svg.Style(svg.BLUE)}, **about))
+    for i, name in enumerate(sorted(before, key=natural)[:8]):
+        alt = f"Training loss of {clean(name)} by optimizer step; at the last one {_last(average(before[name]))}."
+        about = {"title": f"{clean(name)}: loss", "alt": alt, "key": f"{key}-early{i}"}
+        early.append(partial(figures.curves, {name: before[name]}, {name: svg.Style(svg.BLUE)}, **about))
     if not panels and not early:
         return None
     shown = {n for m in methods.values() for n in m}

@@ -3,6 +3,7 @@
 A verb is a function of one section, whose fields are its flags, that returns the JSON object to print; its docstring
 is the help, with an example. To add one: the function in a module here and its line in `VERBS`; from another package,
 an entry point of the group `prefdistill.verbs`. A name of two words, such as "judge answers", is a verb of a group.
+A verb runs in one process, unless it is one of `ON_SEVERAL`.
 """
 
 from prefdistill.core.registry import Registry
@@ -30,6 +31,8 @@ VERBS = Registry(
         "study": f"{_HERE}.run:study",
     },
 )
+
+ON_SEVERAL = {"sft", "dpo", "distill", "signals"}  # under `accelerate launch` or torchrun; others would all write
 
 GROUPS = {
     "judge": "Responses compared by a language model behind an OpenAI-compatible endpoint. The key is read from the "

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from prefdistill.cli.output import one_process, show
+from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import Overridable
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Override
@@ -32,7 +32,6 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
 
     Example: prefdistill doctor --data pairs.jsonl --test test.jsonl --teacher my/teacher --student my/student
     """
-    one_process("doctor")
     if options.overrides and options.recipe is None:
         raise UserError(f"{options.overrides[0]!r} is an override of a recipe; give --recipe with it")
     if options.recipe is None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from prefdistill.cli.output import one_process, show
+from prefdistill.cli.output import show
 from prefdistill.evaluation.options import EvaluateRequest
 
 
@@ -18,7 +18,6 @@ def evaluate(options: EvaluateFlags) -> dict[str, Any]:
 
     Example: prefdistill evaluate --model models/tvkd --data test.jsonl --reward-model my/reward-model --out e.json
     """
-    one_process("evaluate")
     from prefdistill.core.files import sweep, write_json
     from prefdistill.core.lock import locked
     from prefdistill.core.paths import check_file

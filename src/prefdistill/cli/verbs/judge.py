@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from prefdistill.cli.flags import key_values
-from prefdistill.cli.output import one_process, show
+from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import MODEL
 from prefdistill.core.options import Argument
 from prefdistill.evaluation.judges.options import AlpacaEval, Answering, Calling, Judging, MTBench
@@ -52,7 +52,6 @@ def answers(options: AnswersFlags) -> dict[str, Any]:
 
     Example: prefdistill judge answers --model models/tvkd --questions question.jsonl --out tvkd.jsonl
     """
-    one_process("judge answers")
     from prefdistill.evaluation.judges.answers import answer_questions
 
     results = answer_questions(options.model, options.questions, options.out, **options.part(Answering))
@@ -67,7 +66,6 @@ def mt_bench(options: MTBenchFlags) -> dict[str, Any]:
     Example: prefdistill judge mt-bench --answers tvkd.jsonl --against dpo.jsonl --questions question.jsonl --prompts
     judge_prompts.jsonl --references reference.jsonl --url http://localhost:8000/v1 --judge-model big --out judged
     """
-    one_process("judge mt-bench")
     from prefdistill.evaluation.judges.mt_bench import judge_mt_bench
 
     results = judge_mt_bench(options.endpoint(), options.out, **options.part(MTBench))
@@ -86,7 +84,6 @@ def alpaca_eval(options: AlpacaEvalFlags) -> dict[str, Any]:
     Example: prefdistill judge alpaca-eval --answers tvkd.jsonl --against dpo.jsonl --url http://localhost:8000/v1
     --judge-model big --out judged --prompt alpaca_eval_clf_gpt4_turbo
     """
-    one_process("judge alpaca-eval")
     from prefdistill.evaluation.judges.alpaca import judge_alpaca_eval
 
     results = judge_alpaca_eval(options.endpoint(), options.out, **options.part(AlpacaEval))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
-from prefdistill.cli.output import one_process, show
+from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import Overridable, command_line
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Argument, Override, Section, Seeded
@@ -54,7 +54,6 @@ def plan(options: RecipeFlags) -> dict[str, Any]:
 
     Example: prefdistill plan recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
     """
-    one_process("plan")
     recipe, out = _recipe(options)
     from prefdistill.experiment.show_plan import as_text, plan_recipe
 
@@ -64,11 +63,10 @@ def plan(options: RecipeFlags) -> dict[str, Any]:
 
 
 def run(options: RunFlags) -> dict[str, Any]:
-    """Run every stage of a recipe. Finished stages are reused, an interrupted one resumes.
+    """Run every step of a recipe. Finished steps are reused, an interrupted one resumes.
 
     Example: prefdistill run recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
     """
-    one_process("run")
     if not options.verify:
         options = options.model_copy(update={"overrides": ("training.verify=false", *options.overrides)})
     return _run(*_recipe(options))
@@ -118,7 +116,7 @@ class StudyFlags(Overridable):
     recipe: Path | None = Field(None, description="Recipe to study, in place of the file's.")
     metric: str | None = Field(None, description="Metric to plot, in place of the file's.")
     stages: Path | None = Field(
-        None, description="Directory of finished stages that several studies share; default: OUT/stages."
+        None, description="Directory of finished steps that several studies share; default: OUT/stages."
     )
 
 
@@ -127,7 +125,6 @@ def study(options: StudyFlags) -> dict[str, Any]:
 
     Example: prefdistill study studies/alpha.yaml --seeds 3 --stages runs/studies/stages
     """
-    one_process("study")
     from prefdistill.experiment.study.run import run_study
     from prefdistill.report.study import answers
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from prefdistill.cli.output import one_process, show
+from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import MODEL
 from prefdistill.data.options import Lengths
 from prefdistill.models.options import ReadWith
@@ -25,7 +25,6 @@ def sample(options: SampleFlags) -> dict[str, Any]:
 
     Example: prefdistill sample --model my/student --data pairs.jsonl --out own.jsonl --column student_response
     """
-    one_process("sample")
     from prefdistill.core.file_artifact import sidecar
     from prefdistill.core.files import read_json
     from prefdistill.data.truncation import Truncation

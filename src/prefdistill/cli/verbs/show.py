@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from prefdistill.cli.output import one_process, show
+from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import PAIRS
 from prefdistill.core.options import REPEATED, Argument, Section
 from prefdistill.data.options import Columns
@@ -26,7 +26,6 @@ def inspect(options: InspectFlags) -> dict[str, Any]:
 
     Example: prefdistill inspect --data pairs.jsonl --signals signals/teacher --out tokens.html
     """
-    one_process("inspect")
     from prefdistill.models.load import load_tokenizer
     from prefdistill.report.tokens import write_token_view
     from prefdistill.signals import Signals
@@ -57,7 +56,6 @@ def report(options: ReportFlags) -> dict[str, Any]:
 
     Example: prefdistill report runs/quickstart runs/tvkd --out report.html
     """
-    one_process("report")
     from prefdistill.core.errors import UserError
     from prefdistill.report import write_report
 
