@@ -10,7 +10,7 @@ from prefdistill.data.encode import encode_pairs, render_pairs
 from prefdistill.data.encoder import Encoder
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
 from prefdistill.data.load import load_messages, load_pairs
-from prefdistill.data.truncation import TEMPLATE_DIFFERS, TEXT_CHANGED, Truncation
+from prefdistill.data.truncation import TEMPLATE_DIFFERS, TEXT_CHANGED, TOKENS_CHANGED, Truncation
 from support.pairs import assistant, user, write_jsonl
 from support.tokenizer_styles import make_tokenizer
 
@@ -74,9 +74,16 @@ def test_ids_of_another_prompt_tokenizer_or_text_are_not_used(tokenizer):
     text, prompt = "the sea is wide", [user("Write")]
     row = sampled(tokenizer, prompt, text, letters(tokenizer, text))
     usual = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for change in ({"prompt": [user("Write!")]}, {NAME: [assistant("the sea is blue")]}):
-        encoded, dropped = encode([row | change], tokenizer)
-        assert (dropped, encoded[0][f"{NAME}_ids"] == row[f"{NAME}_ids"]) == ({}, False)
+    edited, dropped = encode([row | {NAME: [assistant("the sea is blue")]}], tokenizer)
+    assert not dropped
+    assert tokenizer.decode(edited[0][f"{NAME}_ids"]) == "the sea is blue<|im_end|>"
+    # after another prompt the text must have the tokens that were sampled
+    others = [
+        sampled(tokenizer, prompt, text, ids) | {"prompt": [user("Write!")]} for ids in (row[f"{NAME}_ids"][:-1], usual)
+    ]
+    encoded, dropped = encode(others, tokenizer)
+    assert (encoded["row"][:], dropped) == ([1], {TOKENS_CHANGED: 1})
+    assert encoded[0][f"{NAME}_ids"][:-1] == usual
     renamed = copy.deepcopy(tokenizer)  # the same ids stand for other tokens
     check = Encoder(tokenizer).check("p", [5, 6], "t")
     assert Encoder(renamed).check("p", [5, 6], "t") == check != Encoder(renamed).check("p", [6, 5], "t")
@@ -87,8 +94,11 @@ def test_ids_of_another_prompt_tokenizer_or_text_are_not_used(tokenizer):
     # where the ids are not used the text must be what the model wrote: rendered, or dropped with the reason
     moved = copy.deepcopy(tokenizer)
     moved.chat_template = "Be brief. " + TURNS.replace("CONTENT", "m.content") + OPENS.replace("<think>\n", "")
-    encoded, dropped = encode([row], moved)
+    encoded, dropped = encode([sampled(tokenizer, prompt, text, usual)], moved)
     assert encoded[0][f"{NAME}_ids"] == [*usual, moved.convert_tokens_to_ids("<|im_end|>")]
+    foreign = make_tokenizer("llama3")  # whose ids mean something else: the text is learnt
+    encoded, dropped = encode([row], foreign)
+    assert foreign.decode(encoded[0][f"{NAME}_ids"]) == text + "<|eot_id|>"
     spaced = sampled(tokenizer, prompt, " wide ", letters(tokenizer, " wide "))
     moved.chat_template = moved.chat_template.replace("m.content", "m.content | trim")
     with pytest.raises(UserError, match=TEXT_CHANGED):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -78,9 +79,9 @@ def test_each_round_starts_from_the_student_of_the_last(tmp_path):
     assert rebuilt(fewer) == {"distill-adpa-0", "evaluate-adpa-0"}
 
 
-def test_several_samples_of_each_prompt(tmp_path):
-    out = tmp_path / "run"
-    run_recipe(load_recipe(QUICKSTART, [*SMALL, "sampling.n=2"], only=["dpkd", "adpa"]), out)
+def test_several_samples_of_each_prompt(tmp_path, capsys):
+    out, recipe = tmp_path / "run", load_recipe(QUICKSTART, [*SMALL, "sampling.n=2"], only=["dpkd", "adpa"])
+    run_recipe(recipe, out)
     root = out / "seed-0"
     pairs = load_pairs(str(root / "pairs" / "train.jsonl"))
     teacher = load_pairs(str(root / "sample-teacher" / "responses.jsonl"), responses=("teacher_response",))
@@ -89,6 +90,17 @@ def test_several_samples_of_each_prompt(tmp_path):
     assert teacher["prompt"][::2] == teacher["prompt"][1::2] == student["prompt"][::2] == prompts
     store = Signals.open(root / "signals-teacher-teacher_response" / "store")
     assert len(store) == len(teacher) == len(student)
+    # responses to prompts that are rendered otherwise now are sampled again, if a step is to run
+    file = root / "sample-teacher" / "responses.jsonl"
+    whole, check = file.read_bytes(), teacher["teacher_response_check"][0]
+    file.write_bytes(whole.replace(str(check).encode(), str(check ^ 1).encode(), 1))
+    shutil.rmtree(root / "evaluate-dpkd-0")
+    capsys.readouterr()
+    again = run_recipe(recipe, out)
+    assert "sample-teacher: the prompt of row 0 of" in (said := capsys.readouterr().err)
+    assert said.count("sampling again") == 1
+    assert file.read_bytes() == whole
+    assert rebuilt(again) == {"evaluate-dpkd-0"}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from prefdistill.data.truncation import (
     RESPONSE_EMPTY,
     TEMPLATE_DIFFERS,
     TEMPLATE_FAILED,
+    TOKENS_CHANGED,
     TOKENS_MERGE,
     Dropped,
     Reading,
@@ -281,9 +282,8 @@ class _PairEncoder:
             raise _Refused(of_row.refused)
         ids = {"prompt": prompt_ids}
         offsets = {}
-        for name, sampled, full_text, (full_ids, ends) in zip(
-            self.responses, of_row.sampled, full_texts, full, strict=True
-        ):
+        columns = (self.responses, of_row.sampled, of_row.expected, full_texts, full)
+        for name, sampled, expected, full_text, (full_ids, ends) in zip(*columns, strict=True):
             if sampled is not None and full_ids != prompt_ids + sampled:
                 ids[name], offsets[name] = sampled, iter(self.encoder.ends(sampled))
                 continue
@@ -294,6 +294,8 @@ class _PairEncoder:
             if len(full_ids) == len(prompt_ids):
                 raise _Refused(RESPONSE_EMPTY)
             ids[name] = full_ids[len(prompt_ids) :]
+            if expected not in (None, ids[name]):
+                raise _Refused(TOKENS_CHANGED)
             # A token without text, such as an added prefix space, may report an earlier end: offsets never go back.
             offsets[name] = accumulate((end - len(prompt_text) for end in ends[len(prompt_ids) :]), max)
         result = self.truncation.apply(ids, self.bos)

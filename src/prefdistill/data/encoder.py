@@ -122,9 +122,9 @@ class Encoder:
 
     # ---- Sampled tokens
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of sampled ids, special tokens included."""
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    def decode(self, ids: list[int], *, special: bool = True) -> str:
+        """Return the text of sampled ids, with or without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
     def ends(self, ids: list[int]) -> list[int]:
         """Return the character of `decode` at which each id ends; ids that share a character all end after it."""

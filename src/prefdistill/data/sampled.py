@@ -3,8 +3,9 @@
 The text of a response need not have the tokens that it was sampled in: other tokens may have the same text, and a chat
 template may write a response otherwise than it was generated. So `sample` writes the ids into `NAME_ids`, and into
 `NAME_check` what they belong to: the prompt's text, the tokens that the ids stand for, and the response's text. The ids
-are used with that very prompt and text, and any tokenizer that has these tokens at these ids; else the response is
-rendered, if the chat template leaves its text as it is.
+are used with that very prompt and text, and any tokenizer that has these tokens at these ids. Else the response is
+rendered, if the chat template leaves its text as it is and, where the tokenizer reads the ids as that text, its tokens
+too; other rows are dropped.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class RowTexts(NamedTuple):
     Args:
         texts: of the prompt, and of the prompt with each response up to its end; None if the template refuses.
         sampled: for each response its ids if they are used as they were sampled, else None.
+        expected: for each response the ids that its text must be tokenized to, or None.
         refused: why the row is dropped; "" if it is not.
     """
 
     texts: tuple[str, ...] | None
     sampled: tuple[list[int] | None, ...]
+    expected: tuple[list[int] | None, ...]
     refused: str = ""
 
 
@@ -43,11 +46,15 @@ def row_texts(encoder: Encoder, row: dict[str, Any], responses: Sequence[str]) -
         one.ids if one and start and encoder.check(start[0], one.ids, one.text) == one.check else None
         for one in recorded
     )
+    expected = tuple(
+        one.ids if one and ids is None and encoder.decode(one.ids, special=False) == one.text else None
+        for one, ids in zip(recorded, sampled, strict=True)
+    )
     to_render = [name for name, ids in zip(responses, sampled, strict=True) if ids is None]
     cut = [row.get(ended_column(name)) is False for name in to_render]
     texts = encoder.ended_texts(prompt, *(row[name] for name in to_render), cut=cut)
     if texts is None:
-        return RowTexts(None, sampled, TEMPLATE_FAILED)
+        return RowTexts(None, sampled, expected, TEMPLATE_FAILED)
     prompt_text, *others = texts
     rendered = iter(others)
     full = [next(rendered) if ids is None else prompt_text + encoder.decode(ids) for ids in sampled]
@@ -59,7 +66,7 @@ def row_texts(encoder: Encoder, row: dict[str, Any], responses: Sequence[str]) -
         and text != prompt_text + one.text + (end if one.ended else "")
         for one, ids, text in zip(recorded, sampled, full, strict=True)
     )
-    return RowTexts((prompt_text, *full), sampled, TEXT_CHANGED if changed else "")
+    return RowTexts((prompt_text, *full), sampled, expected, TEXT_CHANGED if changed else "")
 
 
 class _Recorded(NamedTuple):

@@ -32,6 +32,7 @@ from prefdistill.data.columns import (
     tokens_column,
     unread_columns,
 )
+from prefdistill.data.encoder import Encoder
 from prefdistill.data.load import load_prompts, say_unread
 from prefdistill.data.messages import without_nulls
 from prefdistill.data.prompts import prompts_of
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 DRAWING = ("n", "temperature", "top_p", "max_new_tokens", "batch_size")  # options of the draws
+
+
+class OtherPrompts(UserError):
+    """The prompts of a file are rendered otherwise now than when its responses were sampled."""
 
 
 @takes(SampleRequest)
@@ -142,13 +147,13 @@ def sample_responses(
             responses, seconds = _read_parts(parts)
             counts = _counts(responses, len(rows), seconds)
             full = _with_responses(dataset, rows, column, responses, settings.keep_ids)
-            _check_prompts(out, full, column, sampler)  # of parts that an earlier run has sampled
+            check_prompts(out, full, column, tokenizer)  # of parts that an earlier run has sampled
             about = {"dropped": dropped.counts, **counts, "versions": _versions()}
             artifact.seal(lambda path: write_rows(full, path, out.name), about)
             _report(counts)
     sampled = load_prompts(str(out))
     if seal is not None:
-        _check_prompts(out, sampled, column, sampler)
+        check_prompts(out, sampled, column, tokenizer)
     return sampled
 
 
@@ -241,17 +246,22 @@ def _with_responses(
     return full.add_column(ids_column(column), [*ids]).add_column(check_column(column), [*checks]) if keep_ids else full
 
 
-def _check_prompts(out: Path, sampled: "Dataset", column: str, sampler: Sampler) -> None:
-    """Raise a UserError if a prompt is rendered otherwise now than when its response was sampled."""
+def check_prompts(out: Path, sampled: "Dataset", column: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that prompts are rendered as they were when their responses were sampled.
+
+    Raises:
+        OtherPrompts: naming the first row that differs.
+    """
     if check_column(column) not in sampled.column_names:
         return
+    encoder = Encoder(tokenizer)
     columns = (sampled[name][:] for name in (column, ids_column(column), check_column(column)))
     for index, (prompt, response, ids, check) in enumerate(zip(prompts_of(sampled), *columns, strict=True)):
         text = response if isinstance(response, str) else response[0]["content"]
-        if sampler.check(prompt, ids, text) != check:
-            raise UserError(
+        if encoder.check(encoder.text(prompt), ids, text) != check:
+            raise OtherPrompts(
                 f"the prompt of row {index} of {out} is rendered otherwise now than when its response was sampled"
-                + (": the chat template prints the date or the time" if changes_with_time(sampler.tokenizer) else "")
+                + (": the chat template prints the date or the time" if changes_with_time(tokenizer) else "")
                 + "; delete the file and sample again, or give another --out"
             )
 

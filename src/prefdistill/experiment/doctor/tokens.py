@@ -32,9 +32,9 @@ DROPPED = {
         "template.differs",
         "Use a template whose generation prompt is the start of a response (some open a thinking block there).",
     ),
-    reasons.TEXT_CHANGED: (
-        "template.sampled",
-        "Sample again with this tokenizer and template, or remove `NAME_ids` to learn from what the template writes.",
+    **dict.fromkeys(
+        (reasons.TEXT_CHANGED, reasons.TOKENS_CHANGED),
+        ("template.sampled", "Sample again with this tokenizer and template, or remove `NAME_ids` to render the text."),
     ),
     reasons.TOKENS_MERGE: (
         "tokens.merge",

@@ -12,7 +12,7 @@ from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.step import Model, Rows, Step
 from prefdistill.models.device import default_dtype
-from prefdistill.sampling.files import sample_responses
+from prefdistill.sampling.files import OtherPrompts, check_prompts, sample_responses
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.ids import OtherIds, check_ids, reading_of_store
 from prefdistill.signals.kinds import make_kinds
@@ -62,6 +62,16 @@ class Sample(Step):
             **self.context.load_options(self.model.role),
             **self.context.recipe.sampling.model_dump(),
         )
+
+    def refresh(self) -> None:
+        try:
+            check_prompts(self.directory / "responses.jsonl", self.rows, self.column, self.context.tokenizer.tokenizer)
+        except OtherPrompts as error:
+            say(f"{self.name}: {str(error).rpartition(';')[0]}; sampling again")
+            for path in self.directory.glob("responses.jsonl*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            vars(self).pop("rows", None)
+            self.make(self.directory)
 
     @functools.cached_property
     def rows(self) -> "Dataset":
@@ -150,5 +160,5 @@ class ReadSignals(Step):
         except OtherIds as error:
             say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
             shutil.rmtree(self.directory / "store")
-            del self.store
+            vars(self).pop("store", None)
             self.make(self.directory)
