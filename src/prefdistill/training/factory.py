@@ -14,6 +14,7 @@ from prefdistill.methods import Method
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments
 from prefdistill.training.nan_guard import with_nan_guard
+from prefdistill.training.row_means import with_row_means
 from prefdistill.training.trainer import PrefDistillTrainer
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def trl_trainer(
     )
     with _trainer_errors():
         loaded = {name: model and _plain(model) for name, model in models().items()}
-        return with_nan_guard(trainer_class)(
+        return with_nan_guard(with_row_means(trainer_class))(
             **loaded, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter_config(training)
         )
 
