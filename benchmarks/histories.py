@@ -21,13 +21,14 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.attempts import Fault, Job, attempt
 from benchmarks.faults import SHAPE, WORDS, command, make_place, results
+from prefdistill.core.differences import compare, listed
 
 Files = dict[str, dict[str, Any]]  # recipe and study, by the name of the file
 
@@ -246,8 +247,9 @@ def live(place: Path, calls: int, seed: int, verb: str = "run") -> Tally:
         elif tried.status == 0:
             (place / "out").rename(place / "old")
             if attempt(job, place, timeout=600).status == 0:
-                changes = [*_differences(job.result(place / "old"), job.result(place / "out"))]
-                tally.differing += [f"after {since}: {'; '.join(changes[:5])}"] if changes else []
+                new, old = (job.result(place / name) for name in ("out", "old"))
+                changes = [str(change) for change in compare(new, old, ignored=())]
+                tally.differing += [f"after {since}: {listed(changes)}"] if changes else []
             else:
                 tally.differing.append(f"after {since}: a new directory does not finish")
             tally.compared += 1
@@ -275,17 +277,6 @@ JOBS = {
     "run": Job(command("run", "recipe.yaml", "--out", "out"), _run),
     "study": Job(command("study", "study.yaml", "--out", "out"), _study),
 }
-
-
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, both in enumerate(zip(old, new, strict=True)):
-            yield from _differences(*both, f"{where}[{index}]")
-    elif old != new:
-        yield f"{where[1:]} is {old!r:.60} instead of {new!r:.60}"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.measure import Measured
-from prefdistill.evaluation.pairs import evaluate_pairs, gauge_flips, implicit_rewards, measure_pairs, pair_terms
+from prefdistill.evaluation.pairs import evaluate_pairs, gauge_flips, implicit_rewards, pair_terms
 from prefdistill.evaluation.stats import estimate, margin_accuracy, mean_and_error, pair_wins
 from prefdistill.signals import SignalSet, extract_signals
 from support.stores import store_by_hand
@@ -256,7 +256,7 @@ def test_pairs_of_one_prompt_are_resampled_together(make_model, tokenizer, tmp_p
     assert results["metrics"]["reward_accuracy"] == estimate(wins, list("babca")) | {"over": "test prompts"}
     assert (results["pairs"], results["metrics"]["reward_accuracy"]["n"]) == (5, 3)
     measured = Measured()
-    measure_pairs(measured, make_model(3), few, tokenizer, store)
+    measured.add_metrics("pairs", reward)
     assert measured.groups["reward_accuracy"] == [0, 1, 0, 2, 1]
     assert measured.metrics["reward_accuracy"] == wins.mean()
 

@@ -60,17 +60,6 @@ def implicit_rewards(
     return PairRewards(**ratios, chosen_logp=per_token, row=rows, groups=numbered(prompt_texts(pairs, rows)))
 
 
-def measure_pairs(
-    measured: Measured,
-    student: "PreTrainedModel",
-    pairs: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    reference: Signals,
-) -> None:
-    """Add every metric of held-out pairs."""
-    measured.add_metrics("pairs", implicit_rewards(student, pairs, tokenizer, reference))
-
-
 def prompt_texts(pairs: "Dataset", rows: Sequence[int] | np.ndarray) -> list[str]:
     """Return the prompt of each of these rows as text; error bars are over prompts."""
     prompts = prompts_of(pairs)
@@ -114,7 +103,7 @@ def evaluate_pairs(
     signals = signals_for(pairs, tokenizer, stores)
     reference = signals.store("reference", "logps", "chosen")
     measured = Measured()
-    measure_pairs(measured, student, pairs, tokenizer, reference)
+    measured.add_metrics("pairs", implicit_rewards(student, pairs, tokenizer, reference))
     if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]):
         terms = {"longer is better": pair_wins(*(reference.scalar(f"{side}_tokens", signals.rows) for side in SIDES))}
     else:

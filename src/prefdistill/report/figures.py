@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -28,6 +29,7 @@ from prefdistill.report.svg import (
     xy,
 )
 
+Cloud = tuple[str, Points, Style, str]  # name, points, style, text alternative
 SweepPoint = tuple[float, float, float | None, float | None, list[float]]  # x, mean, its 95 % interval, every repeat
 
 
@@ -225,38 +227,6 @@ def bars(rows: Sequence[tuple[str, float, float | None, str, bool]], *, title: s
     return svg(draw, 560, 26 + 26 * len(rows), title=title, alt=alt, key=key)
 
 
-def scatter(
-    points: Points, style: Style, *, title: str, labels: tuple[str, str], alt: str, key: str,
-    x_limits: tuple[float, float], y_limits: tuple[float, float],
-) -> Markup:  # fmt: skip
-    """Draw a scatter plot; `labels` of the two axes."""
-
-    def draw(figure: Figure) -> None:
-        axes = axes_of(figure, left=54, right=8, top=26, bottom=38)
-        for line, (low, high) in ((axes.axvline, x_limits), (axes.axhline, y_limits)):
-            if low < 0 < high:
-                line(0, color=MUTED, linewidth=0.9)
-        if points:
-            axes.plot(
-                *xy(points),
-                linestyle="none",
-                marker="o",
-                markersize=3.4,
-                markeredgewidth=0,
-                color=style.colour,
-                alpha=0.5,
-            )
-        axes.set_xlim(*x_limits)
-        axes.set_ylim(*y_limits)
-        axes.set_title(shorten(title, 44))
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-
-    return svg(draw, 330, 290, title=f"{title}: {labels[1]} against {labels[0]}", alt=alt, key=key)
-
-
 def clouds(
     named_clouds: Sequence[tuple[str, Points, Style, str]],
     *,
@@ -265,26 +235,32 @@ def clouds(
     budget: int,
     zero: bool,
 ) -> list[Markup]:
-    """Draw a scatter plot of each cloud (name, points, style, text alternative), on the same axes.
+    """Draw a scatter plot of each cloud, on the same axes.
 
-    All share `budget` points; `zero`: the axes include it.
+    All share `budget` points; `labels`: of the two axes; `zero`: the axes include it.
     """
     shown = max(40, budget // max(1, len(named_clouds)))
     everything = [point for _, points, _, _ in named_clouds for point in points]
     x_limits, y_limits = (limits((point[axis] for point in everything), zero=zero) for axis in (0, 1))
+
+    def draw(figure: Figure, name: str, points: Points, style: Style) -> None:
+        axes = axes_of(figure, left=54, right=8, top=26, bottom=38)
+        for line, (low, high) in ((axes.axvline, x_limits), (axes.axhline, y_limits)):
+            if low < 0 < high:
+                line(0, color=MUTED, linewidth=0.9)
+        some = points[:: math.ceil(len(points) / shown)]
+        axes.plot(*xy(some), "o", markersize=3.4, markeredgewidth=0, color=style.colour, alpha=0.5)
+        axes.set(xlim=x_limits, ylim=y_limits, title=shorten(name, 44), xlabel=labels[0], ylabel=labels[1])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+
     return [
-        scatter(
-            points[:: math.ceil(len(points) / shown)],
-            style,
-            title=name,
-            labels=labels,
-            key=f"{key}{i}",
-            x_limits=x_limits,
-            y_limits=y_limits,
-            alt=alt,
+        svg(
+            partial(draw, name=name, points=points, style=style), 330, 290,
+            title=f"{name}: {labels[1]} against {labels[0]}", alt=alt, key=f"{key}{i}",
         )
         for i, (name, points, style, alt) in enumerate(named_clouds)
-    ]
+    ]  # fmt: skip
 
 
 def ranges(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from prefdistill import __version__
 from prefdistill.core.errors import UserError
 from prefdistill.core.paths import check_file
@@ -104,8 +106,22 @@ def write_token_view(
         "special": [i for i, (token, _) in enumerate(pieces) if token in special],
         "names": {i: tokenizer.convert_ids_to_tokens(token) for i, (token, text) in enumerate(pieces) if not text},
     }
-    about = _about(name, shown, pairs, len(available.rows) - len(shown.rows))
-    html = _render(page, index, table, blocks, about, _missing(shown, name))
+    templates = environment()
+    script, style = (templates.get_template(file).render() for file in ("tokens.js", "tokens.css"))
+    html = templates.get_template("tokens.html.j2").render(
+        page=page,
+        about=_about(name, shown, pairs, len(available.rows) - len(shown.rows)),
+        missing=_missing(shown, name),
+        count=len(index["row"]),
+        version=__version__,
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_csp_hash(script),
+        style_hash=_csp_hash(style),
+        index=Markup(deflated_json(index)),
+        pieces=Markup(deflated_json(table)),
+        blocks=[Markup(text) for text in blocks],
+    )
     save_page(printable(html), Path(out), "the token view")
     return {
         "out": str(out),
@@ -217,37 +233,6 @@ def _missing(signals: SignalSet, data: str) -> list[dict[str, str]]:
         if not has(signals, Need(role, "logps")):
             missing.append({"what": what, "command": command(role, "logps")})
     return missing
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
-def _render(
-    page: dict[str, Any],
-    index: dict[str, Any],
-    table: dict[str, Any],
-    blocks: list[str],
-    about: dict[str, Any],
-    missing: list[dict[str, str]],
-) -> str:
-    from markupsafe import Markup
-
-    templates = environment()
-    script, style = (templates.get_template(name).render() for name in ("tokens.js", "tokens.css"))
-    return templates.get_template("tokens.html.j2").render(
-        page=page,
-        about=about,
-        missing=missing,
-        count=len(index["row"]),
-        version=__version__,
-        script=Markup(script),
-        style=Markup(style),
-        script_hash=_csp_hash(script),
-        style_hash=_csp_hash(style),
-        index=Markup(deflated_json(index)),
-        pieces=Markup(deflated_json(table)),
-        blocks=[Markup(text) for text in blocks],
-    )
 
 
 def _csp_hash(text: str) -> str:

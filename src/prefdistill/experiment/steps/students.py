@@ -13,7 +13,7 @@ from prefdistill.data.prompts import prompt_columns
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metric_inputs import RESPONSE
 from prefdistill.evaluation.metrics import METRICS
-from prefdistill.evaluation.pairs import measure_pairs
+from prefdistill.evaluation.pairs import implicit_rewards
 from prefdistill.evaluation.responses import measure_responses, measure_rewards, unique_prompts
 from prefdistill.experiment.step import Model, Rows, Step, Trained
 from prefdistill.experiment.steps.reward_model import load_reward_model
@@ -129,7 +129,9 @@ class Evaluate(Step):
             )
         if self.reference is not None and self.test is not None:
             student = load_student(self.context, self.model)
-            measure_pairs(measured, student, self.test.rows, self.context.tokenizer.tokenizer, self.reference.store)
+            tokenizer = self.context.tokenizer.tokenizer
+            rewards = implicit_rewards(student, self.test.rows, tokenizer, self.reference.store)
+            measured.add_metrics("pairs", rewards)
         write_json(out / "evaluation.json", measured.__dict__)
 
     def _sample(self, test: Rows, out: Path) -> "Dataset":
