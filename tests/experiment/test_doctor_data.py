@@ -107,6 +107,20 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
     ("an empty prompt", edited({3: {"prompt": " "}}), "data.empty-prompt", "warning", [3]),
     ("equal responses", edited({3: {"chosen": "x y", "rejected": "x y"}}), "data.equal-responses", "warning", [3]),
     ("a pair twice", [*clean(), clean()[5]], "data.duplicate-pairs", "warning", [12]),
+    (
+        "responses that differ in punctuation",
+        edited({3: {"chosen": "Yes,  indeed!", "rejected": "yes indeed"}}),
+        "data.near-equal-responses",
+        "warning",
+        [3],
+    ),
+    (
+        "a pair twice but for a space",
+        [*clean(), {**clean()[5], "chosen": [{"role": "assistant", "content": text_of(clean()[5]["chosen"]) + " "}]}],
+        "data.near-duplicates",
+        "warning",
+        [12],
+    ),
     ("a pair both ways", [*clean(), SWAPPED], "data.both-labels", "warning", [3, 12]),
     ("a score in words", edited({3: {"score_chosen": "high"}}), "data.scores", "error", [3]),
     ("a score that is NaN", edited({3: {"score_rejected": float("nan")}}), "data.scores", "error", [3]),
@@ -365,7 +379,8 @@ def test_real_pairs(data_dir):
     train, test = (str(data_dir / "alpacaeval_pairs" / f"{split}.jsonl.gz") for split in ("train", "test"))
     checkup = examine(train, test)
     assert checkup.ok
-    assert checks_found(checkup) == {"data.duplicate-pairs", "data.length-bias"}  # prompts are not shared
+    near = {"data.near-duplicates", "data.near-equal-responses"}
+    assert checks_found(checkup) == {"data.duplicate-pairs", "data.length-bias", *near}  # prompts are not shared
     with gzip.open(train) as file:
         rows = [json.loads(line) for line in file]
     keys = [json.dumps([row[name] for name in ("prompt", "chosen", "rejected")]) for row in rows]
@@ -394,3 +409,38 @@ def test_columns_that_are_not_read_and_other_shapes_are_named(tmp_path, changes,
     path.write_text(json.dumps(pair | changes) + "\n")
     _, findings = read_pairs(str(path), "train", reads=["weight"])
     assert [(finding.check, finding.severity) for finding in findings] == ([(check, severity)] if check else [])
+
+
+MARKED = {  # what is done to one side of the pairs, and the form that only this side has, or only the other
+    "thinking": (lambda text: f"<think>hm</think>{text}", "starts with `<think> hm </think>`", True),
+    "a stock phrase": (lambda text: f"As an AI, I say: {text}", "starts with `As an AI`", True),
+    "an ending": (lambda text: f"{text} I hope this helps", "ends with `hope this helps`", True),
+    "end punctuation": (lambda text: text.rstrip("."), "ends with end punctuation", False),
+    "formatting": (lambda text: f"**{text}**", "has bold text", True),
+    "a list": (lambda text: f"- {text}", "has a list", True),
+    "another alphabet": (lambda _: "\u0434\u0430, \u043a\u043e\u0442.", "is in Cyrillic letters", True),
+    "another language": (lambda text: text.replace("words", "mots"), "contains `words`", False),
+    "white space": (lambda text: f" {text}", "starts with white space", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mark", "form", "marked_has"), MARKED.values(), ids=MARKED.keys())
+def test_a_form_of_one_side_is_found(tmp_path, mark, form, marked_has):
+    rows = plain([*clean(), *clean(12)])
+    for row in rows[1:]:  # all but one
+        row["chosen"] = mark(row["chosen"])
+    finding = finding_of(examine(write(tmp_path / "pairs.jsonl", rows)), "data.one-sided")
+    shares = ("96%", "0%") if marked_has else ("4%", "100%")
+    assert "{} ({} of chosen, {} of rejected)".format(form, *shares) in finding.message
+    assert (finding.severity, finding.count, finding.of, finding.rows) == ("warning", 23, 24, (1, 2, 3, 4, 5))
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    assert finding_of(examine(write(tmp_path / "swapped.jsonl", swapped)), "data.one-sided").count == 23
+    few = examine(write(tmp_path / "few.jsonl", rows[:19]))
+    assert "data.one-sided" not in checks_found(few)
+
+
+def test_cut_samples_of_one_side_are_found(tmp_path):
+    rows = [{**row, "rejected_ended": False} for row in [*clean(), *clean(12)]]
+    finding = finding_of(examine(write(tmp_path / "pairs.jsonl", rows)), "data.one-sided")
+    assert "was cut while it was sampled (0% of chosen, 100% of rejected)" in finding.message
+    assert "data.one-sided" not in checks_found(examine(write(tmp_path / "clean.jsonl", [*clean(), *clean(12)])))

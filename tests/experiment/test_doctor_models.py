@@ -1,9 +1,11 @@
 """Doctor checks of vocabularies, tokenizers and weights."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file, save_file
 
-from prefdistill.experiment.doctor import examine
+from prefdistill.experiment.doctor import examine, vocabulary
 from support.doctor import (
     GENERATE,
     HEADER,
@@ -118,3 +120,34 @@ def test_damaged_weights_are_a_finding(tmp_path, tokenizer, damage, message):
     assert checks_found(examine(recipe=recipe)) == {"model.weights"}
     recipe = recipe_for(tmp_path, tokenizer, "teacher.dpo=null", f"model.teacher_reference={damaged}")
     assert finding_of(examine(recipe=recipe), "model.weights").message.startswith("teacher reference: ")
+
+
+def test_a_tokenizer_that_is_loaded_unlike_its_file_is_found(tmp_path, tokenizer):
+    source, model = write(tmp_path / "pairs.jsonl", clean()), model_of(tokenizer, tmp_path / "model")
+    assert "vocabulary.unlike-file" not in checks_found(examine(source, student=model))
+    file = tmp_path / "model" / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    rules["normalizer"] = {"type": "Lowercase"}
+    found = [*vocabulary.same_as_file("student", tokenizer, None, ["A"])]
+    file.write_text(json.dumps(rules))
+    (finding,) = vocabulary.same_as_file("student", tokenizer, file, ["a b", "Words", "in Paris"])
+    assert (found, finding.count > 2, finding.of) == ([], True, len(vocabulary.PROBES) + 3)
+    file.write_text("{")
+    assert [*vocabulary.same_as_file("student", tokenizer, file, ["A"])] == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "names"),
+    [
+        ("[q_proj, lm_head]", "lm_head,"),
+        ("[embed_tokens]", "model.embed_tokens,"),
+        ("[q_proj]", ""),
+        ("all-linear", ""),
+    ],
+)
+def test_an_adapter_on_the_head_is_found(tmp_path, tokenizer, modules, names):
+    recipe = recipe_for(tmp_path, tokenizer, f"methods.dpo.training.lora.target_modules={modules}")
+    findings = [f for f in examine(recipe=recipe).findings if f.check == "recipe.lora-head"]
+    assert [f.message.partition(" a row for")[0] for f in findings] == (
+        [f"methods.dpo.training: the adapter is on {names}"] if names else []
+    )

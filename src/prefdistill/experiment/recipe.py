@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,6 +180,13 @@ class Recipe(Section):
         if (self.model.teacher is None or self.model.student is None) and self.model.scratch is None:
             raise ValueError("model.teacher and model.student must be named, or model.scratch say how to make them")
         return self
+
+    def trainings(self) -> Iterator[tuple[str, str, Training]]:
+        """Yield the key of every training, the model that is trained (teacher or student), and the training."""
+        for role, stage in (("teacher", "sft"), ("teacher", "dpo"), ("student", "sft")):
+            if (training := getattr(getattr(self, role), stage)) is not None:
+                yield f"{role}.{stage}", role, training
+        yield from ((f"methods.{name}.training", "student", run.training) for name, run in self.methods.items())
 
     def as_yaml(self) -> str:
         return as_yaml(self.model_dump())

@@ -78,6 +78,15 @@ def tokenizer_owner(name: str) -> tuple[str, str | None]:
     return name, revision
 
 
+def tokenizer_file(name: str) -> Path | None:
+    """Return the tokenizer.json of a Hub name or directory; None if it has none."""
+    owner, _ = tokenizer_owner(name)
+    if Path(owner).is_dir():
+        file = Path(owner) / "tokenizer.json"
+        return file if file.exists() else None
+    return fetch_hub_file(owner, "tokenizer.json")
+
+
 def _has_file(name: str, file: str) -> bool:
     return (Path(name) / file).exists() if Path(name).is_dir() else fetch_hub_file(name, file) is not None
 

@@ -14,6 +14,7 @@ from prefdistill.data.columns import SCORES, SIDES, ended_column
 from prefdistill.evaluation.stats import estimate, pair_wins
 from prefdistill.experiment.doctor import characters
 from prefdistill.experiment.doctor.findings import Finding, Severity, first_hit_per_row
+from prefdistill.experiment.doctor.markers import one_sided_markers
 from prefdistill.experiment.doctor.pairs import COLUMNS, Pair, PairSet
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -59,6 +60,41 @@ def duplicate_pairs(data: PairSet) -> Iterator[Finding]:
         "the pair is a duplicate of an earlier one",
         "Keep one of each, unless the extra weight is intended.",
     )
+
+
+def near_duplicates(data: PairSet) -> Iterator[Finding]:
+    """Find responses and pairs that are equal up to case, spaces and punctuation."""
+    alike = [
+        (pair.row, f"{pair.texts['chosen']!r} and {pair.texts['rejected']!r}")
+        for pair in data.pairs
+        if pair.key("chosen") != pair.key("rejected") and _words(pair, "chosen") == _words(pair, "rejected") != ""
+    ]
+    yield from data.finding(
+        "data.near-equal-responses",
+        "warning",
+        alike,
+        "chosen and rejected differ in case, spaces or punctuation alone",
+        "Remove these rows, unless that difference is what shall be learnt.",
+    )
+    exact = {pair.row for pair, _ in _repeated(data.pairs, lambda pair: tuple(pair.key(name) for name in COLUMNS))}
+    others = (pair for pair in data.pairs if pair.row not in exact)
+    again = [
+        (pair.row, f"as row {first.row}: {pair.texts['prompt']}")
+        for pair, first in _repeated(others, lambda pair: tuple(_words(pair, name) for name in COLUMNS))
+        if any(_words(pair, name) for name in COLUMNS)
+    ]
+    yield from data.finding(
+        "data.near-duplicates",
+        "warning",
+        again,
+        "the pair is an earlier one up to case, spaces and punctuation",
+        "Keep one of each, unless the extra weight is intended.",
+    )
+
+
+def _words(pair: Pair, name: str) -> str:
+    """Return the letters and digits of a column, in lower case."""
+    return "".join(filter(str.isalnum, pair.texts[name].casefold()))
 
 
 def both_labels(data: PairSet) -> Iterator[Finding]:
@@ -319,6 +355,7 @@ DATA_CHECKS = (
     empty_prompts,
     equal_responses,
     duplicate_pairs,
+    near_duplicates,
     both_labels,
     repeated_prompts,
     turns,
@@ -328,4 +365,5 @@ DATA_CHECKS = (
     normal_forms,
     extreme_lengths,
     length_bias,
+    one_sided_markers,
 )

@@ -27,7 +27,7 @@ from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Encoding, quantil
 from prefdistill.experiment.doctor.unread import UNREAD_CHECKS
 from prefdistill.experiment.needs import columns_of
 from prefdistill.experiment.plan import build_plan
-from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer
+from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer, tokenizer_file
 from prefdistill.models.scratch import random_model, train_tokenizer
 
 if TYPE_CHECKING:
@@ -125,6 +125,9 @@ def examine(
                 for name, method in plan.methods.items()
                 if method.weakness
             ]
+            for where, role, training in recipe.trainings():
+                if role in models.shapes:
+                    checkup.findings += vocabulary.adapted_head(where, training, models.shapes[role])
         _check_machine(checkup, recipe, models, None if unwritable else Path(out))
         if plan is not None and checkup.ok:
             check_plan(plan)
@@ -148,6 +151,7 @@ class _Models:
     checkup: Checkup
     trust_remote_code: bool
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    tokenizer_files: dict[str, Path] = field(default_factory=dict)  # tokenizer.json, where there is one
     shapes: dict[str, PreTrainedModel] = field(default_factory=dict)
     reward_model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None  # encodes the pairs: the student's, or the teacher's
@@ -213,6 +217,8 @@ class _Models:
                 return
         try:
             self.tokenizers[role] = load_tokenizer(name, trust_remote_code=trust)
+            if (file := tokenizer_file(name)) is not None:
+                self.tokenizer_files[role] = file
         except UserError as error:
             self._report("tokenizer", role, error)
 
@@ -288,6 +294,9 @@ def _check_models(checkup: Checkup, sets: dict[str, PairSet], models: _Models) -
     longest = max((checkup.facts.get(name, {}).get("kept", {}).get("longest", 0) for name in sets), default=0)
     for role, model in models.shapes.items():
         if role in tokenizers:
+            texts = [pair.texts[column] for pair in pairs[: vocabulary.SAMPLE] for column in COLUMNS]
+            file = models.tokenizer_files.get(role)
+            checkup.findings += vocabulary.same_as_file(role, tokenizers[role], file, texts)
             checkup.findings += vocabulary.embedding_rows(role, model, tokenizers[role])
         checkup.findings += vocabulary.positions(role, model, longest)
         checkup.facts.setdefault("models", {})[role] = {"parameters": model.num_parameters()}

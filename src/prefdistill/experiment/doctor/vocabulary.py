@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
@@ -10,12 +11,21 @@ from prefdistill.data.encode import encode_untruncated
 from prefdistill.experiment.doctor.findings import FIRST_ROWS, Finding, excerpt
 from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.models.vocabulary import token_conflicts
+from prefdistill.training.arguments import adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefdistill.experiment.doctor.pairs import Pair
+    from prefdistill.training.options import Training
 
+PROBES = (
+    "Hello, world!",
+    "  two  spaces and\ttabs\n\n",
+    "It's 1,234.5 and don't",
+    "naïve café – 東京 🙂",
+    "def f(x):\n    return x",
+)
 SAMPLE = 200  # pairs to tokenise with both tokenizers
 
 
@@ -106,6 +116,41 @@ def same_tokenization(
         )
 
 
+def same_as_file(
+    role: str, tokenizer: PreTrainedTokenizerBase, file: Path | None, texts: Sequence[str]
+) -> Iterator[Finding]:
+    """Report texts that a tokenizer splits otherwise than `tokenizer.json`, which servers read.
+
+    AutoTokenizer builds some classes anew, with rules of their own.
+    """
+    if file is None:
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        stored = Tokenizer.from_file(str(file))
+    except Exception:  # tokenizers raises nothing more specific; that it cannot be read is not this check's
+        return
+    stored.no_truncation()
+    stored.no_padding()
+    probes = [*PROBES, *texts]
+    encoded = stored.encode_batch(probes, add_special_tokens=False)
+    loaded = tokenizer(probes, add_special_tokens=False)["input_ids"]
+    unlike = [text for text, a, b in zip(probes, encoded, loaded, strict=True) if a.ids != b]
+    if unlike:
+        yield Finding(
+            "vocabulary.unlike-file",
+            "warning",
+            f"the {role}'s tokenizer, as AutoTokenizer loads it, splits {len(unlike)} of {len(probes)} texts otherwise "
+            "than its tokenizer.json does",
+            "Compare both with the tokenizer the model was trained with, and save that one beside the model again; "
+            "servers such as vLLM and llama.cpp read the file.",
+            len(unlike),
+            len(probes),
+            example=excerpt(unlike[0]),
+        )
+
+
 def embedding_rows(role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Report token ids without an embedding row, and rows without a token."""
     rows, top = vocabulary_rows(model), max(tokenizer.get_vocab().values()) + 1
@@ -126,6 +171,31 @@ def embedding_rows(role: str, model: PreTrainedModel, tokenizer: PreTrainedToken
             "Nothing to do.",
             rows - top,
             rows,
+        )
+
+
+def adapted_head(where: str, training: Training, model: PreTrainedModel) -> Iterator[Finding]:
+    """Report an adapter on the head or the embeddings."""
+    config = adapter_config(training)
+    if config is None or config.target_modules == "all-linear":  # PEFT leaves the head out of these
+        return
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [n for n, module in model.named_modules() if module in tables and check_target_module_exists(config, n)]
+    if names:
+        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        yield Finding(
+            "recipe.lora-head",
+            "warning",
+            f"{where}: the adapter is on {' and '.join(names)}, a row for every token"
+            + (
+                "; the model ties head and embeddings, which the merged model has apart, as a larger file"
+                if tied
+                else ""
+            ),
+            "Leave it out of lora.target_modules: the adapters of the layers move the logits too, and servers such as "
+            "vLLM refuse an adapter on the head.",
         )
 
 
