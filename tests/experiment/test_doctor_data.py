@@ -165,6 +165,21 @@ DATA = [  # what is broken, rows, check, severity, the rows it is found in
         "warning",
         [3],
     ),
+    (
+        "a row without a preference",
+        [
+            {
+                "prompt": r["prompt"],
+                "response_1": r["chosen"],
+                "response_2": r["rejected"],
+                "preference_strength": i - 3,
+            }
+            for i, r in enumerate(plain(clean()))
+        ],
+        "data.left-out",
+        "note",
+        [3],
+    ),
     ("longer is better", edited(LONGER), "data.length-bias", "warning", []),
     (
         "prompts that come again",

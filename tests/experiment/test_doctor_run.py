@@ -131,7 +131,7 @@ def test_store_bytes_predicts_the_size_of_signals(tmp_path, tokenizer, make_mode
     options = dict(options)
     packed = options.pop("topk_coding", None) != "float32" and options.get("k") != "vocab"
     told = store_bytes(options.pop("kinds"), tokens, 2 * len(store), len(tokenizer), packed=packed, **options)
-    assert size - 6_000 < told < 2 * size  # a file has a footer, and what it compresses is left out
+    assert size - 8_000 < told < 2 * size  # a file has a footer with a row's ids, and what it compresses is left out
 
 
 def test_every_check_has_a_test_and_a_line_in_the_docs():
