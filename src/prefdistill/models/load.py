@@ -34,17 +34,30 @@ def ready(model: Any) -> "PreTrainedModel":
     Raises:
         UserError: if bitsandbytes has repacked a 4-bit model.
     """
-    for module in model.modules():
-        # In its first forward on a CPU, bitsandbytes repacks 4-bit weights for products of single tokens: slower for
-        # whole batches, always in bf16, and reading the state dict afterwards corrupts them (as of 0.50.2).
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise UserError(
-                    "this 4-bit model has been run on the CPU, which repacks its weights in a way that cannot be read "
-                    "back; load it again and pass it before its first forward, or pass its name"
-                )
-            module.support_avx512bf16_for_cpu = False
+    for module in _repacking(model):
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise UserError(
+                "this 4-bit model has been run on the CPU, which repacks its weights in a way that cannot be read "
+                "back; load it again and pass it before its first forward, or pass its name"
+            )
+    keep_packing(model)
     return (model if getattr(model, "is_quantized", False) else model.to(default_device())).eval()
+
+
+def _repacking(model: Any) -> Iterator[Any]:
+    """Yield the 4-bit layers whose weights bitsandbytes repacks in their first forward on a CPU.
+
+    They are then made for products of single tokens: slower for whole batches, always in bf16, and reading the state
+    dict afterwards corrupts them (as of 0.50.2).
+    """
+    return (module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
+
+
+def keep_packing(model: Any) -> Any:
+    """Keep bitsandbytes from repacking the 4-bit weights of a model; return the model."""
+    for module in _repacking(model):
+        module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -169,7 +182,7 @@ def _load_model(
     _check_weights("model", name, loading_info, replaced)
     if quantization:
         report_unquantized_experts(model, name)
-    return model
+    return keep_packing(model)
 
 
 def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = False) -> "PreTrainedModel":

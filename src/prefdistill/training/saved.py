@@ -15,6 +15,7 @@ from prefdistill.data.template import template_ending
 from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_adapter
 from prefdistill.models.backbone import causal_lm
 from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base
+from prefdistill.models.load import keep_packing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,14 +53,17 @@ def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
     trained = _logits(model, rows)
     set_generation_config(model, tokenizer)
     adapted, kind, dtype = hasattr(model, "peft_config"), type(causal_lm(model)), model.dtype
+    quantised = bool(getattr(model, "is_quantized", False))
     trainer.save_model(str(out / ADAPTER if adapted else out))
     (out / ARGUMENTS).unlink(missing_ok=True)
     loaders = [(out, _loader(kind, out))]
     if adapted and trainer.is_world_process_zero():
         (out / ADAPTER / ARGUMENTS).unlink(missing_ok=True)
         if _save_merged(model, tokenizer, out):  # a model from random weights has no name
-            loaders.append((out / ADAPTER, _adapter_loader(kind, out / ADAPTER, dtype)))
-    problem = [_difference(loaders, rows, trained, dtype) if verify else ""]
+            loaders.append((out / ADAPTER, _adapter_loader(kind, out / ADAPTER, "auto" if quantised else dtype)))
+    # products of quantised weights may be made in bfloat16
+    rounding = TOLERANCE[torch.bfloat16] if quantised else _tolerance(dtype)
+    problem = [_difference(loaders, rows, trained, rounding) if verify else ""]
     broadcast_object_list(problem)
     if problem[0]:
         raise UserError(problem[0])
@@ -86,8 +90,9 @@ def _save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase", out: Path) ->
         name = str(Path(name).absolute())
     settings["base_model_name_or_path"] = name or None
     write_json(place / ADAPTER_CONFIG, read_json(place / ADAPTER_CONFIG) | settings)
-    merged = _merged(start, place, config.task_type)
-    merged.save_pretrained(out)
+    quantised = bool(getattr(start, "is_quantized", False))
+    merged = _merged(start.dequantize() if quantised else start, place, config.task_type)
+    merged.save_pretrained(out, save_original_format=not quantised)  # transformers cannot undo quantising
     tokenizer.save_pretrained(out)
     return name
 
@@ -95,8 +100,6 @@ def _save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase", out: Path) ->
 @torch.no_grad()
 def _merged(start: Any, place: Path, task: str | None) -> Any:
     """Return a base with its adapter merged in, in the dtype of the base unless that rounds away what was learnt."""
-    if getattr(start, "is_quantized", False):
-        start = start.dequantize()
     dtype, before = start.dtype, {}
     if dtype != torch.float32:
         before = {name: weight.to("cpu", copy=True) for name, weight in start.state_dict().items()}
@@ -171,7 +174,7 @@ def _difference(
     loaders: list[tuple[Path, Callable[[], Any]]],
     rows: list[list[int]],
     trained: list[torch.Tensor],
-    dtype: torch.dtype,
+    rounding: float,
 ) -> str:
     """Return which of the saved models gives other logits than the trained one; empty if none does."""
     problems = []
@@ -187,7 +190,7 @@ def _difference(
             problems.append(f"{place} has another number of logits than the trained model")
             continue
         difference = float((actual - expected).square().mean().sqrt() / expected.std().clamp_min(1e-6))
-        tolerance = max(TOLERANCE.get(kind, TOLERANCE[torch.bfloat16]) for kind in (dtype, model.dtype))
+        tolerance = max(rounding, _tolerance(model.dtype))
         if difference <= tolerance:
             say(f"{place}: loaded again, its logits differ by {difference:.1g} of their standard deviation")
         else:
@@ -204,15 +207,20 @@ def _difference(
     )
 
 
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+
+
 def _loader(kind: Any, place: Path) -> Callable[[], Any]:
     return lambda: _placed(kind.from_pretrained(place, dtype="auto"))
 
 
-def _adapter_loader(kind: Any, place: Path, dtype: torch.dtype) -> Callable[[], Any]:
+def _adapter_loader(kind: Any, place: Path, dtype: torch.dtype | str) -> Callable[[], Any]:
     def load() -> Any:
         settings = read_json(place / ADAPTER_CONFIG)
         base, task = settings["base_model_name_or_path"], settings.get("task_type") or CAUSAL_LM
-        return _placed(read_adapter(str(place), task, lambda _: kind.from_pretrained(base, dtype=dtype)))
+        load_base = lambda _: keep_packing(kind.from_pretrained(base, dtype=dtype))  # noqa: E731
+        return _placed(read_adapter(str(place), task, load_base))
 
     return load
 
