@@ -266,6 +266,7 @@ BAD = [
     (distill("report_to=[nobody]"), "training arguments: nobody is not supported"),
     (dpo("pairs.jsonl", "model", "lora.target_modules=[nope]"), "the trainer cannot be made: Target modules"),
     (distill("report_to=nobody"), "training arguments: nobody is not supported"),
+    (dpo("pairs.jsonl", "model", "lora.target_modules=[q_proj,lm_head]"), "TRL's losses use the weight of lm_head"),
     (dpo("pairs.jsonl", "model", "report_to=nobody"), "training arguments: nobody is not supported"),
     (run("training.report_to=nobody"), "training arguments: nobody is not supported"),
     (distill("epochs=0.25", "arguments.num_train_epochs=3"), "arguments.num_train_epochs is set by epochs; leave it"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.batches import Document, make_batch
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.evaluation.reward_model import RewardModel
+from prefdistill.experiment.step import Context
+from prefdistill.experiment.steps.students import Distill
 from prefdistill.models.adapters import check_start
 from prefdistill.models.hub import adapter_base
 from prefdistill.models.identity import model_identity, model_key
@@ -117,6 +120,16 @@ def test_a_small_adapter_survives_16_bits(adapt, base):
     model.peft_config["default"].lora_alpha = 8
     assert other["weights_sha256"] == model_identity(model)["weights_sha256"]
     assert other != model_identity(model)
+
+
+def test_a_trained_student_is_read_as_it_is_saved():
+    """In a run in 16 bits, what an adapter learnt may be saved in float32."""
+    context = SimpleNamespace(recipe=SimpleNamespace(model=SimpleNamespace(dtype="bfloat16")))
+    trained = SimpleNamespace(made_by=object.__new__(Distill))
+    for model, dtype in ((None, "bfloat16"), (SimpleNamespace(made_by=None), "bfloat16"), (trained, "auto")):
+        assert Context.load_options(context, "student", model)["dtype"] == dtype
+    context.recipe.model.dtype = "float32"
+    assert Context.load_options(context, "student", trained)["dtype"] == "float32"
 
 
 def test_what_a_training_can_start_from(adapt, base):

@@ -650,6 +650,13 @@ def saved(model, tokenizer, tmp_path):
     return str(tmp_path / "model")
 
 
+def test_vllm_refuses_adapters(vllm, saved, rows, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{saved}"}}')
+    with pytest.raises(UserError, match="is an adapter and vLLM loads whole models"):
+        sample_responses(str(tmp_path / "adapter"), rows, out=tmp_path / "out.jsonl", engine="vllm")
+
+
 def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tmp_path):
     ask = {"temperature": 0, "max_new_tokens": 6, "shard_rows": 4, "truncation": Truncation(14), "seed": 5}
     ours = sample_responses(saved, rows, out=tmp_path / "ours.jsonl", **ask)

@@ -1,5 +1,6 @@
 """What a training saves: ready to serve, and verified to be the trained model."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -230,6 +231,18 @@ def test_adapters_that_change_more_than_their_own_weights(tmp_path, start, rows,
     adapter = AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter"))
     torch.testing.assert_close(logits(adapter), trained, atol=1e-4, rtol=1e-4)
     assert (trained - logits(AutoModelForCausalLM.from_pretrained(place))).abs().max() > 0.01
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of bitsandbytes, about kernels for a CPU
+@pytest.mark.parametrize("kind", ["sft", "teacher-sft"])
+def test_an_adapter_on_a_quantised_start_is_merged_into_full_weights(tmp_path, start, rows, kind):
+    place, tokenizer = start(hidden_size=64, intermediate_size=64)
+    load_model(place, quantization="4bit").save_pretrained(tmp_path / "quantised")
+    tokenizer.save_pretrained(tmp_path / "quantised")
+    train(kind, str(tmp_path / "quantised"), rows, tokenizer, tmp_path / "out", **LORA)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config.get("quantization_config")) == ("float32", None)
 
 
 @pytest.mark.parametrize(("rate", "dtype"), [(1e-4, "float32"), (0.05, "bfloat16")])

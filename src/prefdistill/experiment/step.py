@@ -32,11 +32,15 @@ class Context:
     def truncation(self) -> Truncation:
         return Truncation(self.recipe.data.max_length, self.recipe.data.max_prompt_length)
 
-    def load_options(self, role: ModelRole) -> dict[str, Any]:
+    def load_options(self, role: ModelRole, model: "Model | None" = None) -> dict[str, Any]:
         """Return the dtype and quantization in which a model of this role is read: a teacher as the section `signals`
-        says, a student as it is trained."""
+        says, a student as it is trained; one that was trained in 16 bits as it is saved, with what its adapter learnt.
+        """
         if role == "student":
-            return {"dtype": self.recipe.model.dtype, "quantization": None}
+            dtype = self.recipe.model.dtype
+            narrow = dtype in ("bfloat16", "float16")
+            saved = narrow and model is not None and isinstance(model.made_by, Trained)
+            return {"dtype": "auto" if saved else dtype, "quantization": None}
         signals = self.recipe.signals
         return {"dtype": signals.dtype or default_dtype(role), "quantization": signals.quantization}
 

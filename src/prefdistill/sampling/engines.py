@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
+from prefdistill.models.hub import adapter_settings
 from prefdistill.models.load import load_model, ready
 from prefdistill.models.positions import check_positions, learned_positions
 from prefdistill.models.vocabulary import check_ids
@@ -174,6 +175,10 @@ class VLLMEngine(Engine):
             raise UserError("vLLM loads a model itself: give its Hub name or directory, or use the engine transformers")
         if sys.modules.get("vllm") is None and find_spec("vllm") is None:
             raise UserError("vLLM is not installed: `pip install vllm`, or use the engine transformers")
+        if adapter_settings(model) is not None:
+            raise UserError(
+                f"{model} is an adapter and vLLM loads whole models: save it merged, or use the engine transformers"
+            )
 
     @classmethod
     def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.core.stages import CHECKPOINTS
 from prefdistill.data.columns import SIDES
@@ -30,9 +31,16 @@ def check_trl_training(training: Training) -> None:
     """Check the arguments of `train_with_trl`, before anything is loaded or written.
 
     Raises:
-        UserError: as `training_arguments` does.
+        UserError: as `training_arguments` does; also for an adapter on the head, which TRL's losses do not run.
     """
     from trl import DPOConfig, SFTConfig
+
+    targets = training.lora.target_modules if training.lora else []
+    if "lm_head" in (name.rpartition(".")[2] for name in ([targets] if isinstance(targets, str) else targets)):
+        raise UserError(
+            "lora.target_modules: TRL's losses use the weight of lm_head, not its adapter, which would not be trained; "
+            "leave lm_head out"
+        )
 
     kind = DPOConfig if isinstance(training, DPOTraining) else SFTConfig
     training_arguments(training, Path(CHECKPOINTS), seed=0, data_seed=0, kind=kind)

@@ -44,7 +44,7 @@ class Sample(Step):
             "truncation": str(self.context.truncation),
             "sampling": self.context.recipe.sampling.model_dump(),
             "sampling_seed": self._seed,
-            **self.context.load_options(self.model.role),
+            **self.context.load_options(self.model.role, self.model),
         }
 
     def make(self, out: Path) -> None:
@@ -59,7 +59,7 @@ class Sample(Step):
             truncation=self.context.truncation,
             seed=self._seed,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
-            **self.context.load_options(self.model.role),
+            **self.context.load_options(self.model.role, self.model),
             **self.context.recipe.sampling.model_dump(),
         )
 

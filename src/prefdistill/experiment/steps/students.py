@@ -110,7 +110,7 @@ class Evaluate(Step):
     @property
     def _loading(self) -> dict[str, Any]:
         # the pairs of the built-in task are responses of the teacher in the dtype of training
-        return self.context.load_options("student" if self.language else self.model.role)
+        return self.context.load_options("student" if self.language else self.model.role, self.model)
 
     def make(self, out: Path) -> None:
         measured, section = Measured(), self.context.recipe.evaluate

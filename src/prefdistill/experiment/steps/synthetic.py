@@ -105,8 +105,8 @@ class Pairs(Step):
 
 def load_student(context: Context, model: Model) -> Any:
     """Load a model in the dtype of training, ready to be read."""
-    names = context.recipe.model
-    return ready(load_model(model.place, dtype=names.dtype, trust_remote_code=names.trust_remote_code))
+    loading = context.load_options("student", model)
+    return ready(load_model(model.place, **loading, trust_remote_code=context.recipe.model.trust_remote_code))
 
 
 def respond(
