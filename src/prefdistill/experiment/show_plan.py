@@ -100,7 +100,11 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     check_own(out, ("environment.json",), "run")
     check_plan(plans[0])
     check_models(recipe, sources, fetch=False)
-    steps = [entry for plan in plans for entry in _entries(plan)]
+    steps = []
+    for plan in plans:
+        tokenizer = _tokenizer(plan)
+        priced = costs(plan, _shapes(plan, tokenizer), _lengths(plan, tokenizer))
+        steps += [_entry(step, priced[step], status(step)) for step in plan.steps]
     largest = max(steps, key=lambda step: step["memory"])
     return {
         "recipe": recipe.name,
@@ -115,12 +119,6 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
             "checkpoints": max(step["checkpoints"] for step in steps),
         },
     }
-
-
-def _entries(plan: Plan) -> list[dict[str, Any]]:
-    tokenizer = _tokenizer(plan)
-    priced = costs(plan, _shapes(plan, tokenizer), _lengths(plan, tokenizer))
-    return [_entry(step, priced[step], status(step)) for step in plan.steps]
 
 
 def _entry(step: Step, cost: Cost, state: Status) -> dict[str, Any]:

@@ -65,7 +65,10 @@ class UserData:
         if self.recipe.data.sft is None:
             return demonstrations_of(self.train, "chosen")
         rows = self.sources.messages(self.recipe.data.sft, **self.recipe.data.sft_read_as)
-        return without_prompts(rows, self.reward_pairs) if self.splits_prompts else rows
+        if not self.splits_prompts:
+            return rows
+        excluded = {prompt_text(prompt) for prompt in prompts_of(self.reward_pairs)}
+        return rows.select([row for row, prompt in enumerate(prompts_of(rows)) if prompt_text(prompt) not in excluded])
 
     def demonstrations_key(self) -> str:
         """Return the key of the demonstrations: that of the pairs if they are the chosen responses."""
@@ -94,12 +97,6 @@ def split_prompts(pairs: "Dataset", share: float, seed: int) -> "tuple[Dataset, 
     for row, text in enumerate(texts):
         rows[text in drawn].append(row)
     return pairs.select(rows[0]), pairs.select(rows[1])
-
-
-def without_prompts(rows: "Dataset", others: "Dataset") -> "Dataset":
-    """Return the rows whose prompt is not in `others`."""
-    excluded = {prompt_text(prompt) for prompt in prompts_of(others)}
-    return rows.select([row for row, prompt in enumerate(prompts_of(rows)) if prompt_text(prompt) not in excluded])
 
 
 def user_rows(name: str, read: "Callable[[], Dataset]") -> Rows:

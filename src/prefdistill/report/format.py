@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from typing import Any
 
 from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, clean, number
@@ -77,6 +78,14 @@ def interval_of(estimate: Estimate | None, column: Column) -> str:
     """Return the 95 % interval of a difference as text, "" without repeats."""
     interval = estimate.interval() if estimate else None
     return f"{column.format(interval[0], sign=True)} to {column.format(interval[1], sign=True)}" if interval else ""
+
+
+def correlation(points: list[tuple[float, float]]) -> float | None:
+    """Return the correlation of pairs of numbers; None for one pair, or where nothing varies."""
+    try:
+        return statistics.correlation([x for x, _ in points], [y for _, y in points])
+    except statistics.StatisticsError:
+        return None
 
 
 def points_of(value: Any) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results, clean, estimates, mapping, number
 from prefdistill.report import figures
-from prefdistill.report.format import cell_of, cut, points_of, string
+from prefdistill.report.format import cell_of, correlation, cut, points_of, string
 from prefdistill.report.svg import BLUE, Style
 
 View = dict[str, Any]
@@ -27,10 +27,12 @@ def reward_model_of(results: Results) -> str | None:
         return None
     name = clean(model.get("name") or "of unknown origin")
     of = f"{pairs.mean:,.0f} held-out pairs" if pairs is not None and pairs.finite else "the held-out pairs"
+    ends = [_SHARE.format(end) for end in accuracy.interval() or ()]
+    span = f" (95 % interval {' to '.join(ends)})" if ends else ""
     length = f"; the better one is the longer one in {longer.text(_SHARE)}" if longer else ""
     return (
         f"The reward model, {name}, scores the better response higher in {accuracy.text(_SHARE)}"
-        f"{_span(accuracy, _SHARE)} of {of}{length}. Its scores and win rates are no more reliable than that."
+        f"{span} of {of}{length}. Its scores and win rates are no more reliable than that."
     )
 
 
@@ -61,8 +63,8 @@ def lengths_of(results: Results, styles: dict[str, Style], key: str, budget: int
     rows: list[View] = []
     clouds = []
     for name, (points, style) in models.items():
-        tokens, scores = [x for x, _ in points], [y for _, y in points]
-        values = [statistics.fmean(tokens), statistics.fmean(scores), _correlation(tokens, scores)]
+        means = [statistics.fmean(numbers) for numbers in zip(*points, strict=True)]
+        values = [*means, correlation(points)]
         cells = [cell_of(Estimate.parse(value), _SCORE) for value in values]
         rows.append({"name": name, "cells": cells})
         alt = (
@@ -140,15 +142,3 @@ def _range(part: dict[str, Any]) -> str:
     if high is None:
         return f"{low:g} and more"
     return f"up to {high:g}" if not low else f"{low:g} to {high:g}"
-
-
-def _span(estimate: Estimate, column: Column) -> str:
-    interval = estimate.interval()
-    return f" (95 % interval {column.format(interval[0])} to {column.format(interval[1])})" if interval else ""
-
-
-def _correlation(xs: list[float], ys: list[float]) -> float | None:
-    try:
-        return statistics.correlation(xs, ys)
-    except statistics.StatisticsError:  # one point, or nothing varies
-        return None

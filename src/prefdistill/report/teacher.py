@@ -1,12 +1,11 @@
 """Sections on the teacher's signals: how well they order held-out pairs, and the shaping margin."""
 
-import statistics
 from functools import partial
 from typing import Any
 
 from prefdistill.evaluation.results import Column, Estimate, Results, clean, estimates, mapping, number
 from prefdistill.report import figures
-from prefdistill.report.format import cell_of, points_of
+from prefdistill.report.format import cell_of, correlation, points_of
 from prefdistill.report.load import Points
 from prefdistill.report.svg import BLUE, Style
 
@@ -79,8 +78,5 @@ def _agreement(points: Points) -> str:
     if len(points) < 3:
         return ""
     agree = sum(1.0 if x * y > 0 else 0.5 if x * y == 0 else 0.0 for x, y in points) / len(points)
-    try:
-        r = f"correlation {statistics.correlation([x for x, _ in points], [y for _, y in points]):+.2f}, "
-    except statistics.StatisticsError:
-        r = ""
-    return f"{r}same sign in {agree:.0%} of pairs"
+    r = correlation(points)
+    return f"{'' if r is None else f'correlation {r:+.2f}, '}same sign in {agree:.0%} of pairs"

@@ -69,23 +69,7 @@ def run(options: RunFlags) -> dict[str, Any]:
     """
     if not options.verify:
         options = options.model_copy(update={"overrides": ("training.verify=false", *options.overrides)})
-    return _run(*_recipe(options))
-
-
-def _recipe(options: RecipeFlags) -> tuple["Recipe", Path]:
-    """Load the recipe; return it with the run directory."""
-    from prefdistill.experiment.recipe import load_recipe
-
-    path, overrides, fast = options.recipe, list(options.overrides), options.fast
-    recipe = load_recipe(path, overrides, fast=fast, only=None if options.methods is None else list(options.methods))
-    if fast and not recipe.fast:
-        raise UserError(f"{path} has no section `fast`, the overrides of --fast; add one, or leave --fast out")
-    _refuse_unused(overrides, list(recipe.methods))
-    # results of the small profile must not replace those of the whole run
-    return recipe, options.out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
-
-
-def _run(recipe: "Recipe", out: Path) -> dict[str, Any]:
+    recipe, out = _recipe(options)
     from prefdistill.core.progress import say
     from prefdistill.experiment.run import run_recipe
     from prefdistill.report import method_table, verdict
@@ -98,13 +82,23 @@ def _run(recipe: "Recipe", out: Path) -> dict[str, Any]:
     return results
 
 
-def _refuse_unused(overrides: list[str], methods: list[str]) -> None:
-    """Refuse options of a method that does not run: they have no effect, and their values are not checked."""
-    for text in overrides:
+def _recipe(options: RecipeFlags) -> tuple["Recipe", Path]:
+    """Load the recipe; return it with the run directory."""
+    from prefdistill.experiment.recipe import load_recipe
+
+    path, overrides, fast = options.recipe, list(options.overrides), options.fast
+    recipe = load_recipe(path, overrides, fast=fast, only=None if options.methods is None else list(options.methods))
+    if fast and not recipe.fast:
+        raise UserError(f"{path} has no section `fast`, the overrides of --fast; add one, or leave --fast out")
+    for text in overrides:  # of a method that does not run, where they have no effect and are not checked
         section, _, rest = Override.parse(text).key.partition(".")
         name = rest.partition(".")[0]
-        if section == "methods" and name and name not in methods:
-            raise UserError(f"{text}: {name} is not among the methods that run ({', '.join(methods)}); see --methods")
+        if section == "methods" and name and name not in recipe.methods:
+            raise UserError(
+                f"{text}: {name} is not among the methods that run ({', '.join(recipe.methods)}); see --methods"
+            )
+    # results of the small profile must not replace those of the whole run
+    return recipe, options.out or Path("runs") / (f"{recipe.name}-fast" if fast else recipe.name)
 
 
 class StudyFlags(Overridable):

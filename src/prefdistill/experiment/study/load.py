@@ -25,10 +25,6 @@ def load_study(path: str | Path, **replaced: Any) -> Study:
     return validate(Study, raw, str(path))
 
 
-def recipe_path(study: Study, path: Path) -> Path:
-    return BUILT_IN.get(study.recipe) or path.parent / study.recipe
-
-
 def recipe_of(study: Study, path: Path, cell: Cell, overrides: Sequence[Override], seed: int) -> Recipe:
     """Return the recipe of one cell and seed: the study's overrides, then the command line's, then the cell's.
 
@@ -46,6 +42,6 @@ def recipe_of(study: Study, path: Path, cell: Cell, overrides: Sequence[Override
     changes += [*overrides, *(Override(key, value) for key, value in cell.overrides.items())]
     changes += [Override("name", study.name), Override("seed", seed), Override("seeds", 1)]
     try:
-        return load_recipe(recipe_path(study, path), changes, only=study.methods)
+        return load_recipe(BUILT_IN.get(study.recipe) or path.parent / study.recipe, changes, only=study.methods)
     except UserError as error:
         raise UserError(f"{path}: cell {cell.name!r}: {error}") from error

@@ -95,7 +95,8 @@ def cells_of(study: Study) -> list[Cell]:
     Raises:
         ValueError: if two have the same name.
     """
-    short = _short_names(list(study.grid))
+    last = [_keys(key)[0].rsplit(".", 1)[-1] for key in study.grid]  # all of the key if two end alike
+    short = {key: n if last.count(n) == 1 else _keys(key)[0] for key, n in zip(study.grid, last, strict=True)}
     cells: list[Cell] = []
     for name, own in (study.cells or {"": {}}).items():
         for values in itertools.product(*study.grid.values()):
@@ -113,9 +114,3 @@ def cells_of(study: Study) -> list[Cell]:
         if files.count(file) > 1:
             raise ValueError(f"two cells have the name {cell.name!r}, or nearly; rename one")
     return cells
-
-
-def _short_names(keys: list[str]) -> dict[str, str]:
-    """Return the last part of each grid key, or all of it if two end alike."""
-    last = {key: _keys(key)[0].rsplit(".", 1)[-1] for key in keys}
-    return {key: name if list(last.values()).count(name) == 1 else _keys(key)[0] for key, name in last.items()}
