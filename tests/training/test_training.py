@@ -271,6 +271,12 @@ def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(
         fit(broken, tmp_path / "broken", "broken")
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     again = trainer(tmp_path / "broken")
+    reading = tmp_path / "broken" / "reading.json"
+    whole = reading.read_text()
+    reading.write_text(json.dumps(json.loads(whole) | {"ids": "of another day"}))
+    with pytest.raises(UserError, match=r"checkpoint-3 is of a training on other token ids .* delete .*checkpoints to"):
+        fit(again, tmp_path / "broken", "broken")
+    reading.write_text(whole)
     fit(again, tmp_path / "broken", "broken")
 
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))

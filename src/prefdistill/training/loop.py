@@ -13,7 +13,7 @@ from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import write_json, write_jsonl
+from prefdistill.core.files import read_json, write_json, write_jsonl
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.data.encode import highest_token_id
@@ -35,14 +35,16 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
 
     Raises:
         KeyboardInterrupt: after the checkpoint of an interrupted run is written.
-        UserError: if the loss or the weights are not finite, the checkpoint holds code, or the saved model differs from
-            the trained one.
+        UserError: if the loss or the weights are not finite, the checkpoint holds code or is of other token ids, or the
+            saved model differs from the trained one.
     """
     from transformers import PrinterCallback
 
     check_ids(highest_token_id(trainer.train_dataset), trainer.model, trainer.processing_class)
     reading = reading or getattr(trainer, "reading", None)
     last = last_checkpoint(Path(str(trainer.args.output_dir)))
+    if reading is not None:
+        _note_reading(reading, out, trainer, last)
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -50,7 +52,7 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
             if trainer.is_world_process_zero():  # its last line may be incomplete
                 write_jsonl(out / "metrics.jsonl", [_resumable_logs(logs) for logs in state.log_history])
             _load_weights(trainer.model, last)
-            _save(trainer, out, verify, reading)
+            _save(trainer, out, verify)
             return
         say(f"{what}: resuming from step {state.global_step}")
     stop = StopOnInterrupt()
@@ -68,7 +70,20 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
         stop.restore()
     if stop.requested:
         raise KeyboardInterrupt
-    _save(trainer, out, verify, reading)
+    _save(trainer, out, verify)
+
+
+def _note_reading(reading: Reading, out: Path, trainer: Trainer, last: Path | None) -> None:
+    """Write how the rows were read; refuse to resume if they were encoded otherwise before the interruption."""
+    file = out / READING
+    before = read_json(file) if last is not None and file.is_file() else {}
+    if before.get("ids", reading.ids) != reading.ids:
+        raise UserError(
+            f"{last} is of a training on other token ids than the data have now: the chat template prints the date, or "
+            f"transformers has changed; delete {trainer.args.output_dir} to train again from the start"
+        )
+    if trainer.is_world_process_zero():
+        write_json(file, reading.to_json())
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:
@@ -78,13 +93,11 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
         model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
 
-def _save(trainer: Trainer, out: Path, verify: bool, reading: Reading | None) -> None:
+def _save(trainer: Trainer, out: Path, verify: bool) -> None:
     logs = Path(str(trainer.args.output_dir)) / "runs"  # TensorBoard's, beside the checkpoints, which are deleted
     if logs.is_dir() and trainer.is_world_process_zero():
         shutil.copytree(logs, out / "runs", dirs_exist_ok=True)
     check_weights(trainer.accelerator.unwrap_model(trainer.model))
-    if reading is not None and trainer.is_world_process_zero():
-        write_json(out / READING, reading.to_json())
     save(trainer, out, verify=verify)
 
 
