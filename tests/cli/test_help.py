@@ -14,7 +14,9 @@ from support.cli import run, run_code
 from support.pairs import write_jsonl
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "trl", "datasets", "pandas", "peft", "pyarrow", "scipy", "matplotlib", "ruamel")
+HEAVY = (
+    "torch", "transformers", "trl", "datasets", "pandas", "peft", "pyarrow", "scipy", "matplotlib", "ruamel", "numpy",
+)  # fmt: skip
 
 
 def test_help_takes_less_than_half_a_second():

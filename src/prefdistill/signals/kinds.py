@@ -8,14 +8,15 @@ point of the group `prefdistill.kinds`. It can then be extracted (`--kind NAME`)
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.registry import Registry
+from prefdistill.signals.kind_registry import KINDS as KINDS
+from prefdistill.signals.kind_registry import Settings as Settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,35 +55,6 @@ class Column:
 
 PER_RESPONSE = Column("float32")
 PER_TOKEN = Column("float32", ragged=True, encoding="BYTE_STREAM_SPLIT")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How signals are extracted and stored, for the kinds.
-
-    Args:
-        positions: the states that are read: "all", or "endpoints".
-        value_dtype: of stored values of all states.
-        value_temperature: b of the soft value.
-        topk: of top-k signals, as a manifest has it: k, p, vocabulary, coding, id_bits, ids_from.
-        ids_from: the store whose token ids top-k signals are computed at.
-    """
-
-    positions: str = "all"
-    value_dtype: str = "float32"
-    value_temperature: float = 1.0
-    topk: Mapping[str, Any] = field(default_factory=dict)
-    ids_from: Store | None = None
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> Settings:
-        """Return the settings of a store's manifest or request; a manifest of old may have no `value_dtype`."""
-        names = ("positions", "value_dtype", "value_temperature", "topk")
-        return cls(**{name: manifest[name] for name in names if name in manifest})
-
-    @property
-    def endpoints(self) -> bool:
-        return self.positions == "endpoints"
 
 
 class Tile:
@@ -299,20 +271,6 @@ class TokenLogps(Kind):
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:
         return (tile.token_logps,)
-
-
-KINDS = Registry(
-    "signal kind",
-    "kinds",
-    {
-        "values": RawValues,
-        "logprob_values": LogprobValues,
-        "logps": Logps,
-        "token_logps": TokenLogps,
-        "q": Q,
-        "topk": "prefdistill.signals.topk:TopKKind",
-    },
-)
 
 
 def make_kinds(names: Collection[str], settings: Settings | None = None) -> list[Kind]:

@@ -8,7 +8,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.options import NO_FLAG, Flag, Section
 from prefdistill.data.options import Columns
 from prefdistill.models.options import Dtype, Quantization, QuantizedLoading, Trust
-from prefdistill.signals.kinds import KINDS, Settings, make_kinds
+from prefdistill.signals.kind_registry import KINDS, Settings
 
 Role = Literal["teacher", "teacher_reference", "reference", "student"]
 
@@ -65,6 +65,8 @@ class SignalRequest(SignalOptions, Trust, Columns):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SignalRequest":
+        from prefdistill.signals.kinds import make_kinds
+
         if not self.kinds:
             raise ValueError("kinds is empty; name at least one, e.g. values")
         if not self.responses or len(set(self.responses)) < len(self.responses):
