@@ -115,7 +115,7 @@ def test_a_template_that_refuses_an_input_drops_the_row(tmp_path, tokenizer):
     picky = copy.deepcopy(tokenizer)
     picky.chat_template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + TEMPLATE
     pairs = load_pairs(write_jsonl(tmp_path / "rows.jsonl", [row(), row(tools=[tool("add")])]))
-    assert len(drop_refused(pairs, picky, "test")) == 1
+    assert len(drop_refused(pairs, picky, "test")[0]) == 1
     assert [accepts_prompt(picky, prompt) for prompt in prompts_of(pairs)] == [True, False]
     assert encode_pairs(pairs, picky, Truncation(None))[1].first_rows == {"the chat template refuses its messages": 1}
 

@@ -142,6 +142,7 @@ def test_every_step_drops_rows_that_the_chat_template_refuses(judged, tmp_path, 
     assert read["signals-reference-test"]["dropped"] == {"the chat template refuses its messages": 2}
     assert read["teacher-dpo"] == read["signals-reference-train"] == read["distill-dpo-0"]  # the same rows and ids
     assert read["teacher-sft"]["data"] == "demonstrations"
+    assert (read["reward-model"]["data"], read["reward-model"]["rows"]) == ("reward-model-pairs", judge["rows"])
     assert not results["warnings"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "What was read" in page

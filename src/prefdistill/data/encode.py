@@ -129,32 +129,30 @@ def encode_untruncated(
     yield from encode.rows({name: [row.get(name) for row in rows] for name in {key for row in rows for key in row}})
 
 
-def drop_refused(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, responses: tuple[str, ...] = SIDES
-) -> Dataset:
-    """Return the rows whose messages the chat template renders, and say which were dropped. Plain text is kept.
+def drop_refused(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, what: str) -> tuple[Dataset, Dropped]:
+    """Return the pairs whose messages the chat template renders, and those that were dropped. Plain text is kept.
 
     Args:
-        what: the rows are for, as the name of the message.
+        what: the pairs are for, as the name of the message.
 
     Raises:
         UserError: if the tokenizer has no chat template, or no row is left.
     """
     if not isinstance(dataset[0]["prompt"], list):
-        return dataset
+        return dataset, Dropped({}, {})
     if not tokenizer.chat_template:
         raise UserError(NO_TEMPLATE)
     template_ending(tokenizer)
     encoder = Encoder(tokenizer)
-    texts = (encoder.texts(prompt_of(row), *(row[name] for name in responses)) for row in dataset)
+    texts = (encoder.texts(prompt_of(row), *(row[side] for side in SIDES)) for row in dataset)
     reasons = [TEMPLATE_FAILED if of_row is None else "" for of_row in texts]
     dropped = Dropped.from_reasons(reasons)
     if not dropped:
-        return dataset
+        return dataset, dropped
     if len(dropped) == len(dataset):
         raise UserError(nothing_left(dropped))
     say(f"{what}: {dropped}")
-    return dataset.select([index for index, reason in enumerate(reasons) if not reason])
+    return dataset.select([index for index, reason in enumerate(reasons) if not reason]), dropped
 
 
 def reading_of(encoded: Dataset, dropped: Dropped) -> Reading:

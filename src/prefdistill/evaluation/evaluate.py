@@ -136,7 +136,7 @@ def _score(request: EvaluateRequest, responses: Responses, data: "Dataset | None
     about: dict[str, Any] = {}
     opponents = {}
     if data is not None and set(SIDES) <= set(data.column_names):
-        pairs = drop_refused(data, reward_model.tokenizer, "reward model")
+        pairs, _ = drop_refused(data, reward_model.tokenizer, "reward model")
         on_pairs = reward_model.score_pairs(pairs)
         about["reward_model"] = accuracy_of(str(request.reward_model), [on_pairs])
         opponents["chosen"] = scores_by_prompt(prompts_of(pairs), on_pairs.items["chosen_score"])

@@ -12,7 +12,7 @@ from prefdistill.data.encode import drop_refused, encode_pairs, longest_text
 from prefdistill.data.encoder import reward_model_ids
 from prefdistill.data.prompts import prompt_of
 from prefdistill.data.sources import NO_CACHE
-from prefdistill.data.truncation import Truncation
+from prefdistill.data.truncation import Reading, Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.positions import check_positions
 from prefdistill.models.scratch import random_model
@@ -141,17 +141,15 @@ def train_reward(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    pairs = drop_refused(pairs, tokenizer, what)
+    pairs, dropped = drop_refused(pairs, tokenizer, what)
     model = random_model(tokenizer, shape, seed, reward=True)
     positions = model.config.max_position_embeddings
-    ids = [
-        {f"{side}_ids": reward_model_ids(tokenizer, prompt_of(row), row[side])[:positions] for side in SIDES}
-        for row in pairs
-    ]
+    ids = [{side: reward_model_ids(tokenizer, prompt_of(row), row[side]) for side in SIDES} for row in pairs]
+    cut = sum(max(map(len, row.values())) > positions for row in ids)
     trainer = trl_trainer(
         (RewardConfig, RewardTrainer),
         lambda: {"model": model},
-        Dataset.from_list(ids),
+        Dataset.from_list([{f"{side}_ids": row[side][:positions] for side in SIDES} for row in ids]),
         tokenizer,
         training,
         out,
@@ -159,4 +157,4 @@ def train_reward(
         data_seed=seed,
         max_length=None,
     )
-    fit(trainer, out, what, verify=training.verify)
+    fit(trainer, out, what, verify=training.verify, reading=Reading(len(pairs), dropped, 0, cut))

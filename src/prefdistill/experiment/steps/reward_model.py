@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import drop_refused
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.options import RewardModelOptions
@@ -26,6 +27,9 @@ class TrainRewardModel(Trained):
     @property
     def options(self) -> dict[str, Any]:
         return {"shape": self.section.model, "training": self.section.training.cache_key()}
+
+    def read(self) -> dict[str, Any]:
+        return self.noted(self.pairs.name, SIDES)
 
     def make(self, out: Path) -> None:
         train_reward(
@@ -49,7 +53,7 @@ class EvaluateRewardModel(Step):
 
     def make(self, out: Path) -> None:
         reward_model = load_reward_model(self.context, self.model)
-        pairs = drop_refused(self.test.rows, reward_model.tokenizer, self.name)
+        pairs, _ = drop_refused(self.test.rows, reward_model.tokenizer, self.name)
         write_json(out / "evaluation.json", reward_model.score_pairs(pairs).__dict__)
 
     def measured(self) -> Measured:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prefdistill.core.file_artifact import sidecar
+from prefdistill.core.files import read_json
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column
 from prefdistill.data.encode import encode_pairs
@@ -72,6 +74,12 @@ class Sample(Step):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             vars(self).pop("rows", None)
             self.make(self.directory)
+
+    def read(self) -> dict[str, Any]:
+        about = read_json(sidecar(self.directory / "responses.jsonl"))
+        prompts, dropped = about["prompts"], about["dropped"]
+        counts = {"rows": prompts + sum(dropped.values()), "kept": prompts, "dropped": dropped}
+        return {"data": self.data.name, "responses": [], **counts}
 
     @functools.cached_property
     def rows(self) -> "Dataset":
