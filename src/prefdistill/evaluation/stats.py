@@ -90,8 +90,7 @@ def estimate(
     if groups is not None:
         if len(groups) != len(x):
             raise ValueError(f"there must be a group for each value, got {len(groups)} groups and {len(x)} values")
-        numbers: dict[Hashable, int] = {}
-        group_of = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+        group_of = np.array(numbered(groups))
         totals, counts = np.bincount(group_of, weights=x), np.bincount(group_of).astype(float)
     result: dict[str, Any] = {"mean": float(x.mean()), "se": None, "n": len(totals)}
     if len(totals) < 2 or not np.isfinite(totals).all():
@@ -147,12 +146,12 @@ def margin_accuracy(chosen: Any, rejected: Any) -> float:
     return float(pair_wins(chosen, rejected).mean())
 
 
-def numbered(prompts: list[str]) -> list[int]:
-    """Return the number of each prompt, in order of first appearance.
+def numbered(items: Sequence[Hashable]) -> list[int]:
+    """Return the number of each item, such as the text of a prompt, in order of first appearance.
 
     Example:
         >>> numbered(["b", "a", "b"])
         [0, 1, 0]
     """
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(item, len(numbers)) for item in items]
