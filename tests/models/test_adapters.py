@@ -18,7 +18,7 @@ from prefdistill.experiment.steps.students import Distill
 from prefdistill.models.adapters import check_start
 from prefdistill.models.hub import adapter_base
 from prefdistill.models.identity import model_identity, model_key
-from prefdistill.models.load import check_model, check_reward_model, load_model, load_tokenizer
+from prefdistill.models.load import check_model, check_reward_model, empty_model, load_model, load_tokenizer
 from prefdistill.models.logprobs import reduce_logits, token_logps
 
 IDS = torch.tensor([[5, 7, 11, 30, 2, 9, 14, 30, 7, 21]])
@@ -205,6 +205,7 @@ def test_added_tokens(adapt, base):
     model.resize_token_embeddings(rows + 8)  # more than the tokenizer has
     name, live = adapt(target_modules=["q_proj"], modules_to_save=[EMBED, HEAD], start=model)
     tokenizer.save_pretrained(name)
+    assert empty_model(name).get_input_embeddings().weight.shape[0] == rows + 8
     new = torch.tensor([[5, rows, rows + 1, 7]])
     torch.testing.assert_close(logits(load_model(name, dtype="float32"), new), logits(live, new), atol=1e-3, rtol=1e-4)
 

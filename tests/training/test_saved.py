@@ -264,3 +264,10 @@ def test_rounding_is_no_difference(tmp_path, start, rows, dtype, bf16):
 
 def test_verification_is_no_part_of_the_cache_key():
     assert Training(verify=False).cache_key() == Training().cache_key()
+
+
+@pytest.mark.parametrize("option", ["use_dora", "use_rslora"])
+def test_kinds_of_lora(tmp_path, start, rows, option):
+    place, tokenizer = start()
+    distill("sft", place, rows, tokenizer, tmp_path / "out", lora={"r": 4, option: True}, learning_rate=0.1)
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())[option]

@@ -124,14 +124,14 @@ def read_adapter(name: str, task: str, load_base: Callable[[frozenset[str]], Any
     """Return the PeftModel of an adapter and its base, see `load_adapter`."""
     from peft import PeftModel
 
-    shapes = _saved_shapes(name)
+    shapes = saved_shapes(name)
     base = load_base(frozenset(key.removeprefix("base_model.model.") for key in shapes))
     if hasattr(base, "peft_config"):
         raise UserError(
             f"{name} is an adapter on the adapter {adapter_base(name)}, which is merged in float32 only; read it in "
             "float32, without quantization"
         )
-    _resize(base, shapes)
+    add_rows(base, shapes)
     config = _config(name)
     if task == CAUSAL_LM:  # without a task, PEFT's class has no `generate` of its own
         config.task_type = task
@@ -151,7 +151,7 @@ def _config(name: str) -> Any:
         return PeftConfig.from_pretrained(name)
 
 
-def _saved_shapes(name: str) -> dict[str, list[int]]:
+def saved_shapes(name: str) -> dict[str, list[int]]:
     """Return the shapes of an adapter's weights; empty if they are not stored as safetensors."""
     from safetensors import safe_open
 
@@ -164,7 +164,7 @@ def _saved_shapes(name: str) -> dict[str, list[int]]:
         return {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
 
 
-def _resize(base: Any, shapes: dict[str, list[int]]) -> None:
+def add_rows(base: Any, shapes: dict[str, list[int]]) -> None:
     """Give a base as many rows as the embeddings that an adapter replaces, for tokens that were added."""
     embeddings = base.get_input_embeddings()
     path = next(path for path, module in base.named_modules() if module is embeddings)

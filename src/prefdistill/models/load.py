@@ -14,7 +14,7 @@ from prefdistill.core.progress import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefdistill.models.adapters import CAUSAL_LM, SEQ_CLS, check_adapter, load_adapter
+from prefdistill.models.adapters import CAUSAL_LM, SEQ_CLS, add_rows, check_adapter, load_adapter, saved_shapes
 from prefdistill.models.device import DTYPES, default_device
 from prefdistill.models.hub import adapter_base, adapter_root, base_revision, fetch_hub_file
 from prefdistill.models.quantize import (
@@ -186,7 +186,8 @@ def _load_model(
 
 
 def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """Return the model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base.
+    """Return the model of a Hub name or directory without its weights, on the meta device; of a PEFT adapter, its base
+    with the rows of the tokens that were added.
 
     Args:
         reward: return a sequence classifier, not a language model.
@@ -203,7 +204,10 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         with torch.device("meta"):
-            return kind.from_config(config, trust_remote_code=trust_remote_code)
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
+            if Path(name).is_dir() and base != name:
+                add_rows(model, saved_shapes(name))
+            return model
     except Exception as error:
         raise _load_error("reward model" if reward else "model", base, error) from error
 

@@ -71,6 +71,8 @@ class Lora(Section):
     alpha: PositiveInt = Field(32, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
+    use_rslora: bool = Field(False, description="Multiply the update by alpha / sqrt(r) (rsLoRA).")
+    use_dora: bool = Field(False, description="Learn the magnitude of each weight column apart (DoRA); slower.")
 
 
 class Training(Section):
