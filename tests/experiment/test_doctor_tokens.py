@@ -202,6 +202,9 @@ def test_truncation_counts_match_training(tmp_path, tokenizer, limits):
         assert count["tokens.prompt-cut"] == sum(len(row["prompt_ids"]) > limits[1] for row in whole.values())
     kept = checkup.facts["train"]["kept"]["response_tokens"]
     assert kept == sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in cut)
+    sides = {side: sum(row[f"{side}_truncated"] for row in cut) for side in ("chosen", "rejected")}
+    if cuts := [f for f in checkup.findings if f.check == "tokens.response-cut"]:
+        assert "(chosen in {chosen} rows, rejected in {rejected})".format(**sides) in cuts[0].message
     reading = reading_of(cut, dropped)
     assert checkup.facts["train"]["read"] == {**reading.to_json(), "text": str(reading)}
     assert f"read: {str(reading)[:60]}" in as_text(checkup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,7 @@ def unknown(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
 def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
     """Report what truncation changes, as training and signals truncate."""
     prompts, responses, equal_whole = [], [], []
+    cut_sides = Counter[str]()
     by_reason: dict[str, list[tuple[int, str]]] = {reasons.PROMPT_TOO_LONG: [], reasons.EQUAL_AFTER_CUT: []}
     for pair, tokens in encoded(data):
         cut, sizes = encoding.truncate(pair), {name: len(ids) for name, ids in tokens.ids.items()}
@@ -244,6 +246,7 @@ def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
             continue
         if "prompt" in cut.names:
             prompts.append((pair.row, f"{sizes['prompt']} tokens: {pair.texts['prompt']}"))
+        cut_sides.update(cut.names)
         if side := next((side for side in SIDES if side in cut.names), None):
             responses.append((pair.row, f"{side} has {sizes[side]} tokens: {pair.texts[side]}"))
     longest, prompt_limit = encoding.truncation.max_length, encoding.truncation.max_prompt_length
@@ -258,7 +261,8 @@ def truncated(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
         "tokens.response-cut",
         "warning",
         responses,
-        f"a response does not fit max_length={longest}: it is truncated and its end token dropped",
+        f"a response does not fit max_length={longest}: it is truncated and its end token dropped "
+        f"(chosen in {cut_sides['chosen']:,} rows, rejected in {cut_sides['rejected']:,})",
         "Raise max_length, or remove these rows.",
     )
     yield from data.finding(
