@@ -215,6 +215,8 @@ def test_conversations_in_csv_are_json(tmp_path):
         writer = csv.writer(file)
         writer.writerows([list(PAIR), [json.dumps(value) for value in PAIR.values()]])
     assert list(load_pairs(str(tmp_path / "pairs.csv"))) == [PAIR]
+    (tmp_path / "pairs.csv").write_text('prompt,chosen,rejected\nas JSON,"{""a"": 1}","[{""a"": 2}]"\n')
+    assert list(load_pairs(str(tmp_path / "pairs.csv"))) == [plain("as JSON", '{"a": 1}', '[{"a": 2}]')]  # no messages
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n\"[{'role': 'user'}]\",a,b\n")
     with pytest.raises(UserError, match="row 0: 'prompt' holds messages as Python prints them; write them as JSON"):
         load_pairs(str(tmp_path / "pairs.csv"))

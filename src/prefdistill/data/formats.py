@@ -77,7 +77,7 @@ def read_json(path: Path) -> Iterator[dict[str, Any] | UserError]:
 
 def read_csv(path: Path) -> Iterator[dict[str, Any] | UserError]:
     """Yield the rows of a CSV file with a header: text, but for numbers in score columns, true and false in columns
-    `NAME_ended`, and messages, tools and the like, which are JSON.
+    `NAME_ended`, and messages, which are JSON.
     """
     csv.field_size_limit(2**31 - 1)
     with (
@@ -103,9 +103,11 @@ def _csv_value(name: str, text: str) -> Any:
         raise ValueError(f"'{name}' holds messages as Python prints them; write them as JSON")
     if text.startswith(("[{", "{")):
         try:
-            return json.loads(text)
+            value = json.loads(text)
         except ValueError:
             return text
+        messages = value if isinstance(value, list) else [value]
+        return value if all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in messages) else text
     return text
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, Valida
 from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import made_of
 from prefdistill.core.files import file_digest
+from prefdistill.core.progress import say
 from prefdistill.core.text import surrogate
 from prefdistill.data import sources
 
@@ -165,7 +166,10 @@ def read_outputs(path: Path) -> dict[str, str]:
     (`prompt`, `completion`).
     """
     outputs: dict[str, str] = {}
-    for place, row in enumerate(read_rows(path)):
+    rows = read_rows(path)
+    if unseen := [name for name in ("tools", "documents") if any(row.get(name) for row in rows)]:
+        say(f"{path}: the judge does not see {' and '.join(unseen)}, with which the responses were sampled")
+    for place, row in enumerate(rows):
         if "instruction" in row and "output" in row:
             instruction, output = row["instruction"], row["output"]
         elif "prompt" in row and "completion" in row:
