@@ -125,6 +125,8 @@ def test_a_store_of_an_older_version_is_read_with_a_warning(tmp_path, make_model
     old = Signals.open(tmp_path / "s")
     prepare_rows(pairs, METHODS["dpo"](), [old], dated, None)
     assert f"({tmp_path / 's'}) are of an older version, without digests" in capsys.readouterr().err
+    with pytest.raises(UserError, match="written by an older version; delete it and extract the signals again"):
+        repair_signals(tmp_path / "s", make_model(), pairs, dated)
     encoded, _ = encode_pairs(pairs, dated, Truncation())
     longer = encoded.map(lambda row: {"chosen_ids": [*row["chosen_ids"], 3]}, keep_in_memory=True)
     with pytest.raises(OtherIds, match=r"row 0 \(chosen: \d+ tokens stored"):

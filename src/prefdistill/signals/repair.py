@@ -14,7 +14,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.models.load import load_tokenizer
 from prefdistill.signals.extract import extract_signals
 from prefdistill.signals.request import IN_MEMORY
-from prefdistill.signals.store import SCHEMA, Signals
+from prefdistill.signals.store import READABLE, SCHEMA, Signals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -154,6 +154,8 @@ def _request(out: Path) -> dict[str, Any]:
                 key: value for key, value in record.items() if key not in ("dropped", "truncated", "shards", "versions")
             }
             return request | {"topk": {key: value for key, value in request["topk"].items() if key != "kl_error"}}
+        if record is not None and record.get("schema") in READABLE:
+            raise UserError(f"{out} was written by an older version; delete it and extract the signals again")
     raise UserError(
         f"neither manifest.json nor request.json of {out} can be read: delete it and extract the signals again"
     )
