@@ -17,6 +17,7 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 
 REQUEST, DONE, CHECKPOINTS = "stage-request.json", "stage.json", "checkpoints"
+READING = "reading.json"  # how the rows were read, written before the work begins
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ class StageArtifact(DirectoryArtifact):
             self.write_note({})
 
     def _made_something(self) -> bool:
-        """Whether a refused stage has left more than empty logs and directories."""
+        """Whether a refused stage has left more than empty logs and directories, and how it read the rows."""
         for path in self.contents():
             if path.name == CHECKPOINTS:
                 if checkpoints_in(path):
                     return True
-            elif not path.is_file() or path.stat().st_size:
+            elif path.name != READING and (not path.is_file() or path.stat().st_size):
                 return True
         return False
 

@@ -21,7 +21,6 @@ PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
 RESPONSE_EMPTY = "a response has no tokens"
 EQUAL_AFTER_CUT = "chosen and rejected are equal after truncation"
 NO_SIGNALS = "there are no signals of it, because another response of the same row was dropped"  # by a training
-READING = "reading.json"  # beside what was made from the rows
 
 
 class Truncated(NamedTuple):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prefdistill.core.files import read_json
-from prefdistill.core.stages import stage_key
-from prefdistill.data.truncation import READING, Truncation
+from prefdistill.core.stages import READING, stage_key
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
 

@@ -35,7 +35,11 @@ def check_adapter(name: str, task: str = CAUSAL_LM) -> None:
         ValueError: if its settings are damaged.
     """
     if adapter_settings(name) is None:
-        below = [] if (Path(name) / "config.json").exists() else sorted(Path(name).glob("*/adapter_config.json"))
+        below = (
+            []
+            if not name or (Path(name) / "config.json").exists()
+            else sorted(Path(name).glob("*/adapter_config.json"))
+        )
         if below:
             names = ", ".join(path.parent.name for path in below)
             raise UserError(f"{name} holds adapters in subdirectories; name one of them: {names}")

@@ -16,8 +16,9 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_json, write_jsonl
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
+from prefdistill.core.stages import READING
 from prefdistill.data.encode import highest_token_id
-from prefdistill.data.truncation import READING, Reading
+from prefdistill.data.truncation import Reading
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint
 from prefdistill.training.nan_guard import check_weights
