@@ -128,7 +128,7 @@ def test_an_argument_that_a_method_never_reads_is_refused():
 
 def test_arguments_that_are_used_are_taken(tmp_path):
     check_training(Training(arguments={"adam_beta2": 0.9}))
-    check_trl_training(Training(arguments={"label_smoothing_factor": 0.1, "completion_only_loss": True}))
+    check_trl_training(Training(arguments={"label_smoothing_factor": 0.1}))
     check_trl_training(DPOTraining(arguments={"loss_type": "ipo"}))
 
 
