@@ -84,10 +84,11 @@ def test_training_runs_on_two_processes(tmp_path, launch):
     assert trained.returncode == 0, trained.stderr[:3000]
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert trained.stderr.count("done in") == 1
-    assert trained.stderr.count("loaded again, its logits differ by") == 1  # verified, by one process
     adapter = launch("sft", "--model", "model", *data, "--out", "adapter", *options, "lora.r=4")
     assert adapter.returncode == 0, adapter.stderr[:3000]
     assert (tmp_path / "adapter" / "adapter" / "adapter_config.json").exists()
+    verified = [line for line in adapter.stderr.splitlines() if "loaded again, its logits differ by" in line]
+    assert len(set(verified)) == len(verified) >= 1  # by one process
 
 
 def test_signals_of_two_processes_equal_those_of_one_to_the_byte(tmp_path, launch, pairs, monkeypatch):

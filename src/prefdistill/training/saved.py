@@ -191,9 +191,9 @@ def _difference(
             continue
         difference = float((actual - expected).square().mean().sqrt() / expected.std().clamp_min(1e-6))
         tolerance = max(rounding, _tolerance(model.dtype))
-        if difference <= tolerance:
+        if 0 < difference <= tolerance:  # as of a merged adapter
             say(f"{place}: loaded again, its logits differ by {difference:.1g} of their standard deviation")
-        else:
+        elif difference:
             problems.append(
                 f"{place} does not give the logits of the trained model: they differ by {difference:.2g} of their "
                 f"standard deviation, and rounding in {str(model.dtype).removeprefix('torch.')} by {tolerance:g}"
