@@ -105,6 +105,7 @@ def test_signals_of_other_data_or_another_tokenizer_are_refused(name, tmp_path, 
         ({"weight": "w"}, [1.0, math.nan], "column 'w' has no number in row 1 of the data"),
         ({"margin": "w"}, [1.0, None], "column 'w' has no number in row 1 of the data"),
         ({"margin": "w"}, ["one", "two"], "column 'w' must hold numbers; convert it, or name another column"),
+        ({"weight": "w"}, [[1.0], [2.0]], "column 'w' must hold numbers; convert it, or name another column"),
     ],
 )
 def test_columns_that_cannot_be_weights_or_margins_are_refused(options, numbers, message, rows, trainer_of, stores):

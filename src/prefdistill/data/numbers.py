@@ -21,9 +21,12 @@ def numeric_column(dataset: Dataset, name: str) -> np.ndarray:
         UserError: if it holds anything else.
     """
     try:
-        return np.array(dataset[name][:], dtype=np.float64)
+        numbers = np.array(dataset[name][:], dtype=np.float64)
+        if numbers.ndim != 1:
+            raise ValueError(f"{numbers.ndim} dimensions")
     except (TypeError, ValueError) as error:
         raise UserError(f"column {name!r} must hold numbers; convert it, or name another column") from error
+    return numbers
 
 
 def columns_digest(dataset: Dataset, names: Iterable[str]) -> str:
