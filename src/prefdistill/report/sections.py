@@ -205,12 +205,15 @@ def read_of(results: Results) -> View | None:
     """Return what was read: the data sets, the chat template, and how many rows of them each stage kept."""
     counts = ("rows", "kept", "truncated_prompts", "truncated_responses")
     stages: dict[tuple[str, ...], list[str]] = {}
-    for about in map(mapping, results.items("stages")):
+    entries = [mapping(about) for about in results.items("stages")]
+    several = len({repr(about.get("seed")) for about in entries}) > 1
+    for about in entries:
         if one := mapping(about.get("read")):
+            of_seed = f", seed {clean(about.get('seed'))}" if several else ""
             reasons = mapping(one.get("dropped")).items()
             dropped = "; ".join(f"{_count(rows)}: {clean(reason)}" for reason, rows in reasons) or "none"
             numbers = [_count(one.get(key)) for key in counts]
-            key = (clean(one.get("data", "")), *numbers, dropped, clean(one.get("ids", "")))
+            key = (clean(one.get("data", "")) + of_seed, *numbers, dropped, clean(one.get("ids", "")))
             stages.setdefault(key, []).append(_stage_name(about))
     read = results.mapping("read")
     sets, template = read.get("data"), mapping(read.get("template"))
