@@ -18,7 +18,8 @@ def test_markdown(run: Path) -> None:
     assert "| teacher-sft | 3 | 1 min 34 s | 900 MiB | 134 MiB | 1 of 3 reused |" in text
     assert "```yaml\nname: quickstart" in text
     assert "| train | 1,200 | pairs.jsonl | source, margin |" in text
-    assert "| train, seed 0 | 1,200 | 1,190 | 9: the prompt leaves no room; 1: chosen and rejected are equal | 0 | 31 |" in text
+    dropped = "9: the prompt leaves no room; 1: chosen and rejected are equal"
+    assert f"| train, seed 0 | 1,200 | 1,190 | {dropped} | 0 | 31 |" in text
 
 
 def test_markdown_of_hostile_text(evil_run: Path) -> None:
