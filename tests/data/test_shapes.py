@@ -173,6 +173,8 @@ def test_own_names_of_columns(tmp_path, capsys):
     assert list(load_pairs(path, columns=names)) == [TEXT]
     with pytest.raises(UserError, match=r"data\.columns names 'absent', but the columns are 'q', 'response_j'"):
         load_pairs(path, columns={"chosen": "absent"})
+    with pytest.raises(UserError, match=r"sets 'promt', which nothing reads; did you mean 'prompt'\?"):
+        load_pairs(path, columns={"promt": "q"})
     pairs, findings = read_pairs(path, "train", options={"columns": names})
     assert (len(pairs.pairs), findings) == (1, [])
 
@@ -194,6 +196,35 @@ def test_own_names_of_columns(tmp_path, capsys):
 def test_rows_that_no_shape_explains_are_refused(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         load_pairs(write_jsonl(tmp_path / "pairs.jsonl", [row]))
+
+
+def test_tool_calls_of_sharegpt(tmp_path):
+    """As text they become an assistant's tool call, what is no call stays text, and unknown speakers are refused."""
+    call = {"name": "add", "arguments": {"a": 2}}
+    turns = [("human", "q"), ("function_call", json.dumps(call)), ("tool_response", "5")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in turns]} | {
+        side: {"from": "gpt", "value": text} for side, text in (("chosen", "so"), ("rejected", "no"))
+    }
+    path = tmp_path / "pairs.jsonl"
+    (pair,) = load_pairs(write_jsonl(path, [row]))
+    called = pair["prompt"][1]
+    assert [message["role"] for message in pair["prompt"]] == ["user", "assistant", "tool"]
+    assert (called["content"], called["tool_calls"][0]["function"]) == ("", call)
+    row["conversations"][1]["value"] = "adding"
+    assert load_pairs(write_jsonl(path, [row]))[0]["prompt"][1] == assistant("adding")
+    row["conversations"][1]["from"] = "narrator"
+    with pytest.raises(UserError, match=r"row 0: 'prompt' must be text or a list of messages .*narrator"):
+        load_pairs(write_jsonl(path, [row]))
+
+
+def test_text_responses_that_go_on_with_a_turn_of_the_user_are_said(tmp_path, capsys):
+    start = "\n\nHuman: q\n\nAssistant:"
+    rows = [{"chosen": f"{start} so", "rejected": f"{start} no"}]
+    load_pairs(write_jsonl(tmp_path / "whole.jsonl", rows))
+    assert "goes on" not in capsys.readouterr().err
+    rows.append({"chosen": f"{start} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{start} x"})
+    load_pairs(write_jsonl(tmp_path / "turns.jsonl", rows))
+    assert "in 1 rows, the first is row 1, a response goes on with a user's turn" in capsys.readouterr().err
 
 
 def test_csv_and_json_files_give_the_rows_of_jsonl(tmp_path):

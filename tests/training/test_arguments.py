@@ -36,6 +36,7 @@ def test_a_batch_smaller_than_a_micro_batch_is_one_micro_batch(tmp_path):
     [
         ({"batch_size": 10, "micro_batch_size": 4}, "batch_size=10 is not a multiple of .* = 4 x 1; change one"),
         ({"arguments": {"learning_speed": 1}}, "training arguments: .*unexpected keyword argument 'learning_speed'"),
+        ({"arguments": {"train_sampling_strategy": "group_by_length"}}, "group_by_length needs one text per row"),
         ({"report_to": ["nobody"]}, "training arguments: nobody is not supported"),
         ({"report_to": ["comet_ml"]}, "training arguments: .*comet"),
         ({"arguments": {"label_smoothing_factor": 0.1}}, "has no effect: the method has its own loss"),

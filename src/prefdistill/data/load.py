@@ -24,7 +24,7 @@ from prefdistill.data.columns import (
     unread_message,
     with_response,
 )
-from prefdistill.data.messages import check_roles, form_of, split_last_turn, split_shared_prompt
+from prefdistill.data.messages import USER_TURN, check_roles, form_of, split_last_turn, split_shared_prompt
 from prefdistill.data.prompts import prompt_columns
 from prefdistill.data.reader import VALUES, RowReader
 from prefdistill.data.shapes import LeftOut, pair_hint
@@ -242,6 +242,12 @@ def _with_shared_prompt(dataset: Dataset, source: str) -> Dataset:
         split_shared_prompt({"chosen": chosen, "rejected": rejected}, index, source)
         for index, (chosen, rejected) in enumerate(zip(dataset["chosen"], dataset["rejected"], strict=True))
     ]
+    texts = [(index, pair) for index, pair in enumerate(pairs) if isinstance(pair["prompt"], str)]
+    if going_on := [index for index, pair in texts if any(USER_TURN.search(pair[side]) for side in SIDES)]:
+        say_once(
+            f"warning: {source}: in {len(going_on):,} rows, the first is row {going_on[0]}, a response goes on with a "
+            "user's turn, and all of it is learnt; give such rows a `prompt` column, or remove them"
+        )
     return with_columns(dataset, {name: [pair[name] for pair in pairs] for name in ("prompt", *SIDES)})
 
 

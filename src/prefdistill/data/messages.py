@@ -1,5 +1,6 @@
 """Values of prompt and response columns: text, or a list of messages with a role and content."""
 
+import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -16,11 +17,16 @@ ASSISTANT_TURN = re.compile(
     r"|<\|assistant\|>\n*|<\|im_start\|>assistant\n|<start_of_turn>model\n|\[/INST\]"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n*"
 )
+# Where the user's turn begins in text.
+USER_TURN = re.compile(
+    r"(?im)^(?:human|user|#{2,} ?(?:human|user|instruction)):"
+    r"|<\|user\|>|<\|im_start\|>user\n|<start_of_turn>user\n|\[INST\]|<\|start_header_id\|>user<\|end_header_id\|>"
+)
 # Names of the speakers in ShareGPT's messages {"from": ..., "value": ...}.
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("observation", "tool"), "tool"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool"),
     "system": "system",
 }
 SENTENCE_END = "\u3002\uff01\uff1f"  # of scripts that write no spaces
@@ -98,13 +104,27 @@ def as_messages(value: Any) -> Any:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    if message.get("role") is None and isinstance(message.get("from"), str) and "value" in message:
+    if message.get("role") is None and message.get("from") in SPEAKERS and "value" in message:
         others = {key: item for key, item in message.items() if key not in ("from", "value", "role", "content")}
-        message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"], **others}
+        calls = _tool_calls(message["value"]) if message["from"] == "function_call" else []
+        others |= {"tool_calls": calls} if calls else {}
+        message = {"role": SPEAKERS[message["from"]], "content": "" if calls else message["value"], **others}
     content = message.get("content")
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
         message = {**message, "content": "".join(part["text"] for part in content)}
     return message
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Return the calls in ShareGPT's JSON text, `{"name": ..., "arguments": ...}` or a list; none of other text."""
+    try:
+        decoded: Any = json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return []
+    calls: list[Any] = decoded if isinstance(decoded, list) else [decoded]
+    if not (is_conversation(calls) and all(isinstance(call.get("name"), str) for call in calls)):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _is_text_part(part: Any) -> bool:

@@ -8,14 +8,15 @@ docs/data.md has the table of shapes.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.columns import SIDES, TEMPLATE_COLUMNS
+from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS
 from prefdistill.data.messages import as_messages, is_conversation, split_shared_prompt
 from prefdistill.data.prompts import VARIABLES, template_inputs
-from prefdistill.data.shapes import PAIR, LeftOut, Row, Shape, shape_of
+from prefdistill.data.shapes import PAIR, SHAPES, LeftOut, Row, Shape, shape_of
 
 VALUES = (*PAIR, "completion", "messages")
 
@@ -52,6 +53,12 @@ class RowReader:
         if unknown := [own for own in self.names.values() if own is not None and own not in columns]:
             have = ", ".join(f"'{name}'" for name in columns)
             raise UserError(f"{source}: data.columns names '{unknown[0]}', but the columns are {have}.")
+        known = {*VALUES, "system", *self.responses, *SCORES, *TEMPLATE_COLUMNS, *(n for s in SHAPES for n in s.needs)}
+        for name in (name for name, own in self.names.items() if own is not None and name not in known):
+            if close := difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75):
+                raise UserError(
+                    f"{source}: data.columns sets '{name}', which nothing reads; did you mean '{close[0]}'?"
+                )
         first = self._with_names(first)
         self.columns = {*self._with_names(dict.fromkeys(columns))}
         self.shape: Shape | None = shape_of(self.columns, first)

@@ -7,6 +7,7 @@ import torch
 from pydantic import create_model
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Options, Section, validate
@@ -96,6 +97,7 @@ def training_arguments(
     _check_numbers(kind, training.arguments)
     try:
         arguments = kind(output_dir=str(out), **options)
+        _check_late_arguments(arguments)
         _try_optimizer(arguments)
         _try_trackers(arguments)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
@@ -117,6 +119,18 @@ def _check_numbers(kind: type[Any], arguments: Options) -> None:
     fields: dict[str, Any] = {name: (hint, ...) for name, hint in numbers.items()}
     checked = create_model("Arguments", __base__=Section, **fields)
     validate(checked, {name: arguments[name] for name in numbers}, "training arguments")
+
+
+def _check_late_arguments(arguments: Any) -> None:
+    """Check what transformers would refuse only after the training has begun.
+
+    Raises:
+        ValueError, ImportError: about an argument that cannot work here.
+    """
+    if arguments.train_sampling_strategy == "group_by_length":
+        raise ValueError("arguments.train_sampling_strategy=group_by_length needs one text per row, and rows are pairs")
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("arguments.use_liger_kernel needs the package liger-kernel")
 
 
 def _try_trackers(arguments: Any) -> None:
