@@ -191,6 +191,16 @@ def test_an_adapter_on_an_adapter_is_read_in_float32(adapt, base):
         load_model(second, dtype="bfloat16")
 
 
+def test_a_base_that_is_missing_is_named_with_the_key_to_edit(tmp_path, adapt):
+    name, _ = adapt(target_modules=["q_proj"])
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+    for refuse in (check_model, load_model, load_tokenizer):
+        with pytest.raises(
+            UserError, match=r"the base of the adapter .*adapter is missing: .* base_model_name_or_path"
+        ):
+            refuse(name)
+
+
 def test_the_base_of_an_adapter_is_found_beside_it_after_a_move(tmp_path, adapt):
     name, live = adapt(target_modules=["q_proj"], name="run/adapter")
     shutil.move(tmp_path / "base", tmp_path / "run" / "base")

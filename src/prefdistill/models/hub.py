@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prefdistill.core.errors import UserError
+
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"  # the start of an adapter that was trained on an adapter is saved beside it, under this name
 
@@ -29,6 +31,7 @@ def adapter_base(name: str) -> str:
 
     Raises:
         ValueError: if adapter_config.json is damaged.
+        UserError: if it names a place that is missing.
     """
     settings = adapter_settings(name)
     if settings is None:
@@ -36,6 +39,11 @@ def adapter_base(name: str) -> str:
     base = Path(settings["base_model_name_or_path"])
     beside = Path(name).parent / BASE
     moved = base.name == BASE and not base.exists() and beside.is_dir()
+    if base.is_absolute() and not base.exists() and not moved:
+        raise UserError(
+            f"the base of the adapter {name} is missing: {base}; set base_model_name_or_path in its {ADAPTER_CONFIG} "
+            "to where that model is"
+        )
     return str(beside) if moved else settings["base_model_name_or_path"]
 
 
