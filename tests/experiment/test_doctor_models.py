@@ -128,10 +128,10 @@ def test_a_tokenizer_that_is_loaded_unlike_its_file_is_found(tmp_path, tokenizer
     file = tmp_path / "model" / "tokenizer.json"
     rules = json.loads(file.read_text())
     rules["normalizer"] = {"type": "Lowercase"}
-    found = [*vocabulary.same_as_file("student", tokenizer, None, ["A"])]
+    without_file = [*vocabulary.same_as_file("student", tokenizer, None, ["A"])]
     file.write_text(json.dumps(rules))
     (finding,) = vocabulary.same_as_file("student", tokenizer, file, ["a b", "Words", "in Paris"])
-    assert (found, finding.count > 2, finding.of) == ([], True, len(vocabulary.PROBES) + 3)
+    assert (without_file, finding.count > 2, finding.of) == ([], True, len(vocabulary.PROBES) + 3)
     file.write_text("{")
     assert [*vocabulary.same_as_file("student", tokenizer, file, ["A"])] == []
 

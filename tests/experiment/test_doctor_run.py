@@ -130,8 +130,10 @@ def test_store_bytes_predicts_the_size_of_signals(tmp_path, tokenizer, make_mode
     tokens = sum(len(ids) for side in ("chosen", "rejected") for ids in encoded[f"{side}_ids"])
     options = dict(options)
     packed = options.pop("topk_coding", None) != "float32" and options.get("k") != "vocab"
-    told = store_bytes(options.pop("kinds"), tokens, 2 * len(store), len(tokenizer), packed=packed, **options)
-    assert size - 8_000 < told < 2 * size  # a file has a footer with a row's ids, and what it compresses is left out
+    predicted = store_bytes(options.pop("kinds"), tokens, 2 * len(store), len(tokenizer), packed=packed, **options)
+    assert (
+        size - 8_000 < predicted < 2 * size
+    )  # a file has a footer with a row's ids, and what it compresses is left out
 
 
 def test_every_check_has_a_test_and_a_line_in_the_docs():

@@ -234,12 +234,13 @@ def test_a_base_of_a_revision(tmp_path, adapt, base, monkeypatch):
     assert revisions == ["v1"]
     settings = json.loads(path.read_text()) | {"base_model_name_or_path": "org/model"}
     path.write_text(json.dumps(settings))
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        "prefdistill.models.identity.fetch_hub_file", lambda name, file, revision=None: asked.append((name, revision))
+        "prefdistill.models.identity.fetch_hub_file",
+        lambda name, file, revision=None: requests.append((name, revision)),
     )
     model_key(name)
-    assert set(asked) == {("org/model", "v1")}
+    assert set(requests) == {("org/model", "v1")}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -57,7 +57,7 @@ def encode_pairs(
     responses: tuple[str, ...] = SIDES,
     rows: range | None = None,
 ) -> tuple[Dataset, Dropped]:
-    """Tokenise preference pairs, and drop the rows whose response cannot be told apart from the prompt.
+    """Tokenise preference pairs, and drop the rows whose response cannot be separated from the prompt.
 
     Conversations go through the chat template, which alone decides about BOS and the end token. Plain text gets the
     tokenizer's own special tokens in front and one EOS at the end. A sampled response that was cut, as its column

@@ -1,4 +1,4 @@
-"""Numeric columns of preference data that a method is told to read: weights and margins of rows."""
+"""Numeric columns of preference data whose names a method takes as options: weights and margins of rows."""
 
 from __future__ import annotations
 

@@ -341,17 +341,17 @@ def _note_scratch_settings(file: str, settings: dict[str, Any], recipe: dict[str
     models = as_mapping(recipe.get("model"), "model")
     if not (settings and models.get("scratch") and models.get("teacher") and models.get("student")):
         return
-    kept = [
+    from_scratch = [
         f"{key}={value}"
         for key, value in leaves(recipe).items()
         if key.startswith(FITTED) and key not in changed and settings.get(key) == value
     ]
     if as_mapping(recipe.get("reward_model"), "reward_model").get("model") and not recipe["reward_model"].get("name"):
-        kept.append("a reward model of random weights")
-    if kept:
+        from_scratch.append("a reward model of random weights")
+    if from_scratch:
         say_once(
             f"note: teacher and student are named, and these settings of {file} for models from scratch apply to them: "
-            f"{', '.join(kept)}; recipes/named-models.yaml has settings for named models"
+            f"{', '.join(from_scratch)}; recipes/named-models.yaml has settings for named models"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.models.backbone import causal_lm
-from prefdistill.models.hub import adapter_base, adapter_root, adapter_settings
+from prefdistill.models.hub import adapter_base, adapter_root, adapter_settings, model_file
 from prefdistill.models.quantize import stored_quantization
 
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
@@ -35,12 +35,9 @@ def check_adapter(name: str, task: str = CAUSAL_LM) -> None:
         ValueError: if its settings are damaged.
     """
     if adapter_settings(name) is None:
-        below = (
-            []
-            if not name or (Path(name) / "config.json").exists()
-            else sorted(Path(name).glob("*/adapter_config.json"))
-        )
-        if below:
+        if not name or (Path(name) / "config.json").exists():
+            return
+        if below := sorted(Path(name).glob("*/adapter_config.json")):
             names = ", ".join(path.parent.name for path in below)
             raise UserError(f"{name} holds adapters in subdirectories; name one of them: {names}")
         return
@@ -159,10 +156,8 @@ def saved_shapes(name: str) -> dict[str, list[int]]:
     """Return the shapes of an adapter's weights; empty if they are not stored as safetensors."""
     from safetensors import safe_open
 
-    from prefdistill.models.hub import fetch_hub_file
-
-    file = Path(name) / WEIGHTS if Path(name).is_dir() else fetch_hub_file(name, WEIGHTS)
-    if file is None or not file.is_file():
+    file = model_file(name, WEIGHTS)
+    if file is None:
         return {}
     with safe_open(file, "pt") as weights:
         return {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118

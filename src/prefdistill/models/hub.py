@@ -10,14 +10,22 @@ ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"  # the start of an adapter that was trained on an adapter is saved beside it, under this name
 
 
+def model_file(name: str, file: str) -> Path | None:
+    """Return the place of a small file of a model, a directory or Hub name; None if it has none."""
+    if not Path(name).is_dir():
+        return fetch_hub_file(name, file)
+    path = Path(name) / file
+    return path if path.is_file() else None
+
+
 def adapter_settings(name: str) -> dict[str, Any] | None:
     """Return the settings of a PEFT adapter, a directory or Hub name; None if it is no adapter.
 
     Raises:
         ValueError: if adapter_config.json is damaged.
     """
-    config = Path(name) / ADAPTER_CONFIG if Path(name).is_dir() else fetch_hub_file(name, ADAPTER_CONFIG)
-    if config is None or not config.is_file():
+    config = model_file(name, ADAPTER_CONFIG)
+    if config is None:
         return None
     settings = json.loads(config.read_text(encoding="utf-8"))
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None

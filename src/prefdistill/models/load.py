@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 from prefdistill.models.adapters import CAUSAL_LM, SEQ_CLS, add_rows, check_adapter, load_adapter, saved_shapes
 from prefdistill.models.device import DTYPES, default_device
-from prefdistill.models.hub import adapter_base, adapter_root, base_revision, fetch_hub_file
+from prefdistill.models.hub import adapter_base, adapter_root, base_revision, model_file
 from prefdistill.models.quantize import (
     QUANTIZATIONS,
     bitsandbytes_config,
@@ -94,14 +94,11 @@ def tokenizer_owner(name: str) -> tuple[str, str | None]:
 def tokenizer_file(name: str) -> Path | None:
     """Return the tokenizer.json of a Hub name or directory; None if it has none."""
     owner, _ = tokenizer_owner(name)
-    if Path(owner).is_dir():
-        file = Path(owner) / "tokenizer.json"
-        return file if file.exists() else None
-    return fetch_hub_file(owner, "tokenizer.json")
+    return model_file(owner, "tokenizer.json")
 
 
 def _has_file(name: str, file: str) -> bool:
-    return (Path(name) / file).exists() if Path(name).is_dir() else fetch_hub_file(name, file) is not None
+    return model_file(name, file) is not None
 
 
 def load_model(

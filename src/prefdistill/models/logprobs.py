@@ -245,10 +245,10 @@ def reduce_logits(
             return constant
 
         with _forward(backbone, hidden_states):
-            found = own_forward(lm, input_ids=ids, use_cache=False, **inputs)
+            outputs_of_head = own_forward(lm, input_ids=ids, use_cache=False, **inputs)
         if not called:  # then the logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
-        return found
+        return outputs_of_head
 
     def logits_of(hidden: Tensor, outputs: Any) -> Tensor:
         logits = own_outputs(hidden, outputs).logits.squeeze(0).float()

@@ -62,7 +62,7 @@ def train_with_trl(
     """Run supervised fine-tuning, or DPO where the training is a `DPOTraining`; save the model in `out`.
 
     Rows become the same tokens as for every method. TRL's own would have more of them after the end token, what the
-    template writes there, and would keep rows whose response cannot be told apart from the prompt.
+    template writes there, and would keep rows whose response cannot be separated from the prompt.
 
     Args:
         model: where to start; it is also the reference of DPO.

@@ -17,7 +17,7 @@ FEWEST = 20  # pairs, below which chance makes markers
 SAMPLE = 5_000  # pairs
 SHOWN = 4  # markers
 END = 20  # last characters
-LETTERS = 200  # by which the script of a response is told
+LETTERS = 200  # by which the script of a response is recognised
 PIECE = re.compile(r"</?[\w|-]+>|\w+|[^\w\s]")
 INSIDE = {
     "has several paragraphs": re.compile(r"\S *\n\s*\n"),
@@ -40,20 +40,20 @@ def one_sided_markers(data: PairSet) -> Iterator[Finding]:
         return
     forms = [{side: set(_forms(pair, side)) for side in SIDES} for pair in pairs]
     counts = {side: Counter(form for row in forms for form in row[side]) for side in SIDES}
-    found = []
+    one_sided = []
     for form in counts["chosen"] | counts["rejected"]:
         shares = [counts[side][form] / len(pairs) for side in SIDES]
         if max(shares) >= NEARLY_ALL and min(shares) <= HARDLY_ANY:
-            found.append((form, shares))
-    if not found:
+            one_sided.append((form, shares))
+    if not one_sided:
         return
-    found.sort(key=lambda one: (_kind(one[0]), abs(one[1][0] - one[1][1]), len(one[0])), reverse=True)
-    best = max(found, key=lambda one: abs(one[1][0] - one[1][1]))[0]
+    one_sided.sort(key=lambda one: (_kind(one[0]), abs(one[1][0] - one[1][1]), len(one[0])), reverse=True)
+    best = max(one_sided, key=lambda one: abs(one[1][0] - one[1][1]))[0]
     rows = [
         pair for pair, row in zip(pairs, forms, strict=True) if (best in row["chosen"]) != (best in row["rejected"])
     ]
     shown: list[str] = []
-    for form, (chosen, rejected) in found:
+    for form, (chosen, rejected) in one_sided:
         text = _quoted(form)
         if len(shown) < SHOWN and not (text and any(text in _quoted(other) for other in shown)):
             shown.append(f"{form} ({chosen:.0%} of chosen, {rejected:.0%} of rejected)")

@@ -68,9 +68,9 @@ class Encoding:
         """Return how training and signals will read the pairs, as `encode.reading_of` does."""
         cuts = [pair.tokens.dropped or self.truncate(pair) for pair in data.pairs if pair.tokens]
         reasons = [cut if isinstance(cut, str) else cut.dropped for cut in cuts]
-        kept = [cut.names for cut in cuts if not isinstance(cut, str) and not cut.dropped]
-        prompts, responses = (sum(not names.isdisjoint(cut) for cut in kept) for names in ({"prompt"}, {*SIDES}))
-        return Reading(len(kept), Dropped.from_reasons(reasons), prompts, responses)
+        truncated = [cut.names for cut in cuts if not isinstance(cut, str) and not cut.dropped]
+        prompts, responses = (sum(not names.isdisjoint(cut) for cut in truncated) for names in ({"prompt"}, {*SIDES}))
+        return Reading(len(truncated), Dropped.from_reasons(reasons), prompts, responses)
 
 
 def tokenise(data: PairSet, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Finding]:
