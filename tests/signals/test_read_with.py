@@ -75,3 +75,32 @@ def test_samples_of_a_teacher_in_the_template_of_the_student(models, capsys):
     assert "tokenizer.template_sha256 differs" in capsys.readouterr().err
     assert main([*command[:-2], "--out", "other.jsonl", "--tokenizer", "other"]) == 2
     assert "different tokenizers" in capsys.readouterr().err
+
+
+def test_a_teacher_without_a_template_in_a_form_of_its_own(models, capsys):
+    def signals(*flags, out="t"):
+        status = main(["signals", "--data", "pairs.jsonl", "--kind", "logps", "--out", out, *flags])
+        return status, capsys.readouterr().err
+
+    (models / "teacher" / "chat_template.jinja").unlink()
+    status, error = signals("--model", "teacher")
+    assert status == 2
+    assert "--chat-template plain" in error
+    assert not (models / "t").exists()
+
+    form = ["--chat-template", "plain", "--system-prompt", "Be kind."]
+    assert signals("--model", "teacher", *form)[0] == 0
+    stored = Signals.open("t").manifest["tokenizer"]
+    assert stored["form"] == {"chat_template": "plain", "system_prompt": "Be kind."}
+    assert "tokenizer.template_sha256 differs" in signals("--model", "teacher", *form[:2])[1]
+    before = Signals.open("t").digest
+    shutil.move("teacher", "moved")
+    for flags in (["--model", "moved"], ["--model", "moved", "--tokenizer", "moved"]):
+        (models / "t" / "shards" / "00000.parquet").unlink()
+        assert main(["signals", "--repair", "--out", "t", *flags]) == 0  # in the form of the store
+        assert Signals.open("t").digest == before
+
+    command = ["sample", "--model", "moved", "--data", "pairs.jsonl", "--out", "own.jsonl", "--max-new-tokens", "4"]
+    assert main([*command, *form]) == 0
+    assert main([*command, *form, "--template-kwargs", "messages=1"]) == 2
+    assert "'messages' is no variable of a chat template" in capsys.readouterr().err

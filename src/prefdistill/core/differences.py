@@ -7,8 +7,9 @@ from typing import Any
 
 SHOWN = 40  # characters of a value that a message shows
 NAMED = 5  # differences that a message names
-# Keys that say where a thing lies and how it is read, and not what it is: directories may be moved.
-NAMES = frozenset({"name", "read_as"})
+# Keys that say where a thing lies and how it is read, and not what it is: directories may be moved, and the form of a
+# tokenizer is in the digest of its template.
+NAMES = frozenset({"name", "read_as", "form"})
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{20,}")
 
 

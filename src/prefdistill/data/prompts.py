@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import TEMPLATE_COLUMNS
 from prefdistill.data.messages import normal_messages, without_nulls
+from prefdistill.models.form import RESERVED
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 VARIABLES = "chat_template_kwargs"
-# Arguments of `apply_chat_template` that are no variables of the template, but `documents`.
-RESERVED = {
-    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
-    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
-}
 
 
 class Conversation(list[dict[str, Any]]):

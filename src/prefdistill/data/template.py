@@ -11,7 +11,11 @@ from prefdistill.data.prompts import inputs_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_TEMPLATE = "The data are conversations but the tokenizer has no chat template. Set one, or use text."
+NO_TEMPLATE = (
+    "The data are conversations but the tokenizer has no chat template. For a teacher, name one: --chat-template FILE, "
+    "or --chat-template plain, which writes them as text (in a recipe: model.teacher_chat_template). For a student, "
+    "set tokenizer.chat_template. Or use text."
+)
 
 
 class Ending(NamedTuple):

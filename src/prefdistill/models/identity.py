@@ -174,7 +174,8 @@ def _digest_of(path: Path, state: tuple[int, ...]) -> str:
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Return what identifies a tokenizer: digests of its token map and rules, and of its chat template."""
+    """Return what identifies a tokenizer: digests of its token map and rules, and of its chat template; and the form
+    that its template was given, in words, see `models.form`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     split = getattr(tokenizer, "split_special_tokens", False)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
@@ -185,4 +186,5 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         "size": len(tokenizer),
         "sha256": value_digest([rules, tokenizer.special_tokens_map, split]),
         "template_sha256": value_digest(tokenizer.chat_template),
+        **({"form": tokenizer.form} if hasattr(tokenizer, "form") else {}),
     }

@@ -22,14 +22,35 @@ class Loading(Trust):
     dtype: Dtype = Field("auto", description="dtype of the weights; auto is as stored.")
 
 
-class ReadWith(Section):
-    """The tokenizer that a model is read with."""
+class Form(Section):
+    """The form in which a model reads a conversation, for this model alone."""
+
+    chat_template: str | None = Field(
+        None,
+        description="Chat template in place of the model's own: a Jinja file, or plain, for a base model without one.",
+    )
+    system_prompt: str | None = Field(
+        None, description="System prompt in place of the one that a row has or lacks; empty: none."
+    )
+    template_kwargs: Options = Field(
+        default_factory=dict,
+        description="Variables of its chat template, such as {enable_thinking: false}, in place of those of the data.",
+    )
+
+
+class ReadWith(Form):
+    """The tokenizer that a model is read with, and the form in which it reads a conversation."""
 
     tokenizer: str | None = Field(
         None,
         description="Read the model with this tokenizer and chat template: the student's, for a teacher that has "
         "another template over the same vocabulary. Hub name or directory; default: the model's own.",
     )
+
+    @property
+    def form(self) -> Form:
+        """The part of these options that is the form."""
+        return Form(**self.part(Form))
 
 
 class QuantizedLoading(Loading):

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
+from prefdistill.models.form import apply_form
 from prefdistill.models.load import load_tokenizer
+from prefdistill.models.options import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,13 +38,16 @@ def check_same_tokens(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTo
         say(f"{name} has {len(tokens)} tokens, {other_name} {len(other_tokens)}; the {shared} they share agree")
 
 
-def tokenizer_for(model: str, name: str | None, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of this name to read a model with; None is the model's own.
+def tokenizer_for(
+    model: str, name: str | None = None, form: Form | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of this name to read a model with, in a form; None is the model's own.
 
     Raises:
-        UserError: if an id stands for another token than in the model's own tokenizer, where it has one.
+        UserError: if an id stands for another token than in the model's own tokenizer, where it has one, or the form
+            does not fit the template.
     """
-    tokenizer = load_tokenizer(name or model, trust_remote_code=trust_remote_code)
+    tokenizer = apply_form(load_tokenizer(name or model, trust_remote_code=trust_remote_code), form or Form())
     if name is None:
         return tokenizer
     try:

@@ -11,7 +11,9 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.formats import suffixes
 from prefdistill.data.truncation import Truncation
+from prefdistill.models.form import apply_form
 from prefdistill.models.load import load_tokenizer
+from prefdistill.models.options import Form
 from prefdistill.signals.extract import extract_signals
 from prefdistill.signals.request import IN_MEMORY
 from prefdistill.signals.store import READABLE, SCHEMA, Signals
@@ -25,8 +27,9 @@ def repair_signals(
     out: str | Path,
     model: "PreTrainedModel | str | None" = None,
     dataset: "Dataset | str | None" = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | str | None" = None,
     *,
+    chat_template: str | None = None,
     ids_from: Signals | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Signals, list[str]]:
@@ -38,6 +41,7 @@ def repair_signals(
     Args:
         out: directory of the store.
         model, dataset, tokenizer: if those that the store names have moved, or were in memory.
+        chat_template: the file of the store's chat template, if that has moved.
         ids_from: the teacher's store, if this one was scored at its token ids.
         trust_remote_code: let the model's repository run its own code.
 
@@ -75,9 +79,8 @@ def repair_signals(
         raise UserError(
             f"{out} was extracted from {request['data']['name']}, which is missing; give its place with --data"
         )
-    read_with = request["tokenizer"]["name"]
-    if tokenizer is None and read_with not in ("", request["model"]["name"]):  # else the model's own
-        tokenizer = load_tokenizer(read_with, trust_remote_code=trust_remote_code)
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = _tokenizer(request, model, tokenizer, chat_template, trust_remote_code)
     topk: dict[str, Any] = request["topk"]
     options = {name: topk[name] for name in ("k", "p") if name in topk} | (
         {"topk_coding": topk["coding"]} if topk else {}
@@ -105,6 +108,20 @@ def repair_signals(
         **(request["data"].get("read_as", {}) if dataset is None or isinstance(dataset, str) else {}),
     )
     return store, damaged
+
+
+def _tokenizer(
+    request: dict[str, Any], model: Any, name: str | None, chat_template: str | None, trust_remote_code: bool
+) -> "PreTrainedTokenizerBase | None":
+    """Return the tokenizer of a store in the store's form, from its place now; None for the model's own."""
+    stored = request["tokenizer"]
+    form = Form(**(stored.get("form", {}) | ({"chat_template": chat_template} if chat_template else {})))
+    is_own = stored["name"] in ("", request["model"]["name"])
+    if name is None and is_own and form == Form():
+        return None
+    own_name = request["model"]["name"] if model is None else getattr(model, "name_or_path", model)
+    name = name or (own_name if is_own else stored["name"])
+    return apply_form(load_tokenizer(str(name), trust_remote_code=trust_remote_code), form)
 
 
 def remove_damaged(out: Path) -> list[str]:

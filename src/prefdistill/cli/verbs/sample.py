@@ -36,7 +36,7 @@ def sample(options: SampleFlags) -> dict[str, Any]:
     sample_responses(
         options.model,
         options.data,
-        tokenizer_for(options.model, options.tokenizer, trust_remote_code=options.trust_remote_code),
+        tokenizer_for(options.model, options.tokenizer, options.form, trust_remote_code=options.trust_remote_code),
         out=out,
         truncation=Truncation(**options.part(Lengths)),
         **options.part(SampleRequest),

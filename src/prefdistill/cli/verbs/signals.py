@@ -20,14 +20,14 @@ class SignalFlags(SignalRequest, ReadWith, Lengths):
     ids_from: Path | None = Field(None, description="Score at the token ids of this teacher's topk store.")
     repair: bool = Field(
         False,
-        description="Rebuild the damaged files of --out with the options of the store; --model, --data and --tokenizer "
-        "only if they have moved.",
+        description="Rebuild the damaged files of --out with the options of the store; --model, --data, --tokenizer "
+        "and --chat-template only if they have moved.",
     )
 
     @model_validator(mode="after")
     def _required(self) -> "SignalFlags":
         if self.repair:
-            allowed = {"repair", "out", "model", "data", "tokenizer", "ids_from", "trust_remote_code"}
+            allowed = {"repair", "out", "model", "data", "tokenizer", "chat_template", "ids_from", "trust_remote_code"}
             if extra := sorted(self.model_fields_set - allowed):
                 raise ValueError(f"--repair uses the options of the store; leave {flag_of(SignalFlags, extra[0])} out")
         elif self.model is None or self.data is None:
@@ -44,16 +44,20 @@ def signals(options: SignalFlags) -> dict[str, Any]:
     """
     from prefdistill.data.truncation import Truncation
     from prefdistill.evaluation.pairs import gauge_flips
-    from prefdistill.models.load import load_tokenizer
     from prefdistill.models.vocabulary import tokenizer_for
     from prefdistill.signals import Signals, extract_signals, repair_signals
 
     out, ids_from = options.out, Signals.open(options.ids_from) if options.ids_from else None
     trust = options.trust_remote_code
     if options.repair:
-        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trust) if options.tokenizer else None
         store, damaged = repair_signals(
-            out, options.model, options.data, tokenizer, ids_from=ids_from, trust_remote_code=trust
+            out,
+            options.model,
+            options.data,
+            options.tokenizer,
+            chat_template=options.chat_template,
+            ids_from=ids_from,
+            trust_remote_code=trust,
         )
         show("\n".join([f"rebuilt: {name}" for name in damaged] or [f"{out} is whole"]))
         return {"out": str(out), "damaged": damaged, "pairs": len(store.rows), "rows": len(store)}
@@ -62,7 +66,7 @@ def signals(options: SignalFlags) -> dict[str, Any]:
     store = extract_signals(
         options.model,
         options.data,
-        tokenizer_for(options.model, options.tokenizer, trust_remote_code=trust),
+        tokenizer_for(options.model, options.tokenizer, options.form, trust_remote_code=trust),
         out=out,
         truncation=Truncation(**options.part(Lengths)),
         ids_from=ids_from,

@@ -1,0 +1,113 @@
+"""Read a model in another form: another chat template, system prompt or template variables, for this model alone.
+
+A form is nothing but another `tokenizer.chat_template`, so that identities, cache keys and the end of responses follow.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefdistill.core.errors import UserError
+from prefdistill.models.options import Form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A conversation as text, for base models: the role on a line of its own, the content as it is, an empty line; EOS after
+# the last response. A newline before the response, because a space would become part of its first token.
+PLAIN = """\
+{% if tools or documents %}{{ raise_exception('the plain form has no tools and no documents') }}{% endif %}
+{% for message in messages %}
+{% if message.tool_calls %}{{ raise_exception('the plain form has no tool calls') }}{% endif %}
+{{ message.role | capitalize }}:{{ '\\n' }}{{ message.content }}
+{%- if loop.last and message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n\\n' }}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}Assistant:{{ '\\n' }}{% endif %}"""
+BUILTIN = {"plain": PLAIN}
+# Arguments of `apply_chat_template` that are no variables of the template, but `documents`.
+RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+PROBE = [{"role": "user", "content": "probe question"}]
+
+
+def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedTokenizerBase":
+    """Give a tokenizer the chat template of a form, and note the form as `tokenizer.form`; return the tokenizer.
+
+    Raises:
+        UserError: if the template cannot be read or refuses a plain question, or does not use what the form sets.
+    """
+    settings = form.model_dump(exclude_defaults=True)
+    if not settings:
+        return tokenizer
+    name = tokenizer.name_or_path
+    if form.chat_template is not None:
+        tokenizer.chat_template = _template(tokenizer, form.chat_template)
+    if not tokenizer.chat_template:
+        raise UserError(f"{name} has no chat template to set {', '.join(settings)} in; give --chat-template")
+    own = tokenizer.chat_template
+    for variable in form.template_kwargs:
+        if variable in RESERVED or not variable.isidentifier():
+            raise UserError(f"{variable!r} is no variable of a chat template; leave it out")
+        if not re.search(rf"\b{variable}\b", str(own)):
+            raise UserError(f"the chat template of {name} has no variable {variable!r}; leave it out")
+    prelude = "".join(f"{{% set {line} %}}\n" for line in _assignments(form))
+    # transformers removes the newline after a tag, so that the template still starts at the beginning of a line
+    tokenizer.chat_template = (
+        {key: prelude + part for key, part in own.items()} if isinstance(own, dict) else prelude + own
+    )
+    _check(tokenizer, form)
+    tokenizer.form = settings
+    return tokenizer
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", source: str) -> str:
+    """Return the built-in template of this name, with BOS where the tokenizer writes it, or that of a file."""
+    if source in BUILTIN:
+        bos = tokenizer.bos_token_id
+        writes_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        return ("{{ bos_token }}" if writes_bos else "") + BUILTIN[source]
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(
+            f"no chat template at {source!r} ({error}); name a file, or {' or '.join(map(repr, BUILTIN))}"
+        ) from error
+    if not text.strip():
+        raise UserError(f"the chat template {source} is empty")
+    return text
+
+
+def _assignments(form: Form) -> Iterator[str]:
+    """Yield what the form assigns before the template is rendered, as Jinja."""
+    for variable, value in form.template_kwargs.items():
+        yield f"{variable} = {_literal(value)}"
+    if form.system_prompt is not None:
+        system = [{"role": "system", "content": form.system_prompt}] if form.system_prompt else []
+        others = "(messages[1:] if messages and messages[0].role in ['system', 'developer'] else messages)"
+        yield f"messages = {_literal(system)} + {others}"
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as a literal of Jinja."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _check(tokenizer: "PreTrainedTokenizerBase", form: Form) -> None:
+    """Check that the template renders a question, with the system prompt of the form in it."""
+    name, source = tokenizer.name_or_path, form.chat_template or "its own"
+    try:
+        text = str(tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program and may raise anything
+        advice = "; leave --system-prompt out" if form.system_prompt else ""
+        raise UserError(f"the chat template of {name} ({source}) cannot be rendered ({error}){advice}") from error
+    if form.system_prompt and form.system_prompt.strip() not in text:
+        raise UserError(f"the chat template of {name} ({source}) writes no system prompt; leave --system-prompt out")
