@@ -159,7 +159,7 @@ REFUSED = [
     ("tvkd", {"shaping": "q", "potential": "reward"}, "shaping=q replaces the potential; leave potential out"),
     ("vanillakd", {"alpha": -1.0}, "vanillakd: alpha must be 0 or more, got -1.0"),
     ("dckd", {"alpha": -1.0}, "dckd: alpha must be 0 or more"),
-    ("dckd", {"beta": 1.0}, "dckd has no option 'beta'; its options: alpha"),
+    ("dckd", {"beta": 1.0}, "dckd has no option 'beta'; its options: across, alpha"),
     ("adpa", {"gamma": -1.0}, "gamma must be 0 or more"),
     ("adpa", {"teacher_beta": -1.0}, "teacher_beta must be 0 or more"),
     ("adpa", {"advantage_reference": "teacher"}, "advantage_reference must be 'teacher_reference' or 'reference', got"),

@@ -46,12 +46,19 @@ class Student:
     log_sum_squares: dict[str, Tensor] = field(default_factory=dict)
     balance: Tensor | None = None
 
-    def mean_over_tokens(self, response: str, per_state: Tensor) -> Tensor:
-        """Return the mean of a quantity over the states of each response: [states] -> [B]; 0 without tokens."""
+    def mean_over_tokens(self, response: str, per_state: Tensor, among: Tensor | None = None) -> Tensor:
+        """Return the mean of a quantity over the states of each response: [states] -> [B]; 0 without states.
+
+        Args:
+            response: of which response.
+            per_state: the quantity.
+            among: which states count, bool [states]; the quantity must be 0 in the others. Default: all.
+        """
         from prefdistill.models.logprobs import sum_by_response
 
         tokens = self.tokens[response]
-        return sum_by_response(per_state, tokens) / tokens.clamp(min=1)
+        states = tokens if among is None else sum_by_response(among.to(tokens.dtype), tokens)
+        return sum_by_response(per_state, tokens) / states.clamp(min=1)
 
 
 class Method:
@@ -150,12 +157,17 @@ def sampled(method: Method) -> tuple[str, ...]:
     return tuple(response for response in method.responses if response not in SIDES)
 
 
+def taught(signals: BatchSignals, response: str) -> Tensor:
+    """Return in which states the teacher's "topk" signal has tokens, bool [states]: all, with the same tokenizer."""
+    return (signals[f"{response}_ids"] >= 0).any(1)
+
+
 def mean_kl(student: Student, signals: BatchSignals, response: str) -> Tensor:
-    """Return the forward divergence of the teacher to the student, averaged over the tokens of a response, [B]."""
+    """Return the forward divergence of the teacher to the student, averaged over a response's taught states, [B]."""
     per_state = losses.topk_kl(
         signals[f"teacher_{response}_topk"],
         student.topk[response],
         signals[f"teacher_{response}_rest"],
         student.rest[response],
     )
-    return student.mean_over_tokens(response, per_state)
+    return student.mean_over_tokens(response, per_state, taught(signals, response))

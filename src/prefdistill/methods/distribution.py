@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pydantic import NonNegativeFloat
 
 from prefdistill import losses
 from prefdistill.core.errors import UserError
-from prefdistill.methods.base import BatchSignals, Method, Metrics, Student, mean_kl
+from prefdistill.methods.base import BatchSignals, Method, Metrics, Student, mean_kl, taught
 from prefdistill.signals.needs import Need
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Across: TypeAlias = Literal["first_token"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,12 @@ class VanillaKD(Method):
 
     Args:
         alpha: weight of the divergence; 0 is SFT.
+        across: "first_token" for a teacher with another tokenizer: the mass of each of its tokens goes to the student's
+            token that its text begins with.
     """
 
     alpha: NonNegativeFloat = 1.0
+    across: Across = None
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -32,13 +37,17 @@ class VanillaKD(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("teacher", "topk", self.responses),)
+        return (Need("teacher", "topk", self.responses, across=self.across),)
 
     def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         kl = mean_kl(student, signals, "chosen")
         loss = losses.vanillakd_loss(sft, kl, alpha=self.alpha)
-        return loss.mean(), {"sft": sft.detach().mean(), "kl/chosen": kl.detach().mean()}
+        return loss.mean(), {"sft": sft.detach().mean(), "kl/chosen": kl.detach().mean(), **self._taught(signals)}
+
+    def _taught(self, signals: BatchSignals) -> Metrics:
+        """Return the share of the states that a teacher with another tokenizer teaches."""
+        return {f"taught/{name}": taught(signals, name).float().mean() for name in self.responses if self.across}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,7 @@ class DCKD(VanillaKD):
 
     Args:
         alpha: weight of the divergences; 0 is SFT.
+        across: as for VanillaKD.
     """
 
     @property
@@ -57,7 +67,8 @@ class DCKD(VanillaKD):
         sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         kl = {side: mean_kl(student, signals, side) for side in self.responses}
         loss = losses.dckd_loss(sft, kl["chosen"], kl["rejected"], alpha=self.alpha)
-        return loss.mean(), {"sft": sft.detach().mean(), **{f"kl/{s}": x.detach().mean() for s, x in kl.items()}}
+        divergences = {f"kl/{side}": x.detach().mean() for side, x in kl.items()}
+        return loss.mean(), {"sft": sft.detach().mean(), **divergences, **self._taught(signals)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class Need:
         responses: the responses it is needed of.
         settings: settings the signals must have been extracted with, by their name in a store's manifest, in the
             recipe's `signals` section and in `extract_signals`: `{"value_temperature": 0.5}`.
+        across: how distributions over another tokenizer's tokens become ones over the student's: "first_token", see
+            `prefdistill.signals.projection`. None: they cannot serve. The stored signals are the same either way.
 
     Example:
         >>> str(Need("teacher", "topk", ("chosen",)))
@@ -32,6 +34,7 @@ class Need:
     kind: str
     responses: tuple[str, ...] = SIDES
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    across: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.role}.{self.kind}" + (f" of {', '.join(self.responses)}" if self.role != "data" else "")
