@@ -202,7 +202,9 @@ BAD = [
     (run("model.student=headless", "teacher.dpo.max_steps=1"), "1 weights are missing"),  # before the teacher's
     (run("model.teacher=cut-weights"), "cut-weights exists but holds no model"),
     (study("model.student=headless"), "cell 'beta=0.1': headless exists but holds no model"),
-    (run("model.student=other"), "other and model have different tokenizers"),
+    (run("model.student=other", "methods.dckd={}"), "dckd compares the token distributions of teacher and student"),
+    (run("model.teacher_tokenizer=other"), "other and model have different tokenizers"),
+    (run("model.teacher_tokenizer=nowhere"), "no tokenizer at 'nowhere'"),
     (answers("questions.jsonl", model="headless"), "1 weights are missing"),
     # logits that are not numbers: which row, and what to try
     (["signals", "--model", "nan", "--data", "poisoned.jsonl", *OUT], "not finite in 1 pairs, the first is row 3"),

@@ -47,6 +47,20 @@ def chat(prompt, response):
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
+def test_the_other_tokenizer_splits_the_words_and_gives_the_text_back():
+    tokenizer, rng = synthetic.build_other_tokenizer(), random.Random(0)
+    texts = [careless_response(prompt, rng) for prompt in PROMPTS]
+    tokens = tokenizer(texts)["input_ids"]
+    assert [tokenizer.decode(ids) for ids in tokens] == texts
+    assert max(map(len, tokens)) < 16  # max_new_tokens of the quickstart
+    assert sum(map(len, tokens)) > sum(len(text.split()) for text in texts)
+    assert tokenizer.tokenize("so um") == ["so", "Ġ", "um"]
+    assert tokenizer.apply_chat_template(chat("copy id : 1 2 3", "< 1"), tokenize=False).startswith(
+        "<|bos|><|user|>copy"
+    )
+    assert synthetic.build_other_tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
 # --- the task and its reward
 
 

@@ -1,6 +1,6 @@
 """Options of data: where pairs come from, how many are used, how long they may be."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -50,6 +50,9 @@ class Synthetic(Section):
     test_prompts: PositiveInt = Field(description="Held-out prompts.")
     teacher_label_noise: NonNegativeFloat = Field(
         0.0, le=1, description="Share of the teacher's pairs whose label is flipped."
+    )
+    teacher_tokenizer: Literal["same", "other"] = Field(
+        "same", description="The teacher's tokenizer: the student's, or one that splits the words into pieces."
     )
 
 

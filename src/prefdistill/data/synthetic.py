@@ -12,16 +12,21 @@ import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefdistill.core.errors import UserError
+from prefdistill.models.scratch import train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE, COLON = "<", ">", ":"
 DIGITS = tuple("0123456789")
 FILLERS = ("well", "um", "so", "okay", "hmm", "like", "right")
+OTHER_SIZE = 318  # 256 bytes, 6 special tokens, 13 marks with a space, and pieces of words
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 
 ITEM_OPERATIONS: dict[str, Callable[[int], int]] = {
@@ -78,6 +83,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def build_other_tokenizer() -> "PreTrainedTokenizerBase":
+    """Return a byte-level tokenizer that splits most words of the task in two, with another chat template.
+
+    The longest careless response has 15 of its tokens, with the end token, for 12 of `build_tokenizer`.
+
+    >>> build_other_tokenizer().tokenize("well < 6 5 okay")
+    ['well', 'Ġ<', 'Ġ6', 'Ġ5', 'Ġ', 'okay']
+    """
+    words = (*LIST_OPERATIONS, *ITEM_OPERATIONS, *FILLERS)
+    marks = " ".join(("", *DIGITS, OPEN, CLOSE, COLON))
+    texts = [" ".join(("", *words)), *words, *[marks] * len(words)]  # the marks are merged first, with their space
+    return train_tokenizer(texts, OTHER_SIZE)
 
 
 def sample_prompts(n: int, seed: int, exclude: Collection[str] = ()) -> list[str]:

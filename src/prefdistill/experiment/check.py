@@ -38,8 +38,9 @@ def check_plan(plan: Plan) -> None:
     if plan.user_data is not None:
         _check_data(plan.user_data, recipe)
     named = plan.context.tokenizer.made_by is None
-    if named:
-        _ = plan.context.tokenizer.tokenizer
+    for tokenizer in (plan.context.tokenizer, plan.context.teacher_tokenizer):
+        if tokenizer.made_by is None:
+            _ = tokenizer.tokenizer
     _ = plan.context.truncation
     _check_samples(plan)
     if recipe.model.scratch:
@@ -118,6 +119,7 @@ def _check_samples(plan: Plan) -> None:
 def _check_method(plan: Plan, where: str, method: Method) -> None:
     """Check that this recipe makes the signals that a method needs."""
     recipe = plan.context.recipe
+    _check_vocabulary(plan, where, method)
     if method.weakness:
         say_once(f"warning: {where}: {method.weakness}")
     for need in method.needs:
@@ -135,6 +137,18 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
             raise UserError(f"{where} needs a column {need.kind!r} of the data; the built-in task has none")
         if recipe.sampling.n > 1 and sampled(method) and not set(SIDES).isdisjoint(need.responses):
             raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
+
+
+def _check_vocabulary(plan: Plan, where: str, method: Method) -> None:
+    """Refuse a method that compares distributions over one vocabulary where teacher and student have two."""
+    if method.one_vocabulary and plan.context.two_vocabularies:
+        names = plan.context.recipe.model
+        teacher = names.teacher_tokenizer or names.teacher or "the teacher"
+        raise UserError(
+            f"{where} compares the token distributions of teacher and student, but {teacher} has other tokens than the "
+            "student; use a method that reads numbers of the text, such as tvkd, dadpo, seqkd or dpkd of level "
+            "sequence, or a teacher with the student's tokens"
+        )
 
 
 def _check_numbers(where: str, method: Method, column: str, data: UserData) -> None:

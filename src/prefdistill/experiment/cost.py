@@ -12,7 +12,7 @@ import torch
 
 from prefdistill.core.errors import UserError
 from prefdistill.experiment.plan import Plan
-from prefdistill.experiment.step import Input, Model, ModelRole, Step
+from prefdistill.experiment.step import TEACHERS, Input, Model, ModelRole, Step
 from prefdistill.experiment.steps.models import Dpo, Init, Sft
 from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
@@ -70,18 +70,25 @@ class Cost:
     exact: bool = True
 
 
-def costs(plan: Plan, shapes: Shapes, lengths: Mapping[Input, Lengths]) -> dict[Step, Cost]:
+def costs(
+    plan: Plan,
+    shapes: Shapes,
+    lengths: Mapping[Input, Lengths],
+    teacher_lengths: Mapping[Input, Lengths] | None = None,
+) -> dict[Step, Cost]:
     """Return the cost of every step of a plan.
 
     Args:
         plan: of one seed.
         shapes: the models by role, as far as they are known.
         lengths: of the data sets that the steps read. Those of the built-in task need not be among them.
+        teacher_lengths: the same in the teacher's tokens, where it has another tokenizer.
 
     Raises:
         UserError: if training.lora does not fit its model.
     """
-    pricing = _Pricing(plan, shapes, {**_built_in(plan), **lengths})
+    known = {**_built_in(plan), **lengths}
+    pricing = _Pricing(plan, shapes, known, known if teacher_lengths is None else known | dict(teacher_lengths))
     return {step: pricing.cost(step) for step in plan.steps}
 
 
@@ -112,6 +119,7 @@ class _Pricing:
     plan: Plan
     shapes: Shapes
     lengths: Mapping[Input, Lengths]
+    teacher_lengths: Mapping[Input, Lengths]
 
     def cost(self, step: Step) -> Cost:
         recipe = self.plan.context.recipe
@@ -134,7 +142,7 @@ class _Pricing:
             responses = 2 * (step.language.task.teacher_pairs + step.language.task.test_prompts)
             return self._generation(step.model, "student", responses, recipe.evaluate.max_new_tokens)
         if isinstance(step, Sample):
-            length = self._of(step)
+            length = self._of(step, step.model.role)
             rows = length.rows if length else None
             return self._generation(step.model, step.model.role, rows, recipe.sampling.max_new_tokens)
         if isinstance(step, ReadSignals):
@@ -142,14 +150,16 @@ class _Pricing:
         if isinstance(step, Evaluate):
             return self._evaluation(step)
         if isinstance(step, EvaluateRewardModel):
-            length = self._of(step.test)
+            length = self._of(step.test, "reward_model")
             return self._reading(step.model, "reward_model", length)
         return Cost()
 
-    def _of(self, data: Input | Sample) -> Lengths | None:
+    def _of(self, data: Input | Sample, role: ModelRole) -> Lengths | None:
+        """The lengths of a data set in the tokens of a role."""
+        lengths = self.teacher_lengths if role in TEACHERS else self.lengths
         if not isinstance(data, Sample):
-            return self.lengths.get(data)
-        train, sampling = self.lengths.get(data.data), self.plan.context.recipe.sampling
+            return lengths.get(data)
+        train, sampling = lengths.get(data.data), self.plan.context.recipe.sampling
         if train is None:
             return None
         rows = train.rows * sampling.n
@@ -159,7 +169,7 @@ class _Pricing:
         self, output: Model, training: Training, data: Input | Sample, beside: int, dtype: str | None = None
     ) -> Cost:
         """The cost of a training. `beside` counts the copies of the model that it holds besides the trained one."""
-        rows, tokens, exact = _seen(training, self._of(data))
+        rows, tokens, exact = _seen(training, self._of(data, output.role))
         shape = self.shapes.get(output.role)
         if shape is None:
             return Cost(rows=rows, tokens=tokens, exact=exact)
@@ -196,7 +206,7 @@ class _Pricing:
         return Cost(memory=self._weights(model, role), disk=disk, rows=rows, tokens=tokens, exact=False)
 
     def _signals(self, step: ReadSignals) -> Cost:
-        length = self._of(step.data)
+        length = self._of(step.data, step.model.role)
         cost = self._reading(step.model, "student" if step.role == "reference" else step.model.role, length)
         shape = self.shapes.get(step.model.role) or next(iter(self.shapes.values()), None)
         if length is None or shape is None:
@@ -226,7 +236,7 @@ class _Pricing:
         if recipe.data.synthetic:
             prompts = 2 * recipe.data.synthetic.test_prompts  # sampled, and greedy
         generated = self._generation(step.model, role, prompts, recipe.evaluate.max_new_tokens)
-        pairs = self._of(step.test) if step.reference and step.test else None
+        pairs = self._of(step.test, role) if step.reference and step.test else None
         return Cost(
             memory=generated.memory,
             disk=generated.disk if step.language is None else 0,

@@ -89,7 +89,7 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
             prints[part] = data_fingerprint(sources.pairs(name, limit, **data.read_as))
     if data.sft:
         prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft, **data.sft_read_as))
-    for role in ("teacher", "teacher_reference", "student"):
+    for role in ("teacher", "teacher_reference", "student", "teacher_tokenizer"):
         if name := getattr(names, role):
             prints[role] = sources.model_key(name)
     if recipe.reward_model and (name := recipe.reward_model.name):

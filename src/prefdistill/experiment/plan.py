@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefdistill.core.errors import UserError
+from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import (
@@ -32,7 +33,7 @@ from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, Train
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
 from prefdistill.experiment.steps.synthetic import Language, Pairs
-from prefdistill.experiment.user_data import UserData, UserModels, user_rows
+from prefdistill.experiment.user_data import UserData, UserModels, tokenizer_input, user_rows
 from prefdistill.methods import Method, make_method, sampled
 from prefdistill.models.load import load_tokenizer
 from prefdistill.signals import Need
@@ -100,6 +101,7 @@ class _Builder:
             name: frozenset(other for other, run in self.recipe.methods.items() if run.start == name)
             for name in (None, *self.recipe.methods)
         }
+        self.inits: dict[ModelRole, Init] = {}
         self.samples: dict[tuple[Model, str], Sample] = {}
         self.signals: dict[tuple[Model, Rows | Sample, str, tuple[str, ...]], ReadSignals] = {}
         self.roles: dict[str, Model] = {}
@@ -113,9 +115,8 @@ class _Builder:
         language = self._add(Language, "data", task=task) if task else None
         if user_data is not None:
             self.plan.train = user_rows(TRAIN, lambda: user_data.train)
-        init = self._init(language)
-        self.context.tokenizer = self._tokenizer(init)
-        teacher, start = self._base("teacher", init), self._base("student", init)
+        self._add_tokenizers_and_init(language)
+        teacher, start = self._base("teacher"), self._base("student")
         if language is not None:
             demonstrations = language.demonstrations()
         elif user_data is not None:
@@ -129,7 +130,10 @@ class _Builder:
         reference = teacher if recipe.teacher.dpo else None
         if recipe.teacher.dpo is None and recipe.model.teacher_reference:
             reference = self.user_models.model(
-                "teacher-reference", recipe.model.teacher_reference, "teacher_reference", self.context.tokenizer
+                "teacher-reference",
+                recipe.model.teacher_reference,
+                "teacher_reference",
+                self.context.tokenizer_of("teacher_reference"),
             )
         teacher_pairs, test = self._pairs(language, reference or teacher)
         if recipe.teacher.dpo:
@@ -149,31 +153,45 @@ class _Builder:
 
     # -- data and models ----------------------------------------------------------------------------------------------
 
-    def _init(self, language: Language | None) -> Init | None:
-        named = {"teacher": self.recipe.model.teacher, "student": self.recipe.model.student}
-        roles: list[ModelRole] = [role for role in ("teacher", "student") if named[role] is None]
-        scratch = self.recipe.model.scratch
-        if not roles or scratch is None:
-            return None
-        source = self.user_models.tokenizer if any(named.values()) else language or self.plan.train
-        return self._add(Init, "init", roles=tuple(roles), shapes=scratch, source=source)
+    def _add_tokenizers_and_init(self, language: Language | None) -> None:
+        """Set the tokenizers, and add the step that makes the models that are not named, or one for each tokenizer."""
+        names, teacher_tokenizer = self.recipe.model, self._own_teacher_tokenizer()
+        unnamed: list[ModelRole] = [role for role in ("teacher", "student") if getattr(names, role) is None]
+        source = self.user_models.tokenizer if len(unnamed) < 2 else language or self.plan.train
+        self.context.tokenizer = self.user_models.tokenizer
+        if teacher_tokenizer and "teacher" in unnamed:
+            self._add_init("init-teacher", ["teacher"], teacher_tokenizer)
+            unnamed.remove("teacher")
+        if unnamed:
+            init = self._add_init("init", unnamed, source)
+            if not isinstance(source, Tokenizer):
+                self.context.tokenizer = Tokenizer(
+                    name="tokenizer",
+                    compute_key=init.tokenizer_key,
+                    made_by=init,
+                    read=lambda: load_tokenizer(str(init.directory / "tokenizer")),
+                )
+        self.context.teacher_tokenizer = teacher_tokenizer or self.context.tokenizer
 
-    def _tokenizer(self, init: Init | None) -> Tokenizer:
-        if init is None or len(init.roles) == 1:
-            return self.user_models.tokenizer
-        return Tokenizer(
-            name="tokenizer",
-            compute_key=init.tokenizer_key,
-            made_by=init,
-            read=lambda: load_tokenizer(str(init.directory / "tokenizer")),
-        )
+    def _own_teacher_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer of the teacher; None where it shares the student's by design."""
+        task, names = self.recipe.data.synthetic, self.recipe.model
+        if task and task.teacher_tokenizer == "other":
+            return tokenizer_input("teacher-tokenizer", synthetic.build_other_tokenizer)
+        named = names.teacher_tokenizer or (names.teacher and names.student)
+        return self.user_models.teacher_tokenizer if named else None
 
-    def _base(self, role: ModelRole, init: Init | None) -> Model:
+    def _add_init(self, name: str, roles: list[ModelRole], source: Tokenizer | Language | Rows) -> Init:
+        assert self.recipe.model.scratch is not None
+        init = self._add(Init, name, roles=tuple(roles), shapes=self.recipe.model.scratch, source=source)
+        self.inits |= dict.fromkeys(roles, init)
+        return init
+
+    def _base(self, role: ModelRole) -> Model:
         name: str | None = getattr(self.recipe.model, role)
         if name is not None:
-            return self.user_models.model(f"{role}-base", name, role, self.context.tokenizer)
-        assert init is not None
-        return init.model(role)
+            return self.user_models.model(f"{role}-base", name, role, self.context.tokenizer_of(role))
+        return self.inits[role].model(role)
 
     def _add_training(self, kind: type[Sft], role: ModelRole, start: Model, rows: Rows, training: Training) -> Model:
         name = f"{role}-{kind.kind}"

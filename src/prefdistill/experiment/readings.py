@@ -6,27 +6,44 @@ from typing import Any
 
 from prefdistill.data.columns import unread_columns
 from prefdistill.experiment.plan import Plan
+from prefdistill.experiment.step import Tokenizer
 from prefdistill.experiment.user_data import UserData
 from prefdistill.models.identity import tokenizer_identity
 
 TEMPLATE_START = 300  # characters
+IN_THIS_RUN = "made in this run"
 
 
 def read_of(plan: Plan) -> dict[str, Any]:
-    """Return the data sets of a plan with the columns that nothing reads, the chat template, and the truncation."""
-    tokenizer, truncation = plan.context.tokenizer.tokenizer, plan.context.truncation
-    template, names = tokenizer.chat_template, plan.context.recipe.model
-    return {
+    """Return the data sets of a plan with the columns that nothing reads, the tokenizers with their chat templates, and
+    the truncation."""
+    context, names = plan.context, plan.context.recipe.model
+    teacher, truncation = names.teacher_tokenizer or names.teacher, context.truncation
+    read: dict[str, Any] = {
         "data": list(_data_of(plan.user_data)) if plan.user_data else [],
-        "template": {
-            "tokenizer": names.student or names.teacher or "made in this run",
-            "sha256": tokenizer_identity(tokenizer)["template_sha256"],
-            "start": template[:TEMPLATE_START],
-        }
-        if isinstance(template, str)
-        else None,
+        "template": _template(context.tokenizer, names.student or (names.teacher and teacher)),
         "max_length": truncation.max_length,
         "max_prompt_length": truncation.max_prompt_length,
+    }
+    if context.two_tokenizers:
+        tokenizer = context.teacher_tokenizer
+        read["teacher_tokenizer"] = {
+            "tokenizer": teacher or IN_THIS_RUN,
+            "tokens": len(tokenizer.tokenizer),
+            "same_tokens": not context.two_vocabularies,
+            "template": _template(tokenizer, teacher),
+        }
+    return read
+
+
+def _template(tokenizer: Tokenizer, name: str | None) -> dict[str, Any] | None:
+    template = tokenizer.tokenizer.chat_template
+    if not isinstance(template, str):
+        return None
+    return {
+        "tokenizer": name or IN_THIS_RUN,
+        "sha256": tokenizer_identity(tokenizer.tokenizer)["template_sha256"],
+        "start": template[:TEMPLATE_START],
     }
 
 
@@ -45,14 +62,16 @@ def _data_of(data: UserData) -> Iterator[dict[str, Any]]:
 
 
 def unlike(stages: list[dict[str, Any]]) -> list[str]:
-    """Return a warning for each data set of which stages have read other rows or tokens of the same responses."""
+    """Return a warning for each data set of which stages with one tokenizer have read other rows or tokens of the same
+    responses."""
     by_rows: dict[Any, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for stage in stages:
         read = stage["read"]
         if "ids" in read:
-            by_rows[stage["seed"], read["data"], tuple(read["responses"])][read["ids"]].append(stage["name"])
+            same = stage["seed"], read["data"], tuple(read["responses"]), read.get("tokenizer")
+            by_rows[same][read["ids"]].append(stage["name"])
     return [
         f"stages have read other rows or tokens of {data}: " + ", unlike ".join(", ".join(names) for names in parts)
-        for (_, data, _), digests in by_rows.items()
+        for (_, data, *_), digests in by_rows.items()
         if len(parts := list(digests.values())) > 1
     ]

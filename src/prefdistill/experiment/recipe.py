@@ -170,6 +170,13 @@ class Recipe(Section):
                 raise ValueError(
                     "a synthetic task knows its reward and its prompts; leave reward_model and evaluate.prompts out"
                 )
+            if self.data.synthetic.teacher_tokenizer == "other" and (
+                self.model.teacher or self.model.teacher_tokenizer
+            ):
+                raise ValueError(
+                    "data.synthetic.teacher_tokenizer is for a teacher from scratch, without model.teacher_tokenizer: "
+                    "leave one of them out"
+                )
         elif self.reward_model and not self.evaluate.prompts:
             raise ValueError("reward_model has nothing to judge: give evaluate.prompts, or set reward_model=null")
         if self.model.teacher_reference and (self.teacher.dpo or self.model.teacher is None):

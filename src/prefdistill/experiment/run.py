@@ -96,6 +96,9 @@ def execute(plan: Plan, out: Path, sources: Sources, pool: Path | None = None) -
 
 
 def _entry(step: Step, stage: Stage) -> dict[str, Any]:
+    read, context = step.read(), step.context
+    if read and context.two_tokenizers:
+        read["tokenizer"] = "student" if step.reads_with is context.tokenizer else "teacher"
     return {
         "name": step.name,
         "seconds": stage.seconds,
@@ -103,7 +106,7 @@ def _entry(step: Step, stage: Stage) -> dict[str, Any]:
         "peak_memory": stage.peak_memory,
         "bytes": stage.bytes,
         **step.describe(),
-        "read": step.read(),
+        "read": read,
     }
 
 

@@ -21,7 +21,7 @@ from prefdistill.experiment.cost import Cost, Lengths, costs
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.step import Input, Rows, Step
+from prefdistill.experiment.step import Input, Rows, Step, Tokenizer
 from prefdistill.experiment.steps.models import Init
 from prefdistill.experiment.steps.synthetic import Language
 from prefdistill.models.load import empty_model
@@ -102,8 +102,11 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     check_models(recipe, sources, fetch=False)
     steps = []
     for plan in plans:
-        tokenizer = _tokenizer(plan)
-        priced = costs(plan, _shapes(plan, tokenizer), _lengths(plan, tokenizer))
+        tokenizer, teachers = _tokenizer(plan), plan.context.teacher_tokenizer
+        teachers_own = tokenizer if teachers is plan.context.tokenizer else teachers.tokenizer
+        lengths = _lengths(plan, plan.context.tokenizer, tokenizer)
+        teacher_lengths = _lengths(plan, teachers, teachers_own) if teachers is not plan.context.tokenizer else None
+        priced = costs(plan, _shapes(plan, tokenizer, teachers_own), lengths, teacher_lengths)
         steps += [_entry(step, priced[step], status(step)) for step in plan.steps]
     largest = max(steps, key=lambda step: step["memory"])
     return {
@@ -143,25 +146,28 @@ def _change(change: Difference) -> dict[str, Any]:
 
 
 def _tokenizer(plan: Plan) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the run. One that `init` has yet to make is made here in the same way, and not kept."""
+    """The student's tokenizer. One that `init` has yet to make is made here in the same way, and not kept."""
     init = plan.context.tokenizer.made_by
     if not isinstance(init, Init) or status(init).action == "reuse":
         return plan.context.tokenizer.tokenizer
     return synthetic.build_tokenizer() if isinstance(init.source, Language) else init.build_tokenizer()
 
 
-def _shapes(plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":
+def _shapes(
+    plan: Plan, tokenizer: "PreTrainedTokenizerBase", teacher_tokenizer: "PreTrainedTokenizerBase"
+) -> "dict[str, PreTrainedModel]":
     """The models of a plan without their weights, by role."""
     recipe = plan.context.recipe
     trust = recipe.model.trust_remote_code
     shapes = {}
-    init = next((step for step in plan.steps if isinstance(step, Init)), None)
+    inits = {role: step for step in plan.steps if isinstance(step, Init) for role in step.roles}
     for role in ("teacher", "teacher_reference", "student"):
         if name := getattr(recipe.model, role):
             shapes[role] = empty_model(name, trust_remote_code=trust)
-        elif init and role in init.roles:
+        elif role in inits:
+            own = teacher_tokenizer if role == "teacher" else tokenizer
             with torch.device("meta"):
-                shapes[role] = random_model(tokenizer, init.scratch[role], seed=0)
+                shapes[role] = random_model(own, inits[role].scratch[role], seed=0)
     section = recipe.reward_model
     if section is not None and section.name:
         shapes["reward_model"] = empty_model(section.name, reward=True, trust_remote_code=trust)
@@ -171,11 +177,14 @@ def _shapes(plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreT
     return shapes
 
 
-def _lengths(plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> dict[Input, Lengths]:
-    """The lengths of the user's data sets that steps read. Pairs whose tokens are counted are encoded as in a run."""
+def _lengths(plan: Plan, reader: Tokenizer, tokenizer: "PreTrainedTokenizerBase") -> dict[Input, Lengths]:
+    """The lengths of the user's data sets that steps read with a tokenizer of the plan, which is here as `tokenizer`.
+
+    Pairs whose tokens are counted are encoded as in a run.
+    """
     if plan.user_data is None:
         return {}
-    data = {one for step in plan.steps for one in step.inputs if isinstance(one, Rows)}
+    data = {one for step in plan.steps if step.reads_with is reader for one in step.inputs if isinstance(one, Rows)}
     return {rows: _length(rows, plan, tokenizer) for rows in data}
 
 

@@ -11,22 +11,49 @@ from prefdistill.core.stages import READING, stage_key
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
+from prefdistill.models.vocabulary import token_conflicts
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 ModelRole = Literal["teacher", "teacher_reference", "student", "reward_model"]
+TEACHERS = ("teacher", "teacher_reference")  # one is the start of the other's DPO: they have the same tokens
 
 
 @dataclass
 class Context:
-    """The recipe, the seed, the directory and the tokenizer that all steps of a plan share."""
+    """The recipe, the seed, the directory and the tokenizers that all steps of a plan share.
+
+    Args:
+        tokenizer: the student's. One that a step makes is known when that step is planned.
+        teacher_tokenizer: that of the teacher and its reference; the same object where the two share one by design.
+    """
 
     recipe: Recipe
     seed: int
     root: Path
-    tokenizer: "Tokenizer" = field(init=False)  # one that a step makes is known when that step is planned
+    tokenizer: "Tokenizer" = field(init=False)
+    teacher_tokenizer: "Tokenizer" = field(init=False)
+
+    def tokenizer_of(self, role: ModelRole) -> "Tokenizer":
+        """Return the tokenizer and chat template that a model of this role is read, sampled and trained with."""
+        return self.teacher_tokenizer if role in TEACHERS else self.tokenizer
+
+    @functools.cached_property
+    def two_tokenizers(self) -> bool:
+        """Whether the teacher has another tokenizer or chat template than the student."""
+        return self.teacher_tokenizer is not self.tokenizer and self.teacher_tokenizer.key != self.tokenizer.key
+
+    @functools.cached_property
+    def two_vocabularies(self) -> bool:
+        """Whether a token id stands for other tokens in the teacher than in the student."""
+        if not self.two_tokenizers:
+            return False
+        # one that a step has yet to train on the data is like no other
+        return self.tokenizer.made_by is not None or bool(
+            token_conflicts(self.tokenizer.tokenizer, self.teacher_tokenizer.tokenizer)
+        )
 
     @property
     def truncation(self) -> Truncation:
@@ -88,7 +115,7 @@ class Model(Input):
 
 @dataclass(eq=False, kw_only=True)
 class Tokenizer(Input):
-    """The tokenizer of a run."""
+    """A tokenizer with its chat template."""
 
     read: Callable[[], "PreTrainedTokenizerBase"]
 
@@ -115,6 +142,12 @@ class Step:
         values = [getattr(self, part.name) for part in fields(self)]
         several = [value if isinstance(value, tuple) else (value,) for value in values]
         return tuple(one for part in several for one in part if isinstance(one, Input | Step))
+
+    @property
+    def reads_with(self) -> Tokenizer:
+        """The tokenizer of the model that it reads, samples or trains; without one, the student's."""
+        roles = (one.role for one in self.inputs if isinstance(one, Model))
+        return self.context.tokenizer_of(next(roles, "student"))
 
     @property
     def options(self) -> dict[str, Any]:

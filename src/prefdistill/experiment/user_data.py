@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
+from prefdistill.core.progress import say_once
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
 from prefdistill.data.load import demonstrations_of
 from prefdistill.data.prompts import prompt_text, prompts_of
@@ -15,7 +16,7 @@ from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
-from prefdistill.models.vocabulary import check_same_tokens
+from prefdistill.models.vocabulary import check_same_tokens, token_conflicts, tokenizer_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,7 +106,7 @@ def user_rows(name: str, read: "Callable[[], Dataset]") -> Rows:
 
 
 class UserModels:
-    """The models that a recipe names, and their tokenizer, as inputs of steps."""
+    """The models that a recipe names, and their tokenizers, as inputs of steps."""
 
     def __init__(self, recipe: Recipe, sources: Sources) -> None:
         self.recipe, self.sources = recipe, sources
@@ -113,13 +114,12 @@ class UserModels:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the student that the recipe names, or else of the teacher."""
+        return tokenizer_input("tokenizer", lambda: named_tokenizer(self.recipe))
 
-        def key() -> str:
-            identity = tokenizer_identity(named.tokenizer)
-            return value_digest([identity["sha256"], identity["template_sha256"]])
-
-        named = Tokenizer(name="tokenizer", compute_key=key, read=lambda: named_tokenizer(self.recipe))
-        return named
+    @functools.cached_property
+    def teacher_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the teacher is read with."""
+        return tokenizer_input("teacher-tokenizer", lambda: named_teacher_tokenizer(self.recipe, self.tokenizer))
 
     def model(self, name: str, place: str, role: ModelRole, tokenizer: Tokenizer) -> Model:
         """Return a model of the user's in a role; its key is that of its files and of the tokenizer it is read with."""
@@ -131,22 +131,53 @@ class UserModels:
         return Model(name=name, compute_key=key, named_models=frozenset({place}), role=role, place=place)
 
 
+def tokenizer_input(name: str, read: "Callable[[], PreTrainedTokenizerBase]") -> Tokenizer:
+    """Return a tokenizer as an input of steps; its key is that of its tokens, rules and chat template."""
+
+    def key() -> str:
+        identity = tokenizer_identity(tokenizer.tokenizer)
+        return value_digest([identity["sha256"], identity["template_sha256"]])
+
+    tokenizer = Tokenizer(name=name, compute_key=key, read=read)
+    return tokenizer
+
+
 def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of the student that the recipe names, or else of the teacher.
 
-    A student without a chat template gets the teacher's.
-
-    Raises:
-        UserError: if the models that the recipe names do not have the same tokens.
+    A student without a chat template gets that of a teacher with the same tokens.
     """
     names = recipe.model
     load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
-    tokenizer = load(str(names.student or names.teacher))
-    if names.student and names.teacher:
-        of_teacher = load(names.teacher)
-        check_same_tokens(tokenizer, of_teacher)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = of_teacher.chat_template
+    of_teacher = names.teacher_tokenizer or names.teacher
+    tokenizer = load(str(names.student or of_teacher))
+    if tokenizer.chat_template is None and names.student and of_teacher:
+        teacher = load(of_teacher)
+        if not token_conflicts(tokenizer, teacher):
+            tokenizer.chat_template = teacher.chat_template
+    return tokenizer
+
+
+def named_teacher_tokenizer(recipe: Recipe, student: Tokenizer) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that the recipe names for its teacher; else the student's, or the teacher's own if its
+    tokens are others.
+
+    Raises:
+        UserError: if the teacher, its reference or the tokenizer that is named for them have other tokens.
+    """
+    names, trust = recipe.model, recipe.model.trust_remote_code
+    if names.teacher and names.teacher_tokenizer:
+        tokenizer = tokenizer_for(names.teacher, names.teacher_tokenizer, trust_remote_code=trust)
+    else:
+        tokenizer = load_tokenizer(str(names.teacher_tokenizer or names.teacher), trust_remote_code=trust)
+    if names.teacher_tokenizer is None and token_conflicts(student.tokenizer, tokenizer):
+        say_once(
+            f"{names.teacher} and {student.tokenizer.name_or_path} have different tokenizers: the teacher is read with "
+            "its own tokenizer and chat template"
+        )
+    elif names.teacher_tokenizer is None:
+        check_same_tokens(student.tokenizer, tokenizer)  # reports a token that one of them lacks
+        tokenizer = student.tokenizer
     if names.teacher_reference:
-        check_same_tokens(tokenizer, load(names.teacher_reference))
+        check_same_tokens(tokenizer, load_tokenizer(names.teacher_reference, trust_remote_code=trust))
     return tokenizer

@@ -77,6 +77,11 @@ class Models(Trust):
         None, description="What the teacher's DPO started from, for methods that compare the two."
     )
     student: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Hub name or directory of the student.")
+    teacher_tokenizer: Annotated[str | None, NOT_IN_KEY] = Field(
+        None,
+        description="Hub name or directory of the tokenizer and chat template of the teacher and its reference; a "
+        "teacher from scratch is made for it. Default: the student's, or the teacher's own if its tokens differ.",
+    )
     scratch: Scratch | None = Field(None, description="Shapes of random models; null: models are named.")
     dtype: Dtype = Field(
         "float32",

@@ -31,7 +31,7 @@ def check_same_tokens(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTo
     if conflicts := token_conflicts(tokenizer, other):
         raise UserError(
             f"{name} and {other_name} have different tokenizers: {len(conflicts)} of {len(tokens)} tokens differ, "
-            f"e.g. {conflicts[0]!r}; choose a teacher and a student of one family"
+            f"e.g. {conflicts[0]!r}; choose two of one family"
         )
     if len(tokens) != len(other_tokens):
         shared = len(tokens & other_tokens)

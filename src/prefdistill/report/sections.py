@@ -216,7 +216,8 @@ def read_of(results: Results) -> View | None:
             key = (clean(one.get("data", "")) + of_seed, *numbers, dropped, clean(one.get("ids", "")))
             stages.setdefault(key, []).append(_stage_name(about))
     read = results.mapping("read")
-    sets, template = read.get("data"), mapping(read.get("template"))
+    sets, teachers = read.get("data"), mapping(read.get("teacher_tokenizer"))
+    templates = [mapping(one.get("template")) for one in (read, teachers)]
     data = [
         {
             "name": clean(one.get("name", "")),
@@ -236,13 +237,22 @@ def read_of(results: Results) -> View | None:
             {**dict(zip(names, key, strict=True)), "names": ", ".join(dict.fromkeys(of))} for key, of in stages.items()
         ],
         "limits": ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit),
-        "template": {
-            "tokenizer": clean(template.get("tokenizer", "")),
-            "digest": clean(template.get("sha256", ""))[:12],
-            "start": cut(str(template.get("start", "")), 400),
+        "teacher": {
+            "tokenizer": clean(teachers.get("tokenizer", "")),
+            "tokens": _count(teachers.get("tokens")),
+            "other": teachers.get("same_tokens") is False,
         }
-        if template
+        if teachers
         else None,
+        "templates": [
+            {
+                "tokenizer": clean(template.get("tokenizer", "")),
+                "digest": clean(template.get("sha256", ""))[:12],
+                "start": cut(str(template.get("start", "")), 400),
+            }
+            for template in templates
+            if template
+        ],
     }
 
 

@@ -1,7 +1,7 @@
 """`prefdistill quickstart`, `plan`, `run` and `study`: whole recipes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -9,6 +9,7 @@ from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import Overridable, command_line
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Argument, Override, Section, Seeded
+from prefdistill.data.options import Synthetic
 from prefdistill.training.options import Training
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class MethodFlags(Section):
 class QuickstartFlags(Overridable, MethodFlags, Seeded):
     out: Path = Field(Path("runs/quickstart"), description="Run directory.")
     seeds: PositiveInt = Field(1, description="Full runs, each with its own models and data.")
+    teacher_tokenizer: Literal["same", "other"] = Synthetic.redefault("teacher_tokenizer", "same")
 
 
 def quickstart(options: QuickstartFlags) -> dict[str, Any]:
@@ -32,7 +34,12 @@ def quickstart(options: QuickstartFlags) -> dict[str, Any]:
     Example: prefdistill quickstart --out runs/first --seed 1 --methods all
     """
     recipe = Path(__file__).parents[2] / "experiment" / "recipes" / "quickstart.yaml"
-    overrides = (f"seed={options.seed}", f"seeds={options.seeds}", *options.overrides)
+    flags = {
+        "seed": options.seed,
+        "seeds": options.seeds,
+        "data.synthetic.teacher_tokenizer": options.teacher_tokenizer,
+    }
+    overrides = (*(f"{key}={value}" for key, value in flags.items()), *options.overrides)
     return run(RunFlags(recipe=recipe, out=options.out, overrides=overrides, methods=options.methods))
 
 

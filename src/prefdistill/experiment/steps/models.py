@@ -98,7 +98,7 @@ class Sft(Trained):
         train_with_trl(
             self.start.place,
             self.rows.rows,
-            self.context.tokenizer.tokenizer,
+            self.reads_with.tokenizer,
             self.training,
             out,
             truncation=self.context.truncation,

@@ -55,7 +55,7 @@ class Sample(Step):
         sample_responses(
             self.model.place,
             train.select_columns([name for name in columns if name in train.column_names]),
-            self.context.tokenizer.tokenizer,
+            self.reads_with.tokenizer,
             out / "responses.jsonl",
             column=self.column,
             truncation=self.context.truncation,
@@ -67,7 +67,7 @@ class Sample(Step):
 
     def refresh(self) -> None:
         try:
-            check_prompts(self.directory / "responses.jsonl", self.rows, self.column, self.context.tokenizer.tokenizer)
+            check_prompts(self.directory / "responses.jsonl", self.rows, self.column, self.reads_with.tokenizer)
         except OtherPrompts as error:
             say(f"{self.name}: {str(error).rpartition(';')[0]}; sampling again")
             for path in self.directory.glob("responses.jsonl*"):
@@ -130,7 +130,7 @@ class ReadSignals(Step):
         extract_signals(
             self.model.place,
             self.data.rows,
-            self.context.tokenizer.tokenizer,
+            self.reads_with.tokenizer,
             kinds=self.kinds,
             out=out / "store",
             role=str(self.role),
@@ -161,7 +161,7 @@ class ReadSignals(Step):
             self.make(self.directory)
 
     def refresh(self) -> None:
-        tokenizer = self.context.tokenizer.tokenizer
+        tokenizer = self.reads_with.tokenizer
         encoded, _ = encode_pairs(self.data.rows, tokenizer, self.context.truncation, responses=self.responses)
         try:
             check_ids(self.store, encoded, tokenizer)

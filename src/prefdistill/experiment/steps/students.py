@@ -69,7 +69,7 @@ class Distill(Trained):
             self.algorithm,
             load,
             side_by_side([sample.rows for sample in self.samples]) if self.samples else self.train.rows,
-            self.context.tokenizer.tokenizer,
+            self.reads_with.tokenizer,
             self.context.recipe.methods[self.method].training,
             out,
             signals=[step.store for step in self.signals],
@@ -118,7 +118,7 @@ class Evaluate(Step):
             model, prompts = load_student(self.context, self.model), self.language.prompts()["test"]
 
             def answer(temperature: float, what: str) -> list[Response]:
-                return respond(self.context, model, prompts, temperature, self.context.seed, what)
+                return respond(self, model, prompts, temperature, self.context.seed, what)
 
             measure_rewards(measured, prompts, answer, synthetic.reward, samples=section.samples)
         elif self.test is not None and max(section.prompts, section.samples):
@@ -129,7 +129,7 @@ class Evaluate(Step):
             )
         if self.reference is not None and self.test is not None:
             student = load_student(self.context, self.model)
-            tokenizer = self.context.tokenizer.tokenizer
+            tokenizer = self.reads_with.tokenizer
             rewards = implicit_rewards(student, self.test.rows, tokenizer, self.reference.store)
             measured.add_metrics("pairs", rewards)
         write_json(out / "evaluation.json", measured.__dict__)
@@ -140,7 +140,7 @@ class Evaluate(Step):
         return sample_responses(
             self.model.place,
             prompts.select_columns(prompt_columns(prompts.column_names)),
-            self.context.tokenizer.tokenizer,
+            self.reads_with.tokenizer,
             out / "responses.jsonl",
             column=RESPONSE,
             max_new_tokens=section.max_new_tokens,

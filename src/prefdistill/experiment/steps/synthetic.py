@@ -25,7 +25,7 @@ class Language(Step):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"synthetic": self.task.model_dump(exclude={"pairs", "teacher_label_noise"})}
+        return {"synthetic": self.task.model_dump(exclude={"pairs", "teacher_label_noise", "teacher_tokenizer"})}
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -70,9 +70,7 @@ class Pairs(Step):
         seed = self.context.seed
         model = load_student(self.context, self.model)
         for split, prompts in self.language.prompts().items():
-            first, second = (
-                respond(self.context, model, prompts, 1.0, seed + shift, f"{split} pairs") for shift in (0, 1)
-            )
+            first, second = (respond(self, model, prompts, 1.0, seed + shift, f"{split} pairs") for shift in (0, 1))
             # the chat template would add an end token to a response that has none: not what was sampled
             ended = [a.ended and b.ended for a, b in zip(first, second, strict=True)]
             rows = [place for place, whole in enumerate(ended) if whole]
@@ -109,14 +107,12 @@ def load_student(context: Context, model: Model) -> Any:
     return ready(load_model(model.place, **loading, trust_remote_code=context.recipe.model.trust_remote_code))
 
 
-def respond(
-    context: Context, model: Any, prompts: list[str], temperature: float, seed: int, what: str
-) -> list[Response]:
-    """Sample one response to each prompt of the built-in task."""
-    options = context.recipe.evaluate
+def respond(step: Step, model: Any, prompts: list[str], temperature: float, seed: int, what: str) -> list[Response]:
+    """Sample one response to each prompt of the built-in task, with the loaded model of a step."""
+    options = step.context.recipe.evaluate
     return sample(
         model,
-        context.tokenizer.tokenizer,
+        step.reads_with.tokenizer,
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         temperature=temperature,
         max_new_tokens=options.max_new_tokens,
