@@ -8,9 +8,12 @@ import pytest
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
 from prefdistill.data.load import load_pairs
+from prefdistill.experiment.doctor import examine
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
-from support.tiny_runs import QUICKSTART, change_weights, stages
+from prefdistill.experiment.show_plan import plan_recipe
+from prefdistill.models.load import load_model
+from support.tiny_runs import QUICKSTART, ROOT, change_weights, rebuilt, stages
 
 
 def test_a_named_teacher_and_its_reference(named, tmp_path, capsys):
@@ -159,3 +162,71 @@ def test_a_named_reference_with_other_tokens_is_refused(named, tmp_path):
     with pytest.raises(UserError, match=r"other have different tokenizers: .*e\.g\. 'reverse'"):
         run_recipe(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_fewer_layers_is_a_step_of_the_run(tmp_path, make_model, tokenizer, pairs):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    make_model().save_pretrained(whole)
+    tokenizer.save_pretrained(whole)
+    write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
+    raw = {
+        "name": "fewer",
+        "data": {"train": str(tmp_path / "pairs.jsonl")},
+        "model": {"teacher": str(whole), "student": {"from": str(whole), "layers": 1}},
+        "training": {"max_steps": 1, "batch_size": 4},
+        "methods": {"dpo": {}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "again.yaml").write_text(recipe.as_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+    planned = {step["name"]: step for step in plan_recipe(recipe, out)["steps"]}
+    run_recipe(recipe, out)
+    model = load_model(str(out / "seed-0" / "student-base"))
+    size = 4 * model.num_parameters()
+    assert model.config.num_hidden_layers == 1
+    assert planned["student-base"]["disk"] == planned["distill-dpo-0"]["disk"] == size
+    assert planned["student-base"]["memory"] == 2 * size + 4 * make_model().num_parameters()
+    assert planned["distill-dpo-0"]["memory"] == 4 * size
+    checkup = examine(recipe=recipe, out=out)
+    assert checkup.facts["models"]["student"] == {"parameters": model.num_parameters()}
+    assert checkup.facts["disk"]["weights of the student with fewer layers"] == size
+
+    # other layers are another student, also in a study's cells, which share everything of the same key
+    other = load_recipe(tmp_path / "recipe.yaml", ["model.student.layers=[0]"])
+    assert rebuilt(run_recipe(other, out)) == {
+        "student-base",
+        "signals-reference-train",
+        "distill-dpo-0",
+        "evaluate-dpo-0",
+    }
+    assert other.cache_key() != recipe.cache_key()
+    shutil.copytree(whole, tmp_path / "copy")
+    moved = load_recipe(
+        tmp_path / "recipe.yaml", [f"model.student.from={tmp_path / 'copy'}", "model.student.layers=[0]"]
+    )
+    assert not rebuilt(run_recipe(moved, out))
+    assert moved.cache_key() == other.cache_key()
+
+    too_many = load_recipe(tmp_path / "recipe.yaml", ["model.student.layers=2"])
+    with pytest.raises(UserError, match="layers must be fewer than the 2 of the whole model"):
+        run_recipe(too_many, tmp_path / "refused")
+    assert "model.student: layers must be fewer" in str(examine(recipe=too_many).to_json()["findings"])
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("{from: a, layers: 0}", "model.student.layers must be greater than 0 or a valid list, got 0"),
+        ("{from: a, layer: 2}", "unknown key 'model.student.layer'; did you mean 'layers'?"),
+        ("{layers: 2}", "model.student.from is missing"),
+        ("4", "model.student must be a valid string or a valid mapping, got 4"),
+    ],
+)
+def test_what_is_wrong_with_a_student_of_fewer_layers_is_named(student, message):
+    recipe = ROOT / "recipes" / "named-models.yaml"
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe, ["data.train=x", "model.teacher=y", f"model.student={student}"])
+    assert str(error.value) == f"{recipe}: {message}"

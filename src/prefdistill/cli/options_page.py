@@ -3,6 +3,7 @@
 python -m prefdistill.cli.options_page > docs/options.md
 """
 
+import types
 import typing
 from collections.abc import Iterator
 
@@ -74,13 +75,14 @@ def _table(section: type[BaseModel], base: type[BaseModel] | None = None) -> lis
         if base is None or name not in base.model_fields:
             mark = "°" if NOT_IN_KEY in field.metadata else ""
             help = _escaped(field.description or "")
-            rows.append(f"| `{name}`{mark} | {_type(field)} | {_default(field)} | {help} |")
+            rows.append(f"| `{field.alias or name}`{mark} | {_type(field)} | {_default(field)} | {help} |")
     return ["| option | type | default | |", "|---|---|---|---|", *rows]
 
 
 def _type(field: FieldInfo) -> str:
     if next(_inner(field.annotation, ""), None):
-        return "section"
+        union = isinstance(field.annotation, types.UnionType)
+        return "text or section" if union and str in typing.get_args(field.annotation) else "section"
     if field.annotation is bool:
         return "boolean"
     if is_mapping(field):

@@ -28,7 +28,7 @@ NOT_IN_KEY = "not in the cache key"  # it changes no result, or it is a name who
 NO_FLAG = "not on the command line"
 REPEATED = "one value per flag"  # `--signals A --signals B`; other lists are comma-separated
 # In pydantic's path to a value, but no key: the member of a union.
-UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|str|int|float|bool")
+UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|dict\[.*\]|str|int|float|bool|FromModel")
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,9 @@ def problems(
     for part in error.errors():
         key = ".".join(str(name) for name in part["loc"] if not UNION_MEMBER.fullmatch(str(name)))
         by_key.setdefault(key, []).append(part)
+    for key in list(by_key):  # a mapping where a name could stand too: what is wrong inside it is what counts
+        if any(other.startswith(f"{key}.") for other in by_key):
+            del by_key[key]
     return [" ".join(_problem(kind, parts, spelled(key), also).split()) for key, parts in by_key.items()]
 
 
@@ -257,6 +260,7 @@ def _problem(kind: type[BaseModel], errors: list[Any], key: str, also: Iterable[
     if error["type"] in ("model_type", "dict_type"):
         return f"{key} must be a mapping of names to values, got {got}"
     texts = [re.sub("^Input should be |, unable to parse.*", "", part["msg"]) for part in errors]
+    texts = [re.sub(r"dictionary or instance of \w+", "mapping", text) for text in texts]
     if all(part["msg"].startswith("Input should be ") for part in errors):
         return f"{key} must be {' or '.join(dict.fromkeys(texts))}, got {got}"
     return f"{key}: {texts[0][0].lower()}{texts[0][1:]}, got {got}"
@@ -274,4 +278,4 @@ def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
         annotation = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else kind
         options = [annotation, *typing.get_args(annotation)]
         kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), kind)
-    return list(kind.model_fields)
+    return [field.alias or name for name, field in kind.model_fields.items()]

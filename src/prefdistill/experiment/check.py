@@ -20,6 +20,7 @@ from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
 from prefdistill.models.adapters import check_start
 from prefdistill.models.load import check_reward_model
+from prefdistill.models.pruned import empty_pruned
 from prefdistill.models.scratch import check_shape
 from prefdistill.sampling import ENGINES
 from prefdistill.sampling.options import SampleRequest
@@ -90,9 +91,11 @@ def check_trainings(plan: Plan) -> None:
 def check_models(recipe: Recipe, sources: Sources, *, fetch: bool = True) -> None:
     """Check that the models that the recipe names can be loaded; with `fetch`, this downloads those of the Hub."""
     names = recipe.model
-    for name in filter(None, (names.teacher, names.teacher_reference, names.student)):
+    for name in filter(None, map(names.name_of, ("teacher", "teacher_reference", "student"))):
         sources.check_model(name, trust_remote_code=names.trust_remote_code, fetch=fetch)
-    trained = {names.student, names.teacher if recipe.teacher.sft or recipe.teacher.dpo else None}
+    if names.student_layers is not None:
+        empty_pruned(str(names.name_of("student")), names.student_layers, trust_remote_code=names.trust_remote_code)
+    trained = {names.name_of("student"), names.teacher if recipe.teacher.sft or recipe.teacher.dpo else None}
     for name in filter(None, trained):
         check_start(name, names.dtype)
 

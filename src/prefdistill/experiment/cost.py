@@ -13,7 +13,7 @@ import torch
 from prefdistill.core.errors import UserError
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.step import TEACHERS, Input, Model, ModelRole, Step
-from prefdistill.experiment.steps.models import Dpo, Init, Sft
+from prefdistill.experiment.steps.models import Dpo, Init, Prune, Sft
 from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ADAM = 2  # moments of each trained weight, of its dtype
 CHARACTERS = 5  # of a token, about
+
+WHOLE = "whole"  # in place of a role: the model that a student of fewer layers is made from
 
 Shapes = Mapping[str, "PreTrainedModel"]  # models without weights, on the meta device
 
@@ -127,6 +129,9 @@ class _Pricing:
             shapes = [self.shapes[role] for role in step.roles if role in self.shapes]
             size = sum(weight_bytes(shape, "float32") for shape in shapes)
             return Cost(memory=size, disk=size)
+        if isinstance(step, Prune):
+            whole, part = (self._stored(role) for role in (WHOLE, "student"))
+            return Cost(memory=whole + 2 * part, disk=part)  # what is saved is loaded again and compared
         if isinstance(step, Dpo):
             reference = step.training.lora is None
             return self._training(step.output, step.training, step.rows, int(reference))
@@ -183,6 +188,10 @@ class _Pricing:
             tokens=tokens,
             exact=exact,
         )
+
+    def _stored(self, role: str) -> int:
+        """Bytes of a model as it is stored."""
+        return weight_bytes(self.shapes[role], "auto") if role in self.shapes else 0
 
     def _weights(self, model: Model, role: ModelRole) -> int:
         """Bytes of a model that is read as one of this role."""

@@ -90,7 +90,7 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     if data.sft:
         prints["sft"] = demonstrations_fingerprint(sources.messages(data.sft, **data.sft_read_as))
     for role in ("teacher", "teacher_reference", "student", "teacher_tokenizer"):
-        if name := getattr(names, role):
+        if name := names.name_of(role):
             prints[role] = sources.model_key(name)
     if recipe.reward_model and (name := recipe.reward_model.name):
         prints["reward_model"] = sources.model_key(name)

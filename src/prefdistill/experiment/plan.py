@@ -28,7 +28,7 @@ from prefdistill.experiment.needs import (
 from prefdistill.experiment.recipe import MethodRun, Recipe
 from prefdistill.experiment.roles import START, TEACHER
 from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer
-from prefdistill.experiment.steps.models import Dpo, Init, Sft
+from prefdistill.experiment.steps.models import Dpo, Init, Prune, Sft
 from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
@@ -188,10 +188,17 @@ class _Builder:
         return init
 
     def _base(self, role: ModelRole) -> Model:
-        name: str | None = getattr(self.recipe.model, role)
-        if name is not None:
-            return self.user_models.model(f"{role}-base", name, role, self.context.tokenizer_of(role))
-        return self.inits[role].model(role)
+        names, tokenizer = self.recipe.model, self.context.tokenizer_of(role)
+        name = names.name_of(role)
+        if name is None:
+            return self.inits[role].model(role)
+        if role != "student" or names.student_layers is None:
+            return self.user_models.model(f"{role}-base", name, role, tokenizer)
+        whole = self.user_models.model("student-whole", name, role, tokenizer)
+        prune = self._add(
+            Prune, "student-base", role=role, whole=whole, layers=names.student_layers, tokenizer=tokenizer
+        )
+        return prune.output
 
     def _add_training(self, kind: type[Sft], role: ModelRole, start: Model, rows: Rows, training: Training) -> Model:
         name = f"{role}-{kind.kind}"

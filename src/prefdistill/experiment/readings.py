@@ -21,7 +21,7 @@ def read_of(plan: Plan) -> dict[str, Any]:
     teacher, truncation = names.teacher_tokenizer or names.teacher, context.truncation
     read: dict[str, Any] = {
         "data": list(_data_of(plan.user_data)) if plan.user_data else [],
-        "template": _template(context.tokenizer, names.student or (names.teacher and teacher)),
+        "template": _template(context.tokenizer, names.name_of("student") or (names.teacher and teacher)),
         "max_length": truncation.max_length,
         "max_prompt_length": truncation.max_prompt_length,
     }

@@ -17,7 +17,7 @@ from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.experiment.check import check_models, check_plan
-from prefdistill.experiment.cost import Cost, Lengths, costs
+from prefdistill.experiment.cost import WHOLE, Cost, Lengths, costs
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
@@ -25,6 +25,7 @@ from prefdistill.experiment.step import Input, Rows, Step, Tokenizer
 from prefdistill.experiment.steps.models import Init
 from prefdistill.experiment.steps.synthetic import Language
 from prefdistill.models.load import empty_model
+from prefdistill.models.pruned import pruned
 from prefdistill.models.scratch import random_model
 
 if TYPE_CHECKING:
@@ -162,8 +163,10 @@ def _shapes(
     shapes = {}
     inits = {role: step for step in plan.steps if isinstance(step, Init) for role in step.roles}
     for role in ("teacher", "teacher_reference", "student"):
-        if name := getattr(recipe.model, role):
+        if name := recipe.model.name_of(role):
             shapes[role] = empty_model(name, trust_remote_code=trust)
+            if role == "student" and recipe.model.student_layers is not None:
+                shapes |= {WHOLE: shapes[role], role: pruned(shapes[role], recipe.model.student_layers)}
         elif role in inits:
             own = teacher_tokenizer if role == "teacher" else tokenizer
             with torch.device("meta"):

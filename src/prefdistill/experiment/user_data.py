@@ -150,7 +150,7 @@ def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     names = recipe.model
     load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
     of_teacher = names.teacher_tokenizer or names.teacher
-    tokenizer = load(str(names.student or of_teacher))
+    tokenizer = load(str(names.name_of("student") or of_teacher))
     if tokenizer.chat_template is None and names.student and of_teacher:
         teacher = load(of_teacher)
         if not token_conflicts(tokenizer, teacher):

@@ -1,8 +1,8 @@
 """Options of models: names, dtype, quantization, random models of a given shape."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
@@ -69,6 +69,19 @@ class Scratch(Section):
     student: Options = Field(description="`LlamaConfig` arguments of the student.")
 
 
+class FromModel(Section):
+    """A model made from a named one: `{from: NAME, layers: 24}`."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Annotated[str, NOT_IN_KEY] = Field(alias="from", description="Hub name or directory of the whole model.")
+    layers: PositiveInt | list[int] | None = Field(
+        None,
+        description="Decoder layers that it keeps: how many, the first half of them and the last; or their numbers "
+        "from 0; null: all.",
+    )
+
+
 class Models(Trust):
     """Hub names or directories; a model that is not named is made from `scratch`."""
 
@@ -76,7 +89,9 @@ class Models(Trust):
     teacher_reference: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="What the teacher's DPO started from, for methods that compare the two."
     )
-    student: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Hub name or directory of the student.")
+    student: Annotated[str | FromModel | None, NOT_IN_KEY] = Field(
+        None, description="Hub name or directory of the student, or `{from: NAME, layers: 24}`: fewer layers of it."
+    )
     teacher_tokenizer: Annotated[str | None, NOT_IN_KEY] = Field(
         None,
         description="Hub name or directory of the tokenizer and chat template of the teacher and its reference; a "
@@ -87,3 +102,17 @@ class Models(Trust):
         "float32",
         description="dtype of the weights in training; with training.bf16 they stay float32.",
     )
+
+    def cache_key(self) -> dict[str, Any]:
+        layers = self.student_layers
+        return super().cache_key() | ({} if layers is None else {"student_layers": layers})
+
+    def name_of(self, role: str) -> str | None:
+        """Return the model that is named for a role, or that the model of this role is made from."""
+        named: str | FromModel | None = getattr(self, role)
+        return named.source if isinstance(named, FromModel) else named
+
+    @property
+    def student_layers(self) -> int | list[int] | None:
+        """The decoder layers that the student keeps of the model that it is made from; None: all."""
+        return self.student.layers if isinstance(self.student, FromModel) else None

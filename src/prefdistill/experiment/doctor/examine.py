@@ -18,7 +18,7 @@ from prefdistill.data.options import Columns
 from prefdistill.data.prompts import prompt_of
 from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.check import check_plan, check_trainings
-from prefdistill.experiment.cost import Shapes
+from prefdistill.experiment.cost import WHOLE, Shapes
 from prefdistill.experiment.doctor import machine, template, vocabulary
 from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
 from prefdistill.experiment.doctor.findings import SEVERITIES, Finding
@@ -28,6 +28,7 @@ from prefdistill.experiment.doctor.unread import UNREAD_CHECKS
 from prefdistill.experiment.needs import columns_of
 from prefdistill.experiment.plan import build_plan
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer, tokenizer_file
+from prefdistill.models.pruned import pruned
 from prefdistill.models.scratch import random_model, train_tokenizer
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def examine(
     limits: dict[str, int | None] = {"train": None, "test": None}
     if recipe is not None:
         data, test = recipe.data.train, recipe.data.test
-        teacher, student = recipe.model.teacher, recipe.model.student
+        teacher, student = recipe.model.teacher, recipe.model.name_of("student")
         truncation = Truncation(recipe.data.max_length, recipe.data.max_prompt_length)
         limits = {"train": recipe.data.max_train, "test": recipe.data.max_test}
         trust_remote_code = recipe.model.trust_remote_code
@@ -153,6 +154,7 @@ class _Models:
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     tokenizer_files: dict[str, Path] = field(default_factory=dict)  # tokenizer.json, where there is one
     shapes: dict[str, PreTrainedModel] = field(default_factory=dict)
+    whole: PreTrainedModel | None = None  # that a student of fewer layers is made from
     reward_model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None  # encodes the pairs: the student's, or the teacher's
 
@@ -160,6 +162,11 @@ class _Models:
         for role, name in (("student", student), ("teacher", teacher)):
             if name is not None:
                 self._load(role, name)
+        layers = recipe.model.student_layers if recipe else None
+        if layers is not None and "student" in self.shapes:
+            self.whole = self.shapes["student"]
+            with _recipe_errors(self.checkup, "model.student: "):
+                self.shapes["student"] = pruned(self.whole, layers)
         scratch = recipe.model.scratch if recipe else None
         if recipe and scratch and len(self.tokenizers) < 2:
             own = next(iter(self.tokenizers.values()), None)
@@ -311,10 +318,8 @@ def _check_machine(checkup: Checkup, recipe: Recipe | None, models: _Models, out
         for name in ("train", "test")
         if (kept := checkup.facts.get(name, {}).get("kept"))
     }
-    shapes: Shapes = {
-        **models.shapes,
-        **({"reward_model": models.reward_model} if models.reward_model is not None else {}),
-    }
+    others = {"reward_model": models.reward_model, WHOLE: models.whole}
+    shapes: Shapes = {**models.shapes, **{role: model for role, model in others.items() if model is not None}}
     needs = machine.needs_of(recipe, shapes, lengths.get("train"), lengths.get("test"))
     device, free, total = machine.available_memory()
     checkup.facts |= {"memory": needs.memory, "disk": needs.disk}

@@ -19,7 +19,7 @@ from prefdistill.experiment.doctor.findings import Finding, Severity
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Input, Step
-from prefdistill.experiment.steps.models import Init, Sft
+from prefdistill.experiment.steps.models import Init, Prune, Sft
 from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill
@@ -80,6 +80,8 @@ def _labels(step: Step) -> tuple[str, str]:
         what = "the reward model"
     elif isinstance(step, Init):
         return "making models from random weights", "weights of the models from scratch"
+    elif isinstance(step, Prune):
+        return "leaving layers out of the student", "weights of the student with fewer layers"
     elif isinstance(step, EvaluateRewardModel):
         return "reading the reward model", "accuracy of the reward model"
     elif isinstance(step, ReadSignals):

@@ -1,5 +1,6 @@
 """Steps that make teacher and student: random weights, SFT and DPO."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,7 @@ from prefdistill.experiment.step import Model, ModelRole, Rows, Step, Tokenizer,
 from prefdistill.experiment.steps.synthetic import Language
 from prefdistill.models.load import load_tokenizer
 from prefdistill.models.options import Scratch
+from prefdistill.models.pruned import save_pruned
 from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.training.options import Training
 from prefdistill.training.trl import train_with_trl
@@ -70,6 +72,30 @@ class Init(Step):
 
     def _part_key(self, options: dict[str, Any]) -> str:
         return value_digest({**options, "seed": self.context.seed, "sources": [self.source.key]})
+
+
+@dataclass(eq=False, kw_only=True)
+class Prune(Step):
+    """Make the student of some of the decoder layers of a named model."""
+
+    kind: ClassVar[str] = "prune"
+    whole: Model
+    layers: int | list[int]
+    tokenizer: Tokenizer
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def make(self, out: Path) -> None:
+        trust = self.context.recipe.model.trust_remote_code
+        save_pruned(self.whole.place, self.layers, self.tokenizer.tokenizer, out, trust_remote_code=trust)
+
+    @functools.cached_property
+    def output(self) -> Model:
+        return Model(
+            name=self.name, compute_key=lambda: self.key, made_by=self, role="student", place=str(self.directory)
+        )
 
 
 @dataclass(eq=False, kw_only=True)
