@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.models.backbone import causal_lm
-from prefdistill.models.hub import adapter_base, adapter_root, adapter_settings, model_file
+from prefdistill.models.hub import adapter_base, adapter_root, adapter_settings, loading_place, model_file
 from prefdistill.models.quantize import stored_quantization
 
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
@@ -86,7 +86,7 @@ def _stored_dtype(name: str) -> str:
     from transformers import AutoConfig
 
     try:
-        return str(AutoConfig.from_pretrained(name).dtype or torch.float32).removeprefix("torch.")
+        return str(AutoConfig.from_pretrained(**loading_place(name)).dtype or torch.float32).removeprefix("torch.")
     except Exception:
         return "float32"  # loading the model reports what is wrong
 

@@ -1,4 +1,4 @@
-"""Files of models on the Hugging Face Hub: revisions, small files, the base model of an adapter."""
+"""Files of models on the Hugging Face Hub: revisions, small files, GGUF files, the base model of an adapter."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,29 @@ from prefdistill.core.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"  # the start of an adapter that was trained on an adapter is saved beside it, under this name
+
+
+def gguf_parts(name: str) -> tuple[str, str] | None:
+    """Return the directory or repository and the file of a model that is a GGUF file; None for any other model.
+
+    Example:
+        >>> gguf_parts("org/model-GGUF/model-Q8_0.gguf")
+        ('org/model-GGUF', 'model-Q8_0.gguf')
+        >>> gguf_parts("org/model")
+    """
+    path = Path(name)
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        return None
+    parts = name.split("/")
+    if len(parts) > 2 and not path.is_absolute() and not path.parent.is_dir():
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    return str(path.parent), path.name
+
+
+def loading_place(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a model is."""
+    place, file = gguf_parts(name) or (name, None)
+    return {"pretrained_model_name_or_path": place, "revision": revision, **({"gguf_file": file} if file else {})}
 
 
 def model_file(name: str, file: str) -> Path | None:
@@ -81,11 +104,17 @@ def hub_revision(name: str) -> str | None:
 
     if not name or Path(name).exists():
         return None
+    place, file = gguf_parts(name) or (name, None)
     try:
-        paths = [try_to_load_from_cache(name, file) for file in ("config.json", ADAPTER_CONFIG)]
+        paths = [try_to_load_from_cache(place, part) for part in ([file] if file else ["config.json", ADAPTER_CONFIG])]
     except HFValidationError:
         return None
-    return next((Path(path).parent.name for path in paths if isinstance(path, str)), None)
+    return next((commit_of(Path(path)) for path in paths if isinstance(path, str)), None)
+
+
+def commit_of(path: Path) -> str:
+    """Return the commit of a file in the Hub's cache: the directory below `snapshots`."""
+    return path.parts[path.parts.index("snapshots") + 1]
 
 
 def fetch_hub_file(name: str, file: str, revision: str | None = None) -> Path | None:

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 from prefdistill.models.adapters import CAUSAL_LM, SEQ_CLS, add_rows, check_adapter, load_adapter, saved_shapes
 from prefdistill.models.device import DTYPES, default_device
-from prefdistill.models.hub import adapter_base, adapter_root, base_revision, model_file
+from prefdistill.models.gguf import dequantizing_config, remove_added_tokens
+from prefdistill.models.hub import (
+    adapter_base,
+    adapter_root,
+    base_revision,
+    gguf_parts,
+    loading_place,
+    model_file,
+)
 from prefdistill.models.quantize import (
     QUANTIZATIONS,
     bitsandbytes_config,
@@ -25,7 +33,7 @@ from prefdistill.models.quantize import (
 )
 
 # `from_pretrained` then returns which weights are missing or have another shape, for `_check_weights` to refuse.
-WITH_LOADING_INFO = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+WITH_LOADING_INFO: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def ready(model: Any) -> "PreTrainedModel":
@@ -63,13 +71,17 @@ def keep_packing(model: Any) -> Any:
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a Hub name or directory; one without a padding token pads with its end token.
 
-    A PEFT adapter without a tokenizer has that of its base.
+    A PEFT adapter without a tokenizer has that of its base. A GGUF file has the tokens and merges of a tokenizer, but
+    not all of its rules.
     """
     from transformers import AutoTokenizer
 
     try:
         owner, revision = tokenizer_owner(name)
-        tokenizer = AutoTokenizer.from_pretrained(owner, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**loading_place(owner, revision), trust_remote_code=trust_remote_code)
+        tokenizer.name_or_path = owner
+        if gguf_parts(owner):
+            remove_added_tokens(tokenizer)
     except Exception as error:
         raise _load_error("tokenizer", name, error) from error
     if tokenizer.eos_token_id is None:
@@ -107,10 +119,10 @@ def load_model(
     """Return the causal language model of a Hub name or directory.
 
     A PEFT adapter is merged into a base in float32, and otherwise stays beside it, as a PeftModel: merging would round
-    it. A checkpoint that is stored quantised is loaded as it is, whatever the dtype.
+    it. A checkpoint that is stored quantised is loaded as it is, whatever the dtype; a GGUF file is dequantised to it.
 
     Args:
-        name: Hub name or directory.
+        name: Hub name or directory, or a GGUF file in one: `models/model.gguf`, `org/name/model.gguf`.
         dtype: "auto" (as the checkpoint is stored), "float32", "bfloat16" or "float16".
         quantization: "4bit" (NF4) or "8bit" (LLM.int8) by bitsandbytes, on the accelerator if there is one. The dtype
             is that of everything else and of 4-bit products; "auto" multiplies in bfloat16 where that is fast, else in
@@ -141,7 +153,9 @@ def _load_model(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UserError(f"quantization must be {' or '.join(QUANTIZATIONS)}, got {quantization!r}")
-    stored = stored_quantization(name)
+    stored, gguf = stored_quantization(name), gguf_parts(name)
+    if gguf and quantization:
+        raise UserError(f"{name} is quantised already (GGUF) and is dequantised; leave quantization={quantization} out")
     if stored and quantization:
         raise UserError(f"{name} is stored quantised already ({stored}); leave the quantization {quantization} out")
     if stored and dtype != "auto":
@@ -158,6 +172,8 @@ def _load_model(
             options["device_map"] = {"": default_device()}
         if quantization:
             options["quantization_config"] = bitsandbytes_config(quantization, dtype)
+        if gguf:
+            options |= dequantizing_config()
         check_adapter(name)
         if adapter_root(name) != name:
             load_base = functools.partial(
@@ -165,7 +181,9 @@ def _load_model(
             )
             return load_adapter(name, CAUSAL_LM, load_base)
         with _without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options, **WITH_LOADING_INFO)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **loading_place(name, revision), **options, **WITH_LOADING_INFO
+            )
     except Exception as error:
         # of a quantised model these errors are about a package or hardware that it needs
         if not method or not isinstance(error, (ImportError, NameError, RuntimeError)):
@@ -177,6 +195,9 @@ def _load_model(
         raise UserError(f"{name} cannot be loaded quantised ({method}) here: {_first_line(error)}") from error
     model, loading_info = loaded
     _check_weights("model", name, loading_info, replaced)
+    if gguf:
+        model.name_or_path = model.config.name_or_path = name
+        say(f"{name} is dequantised: {model.num_parameters():,} weights in {str(model.dtype).removeprefix('torch.')}")
     if quantization:
         report_unquantized_experts(model, name)
     return keep_packing(model)
@@ -198,7 +219,7 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
     base = name
     try:
         base = adapter_root(name)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**loading_place(base), trust_remote_code=trust_remote_code)
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
@@ -212,7 +233,8 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
 def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = True) -> None:
     """Check before a long run that a causal language model can be loaded, by the names and shapes of its weights.
 
-    No weight is read. Of a PEFT adapter its base is checked; a model that is stored quantised is not checked.
+    No weight is read. Of a PEFT adapter its base is checked, of a GGUF file its configuration; a model that is stored
+    quantised is not checked.
 
     Args:
         name: Hub name or directory.
@@ -229,6 +251,9 @@ def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = Tru
         check_adapter(name)
         base = adapter_root(name)
         if stored_quantization(base) or not (fetch or Path(base).exists()):
+            return
+        if gguf_parts(base):  # its weights would be dequantised to read their names
+            empty_model(base, trust_remote_code=trust_remote_code)
             return
         with _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -335,6 +360,8 @@ def _load_error(what: str, name: str, error: Exception) -> Exception:
 
     if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or disk_full(error):
         return error
+    if isinstance(error, ImportError) and "gguf" in str(error):
+        return UserError(f'{name} needs gguf: pip install "prefdistill[gguf]"')
     readable = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
     reason = _first_line(error)
     return UserError(_not_loaded(what, name, reason if readable else f"{type(error).__name__}: {reason}"))

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
@@ -39,13 +39,22 @@ class Form(Section):
 
 
 class ReadWith(Form):
-    """The tokenizer that a model is read with, and the form in which it reads a conversation."""
+    """The file of a model, the tokenizer that it is read with, and the form in which it reads a conversation."""
 
+    gguf_file: str | None = Field(
+        None,
+        description="GGUF file in the directory or Hub repository of the model, which is dequantized while loading; a "
+        "model's name may also end in it: models/model-Q8_0.gguf.",
+    )
     tokenizer: str | None = Field(
         None,
         description="Read the model with this tokenizer and chat template: the student's, for a teacher that has "
         "another template over the same vocabulary. Hub name or directory; default: the model's own.",
     )
+
+    def place(self, model: str) -> str:
+        """The name of a model with its GGUF file."""
+        return model_place(model, self.gguf_file)
 
     @property
     def form(self) -> Form:
@@ -86,6 +95,9 @@ class Models(Trust):
     """Hub names or directories; a model that is not named is made from `scratch`."""
 
     teacher: Annotated[str | None, NOT_IN_KEY] = Field(None, description="Hub name or directory of the teacher.")
+    teacher_gguf_file: Annotated[str | None, NOT_IN_KEY] = Field(
+        None, description="GGUF file in the directory or repository of the teacher; it is dequantized while loading."
+    )
     teacher_reference: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="What the teacher's DPO started from, for methods that compare the two."
     )
@@ -116,3 +128,19 @@ class Models(Trust):
     def student_layers(self) -> int | list[int] | None:
         """The decoder layers that the student keeps of the model that it is made from; None: all."""
         return self.student.layers if isinstance(self.student, FromModel) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_of_teacher(cls, raw: Any) -> Any:
+        """Make the GGUF file part of the teacher's name."""
+        if not isinstance(raw, dict) or raw.get("teacher_gguf_file") is None:
+            return raw
+        teacher, file = raw.get("teacher"), raw["teacher_gguf_file"]
+        if not isinstance(teacher, str):
+            raise ValueError("model.teacher_gguf_file is a file of model.teacher; name that too")
+        return {**raw, "teacher": model_place(teacher, file), "teacher_gguf_file": None}
+
+
+def model_place(model: str, gguf_file: str | None) -> str:
+    """Return the name of a model with its GGUF file."""
+    return f"{model.rstrip('/')}/{gguf_file}" if gguf_file else model

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 from prefdistill.core.progress import say
 from prefdistill.models.device import fast_bf16
-from prefdistill.models.hub import adapter_root
+from prefdistill.models.hub import adapter_root, gguf_parts
 from prefdistill.models.options import Quantization
 
 QUANTIZATIONS = get_args(Quantization)
@@ -15,7 +15,8 @@ def stored_quantization(name: str) -> str | None:
     from transformers import PreTrainedConfig
 
     try:
-        config, _ = PreTrainedConfig.get_config_dict(adapter_root(name))
+        root = adapter_root(name)
+        config, _ = ({}, {}) if gguf_parts(root) else PreTrainedConfig.get_config_dict(root)
     except Exception:
         return None  # loading the model reports what is wrong
     if not isinstance(config, dict):

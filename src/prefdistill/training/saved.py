@@ -14,7 +14,7 @@ from prefdistill.core.progress import say
 from prefdistill.data.template import template_ending
 from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_adapter
 from prefdistill.models.backbone import causal_lm
-from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base
+from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base, gguf_parts
 from prefdistill.models.load import keep_packing
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
 def _save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase", out: Path) -> str:
     """Save a trained adapter merged into its base in `out`, and name its base in `out/adapter`; return that name.
 
-    The base is saved in `out/base` where no other place has it: a merged adapter, or weights that the initialisation
-    of the adapter has changed. The model is used up.
+    The base is saved in `out/base` where PEFT cannot load it from its place: a merged adapter, a GGUF file, or weights
+    that the initialisation of the adapter has changed. The model is used up.
     """
     config, place = model.active_peft_config, out / ADAPTER
     settings: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def _save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase", out: Path) ->
     changed = str(getattr(config, "init_lora_weights", "")).startswith(CHANGES_BASE)
     if changed:
         settings["init_lora_weights"] = True
-    if changed or (name and adapter_base(name) != name):
+    if changed or (name and (adapter_base(name) != name or gguf_parts(name))):
         start.save_pretrained(out / BASE)
         tokenizer.save_pretrained(out / BASE)
         name = str(out / BASE)

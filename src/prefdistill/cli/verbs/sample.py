@@ -31,12 +31,12 @@ def sample(options: SampleFlags) -> dict[str, Any]:
     from prefdistill.models.vocabulary import tokenizer_for
     from prefdistill.sampling.files import sample_responses
 
-    out = options.out
+    out, model = options.out, options.place(options.model)
     reused = out.exists()  # a finished file is reused, or refused
     sample_responses(
-        options.model,
+        model,
         options.data,
-        tokenizer_for(options.model, options.tokenizer, options.form, trust_remote_code=options.trust_remote_code),
+        tokenizer_for(model, options.tokenizer, options.form, trust_remote_code=options.trust_remote_code),
         out=out,
         truncation=Truncation(**options.part(Lengths)),
         **options.part(SampleRequest),

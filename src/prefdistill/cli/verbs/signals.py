@@ -27,7 +27,8 @@ class SignalFlags(SignalRequest, ReadWith, Lengths):
     @model_validator(mode="after")
     def _required(self) -> "SignalFlags":
         if self.repair:
-            allowed = {"repair", "out", "model", "data", "tokenizer", "chat_template", "ids_from", "trust_remote_code"}
+            moved = {"model", "gguf_file", "data", "tokenizer", "chat_template", "ids_from"}
+            allowed = {"repair", "out", *moved, "trust_remote_code"}
             if extra := sorted(self.model_fields_set - allowed):
                 raise ValueError(f"--repair uses the options of the store; leave {flag_of(SignalFlags, extra[0])} out")
         elif self.model is None or self.data is None:
@@ -48,11 +49,11 @@ def signals(options: SignalFlags) -> dict[str, Any]:
     from prefdistill.signals import Signals, extract_signals, repair_signals
 
     out, ids_from = options.out, Signals.open(options.ids_from) if options.ids_from else None
-    trust = options.trust_remote_code
+    trust, model = options.trust_remote_code, options.place(options.model) if options.model else None
     if options.repair:
         store, damaged = repair_signals(
             out,
-            options.model,
+            model,
             options.data,
             options.tokenizer,
             chat_template=options.chat_template,
@@ -61,12 +62,12 @@ def signals(options: SignalFlags) -> dict[str, Any]:
         )
         show("\n".join([f"rebuilt: {name}" for name in damaged] or [f"{out} is whole"]))
         return {"out": str(out), "damaged": damaged, "pairs": len(store.rows), "rows": len(store)}
-    assert options.model is not None
+    assert model is not None
     assert options.data is not None
     store = extract_signals(
-        options.model,
+        model,
         options.data,
-        tokenizer_for(options.model, options.tokenizer, options.form, trust_remote_code=trust),
+        tokenizer_for(model, options.tokenizer, options.form, trust_remote_code=trust),
         out=out,
         truncation=Truncation(**options.part(Lengths)),
         ids_from=ids_from,
