@@ -202,6 +202,15 @@ def test_options_that_leave_nothing_to_learn_are_a_finding(tmp_path, tokenizer):
     assert (finding.severity, finding.message[:28]) == ("warning", "methods.far: skew=0.99 leave")
 
 
+def test_the_usual_scale_of_a_named_teacher_is_a_finding(tmp_path, tokenizer):
+    finding = finding_of(examine(recipe=recipe_for(tmp_path, tokenizer, "methods.tvkd.alpha=-0.7")), "recipe.method")
+    assert finding.message.startswith(
+        "methods.tvkd: the shaping margin of the pairs will have a spread of about 4.9 nats"
+    )
+    unnamed = recipe_for(tmp_path, tokenizer, FROM_SCRATCH, "methods.tvkd.alpha=-0.7")
+    assert "recipe.method" not in checks_found(examine(recipe=unnamed))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

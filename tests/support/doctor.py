@@ -143,11 +143,11 @@ model: {{teacher: {model}, student: {model}}}
 teacher: {{dpo: {{beta: 0.1}}}}
 methods:
   dpo: {{}}
-  tvkd: {{}}
+  tvkd: {{alpha: 0.1}}
   dckd: {{}}
   wpo: {{}}
   seqkd: {{}}
-  tvkd-lora: {{method: tvkd, training: {{lora: {{r: 2}}}}}}
+  tvkd-lora: {{method: tvkd, alpha: 0.1, training: {{lora: {{r: 2}}}}}}
 """
 
 

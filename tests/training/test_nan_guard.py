@@ -65,7 +65,17 @@ def test_shaping_larger_than_the_margin_warns_with_numbers(workdir, capsys):
         "alpha or a higher beta"
     )
     assert warning in (workdir / "run" / "report.html").read_text(encoding="utf-8")
-    assert f"warning: {warning}" in capsys.readouterr().err
+    before = next(text for text in results["warnings"] if "will have" not in text and "spread of about" in text)
+    assert before.startswith(
+        f"tvkd: the shaping margin of the pairs has a spread of about {spread:.2g} nats (alpha=1000)"
+    )
+    fit = float(before.partition("Use alpha=")[2].partition(",")[0])
+    assert fit * spread / 1000 == pytest.approx(0.1 * 10, rel=0.1)
+    log = capsys.readouterr().err
+    assert f"warning: {warning}" in log
+    assert log.count(f"warning: TVKD: {before.removeprefix('tvkd: ')}") == 1
+    again = main(["run", "recipe.yaml", "--out", "run"])  # reused steps have warned too
+    assert (again, read_json(workdir / "run" / "results.json")["warnings"]) == (0, results["warnings"])
 
 
 @pytest.mark.parametrize(("alpha", "outweighs"), [(1000, True), (1e-9, False)])

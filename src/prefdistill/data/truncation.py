@@ -108,6 +108,7 @@ class Reading:
         prompts: kept rows whose prompt is truncated.
         responses: kept rows of which a response is truncated.
         ids: a digest of the kept rows' numbers and token ids, where it was computed.
+        warnings: of what a training learns from these rows.
     """
 
     kept: int
@@ -115,6 +116,7 @@ class Reading:
     prompts: int
     responses: int
     ids: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -141,6 +143,7 @@ class Reading:
             "truncated_prompts": self.prompts,
             "truncated_responses": self.responses,
             **({"ids": self.ids} if self.ids else {}),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 

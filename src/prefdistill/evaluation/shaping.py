@@ -6,10 +6,9 @@ import numpy as np
 
 from prefdistill.evaluation.measure import Measured
 from prefdistill.methods import Method
+from prefdistill.methods.base import MAX_RATIO
 from prefdistill.signals import SignalSet
 
-# Spread of the shaping margin over that of the DPO margin, above which the method is warned of.
-MAX_RATIO = 3.0
 SHAPING, MARGIN = "shaping/margins_abs", "rewards/margins_abs"  # as TVKD logs them
 
 
@@ -30,7 +29,7 @@ def shaping_of(
     margins: dict[str, Any] = {}
     warnings = []
     for name, method in methods.items():
-        offset = None if signals.missing(method.needs) else method.margin_offset(signals)
+        offset = None if signals.missing(method.needs) else method.margin_offset(method.row_signals(signals))
         if offset is None:
             continue
         margin = method.margin_scale * np.array(measured[name][0].items["reward_margin"])

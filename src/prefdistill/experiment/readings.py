@@ -75,3 +75,8 @@ def unlike(stages: list[dict[str, Any]]) -> list[str]:
         for (_, data, *_), digests in by_rows.items()
         if len(parts := list(digests.values())) > 1
     ]
+
+
+def warnings_of_trainings(stages: list[dict[str, Any]]) -> list[str]:
+    """Return what the trainings of the methods have warned of before they began, once for each method."""
+    return [f"{stage['method']}: {warning}" for stage in stages for warning in stage["read"].get("warnings", [])]

@@ -27,7 +27,7 @@ from prefdistill.evaluation.verdict import verdict_of
 from prefdistill.experiment.check import check_models, check_plan
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
-from prefdistill.experiment.readings import read_of, unlike
+from prefdistill.experiment.readings import read_of, unlike, warnings_of_trainings
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
 from prefdistill.experiment.summary import gauge, margin_accuracies, side_by_side, summarise
@@ -137,7 +137,13 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         "samples": side_by_side(measured[0]),
         "read": read_of(plans[0]),
         "stages": stages,
-        "warnings": sorted({*unlike(stages), *(warning for _, warnings in shaping for warning in warnings)}),
+        "warnings": sorted(
+            {
+                *unlike(stages),
+                *warnings_of_trainings(stages),
+                *(warning for _, warnings in shaping for warning in warnings),
+            }
+        ),
     }
     return results | {"verdict": verdict_of(results)}
 

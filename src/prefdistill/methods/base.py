@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 BatchSignals: TypeAlias = "dict[str, Tensor]"
 Metrics: TypeAlias = "dict[str, Tensor]"
+# The margin of log-ratios, in nats, that a training may reach: of a response of 200 tokens, each 0.05 nats likelier.
+LOG_RATIO = 10.0
+MAX_RATIO = 3.0  # spread of what a method adds to the margin over that of the margin, above which it is warned of
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {"greater than 0": "positive", "greater than or equal to 0": "0 or more"}  # instead of pydantic's words
 
@@ -152,9 +155,21 @@ class Method:
         """What the loss multiplies the policy's log-ratio margin by: the beta of DPO."""
         return 1.0
 
-    def margin_offset(self, signals: SignalSet) -> np.ndarray | None:
-        """Return the term that the loss adds to the scaled margin of each pair, [rows]; None for a method without."""
+    def margin_offset(self, row_signals: dict[str, np.ndarray]) -> np.ndarray | None:
+        """Return the term that the loss adds to the scaled margin of each pair, [rows]; None for a method without.
+
+        Args:
+            row_signals: what the method of that name returns.
+        """
         return None
+
+    def disproportion(self, row_signals: dict[str, np.ndarray] | None = None) -> str:
+        """Return by how much `margin_offset` exceeds what training can do about it, and the fix; empty if it does not.
+
+        Args:
+            row_signals: of the training rows; None: before a named teacher is read, by the scale that is usual.
+        """
+        return ""
 
 
 def sampled(method: Method) -> tuple[str, ...]:

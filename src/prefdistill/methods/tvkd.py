@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from prefdistill import losses
 from prefdistill.core.errors import UserError
 from prefdistill.data.columns import SIDES
-from prefdistill.methods.base import BatchSignals, Metrics, Student
+from prefdistill.methods.base import LOG_RATIO, MAX_RATIO, BatchSignals, Metrics, Student
 from prefdistill.methods.preference import DPO, reward_metrics
 from prefdistill.signals.needs import Need
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from prefdistill.signals.store import SignalSet
 
+# Standard deviation, in nats, of the difference of the returns of a pair: of the raw value, as measured with
+# SmolLM2-135M-Instruct, a DPO-trained model; and of two independent returns that are standardized.
+RAW_SPREAD, STANDARD_SPREAD = 7.0, 2**0.5
 VALUES = {"logits": "values", "logprobs": "logprob_values"}  # `values_from`: the kind of signal
 
 
@@ -131,9 +135,25 @@ class TVKD(DPO):
             shaping = {side: psi.clip(-self.clip, self.clip) for side, psi in shaping.items()}
         return {**super().row_signals(signals), **{f"shaping_{side}": psi for side, psi in shaping.items()}}
 
-    def margin_offset(self, signals: SignalSet) -> np.ndarray:
-        shaping = self.row_signals(signals)
-        return self.alpha * (shaping["shaping_chosen"] - shaping["shaping_rejected"])
+    def margin_offset(self, row_signals: dict[str, np.ndarray]) -> np.ndarray:
+        return self.alpha * (row_signals["shaping_chosen"] - row_signals["shaping_rejected"])
+
+    def disproportion(self, row_signals: dict[str, np.ndarray] | None = None) -> str:
+        usual = STANDARD_SPREAD if self.standardize else RAW_SPREAD if self.uses_values and not self.clip else 0.0
+        spread = abs(self.alpha) * usual if row_signals is None else float(self.margin_offset(row_signals).std())
+        if spread <= MAX_RATIO * self.beta * LOG_RATIO:
+            return ""
+        sign = math.copysign(1, self.alpha)
+        fixes = [f"alpha={self.alpha * self.beta * LOG_RATIO / spread:.2g}"]
+        if not self.standardize:
+            alpha = sign * self.beta * LOG_RATIO / STANDARD_SPREAD
+            fixes.append(f"standardize=true with alpha={alpha:.2g}, which then counts standard deviations")
+        has, reach = "will have" if row_signals is None else "has", self.beta * LOG_RATIO
+        return (
+            f"the shaping margin of the pairs {has} a spread of about {spread:.2g} nats (alpha={self.alpha:g}), and "
+            f"beta={self.beta:g} times the {LOG_RATIO:g} nats of log-ratio that a training may reach is {reach:.2g}: "
+            f"it decides what is learnt, not the pairs. Use {', or '.join(fixes)}, or a higher beta"
+        )
 
     def _check_values(self, signals: SignalSet) -> None:
         """Refuse a value that is the same everywhere: its term depends on the lengths alone, or on nothing."""

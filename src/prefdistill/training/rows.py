@@ -87,6 +87,8 @@ def prepare_rows(
         say(f"training: {reading}")
     available = available.at(np.asarray(encoded["row"][:]))
     features = method.row_signals(available)
+    if warning := method.disproportion(features):
+        reading = replace(reading, warnings=(warning,))
     encoded = encoded.select_columns(["row", "prompt_ids", *(f"{name}_ids" for name in method.responses)])
     for name, values in features.items():
         encoded = encoded.add_column(f"feature_{name}", values.astype(np.float32))

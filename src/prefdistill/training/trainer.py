@@ -132,8 +132,8 @@ class PrefDistillTrainer(Trainer):
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._steps_since_log = 0
         self._start_checked = False
-        if method.weakness:
-            say_once(f"warning: {type(method).__name__}: {method.weakness}")
+        for warning in filter(None, (method.weakness, *self.reading.warnings)):
+            say_once(f"warning: {type(method).__name__}: {warning}")
 
     def _signals(
         self,

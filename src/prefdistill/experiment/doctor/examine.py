@@ -122,9 +122,10 @@ def examine(
             plan = build_plan(recipe, Path(out), recipe.seed)
             check_trainings(plan)  # the costs depend on them
             checkup.findings += [
-                Finding("recipe.method", "warning", f"methods.{name}: {method.weakness}", "Change its options.")
+                Finding("recipe.method", "warning", f"methods.{name}: {problem}", "Change its options.")
                 for name, method in plan.methods.items()
-                if method.weakness
+                for problem in (method.weakness, method.disproportion() if recipe.model.teacher else "")
+                if problem
             ]
             for where, role, training in recipe.trainings():
                 if role in models.shapes:
