@@ -317,7 +317,7 @@ BAD = [
     (evaluate("--reference", "nowhere", "--generate"), "no signals in nowhere: extract them with"),
     (inspect("--signals", "nowhere"), "no signals in nowhere: extract them with"),
     (inspect("--signals", "teacher", data="others.jsonl"), "the teacher signals were made from other data"),
-    (inspect("--signals", "teacher", "--tokenizer", "other"), "the teacher signals were made with another tokenizer"),
+    (inspect("--signals", "reference", "--tokenizer", "other"), "the reference signals were made with another tokeniz"),
     (inspect("--signals", "teacher", "--signals", "teacher"), "two signal stores have teacher."),
     # places that hold other work, or cannot be
     ([*SIGNALS, "--out", "full"], "full is not empty and was not made by prefdistill; give another --out"),

@@ -281,7 +281,7 @@ def encode_sampled(rows, tokenizer, truncation=UNLIMITED):
     encoded, dropped = encode_pairs(Dataset.from_list(rows), tokenizer, truncation, responses=("student_response",))
     assert set(encoded.column_names) == {
         "row", "prompt_ids", "prompt_truncated",
-        *(f"student_response_{part}" for part in ("ids", "offsets", "ended", "truncated"))
+        *(f"student_response_{p}" for p in ("ids", "offsets", "ended", "truncated", "text_start", "text_end"))
     }  # fmt: skip
     return [{name.removeprefix("student_response_"): value for name, value in row.items()} for row in encoded], dropped
 

@@ -89,7 +89,7 @@ def test_signals_of_other_data_or_another_tokenizer_are_refused(name, tmp_path, 
     refuse(rows.select(range(20)), tokenizer, "the teacher signals were made from other data")
     other = copy.deepcopy(tokenizer)
     other.chat_template = other.chat_template.replace("<|assistant|>", "<|assistant|>:")
-    refuse(rows, other, r"the teacher signals were made with another tokenizer .*template_sha256")
+    refuse(rows, other, r"signals were made with another tokenizer .*template_sha256|one vocabulary only: use a method")
 
 
 @pytest.mark.parametrize(

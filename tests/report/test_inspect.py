@@ -289,8 +289,8 @@ def test_stores_of_other_data_or_tokens_are_refused(stores, pairs, tokenizer, tm
     with pytest.raises(UserError, match="made from other data"):
         write_token_view(pairs.select(range(20)), [stores["teacher"]], out, tokenizer)
     other = train_tokenizer(["other words " * 9], vocab_size=300)
-    with pytest.raises(UserError, match="another tokenizer"):
-        write_token_view(pairs, [stores["teacher"]], out, other)
+    with pytest.raises(UserError, match="the reference signals were made with another tokenizer"):
+        write_token_view(pairs, [stores["reference"]], out, other)
     with pytest.raises(UserError, match="no signals: give a store"):
         write_token_view(pairs, [], out, tokenizer)
     with pytest.raises(UserError, match="two signal stores"):

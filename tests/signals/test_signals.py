@@ -852,6 +852,7 @@ def test_the_documented_code_reads_a_store(tmp_path, make_model, pairs, tokenize
 
 def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
     """All columns of a shard but the texts' offsets and lengths, with ids that nothing compresses."""
+    from prefdistill.data.spans import Spans
     from prefdistill.signals.ids import Ids
     from prefdistill.signals.kinds import Settings, make_kinds
     from prefdistill.signals.request import shard_columns
@@ -874,7 +875,8 @@ def test_50_of_128256_tokens_take_at_most_128_bytes_on_the_disk(tmp_path):
     ones = np.ones(24, dtype=np.uint32)
     ids = Ids(np.arange(24), {"chosen": ones}, {"chosen": ones}, "")
     settings = Settings(topk={"k": 50, "vocabulary": 128_256, "coding": "packed", "id_bits": 17})
-    columns, errors = shard_columns(rows, ids, found, make_kinds(["topk"], settings))
+    spans = {"chosen": Spans(np.zeros(24, np.int32), np.ones(24, np.int32))}
+    columns, errors = shard_columns(rows, ids, spans, found, make_kinds(["topk"], settings))
     write_shard(tmp_path / "s.parquet", columns, {"kept": 24})
     assert (tmp_path / "s.parquet").stat().st_size / states <= 128
     assert np.mean(errors) < 1e-3

@@ -24,6 +24,7 @@ from prefdistill.data.load import check_pairs
 from prefdistill.data.prompts import prompt_of
 from prefdistill.data.sampled import RowTexts, row_texts
 from prefdistill.data.sources import NO_CACHE
+from prefdistill.data.spans import locate, response_text
 from prefdistill.data.template import NO_TEMPLATE, template_ending
 from prefdistill.data.truncation import (
     PROMPT_EMPTY,
@@ -78,7 +79,8 @@ def encode_pairs(
         - `chosen_ended`, `rejected_ended`: whether the response has its end token;
         - `prompt_truncated`, `chosen_truncated`, `rejected_truncated`: whether it is truncated;
         - `chosen_offsets`, `rejected_offsets`: for each response token, where it ends in the text after the prompt, in
-          characters. Tokens that share a character all end after it.
+          characters. Tokens that share a character all end after it;
+        - `chosen_text_start`, `chosen_text_end`, ...: where the response's own text stands there, see `data.spans`.
         Other `responses` than chosen and rejected have columns of the same kind.
 
         And the rows that were dropped, by reason.
@@ -212,6 +214,7 @@ def _encoded_features(responses: Sequence[str]) -> Any:
 
     tokens = List(Value("int32"))
     parts = {f"{name}_{key}": tokens for name in responses for key in ("ids", "offsets")}
+    places = [f"{name}_text_{part}" for name in responses for part in ("start", "end")]
     flags = [*(f"{name}_ended" for name in responses), *(f"{name}_truncated" for name in ("prompt", *responses))]
     return Features(
         {
@@ -219,6 +222,7 @@ def _encoded_features(responses: Sequence[str]) -> Any:
             "dropped": Value("string"),
             "prompt_ids": tokens,
             **parts,
+            **dict.fromkeys(places, Value("int32")),
             **dict.fromkeys(flags, Value("bool")),
         }
     )
@@ -246,6 +250,7 @@ class _PairEncoder:
             raise UserError("The data are plain text but the tokenizer has no EOS token. Set tokenizer.eos_token.")
         self.encoder, self.truncation, self.responses = Encoder(tokenizer), truncation, responses
         self.plain, self.bos = not conversational, tokenizer.bos_token_id
+        self.ends = self.encoder.ends_of_text(plain=self.plain)
         self.end_tokens = {tokenizer.eos_token_id, self.encoder.ending.token if conversational else None}
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int], first: int = 0) -> dict[str, list[Any]]:
@@ -273,6 +278,7 @@ class _PairEncoder:
         if of_row.texts is None:
             raise _Refused(of_row.refused)
         prompt_text, *full_texts = of_row.texts
+        full_text = dict(zip(self.responses, full_texts, strict=True))
         (prompt_ids, _), *full = [next(tokens) for _ in of_row.texts]
         if not prompt_ids:
             raise _Refused(PROMPT_EMPTY)
@@ -280,12 +286,12 @@ class _PairEncoder:
             raise _Refused(of_row.refused)
         ids = {"prompt": prompt_ids}
         offsets = {}
-        columns = (self.responses, of_row.sampled, of_row.expected, full_texts, full)
-        for name, sampled, expected, full_text, (full_ids, ends) in zip(*columns, strict=True):
+        columns = (self.responses, of_row.sampled, of_row.expected, full)
+        for name, sampled, expected, (full_ids, ends) in zip(*columns, strict=True):
             if sampled is not None and full_ids != prompt_ids + sampled:
                 ids[name], offsets[name] = sampled, iter(self.encoder.ends(sampled))
                 continue
-            if not full_text.startswith(prompt_text):
+            if not full_text[name].startswith(prompt_text):
                 raise _Refused(TEMPLATE_DIFFERS)
             if full_ids[: len(prompt_ids)] != prompt_ids:
                 raise _Refused(TOKENS_MERGE)
@@ -304,6 +310,8 @@ class _PairEncoder:
             encoded |= {f"{name}_ids": part, f"{name}_truncated": name in result.names}
         for name in self.responses:
             encoded[f"{name}_offsets"] = list(offsets[name])[: len(result.ids[name])]
+            start, end = locate(response_text(row[name]), full_text[name][len(prompt_text) :], self.ends)
+            encoded |= {f"{name}_text_start": start, f"{name}_text_end": end}
             whole = ids[name][-1] in self.end_tokens and name not in result.names
             encoded[f"{name}_ended"] = whole and row.get(ended_column(name)) is not False
         return encoded

@@ -98,6 +98,12 @@ class Encoder:
         """Return a text that ends with EOS."""
         return text if text.endswith(self.eos) else text + self.eos
 
+    def ends_of_text(self, *, plain: bool) -> tuple[str, ...]:
+        """Return what may stand after the text of a response: the end token as the template writes it, or bare."""
+        token = None if plain else self.ending.token
+        bare = () if token is None else (str(self.tokenizer.convert_ids_to_tokens(token)),)
+        return (*(() if plain else (self.ending.before,)), *bare, self.eos)
+
     # ---- Tokens
 
     def ids(self, prompt: Any, response: Any = None) -> list[int]:
@@ -118,7 +124,7 @@ class Encoder:
         tokens = self.tokenizer(texts, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
         stop = self._end(plain)
         for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            yield ids[:stop], [end for _, end in spans[:stop]]
+            yield ids[:stop], _whole_ends(spans[:stop])
 
     # ---- Sampled tokens
 
@@ -154,6 +160,16 @@ class Encoder:
 
     def _end(self, plain: bool) -> int | None:
         return -1 if plain and self.appends_eos else None
+
+
+def _whole_ends(spans: list[tuple[int, int]]) -> list[int]:
+    """Return where tokens end; one that ends inside a character, which the next goes on with, ends where that does."""
+    ends = [end for _, end in spans]
+    for place in range(len(spans) - 2, -1, -1):
+        start, end = spans[place + 1]
+        if start < spans[place][1] and start < end:
+            ends[place] = max(ends[place], ends[place + 1])
+    return ends
 
 
 def accepts_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ PROMPT_EMPTY = "the prompt has no tokens"
 PROMPT_TOO_LONG = "the prompt leaves no room for a response within max_length"
 RESPONSE_EMPTY = "a response has no tokens"
 EQUAL_AFTER_CUT = "chosen and rejected are equal after truncation"
-NO_SIGNALS = "there are no signals of it, because another response of the same row was dropped"  # by a training
+NO_SIGNALS = "there are no signals of it: they were dropped, because of another response or by the teacher's tokenizer"
 
 
 class Truncated(NamedTuple):
@@ -88,6 +88,12 @@ class Dropped:
         """Count reasons, one per row from row `first` on; an empty reason is a row that was kept."""
         counts = Counter(reason for reason in reasons if reason)
         return cls(dict(counts.most_common()), {reason: first + reasons.index(reason) for reason in counts})
+
+    def with_rows(self, reasons: Mapping[int, str]) -> Dropped:
+        """Return these and other rows, given with the reason to drop each."""
+        counts = Counter(self.counts) + Counter(reasons.values())
+        first_rows = {reason: min(row for row in reasons if reasons[row] == reason) for reason in {*reasons.values()}}
+        return Dropped(dict(counts.most_common()), first_rows | self.first_rows)
 
     def __len__(self) -> int:
         return sum(self.counts.values())

@@ -14,6 +14,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.measure import Measured, mean_of
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, numbered, pair_wins
 from prefdistill.signals.ids import check_ids
+from prefdistill.signals.join import join
 from prefdistill.signals.needs import Need
 from prefdistill.signals.scoring import score_pairs
 from prefdistill.signals.shaping import shaping_returns
@@ -72,14 +73,9 @@ def signals_for(pairs: "Dataset", tokenizer: "PreTrainedTokenizerBase", stores: 
     Raises:
         UserError: if the signals were computed from other data or tokens, or lack the reference's logps.
     """
-    signals = SignalSet.of(stores, pairs)
+    signals = join(stores, pairs, tokenizer, responses=SIDES).signals
     if signals.missing([Need("reference", "logps")]):
         raise UserError("evaluation needs the reference's logps: `prefdistill signals --role reference --kind logps`")
-    for store in stores:
-        store.check_tokenizer(tokenizer)
-    encoded, _ = encode_pairs(pairs, tokenizer, Truncation(**stores[0].manifest["truncation"]))
-    for store in stores:
-        check_ids(store, encoded, tokenizer)
     return signals
 
 

@@ -18,6 +18,7 @@ from prefdistill.core.lock import LOCK, locked
 from prefdistill.core.paths import check_own
 from prefdistill.core.progress import say
 from prefdistill.core.stages import REQUEST, Stage, inspect_stage, run_stage
+from prefdistill.data.columns import SIDES
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.pairs import gauge_flips, pair_terms, prompt_texts
 from prefdistill.evaluation.reward_model import accuracy_of
@@ -32,6 +33,7 @@ from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
 from prefdistill.experiment.summary import gauge, margin_accuracies, side_by_side, summarise
 from prefdistill.signals import SignalSet
+from prefdistill.signals.join import join
 
 
 def run_recipe(
@@ -152,7 +154,8 @@ def _held_out_signals(plan: Plan) -> SignalSet | None:
     """Return the signals on the test pairs of a plan that has run, where the teacher's are among them."""
     if plan.test is None or not any(step.role == "teacher" for step in plan.test_signals):
         return None
-    return SignalSet.of([step.store for step in plan.test_signals], plan.test.rows)
+    stores = [step.store for step in plan.test_signals]
+    return join(stores, plan.test.rows, plan.context.tokenizer.tokenizer, responses=SIDES).signals
 
 
 def _reward_model_name(plan: Plan) -> str:

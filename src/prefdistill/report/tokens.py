@@ -22,6 +22,7 @@ from prefdistill.report.format import printable
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
+from prefdistill.signals.join import join
 from prefdistill.signals.needs import ROLES, Need
 from prefdistill.signals.store import Signals, SignalSet
 
@@ -77,13 +78,9 @@ def write_token_view(
         raise UserError("no signals: give a store with --signals DIR (`prefdistill signals` extracts one)")
     name = data if isinstance(data, str) else signals[0].manifest["data"]["name"]
     pairs = load_pairs(data, **(columns or Columns()).part(Columns)) if isinstance(data, str) else data
-    available = SignalSet.of(signals, pairs)
     if tokenizer is None:
         tokenizer = _tokenizer_of(signals[0], trust_remote_code)
-    for store in signals:
-        store.check_tokenizer(tokenizer)
-    if not len(available.rows):
-        raise UserError("no pair has signals in all of the stores")
+    available = join(signals, pairs, tokenizer, responses=SIDES).signals
     shown = available.at(available.rows[:max_pairs])
     texts = Texts.of(shown, tokenizer, Truncation(**signals[0].manifest["truncation"]))
     fields = fields_of(shown)

@@ -8,9 +8,9 @@ point of the group `prefdistill.kinds`. It can then be extracted (`--kind NAME`)
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,12 +34,20 @@ class Column:
         ragged: whether each row has an array of them.
         encoding: Parquet's, where the default is not the best one.
         per_row: whether all responses of a row share it; its name then has no response in front.
+        across: what becomes of it for a student of another tokenizer (`signals.aligned`): "same", a number of the whole
+            text; "hold", of states: that of the last state that both tokenisations have; "sum", of tokens: their sum
+            since that state; "" if it is of one tokenizer only. Default: "same" unless ragged.
     """
 
     item: str
     ragged: bool = False
     encoding: str | None = None
     per_row: bool = False
+    across: Literal["same", "hold", "sum", "", None] = None
+
+    def __post_init__(self) -> None:
+        if self.across is None:
+            object.__setattr__(self, "across", "" if self.ragged else "same")
 
     @property
     def type(self) -> pa.DataType:
@@ -106,6 +114,11 @@ class Kind:
     def check(self) -> None:
         """Raise a UserError if the kind cannot be extracted with these settings."""
 
+    @property
+    def needs_same_tokens(self) -> bool:
+        """Whether its numbers say nothing to a student of another tokenizer."""
+        return not all(column.across for column in self.columns.values())
+
     # -- extraction ----------------------------------------------------------------------------------------------------
 
     def state_inputs(self, places: Sequence[tuple[int, str]], has_final_state: bool) -> Tensor | None:
@@ -170,7 +183,8 @@ class Values(Kind):
     def columns(self) -> Mapping[str, Column]:  # type: ignore[override]
         if self.settings.endpoints:
             return {"start_value": Column("float32", per_row=True), "end_value": PER_RESPONSE}
-        return {self.name: Column(self.settings.value_dtype, ragged=True, encoding=PER_TOKEN.encoding)}
+        column = Column(self.settings.value_dtype, ragged=True, encoding=PER_TOKEN.encoding, across="hold")
+        return {self.name: column}
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:
         from prefdistill.losses import soft_value
@@ -195,7 +209,8 @@ class RawValues(Values):
     @property
     def columns(self) -> Mapping[str, Column]:  # type: ignore[override]
         columns = dict(super().columns)
-        return columns if self.settings.endpoints else columns | {"gauge": Column("float32", ragged=True)}
+        gauge = Column("float32", ragged=True, across="same")
+        return columns if self.settings.endpoints else columns | {"gauge": gauge}
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:
         if self.settings.endpoints:
@@ -267,6 +282,7 @@ class Q(_Sum):
 class TokenLogps(Kind):
     name = "token_logps"
     description = "log-probability of each token of the response"
+    columns: ClassVar[Mapping[str, Column]] = {"token_logps": replace(PER_TOKEN, across="sum")}
     in_batch = True
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """An extraction: the model, the data, and the request with everything that the signals depend on."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from prefdistill.data.batches import Layout, layout_for
 from prefdistill.data.encode import encode_pairs, reading_of
 from prefdistill.data.fingerprint import data_fingerprint
 from prefdistill.data.load import check_pairs, load_pairs
+from prefdistill.data.spans import Spans, read_spans
 from prefdistill.data.truncation import Dropped, Reading, Truncation, nothing_left
 from prefdistill.models.device import default_dtype
 from prefdistill.models.identity import model_identity, tokenizer_identity
@@ -23,7 +24,7 @@ from prefdistill.signals.kinds import Kind, Settings, make_kinds
 from prefdistill.signals.needs import Need
 from prefdistill.signals.options import SignalRequest
 from prefdistill.signals.scoring import score_pairs, topk_manifest
-from prefdistill.signals.shards import CHECK, ENDED, IDS_CHECK, OFFSETS, ROW, TOKENS, Shard, ShardColumns
+from prefdistill.signals.shards import ROW, Shard, ShardColumns, response_columns
 from prefdistill.signals.store import SCHEMA, Signals, SignalSet
 from prefdistill.signals.topk import TopKRequest
 
@@ -174,7 +175,8 @@ class Extraction:
             progress=progress,
         )
         progress.update(len(self.responses) * len(dropped))
-        columns, errors = shard_columns(rows, ids, scores, self.kinds)
+        spans = read_spans(rows, self.data, self.tokenizer, self.responses)
+        columns, errors = shard_columns(rows, ids, spans, scores, self.kinds)
         reading = reading_of(rows, dropped)
         notes = {
             "kept": len(rows),
@@ -190,18 +192,15 @@ class Extraction:
 
 
 def shard_columns(
-    rows: "Dataset", ids: Ids, scores: dict[str, list[Any]], kinds: Sequence[Kind]
+    rows: "Dataset", ids: Ids, spans: Mapping[str, Spans], scores: dict[str, list[Any]], kinds: Sequence[Kind]
 ) -> tuple[ShardColumns, list[float]]:
     """Return the columns of a shard, and the divergence that packing put into each distribution."""
     row_numbers = ids.rows.tolist()
     columns: dict[str, Any] = {"row": (ROW, row_numbers)}
     errors: list[float] = []
     for name in ids.checks:
-        columns[f"{name}_tokens"] = (TOKENS, ids.lengths[name])
-        columns[f"{name}_{IDS_CHECK}"] = (CHECK, ids.checks[name])
-        columns[f"{name}_ended"] = (ENDED, rows[f"{name}_ended"][:])
-        if not all(kind.settings.endpoints for kind in kinds):
-            columns[f"{name}_offsets"] = (OFFSETS, rows[f"{name}_offsets"][:])
+        every_state = not all(kind.settings.endpoints for kind in kinds)
+        columns |= response_columns(name, rows, ids.lengths[name], ids.checks[name], spans[name], offsets=every_state)
         main: dict[str, Any] = {}  # the columns named as their kind come first
         others: dict[str, Any] = {}
         for kind in kinds:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,11 @@ import pyarrow.parquet as pq
 
 from prefdistill.core.files import atomic_path, file_digest
 from prefdistill.core.parts import read_checksum, write_checksum
+from prefdistill.data.spans import Spans
 from prefdistill.signals.kinds import Column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Bytes of a row group, the least that is read at once: small enough to pick single pairs out of a file of many.
 GROUP_BYTES = 2**18
@@ -27,7 +31,29 @@ CHECK = Column("uint32")
 ENDED = Column("bool")
 OFFSETS = Column("int32", ragged=True, encoding="DELTA_BINARY_PACKED")
 IDS_CHECK = "ids_crc32"  # of a response: the CRC-32 of the token ids of prompt and response
-ShardColumns = Mapping[str, tuple[Column, Sequence[Any]]]
+ShardColumns = Mapping[str, tuple[Column, Sequence[Any] | np.ndarray]]
+
+
+def response_columns(
+    name: str, encoded: "Dataset", lengths: np.ndarray, checks: np.ndarray, spans: Spans, *, offsets: bool
+) -> dict[str, tuple[Column, Sequence[Any] | np.ndarray]]:
+    """Return the columns of a response that every store has, from encoded rows.
+
+    Args:
+        name: of the response.
+        encoded: what `encode_pairs` returns.
+        lengths, checks: the numbers of tokens, and the CRC-32 of the ids.
+        spans: where its text stands, see `data.spans`.
+        offsets: whether the ends of its tokens are stored.
+    """
+    return {
+        f"{name}_tokens": (TOKENS, lengths),
+        f"{name}_{IDS_CHECK}": (CHECK, checks),
+        f"{name}_ended": (ENDED, encoded[f"{name}_ended"][:]),
+        **({f"{name}_offsets": (OFFSETS, encoded[f"{name}_offsets"][:])} if offsets else {}),
+        f"{name}_text_start": (TOKENS, spans.start),
+        f"{name}_text_end": (TOKENS, spans.end),
+    }
 
 
 def write_shard(path: Path, columns: ShardColumns, notes: dict[str, Any]) -> None:

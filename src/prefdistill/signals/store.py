@@ -5,7 +5,8 @@ one is complete.
     DIR/request.json         the request; an interrupted extraction resumes only for the same one
     DIR/checksums/*.sha256   of each shard as it was written, for resuming and repairing
     DIR/shards/00000.parquet one line per row of the data: row, and for each response (chosen_, rejected_, ...): tokens,
-                             ids_crc32, ended, offsets, and the columns of the kinds, see `signals.kinds`
+                             ids_crc32, ended, offsets (where each token ends), text_start and text_end (where the
+                             response's own text stands), and the columns of the kinds, see `signals.kinds`
 """
 
 import itertools
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 6
-READABLE = (5, SCHEMA)  # 5: without digests of the token ids
+SCHEMA = 7
+READABLE = (5, 6, SCHEMA)  # 5: without digests of the token ids; 6: without places in the text
 
 
 class DamagedSignals(UserError):
@@ -148,6 +149,10 @@ class Signals:
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.shards[0].names)
+
+    def is_read_with(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Return whether the signals were made with this tokenizer and its chat template."""
+        return not differences(self.manifest["tokenizer"], tokenizer_identity(tokenizer))
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise a UserError if the signals were made with another tokenizer than the student's."""

@@ -96,6 +96,7 @@ class TopKKind(Kind):
     uses = ("k", "p", "topk_coding", "ids_from")
     infinite = ("topk_rest",)
     in_batch = True
+    needs_same_tokens = True
 
     @property
     def own_ids(self) -> bool:

@@ -12,10 +12,11 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.data.batches import Layout, PairCollator
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import encode_pairs, reading_of
-from prefdistill.data.truncation import NO_SIGNALS, Dropped, Reading, Truncation
+from prefdistill.data.encode import reading_of
+from prefdistill.data.truncation import Dropped, Reading, Truncation
 from prefdistill.methods import Method
-from prefdistill.signals.ids import Ids, check_ids, rows_digest
+from prefdistill.signals.ids import Ids, rows_digest
+from prefdistill.signals.join import join
 from prefdistill.signals.kinds import KINDS
 from prefdistill.signals.needs import Need
 from prefdistill.signals.options import SignalOptions
@@ -73,19 +74,14 @@ def prepare_rows(
     Raises:
         UserError: if a signal is missing, or was computed from other data, tokens or truncation.
     """
-    available = SignalSet.of(signals, dataset)
+    joined = join(signals, dataset, tokenizer, truncation, responses=method.responses, needs=method.needs)
+    available, encoded, truncation = joined.signals, joined.encoded, joined.truncation
     if missing := available.missing(method.needs):
         raise UserError(f"{type(method).__name__} lacks {'; '.join(map(str, missing))}. {_how_to_extract(missing[0])}")
     available.check_settings(method.needs)
-    truncation = _shared_truncation(signals, tokenizer, truncation)
-    encoded, dropped = encode_pairs(dataset, tokenizer, truncation, responses=method.responses)
-    for store in available.stores:
-        check_ids(store, encoded, tokenizer)
-    encoded, dropped = _with_signals_only(encoded, dropped, available)
-    reading = reading_with_ids(encoded, dropped, method.responses)
+    reading = reading_with_ids(encoded, joined.dropped, method.responses)
     if not reading.complete:
         say(f"training: {reading}")
-    available = available.at(np.asarray(encoded["row"][:]))
     features = method.row_signals(available)
     if warning := method.disproportion(features):
         reading = replace(reading, warnings=(warning,))
@@ -110,32 +106,6 @@ def reading_with_ids(encoded: "Dataset", dropped: Dropped, responses: Sequence[s
     """Return how a data set was read, with the digest of its token ids."""
     ids = Ids.of(encoded, responses)
     return replace(reading_of(encoded, dropped), ids=rows_digest(ids.rows, ids.checks))
-
-
-def _shared_truncation(
-    signals: Sequence[Signals], tokenizer: "PreTrainedTokenizerBase", truncation: Truncation | None
-) -> Truncation:
-    """Return the truncation of the signals, or the requested one if there are none; refuse if they differ."""
-    for store in signals:
-        store.check_tokenizer(tokenizer)
-        stored = Truncation(**store.manifest["truncation"])
-        if truncation is not None and truncation != stored:
-            raise UserError(f"the {store.role} signals were made with {stored}, training asks for {truncation}")
-        truncation = stored
-    return truncation or Truncation()
-
-
-def _with_signals_only(encoded: "Dataset", dropped: Dropped, available: SignalSet) -> "tuple[Dataset, Dropped]":
-    """Return the encoded rows that have all the signals, and the rows that were dropped."""
-    rows = np.asarray(encoded["row"][:])
-    has_signals = np.isin(rows, available.rows)
-    if not has_signals.any():
-        raise UserError("no row of the data has all the signals that the method needs")
-    if has_signals.all():
-        return encoded, dropped
-    missing = rows[~has_signals]
-    dropped = Dropped(dropped.counts | {NO_SIGNALS: len(missing)}, dropped.first_rows | {NO_SIGNALS: int(missing[0])})
-    return encoded.select(np.flatnonzero(has_signals)), dropped
 
 
 def _how_to_extract(need: Need) -> str:

@@ -1,0 +1,215 @@
+"""A teacher's signals in the states of a student with another tokenizer.
+
+    signals = align(store, encoded, data, tokenizer)
+
+What is a number of a whole response stays as it is. What is a number of a state holds from one state that both
+tokenisations share to the next, so psi, a difference of values, has the same sum. What is a number of a token is summed
+over the tokens between two shared states. `Column.across` says which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefdistill.core.errors import UserError
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.spans import REASONS, Spans, read_spans, response_text
+from prefdistill.data.truncation import Dropped
+from prefdistill.models.identity import tokenizer_identity
+from prefdistill.signals.alignment import Alignment, States
+from prefdistill.signals.ids import Ids
+from prefdistill.signals.kinds import Kind, make_kinds
+from prefdistill.signals.shards import ROW, Shard, memory_shard, response_columns
+from prefdistill.signals.store import Signals
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from prefdistill.data.truncation import Truncation
+
+CUT_ELSEWHERE = "the teacher's tokens and the student's truncate a response at different characters"
+ENDS_DIFFER = "a response has its end token for one of teacher and student only"
+
+
+@dataclass(frozen=True)
+class StudentTexts:
+    """Encoded pairs of the student, with the places of their texts.
+
+    Args:
+        encoded: what `encode_pairs` returns with the student's tokenizer.
+        data: the rows that it counts.
+        spans: of each response, see `data.spans.read_spans`.
+    """
+
+    encoded: Dataset
+    data: Dataset
+    spans: Mapping[str, Spans]
+
+    @classmethod
+    def of(
+        cls, data: Dataset, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, responses: tuple[str, ...]
+    ) -> StudentTexts:
+        """Encode the responses of pairs, and find the places of their texts."""
+        encoded, _ = encode_pairs(data, tokenizer, truncation, responses=responses)
+        return cls(encoded, data, read_spans(encoded, data, tokenizer, responses))
+
+    def spans_at(self, name: str, places: np.ndarray) -> Spans:
+        """Return the spans of one response of some encoded rows."""
+        return Spans(self.spans[name].start[places], self.spans[name].end[places])
+
+
+def align(
+    store: Signals,
+    texts: StudentTexts,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation,
+) -> tuple[Signals, dict[int, str]]:
+    """Return a teacher's store in the states of a student's tokens, in memory, and why it cannot serve other rows.
+
+    Kinds of one tokenizer only, such as "topk", are left out.
+
+    Args:
+        store: extracted with another tokenizer or chat template.
+        texts: the student's pairs.
+        tokenizer, truncation: those of the student's pairs.
+
+    Raises:
+        UserError: if the store has no places in the text, or no row is left.
+    """
+    columns = {f"{name}_text_end" for name in store.responses}
+    if not columns <= set(store.columns):
+        raise UserError(
+            f"the {store.role} signals ({store.place}) are of another tokenizer than the student's, and of an older "
+            "version, without places in the text: delete them and extract them again with `prefdistill signals`"
+        )
+    kinds = [kind for kind in make_kinds(store.kinds, store.settings) if not kind.needs_same_tokens]
+    rows = np.asarray(texts.encoded["row"][:])
+    shards: list[Shard] = []
+    reasons: dict[int, str] = {}
+    shared = np.zeros(2)
+    for shard in store.shards:
+        part = Signals(store.manifest, [shard], store.place)
+        places = np.flatnonzero(np.isin(rows, part.rows))
+        why = _reasons(part, texts, places)
+        reasons |= {int(rows[place]): reason for place, reason in zip(places, why, strict=True) if reason}
+        places = places[[not reason for reason in why]]
+        if len(places):
+            aligned, counts = _aligned_shard(part, texts, places, kinds)
+            shards.append(aligned)
+            shared += counts
+    dropped = Dropped({}, {}).with_rows(reasons)
+    if not shards:
+        raise UserError(f"no row of the {store.role} signals ({store.place}) fits the student's tokens: {dropped}")
+    served = {row for shard in shards for row in shard.column("row").to_pylist()}
+    manifest = {
+        **store.manifest,
+        "kinds": [kind.name for kind in kinds],
+        "tokenizer": tokenizer_identity(tokenizer),
+        "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
+        "dropped": {
+            "reasons": {**store.manifest["dropped"]["reasons"], **dropped.counts},
+            "rows": sorted({*range(len(store))} - served),
+        },
+        "aligned": {
+            "tokenizer": store.manifest["tokenizer"],
+            "shared": float(shared[0] / shared[1]) if shared[1] else None,
+        },
+        "shards": [{"file": shard.name, "rows": shard.starts[-1].item(), "sha256": shard.digest} for shard in shards],
+    }
+    return Signals(manifest, shards, store.place), reasons
+
+
+def _reasons(store: Signals, texts: StudentTexts, places: np.ndarray) -> list[str]:
+    """Return why each of these rows of the student's cannot be served, "" if it can."""
+    rows = np.asarray(texts.encoded["row"][:])[places]
+    reasons = [""] * len(rows)
+    for name in store.responses:
+        of_store, of_student = _spans(store, name, rows), texts.spans_at(name, places)
+        for at in np.flatnonzero((of_store.end < 0) | (of_student.end < 0)):
+            reasons[at] = REASONS[min(of_store.end[at], of_student.end[at])]
+        read = np.stack([_length(of_store), _length(of_student)])
+        for at in np.flatnonzero(read[0] != read[1]):
+            text = response_text(texts.data[int(rows[at])][name]) or ""
+            if text[read[:, at].min() : read[:, at].max()].strip():  # else one template strips the text
+                reasons[at] = reasons[at] or CUT_ELSEWHERE
+        ended = np.array(texts.encoded[f"{name}_ended"][:], dtype=bool)[places]
+        for at in np.flatnonzero(store.scalar(f"{name}_ended", rows) != ended):
+            reasons[at] = reasons[at] or ENDS_DIFFER
+    return reasons
+
+
+def _aligned_shard(
+    store: Signals, texts: StudentTexts, places: np.ndarray, kinds: list[Kind]
+) -> tuple[Shard, tuple[int, int]]:
+    """Return the student's rows at `places` with the store's signals; of the states how many are shared, and all."""
+    encoded = texts.encoded.select(places)
+    ids = Ids.of(encoded, store.responses)
+    columns: dict[str, Any] = {"row": (ROW, ids.rows)}
+    shared = states = 0
+    for name in store.responses:
+        spans = texts.spans_at(name, places)
+        every_state = f"{name}_offsets" in store.columns
+        columns |= response_columns(name, encoded, ids.lengths[name], ids.checks[name], spans, offsets=every_state)
+        alignment: Alignment | None = None
+        if every_state:
+            student, teacher = _states(store, name, encoded, spans, ids.rows)
+            alignment = Alignment.of(student, teacher)
+            shared, states = shared + int(alignment.shared.sum()), states + len(alignment.shared)
+        for kind in kinds:
+            for column, spec in kind.columns.items():
+                stored = kind.column_name(column, name)
+                if spec.across == "same":
+                    read = store.ragged if spec.ragged else store.scalar
+                    columns[stored] = (spec, read(stored, ids.rows))
+                else:
+                    assert alignment is not None
+                    map_numbers = _held if spec.across == "hold" else _summed
+                    numbers = store.ragged(stored, ids.rows)
+                    columns[stored] = (spec, map_numbers(numbers, alignment, student, teacher))
+    return memory_shard(columns, {}), (shared, states)
+
+
+def _states(store: Signals, name: str, encoded: Dataset, spans: Spans, rows: np.ndarray) -> tuple[States, States]:
+    """Return the states of the student and of the store."""
+    of_store = _spans(store, name, rows)
+    lengths = np.minimum(_length(spans), _length(of_store))
+    offsets = [np.array(ends, dtype=np.int64) for ends in encoded[f"{name}_offsets"][:]]
+    return (
+        States.of(offsets, spans, np.array(encoded[f"{name}_ended"][:], dtype=bool), lengths),
+        States.of(store.ragged(f"{name}_offsets", rows), of_store, store.scalar(f"{name}_ended", rows), lengths),
+    )
+
+
+def _held(numbers: list[np.ndarray], alignment: Alignment, student: States, teacher: States) -> list[np.ndarray]:
+    """Return for each of the student's states the number of the teacher's state that it last shared.
+
+    The numbers are of s_0 .. s_T, or of s_0 .. s_{T-1}.
+    """
+    final = len(numbers[0]) > teacher.lengths[0]
+    flat = np.concatenate(numbers if final else [np.append(part, part[-1:]) for part in numbers])[alignment.index]
+    split = np.split(flat, student.starts[1:])
+    return split if final else [part[:-1] for part in split]
+
+
+def _summed(numbers: list[np.ndarray], alignment: Alignment, student: States, teacher: States) -> list[np.ndarray]:
+    """Return for each of the student's tokens the sum over the teacher's tokens between the states it lies between."""
+    sums = np.zeros(len(teacher.places))
+    after_token = np.ones(len(sums), dtype=bool)
+    after_token[teacher.starts] = False
+    sums[after_token] = np.concatenate(numbers)
+    total = np.split(np.cumsum(sums)[alignment.index], student.starts[1:])
+    return [np.diff(part) for part in total]
+
+
+def _spans(store: Signals, name: str, rows: np.ndarray) -> Spans:
+    return Spans(store.scalar(f"{name}_text_start", rows), store.scalar(f"{name}_text_end", rows))
+
+
+def _length(spans: Spans) -> np.ndarray:
+    """Return how many characters of the text were read."""
+    return spans.end.astype(np.int64) - spans.start

@@ -1,0 +1,116 @@
+"""Which states of one tokenisation of a text mean the same as states of another.
+
+A state is the text up to it. Two tokenisations of one response share the start of the response, every place between two
+characters where both have a token boundary, the end of the text, and the state after the end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefdistill.data.spans import Spans
+
+
+@dataclass(frozen=True)
+class States:
+    """The states s_0 .. s_T of n responses, one response after another, by their places in the text.
+
+    Args:
+        places: of each state, in characters of the response's text, [sum(T + 1)]: 0 at the start; the last state before
+            the end token is at the end of the text, the one after it one further.
+        lengths: T of each response, [n].
+        ended: whether the response has its end token, [n].
+    """
+
+    places: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+
+    @classmethod
+    def of(cls, offsets: Sequence[np.ndarray], spans: Spans, ended: np.ndarray, text_lengths: np.ndarray) -> States:
+        """Return the states of tokens that end at `offsets`.
+
+        Args:
+            offsets: for each response where its tokens end, as `encode_pairs` has them.
+            spans: where the texts of the responses stand in the same characters.
+            ended: whether the responses have their end tokens, [n].
+            text_lengths: characters of each text that are compared, [n].
+        """
+        lengths = np.array([len(ends) for ends in offsets], dtype=np.int64)
+        ended = np.asarray(ended, dtype=bool)
+        starts = np.cumsum(lengths + 1) - (lengths + 1)
+        places = np.zeros(int((lengths + 1).sum()), dtype=np.int64)
+        after_token = np.ones(len(places), dtype=bool)
+        after_token[starts] = False
+        tokens_end = np.concatenate(offsets) if len(offsets) else np.zeros(0)
+        places[after_token] = tokens_end - np.repeat(spans.start.astype(np.int64), lengths)
+        places = np.clip(places, 0, np.repeat(text_lengths, lengths + 1))
+        last = starts + lengths - ended
+        places[last] = text_lengths
+        places[(starts + lengths)[ended]] = text_lengths[ended] + 1
+        return cls(places, lengths, ended)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The index of s_0 of each response in `places`, [n]."""
+        return np.cumsum(self.lengths + 1) - (self.lengths + 1)
+
+    def keys(self, width: int) -> np.ndarray:
+        """Return numbers of the places that grow over all responses, given that no place reaches `width`."""
+        return self.places + width * np.repeat(np.arange(len(self.lengths)), self.lengths + 1)
+
+    def boundaries(self) -> np.ndarray:
+        """Return whether each state is the one of its place, [states].
+
+        Of several tokens that end at one place, the last reaches it: those before it end inside a character, or have
+        no text. At the start it is s_0.
+        """
+        is_one = np.append(np.diff(self.places) != 0, True)
+        is_one[(self.starts + self.lengths)] = True
+        is_one &= self.places > 0
+        is_one[self.starts] = True
+        return is_one
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """For each state of the student, [states]: the state of the teacher that it shares or last shared.
+
+    Args:
+        index: of that state among all states of the teacher's responses.
+        shared: whether the two are at the same place.
+    """
+
+    index: np.ndarray
+    shared: np.ndarray
+
+    @classmethod
+    def of(cls, student: States, teacher: States) -> Alignment:
+        """Align the states of the same responses. Where both have the same tokens' ends, each state is its own.
+
+        Example:
+            >>> spans = Spans(np.array([0]), np.array([5]))
+            >>> states = [States.of([np.array(ends)], spans, np.array([True]), np.array([5])) for ends in
+            ...           ([2, 3, 5, 8], [3, 4, 5, 8])]
+            >>> Alignment.of(*states).index.tolist(), Alignment.of(*states).shared.tolist()
+            ([0, 0, 1, 3, 4], [True, False, True, True, True])
+        """
+        width = int(max(student.places.max(initial=0), teacher.places.max(initial=0))) + 1
+        student_keys, teacher_keys = student.keys(width), teacher.keys(width)
+        of_student, of_teacher = student.boundaries(), np.flatnonzero(teacher.boundaries())
+        common, _, which = np.intersect1d(
+            student_keys[of_student], teacher_keys[of_teacher], assume_unique=True, return_indices=True
+        )
+        last = np.searchsorted(common, student_keys, side="right") - 1
+        index, shared = of_teacher[which[last]], of_student & (common[last] == student_keys)
+        same = student.lengths == teacher.lengths
+        own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
+        differs = np.zeros(len(index), dtype=bool)
+        differs[own] = student.places[own] != teacher.places[their]
+        same &= ~np.logical_or.reduceat(differs, student.starts) if len(index) else same
+        own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
+        index[own], shared[own] = np.flatnonzero(their), True
+        return cls(index, shared)

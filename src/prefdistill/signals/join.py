@@ -1,0 +1,130 @@
+"""Join the pairs of a student with stored signals, of its own tokens or of a teacher with other tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.progress import say_once
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import NO_SIGNALS, Dropped, Truncation
+from prefdistill.signals.aligned import StudentTexts, align
+from prefdistill.signals.ids import check_ids
+from prefdistill.signals.kinds import make_kinds
+from prefdistill.signals.needs import Need
+from prefdistill.signals.store import Signals, SignalSet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+TEACHERS = ("teacher", "teacher_reference")  # the other roles are read as the student is trained
+ONE_VOCABULARY = "token distributions can be compared over one vocabulary only"
+INSTEAD = "use a method on numbers of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The pairs of a student with its signals.
+
+    Args:
+        signals: all stores, each in the student's states, for the rows of `encoded`.
+        encoded: the pairs that are encoded and have all signals.
+        dropped: the others.
+        truncation: of the pairs.
+    """
+
+    signals: SignalSet
+    encoded: Dataset
+    dropped: Dropped
+    truncation: Truncation
+
+
+def join(
+    stores: Sequence[Signals],
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation | None = None,
+    *,
+    responses: tuple[str, ...],
+    needs: Sequence[Need] = (),
+) -> Joined:
+    """Encode the pairs of a student and join them with stores, after checking that these belong to them.
+
+    Args:
+        stores: signals for these pairs. Those of a teacher may be of another tokenizer: they are aligned.
+        data: the pairs.
+        tokenizer: the student's.
+        truncation: default: that of the signals.
+        responses: columns of the data to encode.
+        needs: what the signals are read for.
+
+    Raises:
+        UserError: if a store is of other data, tokens or truncation, no row has all signals, or a need is of a teacher
+            with other tokens and of a kind that only means something to the same tokens.
+    """
+    own = [store for store in stores if store.is_read_with(tokenizer)]
+    others = [store for store in stores if store not in own]
+    for store in others:
+        if store.role not in TEACHERS:
+            store.check_tokenizer(tokenizer)
+        _check_needs(needs, store)
+    truncation = _shared_truncation(own or others, truncation)
+    encoded, dropped = encode_pairs(data, tokenizer, truncation, responses=responses)
+    reasons: dict[int, str] = {}
+    aligned: list[Signals] = []
+    for store in others:
+        texts = StudentTexts.of(data, tokenizer, truncation, store.responses)
+        in_own_states, unserved = align(store, texts, tokenizer, truncation)
+        aligned.append(in_own_states)
+        reasons = unserved | reasons
+        say_once(_about(in_own_states))
+    signals = SignalSet.of([*own, *aligned], data)
+    for store in own:
+        check_ids(store, encoded, tokenizer)
+    rows = np.asarray(encoded["row"][:])
+    has_signals = np.isin(rows, signals.rows)
+    if not has_signals.any():
+        raise UserError("no row of the data has all the signals")
+    if not has_signals.all():
+        dropped = dropped.with_rows({int(row): reasons.get(int(row), NO_SIGNALS) for row in rows[~has_signals]})
+        encoded = encoded.select(np.flatnonzero(has_signals))
+    return Joined(signals.at(rows[has_signals]), encoded, dropped, truncation)
+
+
+def _check_needs(needs: Sequence[Need], store: Signals) -> None:
+    """Refuse to read a teacher of other tokens for a kind that is of its tokens."""
+    for need in needs:
+        if need.role == store.role and need.kind in store.kinds:
+            (kind,) = make_kinds([need.kind], store.settings)
+            if kind.needs_same_tokens:
+                raise UserError(
+                    f"the {store.role} signals ({store.place}) are of {_tokens_of(store)}, the method needs {need}, and "
+                    f"{ONE_VOCABULARY}: {INSTEAD}. If the two have the same vocabulary, extract these signals again "
+                    "with `--tokenizer STUDENT`"
+                )
+
+
+def _shared_truncation(stores: Sequence[Signals], truncation: Truncation | None) -> Truncation:
+    """Return the truncation of the signals, or the requested one if there are none; refuse if they differ."""
+    for store in stores:
+        stored = Truncation(**store.manifest["truncation"])
+        if truncation is not None and truncation != stored:
+            raise UserError(f"the {store.role} signals were made with {stored}, training asks for {truncation}")
+        truncation = stored
+    return truncation or Truncation()
+
+
+def _about(store: Signals) -> str:
+    share = store.manifest["aligned"]["shared"]
+    shared = "" if share is None else f", which share {share:.0%} of the student's states"
+    return f"signals: the {store.role} signals ({store.place}) are of {_tokens_of(store)}{shared}"
+
+
+def _tokens_of(store: Signals) -> str:
+    name = store.manifest.get("aligned", store.manifest)["tokenizer"]["name"]
+    return f"other tokens than the student's ({name or 'a tokenizer in memory'})"
