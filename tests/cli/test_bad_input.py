@@ -338,7 +338,7 @@ BAD = [
     (inspect("--signals", "teacher", out="teacher/manifest.json"), "teacher/manifest.json was not made"),
     (inspect("--signals", "teacher", out=""), "--out is empty; give a value"),
     (
-        inspect("--signals", "teacher", "--tokenizer", "other", "--max-pairs", "1"),
+        inspect("--signals", "reference", "--tokenizer", "other", "--max-pairs", "1"),
         "extract them again with `prefdistill signals --tokenizer other`",
     ),
     (["report", "run-good", "--out", "pairs.jsonl", "--format", "html"], "pairs.jsonl was not made by"),
