@@ -103,9 +103,9 @@ def _check_needs(needs: Sequence[Need], store: Signals) -> None:
             (kind,) = make_kinds([need.kind], store.settings)
             if kind.needs_same_tokens:
                 raise UserError(
-                    f"the {store.role} signals ({store.place}) are of {_tokens_of(store)}, the method needs {need}, and "
-                    f"{ONE_VOCABULARY}: {INSTEAD}. If the two have the same vocabulary, extract these signals again "
-                    "with `--tokenizer STUDENT`"
+                    f"the {store.role} signals ({store.place}) are of {_tokens_of(store)}, the method needs {need}, "
+                    f"and {ONE_VOCABULARY}: {INSTEAD}. If the two have the same vocabulary, extract these signals "
+                    "again with `--tokenizer STUDENT`"
                 )
 
 
