@@ -39,7 +39,7 @@ def test_a_teacher_of_another_tokenizer_changes_the_keys_of_what_is_read_from_it
     assert not same.two_tokenizers
     assert same.tokenizer_of("teacher") is same.tokenizer_of("student")
     assert context.two_vocabularies
-    assert context.tokenizer_of("teacher_reference").tokenizer.tokenize("sort") == ["so", "rt"]
+    assert context.tokenizer_of("teacher_reference").tokenizer.tokenize("sort") == ["s", "ort"]
     unchanged = {name for name in before if before[name] == after[name]}
     assert unchanged == {"data", "student-sft", "evaluate-start"}
     assert after.keys() - before.keys() == {"init-teacher"}

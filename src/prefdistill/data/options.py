@@ -52,7 +52,7 @@ class Synthetic(Section):
         0.0, le=1, description="Share of the teacher's pairs whose label is flipped."
     )
     teacher_tokenizer: Literal["same", "other"] = Field(
-        "same", description="The teacher's tokenizer: the student's, or one that splits the words into pieces."
+        "same", description="The teacher's tokenizer: the student's, or one that splits every word in two."
     )
 
 

@@ -10,24 +10,21 @@ every response is known (`reward`), so no stage needs a learned reward model.
 
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefdistill.core.errors import UserError
-from prefdistill.models.scratch import train_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from prefdistill.models.scratch import CHAT_TEMPLATE as OTHER_TEMPLATE
 
 OPEN, CLOSE, COLON = "<", ">", ":"
 DIGITS = tuple("0123456789")
 FILLERS = ("well", "um", "so", "okay", "hmm", "like", "right")
-OTHER_SIZE = 318  # 256 bytes, 6 special tokens, 13 marks with a space, and pieces of words
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+OTHER_SPECIALS = tuple(f"<|{name[1:-1]}|>" for name in SPECIALS)
 
 ITEM_OPERATIONS: dict[str, Callable[[int], int]] = {
     "id": lambda x: x,
@@ -71,32 +68,43 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     '<bos><user>copy id : 1 2 3<assistant>< 1 2 3 ><eos>'
     """
     words = (*SPECIALS, *DIGITS, OPEN, CLOSE, COLON, *LIST_OPERATIONS, *ITEM_OPERATIONS, *FILLERS)
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return _word_level(words, SPECIALS, pre_tokenizers.WhitespaceSplit(), CHAT_TEMPLATE)
 
 
-def build_other_tokenizer() -> "PreTrainedTokenizerBase":
-    """Return a byte-level tokenizer that splits most words of the task in two, with another chat template.
+def build_other_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that splits every word of the task after its first letter, and takes the space before a word
+    with it; its chat template is another one too.
 
-    The longest careless response has 15 of its tokens, with the end token, for 12 of `build_tokenizer`.
+    The longest careless response has 16 of its tokens, with the end token, for 12 of `build_tokenizer`.
 
     >>> build_other_tokenizer().tokenize("well < 6 5 okay")
-    ['well', 'Ġ<', 'Ġ6', 'Ġ5', 'Ġ', 'okay']
+    ['w', 'ell', ' <', ' 6', ' 5', ' o', 'kay']
     """
     words = (*LIST_OPERATIONS, *ITEM_OPERATIONS, *FILLERS)
-    marks = " ".join(("", *DIGITS, OPEN, CLOSE, COLON))
-    texts = [" ".join(("", *words)), *words, *[marks] * len(words)]  # the marks are merged first, with their space
-    return train_tokenizer(texts, OTHER_SIZE)
+    starts = dict.fromkeys((*DIGITS, OPEN, CLOSE, COLON, *(word[0] for word in words)))
+    pieces = (*OTHER_SPECIALS, *starts, *(f" {start}" for start in starts), *dict.fromkeys(word[1:] for word in words))
+    split = pre_tokenizers.Split(Regex(r" ?(?<![a-z])[a-z]|[a-z]+| ?[^ ]"), "isolated")
+    tokenizer = _word_level(dict.fromkeys(pieces), OTHER_SPECIALS, split, OTHER_TEMPLATE)
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _word_level(
+    words: Iterable[str], specials: tuple[str, ...], split: pre_tokenizers.PreTokenizer, template: str
+) -> PreTrainedTokenizerFast:
+    pad, bos, eos, unk, *roles = specials
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unk))
+    backend.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        extra_special_tokens=roles,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def sample_prompts(n: int, seed: int, exclude: Collection[str] = ()) -> list[str]:
