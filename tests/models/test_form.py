@@ -120,7 +120,7 @@ def test_a_file_is_a_template_and_the_identity_has_the_form_in_words(tmp_path):
 @pytest.mark.parametrize(
     ("style", "form", "message"),
     [
-        ("gemma", {"system_prompt": "x"}, "System role not supported.*leave --system-prompt out"),
+        ("gemma", {"system_prompt": "x"}, "System role not supported.*leave the system prompt out"),
         ("chatml", {"chat_template": "missing.jinja"}, "no chat template at 'missing.jinja'.*'plain'"),
         ("chatml", {"chat_template": "."}, "no chat template at '.'"),
         ("chatml", {"template_kwargs": {"enable_thinking": False}}, "has no variable 'enable_thinking'"),

@@ -12,6 +12,7 @@ from prefdistill.core.stages import empty_stage
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
 from prefdistill.data.load import first_rows, load_messages, load_pairs
 from prefdistill.experiment.recipe import Recipe
+from prefdistill.models.form import form_key
 from prefdistill.models.identity import model_key
 from prefdistill.models.load import check_model
 
@@ -92,6 +93,8 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     for role in ("teacher", "teacher_reference", "student", "teacher_tokenizer"):
         if name := names.name_of(role):
             prints[role] = sources.model_key(name)
+    if names.teacher_form:
+        prints["teacher_form"] = form_key(names.teacher_form)
     if recipe.reward_model and (name := recipe.reward_model.name):
         prints["reward_model"] = sources.model_key(name)
     return prints

@@ -178,7 +178,7 @@ class _Builder:
         task, names = self.recipe.data.synthetic, self.recipe.model
         if task and task.teacher_tokenizer == "other":
             return tokenizer_input("teacher-tokenizer", synthetic.build_other_tokenizer)
-        named = names.teacher_tokenizer or (names.teacher and names.student)
+        named = names.teacher_tokenizer or (names.teacher and names.student) or names.teacher_form
         return self.user_models.teacher_tokenizer if named else None
 
     def _add_init(self, name: str, roles: list[ModelRole], source: Tokenizer | Language | Rows) -> Init:

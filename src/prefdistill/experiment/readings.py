@@ -31,6 +31,7 @@ def read_of(plan: Plan) -> dict[str, Any]:
             "tokenizer": teacher or IN_THIS_RUN,
             "tokens": len(tokenizer.tokenizer),
             "same_tokens": not context.two_vocabularies,
+            "form": getattr(tokenizer.tokenizer, "form", None),
             "template": _template(tokenizer, teacher),
         }
     return read

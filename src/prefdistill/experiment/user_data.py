@@ -1,5 +1,6 @@
 """The user's data and models, as a recipe names them."""
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from prefdistill.data.prompts import prompt_text, prompts_of
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
+from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
 from prefdistill.models.vocabulary import check_same_tokens, token_conflicts, tokenizer_for
@@ -160,10 +162,11 @@ def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
 
 def named_teacher_tokenizer(recipe: Recipe, student: Tokenizer) -> "PreTrainedTokenizerBase":
     """Return the tokenizer that the recipe names for its teacher; else the student's, or the teacher's own if its
-    tokens are others.
+    tokens are others. With the chat template of the teacher's form, if it has one.
 
     Raises:
-        UserError: if the teacher, its reference or the tokenizer that is named for them have other tokens.
+        UserError: if the teacher, its reference or the tokenizer that is named for them have other tokens, or the form
+            does not fit the chat template.
     """
     names, trust = recipe.model, recipe.model.trust_remote_code
     if names.teacher and names.teacher_tokenizer:
@@ -180,4 +183,4 @@ def named_teacher_tokenizer(recipe: Recipe, student: Tokenizer) -> "PreTrainedTo
         tokenizer = student.tokenizer
     if names.teacher_reference:
         check_same_tokens(tokenizer, load_tokenizer(names.teacher_reference, trust_remote_code=trust))
-    return tokenizer
+    return apply_form(copy.deepcopy(tokenizer), names.teacher_form) if names.teacher_form else tokenizer

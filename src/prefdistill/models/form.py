@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.files import value_digest
 from prefdistill.models.options import Form
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedT
     if form.chat_template is not None:
         tokenizer.chat_template = _template(tokenizer, form.chat_template)
     if not tokenizer.chat_template:
-        raise UserError(f"{name} has no chat template to set {', '.join(settings)} in; give --chat-template")
+        raise UserError(f"{name} has no chat template to set {', '.join(settings)} in; give a chat_template too")
     own = tokenizer.chat_template
     for variable in form.template_kwargs:
         if variable in RESERVED or not variable.isidentifier():
@@ -65,12 +66,14 @@ def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedT
     return tokenizer
 
 
-def _template(tokenizer: "PreTrainedTokenizerBase", source: str) -> str:
-    """Return the built-in template of this name, with BOS where the tokenizer writes it, or that of a file."""
+def read_template(source: str) -> str:
+    """Return the built-in template of this name, or that of a file.
+
+    Raises:
+        UserError: if there is none.
+    """
     if source in BUILTIN:
-        bos = tokenizer.bos_token_id
-        writes_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        return ("{{ bos_token }}" if writes_bos else "") + BUILTIN[source]
+        return BUILTIN[source]
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -80,6 +83,19 @@ def _template(tokenizer: "PreTrainedTokenizerBase", source: str) -> str:
     if not text.strip():
         raise UserError(f"the chat template {source} is empty")
     return text
+
+
+def form_key(form: Form) -> dict[str, Any]:
+    """Return what identifies a form: its settings, with the text of its template instead of its place."""
+    source = form.chat_template
+    return form.model_dump() | {"chat_template": source and value_digest(read_template(source))}
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", source: str) -> str:
+    """Return a template, a built-in one with BOS where the tokenizer writes it."""
+    bos = tokenizer.bos_token_id
+    writes_bos = source in BUILTIN and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return ("{{ bos_token }}" if writes_bos else "") + read_template(source)
 
 
 def _assignments(form: Form) -> Iterator[str]:
@@ -107,7 +123,7 @@ def _check(tokenizer: "PreTrainedTokenizerBase", form: Form) -> None:
     try:
         text = str(tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program and may raise anything
-        advice = "; leave --system-prompt out" if form.system_prompt else ""
+        advice = "; leave the system prompt out" if form.system_prompt else ""
         raise UserError(f"the chat template of {name} ({source}) cannot be rendered ({error}){advice}") from error
     if form.system_prompt and form.system_prompt.strip() not in text:
-        raise UserError(f"the chat template of {name} ({source}) writes no system prompt; leave --system-prompt out")
+        raise UserError(f"the chat template of {name} ({source}) writes no system prompt; leave the system prompt out")

@@ -25,14 +25,14 @@ class Loading(Trust):
 class Form(Section):
     """The form in which a model reads a conversation, for this model alone."""
 
-    chat_template: str | None = Field(
+    chat_template: Annotated[str | None, NOT_IN_KEY] = Field(
         None,
         description="Chat template in place of the model's own: a Jinja file, or plain, for a base model without one.",
     )
-    system_prompt: str | None = Field(
+    system_prompt: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="System prompt in place of the one that a row has or lacks; empty: none."
     )
-    template_kwargs: Options = Field(
+    template_kwargs: Annotated[Options, NOT_IN_KEY] = Field(
         default_factory=dict,
         description="Variables of its chat template, such as {enable_thinking: false}, in place of those of the data.",
     )
@@ -109,6 +109,19 @@ class Models(Trust):
         description="Hub name or directory of the tokenizer and chat template of the teacher and its reference; a "
         "teacher from scratch is made for it. Default: the student's, or the teacher's own if its tokens differ.",
     )
+    teacher_chat_template: Annotated[str | None, NOT_IN_KEY] = Field(
+        None,
+        description="Chat template of the teacher and its reference: a Jinja file, or plain, for a base model without "
+        "one.",
+    )
+    teacher_system_prompt: Annotated[str | None, NOT_IN_KEY] = Field(
+        None, description="System prompt of the teacher and its reference, in place of that of a row; empty: none."
+    )
+    teacher_template_kwargs: Annotated[Options, NOT_IN_KEY] = Field(
+        default_factory=dict,
+        description="Variables of the chat template of the teacher and its reference, such as {enable_thinking: "
+        "false}, in place of those of the data.",
+    )
     scratch: Scratch | None = Field(None, description="Shapes of random models; null: models are named.")
     dtype: Dtype = Field(
         "float32",
@@ -128,6 +141,19 @@ class Models(Trust):
     def student_layers(self) -> int | list[int] | None:
         """The decoder layers that the student keeps of the model that it is made from; None: all."""
         return self.student.layers if isinstance(self.student, FromModel) else None
+
+    @property
+    def teacher_form(self) -> Form | None:
+        """The form in which the teacher and its reference read a conversation; None: as their tokenizer says."""
+        form = Form(**{name: getattr(self, f"teacher_{name}") for name in Form.model_fields})
+        return None if form == Form() else form
+
+    @model_validator(mode="after")
+    def _form_has_tokenizer(self) -> "Models":
+        if self.teacher_form and not (self.teacher or self.teacher_tokenizer):
+            keys = ", ".join(f"model.teacher_{name}" for name in Form.model_fields)
+            raise ValueError(f"{keys} change how a named teacher reads; name model.teacher or model.teacher_tokenizer")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -241,6 +241,7 @@ def read_of(results: Results) -> View | None:
             "tokenizer": clean(teachers.get("tokenizer", "")),
             "tokens": _count(teachers.get("tokens")),
             "other": teachers.get("same_tokens") is False,
+            "form": _form_text(mapping(teachers.get("form"))),
         }
         if teachers
         else None,
@@ -254,6 +255,20 @@ def read_of(results: Results) -> View | None:
             if template
         ],
     }
+
+
+def _form_text(form: View) -> str:
+    """Return the form in which a model read the conversations, in words; see `models.form`."""
+    template, system, variables = (form.get(name) for name in ("chat_template", "system_prompt", "template_kwargs"))
+    return "; ".join(
+        part
+        for part in (
+            template and ("as plain text" if template == "plain" else f"chat template {clean(template)}"),
+            system is not None and (f"system prompt {clean(system)!r}" if system else "no system prompt"),
+            variables and ", ".join(f"{clean(name)} = {clean(value)}" for name, value in mapping(variables).items()),
+        )
+        if part
+    )
 
 
 def _count(value: Any) -> str:
