@@ -202,7 +202,10 @@ BAD = [
     (run("model.student=headless", "teacher.dpo.max_steps=1"), "1 weights are missing"),  # before the teacher's
     (run("model.teacher=cut-weights"), "cut-weights exists but holds no model"),
     (study("model.student=headless"), "cell 'beta=0.1': headless exists but holds no model"),
-    (run("model.student=other", "methods.dckd={}"), "dckd compares the token distributions of teacher and student"),
+    (
+        run("model.student=other", "methods.dckd={}"),
+        "dckd needs teacher.topk of chosen, rejected, but model has other tokens than the student",
+    ),
     (run("model.teacher_tokenizer=other"), "other and model have different tokenizers"),
     (run("model.teacher_tokenizer=nowhere"), "no tokenizer at 'nowhere'"),
     (answers("questions.jsonl", model="headless"), "1 weights are missing"),

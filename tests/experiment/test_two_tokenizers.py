@@ -10,9 +10,10 @@ from prefdistill.experiment.check import check_plan
 from prefdistill.experiment.inputs import Sources, source_fingerprints
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
+from prefdistill.experiment.run import run_recipe
 from prefdistill.experiment.show_plan import plan_recipe
 from prefdistill.models.scratch import random_model
-from support.tiny_runs import QUICKSTART, SMALL
+from support.tiny_runs import QUICKSTART, SMALL, stages
 
 OTHER = "data.synthetic.teacher_tokenizer=other"
 SHAPE = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -83,7 +84,9 @@ def test_a_named_teacher_is_read_with_its_own_tokenizer_and_reading_is_priced_in
 @pytest.mark.parametrize("method", ["vanillakd", "dckd", "adpa", "distillm2", "dpkd-token"])
 def test_methods_that_compare_distributions_are_refused_before_anything_runs(method, tmp_path):
     recipe = load_recipe(QUICKSTART, [*SMALL, OTHER], only=[method])
-    with pytest.raises(UserError, match=rf"methods\.{method} compares the token distributions .* other tokens .* tvkd"):
+    with pytest.raises(
+        UserError, match=rf"methods\.{method} needs teacher\.topk .* the teacher has other tokens .* tvkd"
+    ):
         check_plan(build_plan(recipe, tmp_path, 0))
 
 
@@ -103,3 +106,28 @@ def test_the_built_in_tokenizer_is_for_a_teacher_from_scratch(other):
     for name in ("teacher", "teacher_tokenizer"):
         with pytest.raises(UserError, match="teacher_tokenizer is for a teacher from scratch"):
             load_recipe(QUICKSTART, [*SMALL, OTHER, f"model.{name}={other}"])
+
+
+def test_a_whole_run_with_two_tokenizers(tmp_path):
+    changes = [
+        *SMALL,
+        OTHER,
+        *("teacher.sft.max_steps=60", "teacher.sft.learning_rate=0.02"),
+        *("student.sft.max_steps=40", "student.sft.learning_rate=0.02"),
+    ]
+    recipe = load_recipe(QUICKSTART, changes, only=["tvkd", "dpkd"])
+    results = run_recipe(recipe, tmp_path / "run")
+    assert {"teacher", "start", "dpo", "tvkd", "dpkd"} == results["methods"].keys()
+    assert "teacher implicit reward" in results["margin_accuracy"]
+    assert not any("other rows or tokens of train" in warning for warning in results["warnings"])
+    read = {stage["name"]: stage["read"] for stage in results["stages"] if stage["read"]}
+    readers = {name for name, one in read.items() if one["tokenizer"] == "teacher"}
+    assert {name for name in read if "teacher" in name} == readers
+    assert read["distill-tvkd-0"]["kept"] == read["signals-teacher-train"]["kept"]
+    about = results["read"]["teacher_tokenizer"]
+    assert (about["tokenizer"], about["tokens"], about["same_tokens"]) == ("made in this run", 71, False)
+    assert about["template"]["sha256"] != results["read"]["template"]["sha256"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "The teacher was read with a tokenizer of other tokens than the student's" in report
+    assert report.count("Chat template of <code>made in this run</code>") == 2
+    assert all(stages(run_recipe(recipe, tmp_path / "run")).values())

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from prefdistill.data.columns import SIDES
 from prefdistill.evaluation.measure import Measured
 from prefdistill.methods import Method
 from prefdistill.methods.base import MAX_RATIO
@@ -19,7 +20,7 @@ def shaping_of(
 
     Args:
         methods: by name.
-        signals: signals of the test pairs.
+        signals: signals of the test pairs, the reference's among them.
         measured: measurements by method, with the metric "reward_margin".
 
     Returns:
@@ -32,7 +33,9 @@ def shaping_of(
         offset = None if signals.missing(method.needs) else method.margin_offset(method.row_signals(signals))
         if offset is None:
             continue
-        margin = method.margin_scale * np.array(measured[name][0].items["reward_margin"])
+        # of all test pairs that the student reads; a teacher with other tokens may lack some
+        read = signals.store("reference", "logps", SIDES[0]).rows
+        margin = method.margin_scale * np.array(measured[name][0].items["reward_margin"])[np.isin(read, signals.rows)]
         margins[name] = {
             "mean": float(offset.mean()),
             "std": float(offset.std()),

@@ -15,6 +15,7 @@ from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import reference_bf16
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.step import TEACHERS
 from prefdistill.experiment.steps.signals import Sample
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
@@ -24,6 +25,8 @@ from prefdistill.models.pruned import empty_pruned
 from prefdistill.models.scratch import check_shape
 from prefdistill.sampling import ENGINES
 from prefdistill.sampling.options import SampleRequest
+from prefdistill.signals.join import INSTEAD, ONE_VOCABULARY
+from prefdistill.signals.kinds import make_kinds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,7 +125,7 @@ def _check_samples(plan: Plan) -> None:
 def _check_method(plan: Plan, where: str, method: Method) -> None:
     """Check that this recipe makes the signals that a method needs."""
     recipe = plan.context.recipe
-    _check_vocabulary(plan, where, method)
+    _check_tokens(plan, where, method)
     if method.weakness:
         say_once(f"warning: {where}: {method.weakness}")
     for need in method.needs:
@@ -142,16 +145,19 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
             raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
 
 
-def _check_vocabulary(plan: Plan, where: str, method: Method) -> None:
-    """Refuse a method that compares distributions over one vocabulary where teacher and student have two."""
-    if method.one_vocabulary and plan.context.two_vocabularies:
-        names = plan.context.recipe.model
-        teacher = names.teacher_tokenizer or names.teacher or "the teacher"
-        raise UserError(
-            f"{where} compares the token distributions of teacher and student, but {teacher} has other tokens than the "
-            "student; use a method that reads numbers of the text, such as tvkd, dadpo, seqkd or dpkd of level "
-            "sequence, or a teacher with the student's tokens"
-        )
+def _check_tokens(plan: Plan, where: str, method: Method) -> None:
+    """Refuse a method on numbers of the teacher's tokens where the student reads the texts in other ones."""
+    if not plan.context.two_tokenizers:
+        return
+    names = plan.context.recipe.model
+    for need in method.needs:
+        if need.role in TEACHERS and need.across is None and make_kinds([need.kind])[0].needs_same_tokens:
+            teacher = names.teacher_tokenizer or names.teacher or "the teacher"
+            other = "other tokens" if plan.context.two_vocabularies else "another chat template"
+            raise UserError(
+                f"{where} needs {need}, but {teacher} has {other} than the student, and {ONE_VOCABULARY}: "
+                + (INSTEAD if plan.context.two_vocabularies else "leave model.teacher_tokenizer out")
+            )
 
 
 def _check_numbers(where: str, method: Method, column: str, data: UserData) -> None:

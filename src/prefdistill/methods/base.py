@@ -120,11 +120,6 @@ class Method:
         return False
 
     @property
-    def one_vocabulary(self) -> bool:
-        """Whether it compares distributions of the teacher and the student, which must then have the same tokens."""
-        return any(need.kind == "topk" for need in self.needs if need.role in ("teacher", "teacher_reference"))
-
-    @property
     def weakness(self) -> str:
         """What in its options leaves next to nothing to learn; empty if nothing does."""
         return ""

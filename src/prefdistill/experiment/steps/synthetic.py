@@ -73,7 +73,11 @@ class Pairs(Step):
             first, second = (respond(self, model, prompts, 1.0, seed + shift, f"{split} pairs") for shift in (0, 1))
             # the chat template would add an end token to a response that has none: not what was sampled
             ended = [a.ended and b.ended for a, b in zip(first, second, strict=True)]
-            rows = [place for place, whole in enumerate(ended) if whole]
+            # pieces of words that a teacher with another tokenizer joins to no word are unknown to the student
+            known = [
+                self._student_reads(a.text) and self._student_reads(b.text) for a, b in zip(first, second, strict=True)
+            ]
+            rows = [place for place in range(len(prompts)) if ended[place] and known[place]]
             pairs = synthetic.preference_pairs(
                 [prompts[row] for row in rows],
                 [first[row].text for row in rows],
@@ -81,6 +85,11 @@ class Pairs(Step):
                 seed=seed,
             )
             write_jsonl(out / f"{split}.jsonl", pairs)
+
+    def _student_reads(self, text: str) -> bool:
+        """Whether the student's tokens give a response back."""
+        tokenizer = self.context.tokenizer.tokenizer
+        return bool(tokenizer.decode(tokenizer(text)["input_ids"]) == text)
 
     def part(self, name: str, split: str, *, limit: int | None = None, label_noise: float = 0.0) -> Rows:
         """Return the pairs of a split as an input of other steps: the first `limit`, a share of them with the labels
