@@ -52,6 +52,24 @@ def test_page_shows_the_numbers(page: str) -> None:
         assert f">{heading}</h2>" in page
 
 
+def test_page_says_what_a_teacher_with_other_tokens_loses(tmp_path: Path) -> None:
+    shares = {"taught": 0.9382, "exact": 0.9131, "start": 0.013, "unmapped": 0.0, "rest": 0.0739}
+    results = small({"dckd": (0.1, 0.01, 3)})
+    results["stages"] = [
+        {"name": name, "kind": "distill", "method": name, "read": {"data": "train", "rows": 8, "across": across}}
+        for name, across in (("dckd", shares), ("vanillakd", shares), ("other", shares | {"taught": NAN}))
+    ]
+    path = small_run(tmp_path, results)
+    said = (
+        "for distill dckd, distill vanillakd: 93.8 % of the student's states are taught; of the teacher's mass there "
+        "91.3 % is on a token of the same text, 1.3 % on the start of its text, 0.0 % on tokens without a place, 7.4 % "
+        "outside the stored tokens."
+    )
+    for page in (Page(render_html([path])).text, render_markdown([path])):
+        assert said in page
+        assert page.count("are taught") == 1
+
+
 def test_figures_carry_their_numbers_in_words(page: str) -> None:
     forest = re.search(r'<desc id="run1-forest-alt">(.*?)</desc>', page)
     assert forest

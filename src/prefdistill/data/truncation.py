@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from prefdistill.core.errors import UserError
@@ -115,6 +115,7 @@ class Reading:
         responses: kept rows of which a response is truncated.
         ids: a digest of the kept rows' numbers and token ids, where it was computed.
         warnings: of what a training learns from these rows.
+        across: what the distributions of a teacher with other tokens lose, see `signals.projected`.
     """
 
     kept: int
@@ -123,6 +124,7 @@ class Reading:
     responses: int
     ids: str = ""
     warnings: tuple[str, ...] = ()
+    across: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -150,6 +152,7 @@ class Reading:
             "truncated_responses": self.responses,
             **({"ids": self.ids} if self.ids else {}),
             **({"warnings": list(self.warnings)} if self.warnings else {}),
+            **({"across": {**self.across}} if self.across else {}),
         }
 
 

@@ -18,6 +18,7 @@ from prefdistill.report.table import method_table
 from prefdistill.report.teacher import gauge_sentence, margin_accuracy_of, shaping_of
 from prefdistill.report.training import curves_of
 from prefdistill.report.warnings import warnings_of
+from prefdistill.signals.projection import SHARES, in_words
 
 View = dict[str, Any]
 
@@ -205,6 +206,7 @@ def read_of(results: Results) -> View | None:
     """Return what was read: the data sets, the chat template, and how many rows of them each stage kept."""
     counts = ("rows", "kept", "truncated_prompts", "truncated_responses")
     stages: dict[tuple[str, ...], list[str]] = {}
+    across: dict[str, list[str]] = {}
     entries = [mapping(about) for about in results.items("stages")]
     several = len({repr(about.get("seed")) for about in entries}) > 1
     for about in entries:
@@ -215,6 +217,8 @@ def read_of(results: Results) -> View | None:
             numbers = [_count(one.get(key)) for key in counts]
             key = (clean(one.get("data", "")) + of_seed, *numbers, dropped, clean(one.get("ids", "")))
             stages.setdefault(key, []).append(_stage_name(about))
+            if words := _across(mapping(one.get("across"))):
+                across.setdefault(words, []).append(_stage_name(about))
     read = results.mapping("read")
     sets, teachers = read.get("data"), mapping(read.get("teacher_tokenizer"))
     templates = [mapping(one.get("template")) for one in (read, teachers)]
@@ -236,6 +240,7 @@ def read_of(results: Results) -> View | None:
         "stages": [
             {**dict(zip(names, key, strict=True)), "names": ", ".join(dict.fromkeys(of))} for key, of in stages.items()
         ],
+        "across": [f"{', '.join(dict.fromkeys(of))}: {words}" for words, of in across.items()],
         "limits": ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit),
         "teacher": {
             "tokenizer": clean(teachers.get("tokenizer", "")),
@@ -269,6 +274,13 @@ def _form_text(form: View) -> str:
         )
         if part
     )
+
+
+def _across(shares: dict[str, Any]) -> str:
+    """Return what the distributions of a teacher with other tokens lose; empty if a share is missing."""
+    numbers = {name: number(shares.get(name)) for name in SHARES}
+    known = {name: share for name, share in numbers.items() if share is not None and math.isfinite(share)}
+    return in_words(known) if len(known) == len(SHARES) else ""
 
 
 def _count(value: Any) -> str:

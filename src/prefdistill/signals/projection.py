@@ -1,9 +1,13 @@
 """Token distributions of a teacher with another tokenizer, in the student's tokens and at the student's states."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from prefdistill.models.token_map import TokenMap
 from prefdistill.signals.topk import TopK
+
+SHARES = ("taught", "exact", "start", "unmapped", "rest")  # what `in_words` says
 
 
 def project(states: TopK, ids: np.ndarray) -> TopK:
@@ -65,17 +69,37 @@ def at_states(states: TopK, places: np.ndarray) -> TopK:
     return TopK(ids, logps, rest)
 
 
-def mass_shares(states: TopK, tokens: TokenMap) -> dict[str, float]:
-    """Return the mean mass of a state on tokens that go to one of the same text, to the start of their text, nowhere,
-    and on those that the signals do not name.
+def mass_shares(states: TopK, tokens: TokenMap) -> dict[str, np.ndarray]:
+    """Return the mass of each state that has tokens, [n] each: on tokens that go to one of the same text, to the start
+    of their text, nowhere, and outside the stored ones.
 
     Example:
         >>> states = TopK(np.array([[0, 1]]), np.log([[0.5, 0.25]]), np.log([0.25]))
         >>> mass_shares(states, TokenMap(np.array([7, -1]), np.array([True, False])))
-        {'exact': 0.5, 'start': 0.0, 'unmapped': 0.25, 'rest': 0.25}
+        {'exact': array([0.5]), 'start': array([0.]), 'unmapped': array([0.25]), 'rest': array([0.25])}
     """
-    known, at = states.ids >= 0, states.ids.clip(min=0)
-    mass, exact, mapped = np.exp(states.logps), tokens.exact[at] & known, (tokens.ids[at] >= 0) & known
+    some = (states.ids >= 0).any(1)
+    ids, mass = states.ids[some], np.exp(states.logps[some])
+    known, at = ids >= 0, ids.clip(min=0)
+    mapped, exact = known & (tokens.ids[at] >= 0), known & tokens.exact[at]
     parts = {"exact": exact, "start": mapped & ~exact, "unmapped": known & ~mapped}
-    shares = {name: float((mass * part).sum(1).mean()) for name, part in parts.items()}
-    return shares | {"rest": float(np.exp(states.rest).mean())}
+    return {name: (mass * part).sum(1) for name, part in parts.items()} | {"rest": np.exp(states.rest[some])}
+
+
+def in_words(shares: Mapping[str, float]) -> str:
+    """Return the sentence about what a projection loses.
+
+    Args:
+        shares: "taught", of the student's states, and those of `mass_shares` there.
+
+    Example:
+        >>> in_words({"taught": 0.9, "exact": 0.8, "start": 0.1, "unmapped": 0.0, "rest": 0.1})
+        "90.0 % of the student's states are taught; of the teacher's mass there 80.0 % is on a token of the same text, \
+10.0 % on the start of its text, 0.0 % on tokens without a place, 10.0 % outside the stored tokens"
+    """
+    percent = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
+    return (
+        f"{percent['taught']} of the student's states are taught; of the teacher's mass there {percent['exact']} is on "
+        f"a token of the same text, {percent['start']} on the start of its text, {percent['unmapped']} on tokens "
+        f"without a place, {percent['rest']} outside the stored tokens"
+    )
