@@ -23,6 +23,7 @@ from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.alignment import Alignment, States
 from prefdistill.signals.ids import Ids
 from prefdistill.signals.kinds import Kind, make_kinds
+from prefdistill.signals.projected import STATE, TOPK_STATE, ProjectedSignals, taught_states
 from prefdistill.signals.shards import ROW, Shard, memory_shard, response_columns
 from prefdistill.signals.store import Signals
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from prefdistill.data.truncation import Truncation
+    from prefdistill.models.token_map import TokenMap
 
 CUT_ELSEWHERE = "the teacher's tokens and the student's truncate a response at different characters"
 ENDS_DIFFER = "a response has its end token for one of teacher and student only"
@@ -68,15 +70,17 @@ def align(
     texts: StudentTexts,
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
+    tokens: TokenMap | None = None,
 ) -> tuple[Signals, dict[int, str]]:
     """Return a teacher's store in the states of a student's tokens, in memory, and why it cannot serve other rows.
 
-    Kinds of one tokenizer only, such as "topk", are left out.
+    Kinds of one tokenizer only are left out: "topk", unless `tokens` says where its tokens go.
 
     Args:
         store: extracted with another tokenizer or chat template.
         texts: the student's pairs.
         tokenizer, truncation: those of the student's pairs.
+        tokens: where the teacher's tokens go in the student's vocabulary.
 
     Raises:
         UserError: if the store has no places in the text, or no row is left.
@@ -99,7 +103,7 @@ def align(
         reasons |= {int(rows[place]): reason for place, reason in zip(places, why, strict=True) if reason}
         places = places[[not reason for reason in why]]
         if len(places):
-            aligned, counts = _aligned_shard(part, texts, places, kinds)
+            aligned, counts = _aligned_shard(part, texts, places, kinds, topk=tokens is not None)
             shards.append(aligned)
             shared += counts
     dropped = Dropped({}, {}).with_rows(reasons)
@@ -108,7 +112,7 @@ def align(
     served = {row for shard in shards for row in shard.column("row").to_pylist()}
     manifest = {
         **store.manifest,
-        "kinds": [kind.name for kind in kinds],
+        "kinds": [*(kind.name for kind in kinds), *(["topk"] if tokens else [])],
         "tokenizer": tokenizer_identity(tokenizer),
         "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
         "dropped": {
@@ -121,6 +125,8 @@ def align(
         },
         "shards": [{"file": shard.name, "rows": shard.starts[-1].item(), "sha256": shard.digest} for shard in shards],
     }
+    if tokens is not None:
+        return ProjectedSignals(manifest, shards, store, tokens), reasons
     return Signals(manifest, shards, store.place), reasons
 
 
@@ -144,7 +150,7 @@ def _reasons(store: Signals, texts: StudentTexts, places: np.ndarray) -> list[st
 
 
 def _aligned_shard(
-    store: Signals, texts: StudentTexts, places: np.ndarray, kinds: list[Kind]
+    store: Signals, texts: StudentTexts, places: np.ndarray, kinds: list[Kind], *, topk: bool
 ) -> tuple[Shard, tuple[int, int]]:
     """Return the student's rows at `places` with the store's signals; of the states how many are shared, and all."""
     encoded = texts.encoded.select(places)
@@ -160,6 +166,8 @@ def _aligned_shard(
             student, teacher = _states(store, name, encoded, spans, ids.rows)
             alignment = Alignment.of(student, teacher)
             shared, states = shared + int(alignment.shared.sum()), states + len(alignment.shared)
+            if topk:
+                columns[f"{name}_{TOPK_STATE}"] = (STATE, taught_states(student, teacher, alignment))
         for kind in kinds:
             for column, spec in kind.columns.items():
                 stored = kind.column_name(column, name)

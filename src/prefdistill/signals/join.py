@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,8 @@ from prefdistill.signals.aligned import StudentTexts, align
 from prefdistill.signals.ids import check_ids
 from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.needs import Need
+from prefdistill.signals.projected import ProjectedSignals, token_map
+from prefdistill.signals.projection import in_words
 from prefdistill.signals.store import Signals, SignalSet
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 TEACHERS = ("teacher", "teacher_reference")  # the other roles are read as the student is trained
 ONE_VOCABULARY = "token distributions can be compared over one vocabulary only"
-INSTEAD = "use a method on numbers of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
+INSTEAD = (
+    "map the teacher's tokens to the student's with across=first_token (vanillakd, dckd), or use a method on numbers "
+    "of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,15 @@ class Joined:
         encoded: the pairs that are encoded and have all signals.
         dropped: the others.
         truncation: of the pairs.
+        across: what the distributions of a teacher with other tokens lose, see `ProjectedSignals.shares`; empty if none
+            are read.
     """
 
     signals: SignalSet
     encoded: Dataset
     dropped: Dropped
     truncation: Truncation
+    across: Mapping[str, float] = field(default_factory=dict)
 
 
 def join(
@@ -77,9 +85,14 @@ def join(
     encoded, dropped = encode_pairs(data, tokenizer, truncation, responses=responses)
     reasons: dict[int, str] = {}
     aligned: list[Signals] = []
+    across: dict[str, float] = {}
     for store in others:
         texts = StudentTexts.of(data, tokenizer, truncation, store.responses)
-        in_own_states, unserved = align(store, texts, tokenizer, truncation)
+        projected = any(need.across for need in needs if (need.role, need.kind) == (store.role, "topk"))
+        tokens = token_map(store, tokenizer, plain=isinstance(data[0]["prompt"], str)) if projected else None
+        in_own_states, unserved = align(store, texts, tokenizer, truncation, tokens)
+        if isinstance(in_own_states, ProjectedSignals):
+            across |= in_own_states.shares
         aligned.append(in_own_states)
         reasons = unserved | reasons
         say_once(_about(in_own_states))
@@ -93,7 +106,7 @@ def join(
     if not has_signals.all():
         dropped = dropped.with_rows({int(row): reasons.get(int(row), NO_SIGNALS) for row in rows[~has_signals]})
         encoded = encoded.select(np.flatnonzero(has_signals))
-    return Joined(signals.at(rows[has_signals]), encoded, dropped, truncation)
+    return Joined(signals.at(rows[has_signals]), encoded, dropped, truncation, across)
 
 
 def _check_needs(needs: Sequence[Need], store: Signals) -> None:
@@ -101,7 +114,7 @@ def _check_needs(needs: Sequence[Need], store: Signals) -> None:
     for need in needs:
         if need.role == store.role and need.kind in store.kinds:
             (kind,) = make_kinds([need.kind], store.settings)
-            if kind.needs_same_tokens:
+            if kind.needs_same_tokens and not need.across:
                 raise UserError(
                     f"the {store.role} signals ({store.place}) are of {_tokens_of(store)}, the method needs {need}, "
                     f"and {ONE_VOCABULARY}: {INSTEAD}. If the two have the same vocabulary, extract these signals "
@@ -122,7 +135,8 @@ def _shared_truncation(stores: Sequence[Signals], truncation: Truncation | None)
 def _about(store: Signals) -> str:
     share = store.manifest["aligned"]["shared"]
     shared = "" if share is None else f", which share {share:.0%} of the student's states"
-    return f"signals: the {store.role} signals ({store.place}) are of {_tokens_of(store)}{shared}"
+    losses = f". Of its distributions {in_words(store.shares)}" if isinstance(store, ProjectedSignals) else ""
+    return f"signals: the {store.role} signals ({store.place}) are of {_tokens_of(store)}{shared}{losses}"
 
 
 def _tokens_of(store: Signals) -> str:

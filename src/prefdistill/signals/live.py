@@ -61,6 +61,7 @@ class LiveTeacher(Signals):
             raise UserError("this LiveTeacher is not bound to data yet: give it dataset, tokenizer and kinds")
         bound = self.bind()
         super().__init__(bound.manifest, bound.shards)
+        self.tokenizer = bound.tokenizer
         return getattr(self, name)
 
     def bind(
@@ -100,7 +101,9 @@ class LiveTeacher(Signals):
         with Progress(f"signals ({self._role})", total, "response") as progress:
             shards = [memory_shard(*extraction.shard(part, progress)) for part in extraction.parts]
         manifest, _ = finished_manifest(extraction.request, shards)
-        return Signals(manifest, shards)
+        signals = Signals(manifest, shards)
+        signals.tokenizer = tokenizer
+        return signals
 
 
 def bind_live(

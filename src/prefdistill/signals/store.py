@@ -61,6 +61,7 @@ class Signals:
 
     def __init__(self, manifest: dict[str, Any], shards: Sequence[Shard], place: str = "in memory") -> None:
         self.manifest, self.place = manifest, place
+        self.tokenizer: PreTrainedTokenizerBase | None = None  # that they were made with, where it is loaded
         self.shards = tuple(shards)
         rows = [shard.column("row").to_numpy() for shard in self.shards]
         self.rows = np.concatenate(rows).astype(np.int64)

@@ -79,7 +79,7 @@ def prepare_rows(
     if missing := available.missing(method.needs):
         raise UserError(f"{type(method).__name__} lacks {'; '.join(map(str, missing))}. {_how_to_extract(missing[0])}")
     available.check_settings(method.needs)
-    reading = reading_with_ids(encoded, joined.dropped, method.responses)
+    reading = replace(reading_with_ids(encoded, joined.dropped, method.responses), across=joined.across)
     if not reading.complete:
         say(f"training: {reading}")
     features = method.row_signals(available)

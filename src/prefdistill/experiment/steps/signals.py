@@ -143,7 +143,9 @@ class ReadSignals(Step):
 
     @functools.cached_property
     def store(self) -> Signals:
-        return Signals.open(self.directory / "store")
+        store = Signals.open(self.directory / "store")
+        store.tokenizer = self.reads_with.tokenizer  # which the store names by its place then
+        return store
 
     def read(self) -> dict[str, Any]:
         name = self.data.column if isinstance(self.data, Sample) else self.data.name
