@@ -191,7 +191,7 @@ def test_distributions_are_refused_with_the_reason(teacher_of, pairs, tokenizer,
     store = teacher_of(other_tokenizer, ("topk",), k=4)
     with pytest.raises(
         UserError,
-        match=r"of other tokens than the student.*token distributions .* one vocabulary only: map .* or use a method on",
+        match=r"of other tokens than the student.*token distributions .* one vocabulary only: map .*, or use a method",
     ):
         prepare_rows(pairs, METHODS["vanillakd"](), [store], tokenizer, None)
 
