@@ -5,6 +5,7 @@ and kernels of these models, and the responses to one differ in length: however 
 a wrong position, or a state that passes from one response into the other changes what is found.
 """
 
+import copy
 import importlib.util
 
 import pytest
@@ -18,6 +19,7 @@ from prefdistill.core.files import read_json
 from prefdistill.models.load import load_model
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import extract_signals
+from support.tokenizer_styles import make_tokenizer
 
 quantised = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -220,3 +222,73 @@ def test_an_adapter_on_a_quantised_base(tokenizer, tmp_path):
     with model.disable_adapter():
         without = check(model, tokenizer, tmp_path / "base", atol=rounding).row(0)["chosen"]["values"]
     assert abs(found - without).max() > 0.1
+
+
+# -- with a tokenizer of its own ---------------------------------------------------------------------------------------
+
+
+def padded(tokenizer, directory):
+    """More embedding rows than tokens."""
+    make(tokenizer, "llama", vocabulary=len(tokenizer) + 13).save_pretrained(directory)
+
+
+def resized(tokenizer, directory):
+    """Embeddings that were resized for added tokens, to a multiple."""
+    model = make(tokenizer, "llama")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    model.save_pretrained(directory)
+
+
+def adapter(tokenizer, directory):
+    """A LoRA adapter with added tokens and a tokenizer of its own, on a base without one."""
+    from peft import LoraConfig, get_peft_model
+
+    make(tokenizer, "llama", hidden_size=64, intermediate_size=128).save_pretrained(directory / "base")
+    tokenizer.add_tokens(["<think>"])
+    base = load_model(str(directory / "base"))
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = str(directory / "base")
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("build", "loading", "atol"),
+    [
+        (padded, {}, 2e-4),
+        (resized, {}, 2e-4),
+        (adapter, {}, 2e-4),
+        pytest.param(resized, {"quantization": "4bit"}, 2e-4, marks=quantised),
+        pytest.param(adapter, {"quantization": "4bit"}, 5e-3, marks=quantised),
+    ],
+    ids=["padded", "resized", "adapter", "resized-4bit", "adapter-4bit"],
+)
+@torch.no_grad()
+def test_a_teacher_with_a_tokenizer_of_its_own(build, loading, atol, tmp_path):
+    tokenizer = copy.deepcopy(make_tokenizer("llama3"))
+    with torch.enable_grad():
+        build(tokenizer, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [{"prompt": message("user", p), "chosen": message("assistant", c)} for p, c, _ in spoken()]
+    store = extract_signals(
+        str(tmp_path), Dataset.from_list(rows), out=tmp_path / "t", responses=("chosen",), dtype="float32", **loading
+    )
+    model = load_model(str(tmp_path), dtype="float32", **loading)
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    emits = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    emits[list(tokenizer.get_vocab().values())] = True
+    for i, row in enumerate(rows):
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], return_dict=False)
+        start = len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
+        logits = model(torch.tensor([ids])).logits[0, start - 1 :].double().masked_fill(~emits, -torch.inf)
+        logps = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[start:])[:, None]).sum()
+        stored = store.row(i)["chosen"]
+        assert stored["values"] == pytest.approx(logits.logsumexp(-1).numpy(), abs=atol)
+        assert stored["logps"] == pytest.approx(logps.item(), abs=10 * atol)
