@@ -19,6 +19,7 @@ from support.tiny_runs import QUICKSTART
 
 PLAIN = "model.teacher_chat_template=plain"
 SYSTEM = "model.teacher_system_prompt=Be kind."
+PREFIX = 'model.teacher_response_prefix="- "'
 
 
 def planned(recipe, *changes):
@@ -27,20 +28,22 @@ def planned(recipe, *changes):
 
 def test_a_form_changes_the_keys_of_what_is_read_from_the_teachers_alone(named, tmp_path):
     before = {step.name: step.key for step in planned(named / "recipe.yaml").steps}
-    plan = planned(named / "recipe.yaml", PLAIN, SYSTEM)
-    check_plan(plan)
+    plan = planned(named / "recipe.yaml", PLAIN, SYSTEM, PREFIX)
+    with pytest.raises(UserError, match=r"adpa needs .* another chat template .* the keys of the teacher's form out"):
+        check_plan(plan)
     same = {step.name for step in plan.steps if before[step.name] == step.key}
     of_students = {"signals-reference-train", "signals-reference-test", "distill-dpo-0", "evaluate-dpo-0"}
     assert same == {*of_students, "sample-start"}
     prompt, context = [{"role": "user", "content": "Hi"}], plan.context
     texts = {role: Encoder(context.tokenizer_of(role).tokenizer).text(prompt) for role in ("teacher", "student")}
-    assert texts["teacher"].endswith("System:\nBe kind.\n\nUser:\nHi\n\nAssistant:\n")
+    assert texts["teacher"].endswith("System:\nBe kind.\n\nUser:\nHi\n\nAssistant:\n- ")
     assert "System:" not in texts["student"]  # the tokenizer that both would share
     assert context.tokenizer_of("teacher_reference") is context.tokenizer_of("teacher")
     assert not context.two_vocabularies
 
     read = read_of(plan)
-    assert read["teacher_tokenizer"]["form"] == {"chat_template": "plain", "system_prompt": "Be kind."}
+    form = {"chat_template": "plain", "system_prompt": "Be kind.", "response_prefix": "- "}
+    assert read["teacher_tokenizer"]["form"] == form
     run = small_run(tmp_path, {"methods": {"tvkd": {"r": 1.5}}, "read": read})
     for page in (render_html([run]), render_markdown([run])):
         assert "in a form of its own: as plain text; system prompt" in page

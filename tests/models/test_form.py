@@ -3,10 +3,13 @@
 import copy
 
 import pytest
+from datasets import Dataset
 
 from prefdistill.core.errors import UserError
+from prefdistill.data.encode import encode_pairs
 from prefdistill.data.encoder import Encoder
 from prefdistill.data.template import changes_with_time, render_messages, template_ending
+from prefdistill.data.truncation import Truncation
 from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.options import Form
@@ -96,6 +99,38 @@ def test_variables_of_the_template_for_one_model():
     shows = with_template("{{ a }}|{{ b }}|{{ c }}{{ messages[0].content }}")
     shown = formed("chatml", template=shows.chat_template, template_kwargs=values)
     assert render_messages(shown, [USER]) == render_messages(shows, [USER], inputs=values)
+
+
+# generation prompts that open a thinking block, which a finished conversation does not have, or has otherwise
+OPENS = {
+    "r1": "{{ bos_token }}{% for m in messages %}{% if m.role != 'assistant' %}<U>{{ m.content }}{% else %}"
+    "{% set content = m.content.split('</think>')[-1] %}<A>{{ content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}\n",
+    "empty block": "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}",
+    "style": STYLES["not_a_prefix"].template,
+}
+
+
+@pytest.mark.parametrize("template", OPENS.values(), ids=OPENS)
+def test_a_response_behind_a_prefix_that_closes_what_the_generation_prompt_opens(template):
+    own, prefix = with_template(template), "\n</think>\n\n"
+    tokenizer = formed("chatml", template=template, response_prefix=prefix, system_prompt="Be kind.")
+    for row in ([USER], [SYSTEM, USER], [USER, REPLY, USER]):
+        asked = [{"role": "system", "content": "Be kind."}, *(row[1:] if row[0] == SYSTEM else row)]
+        prompt, whole = Encoder(tokenizer).texts(row, [REPLY])
+        assert prompt == render_messages(own, asked, generation_prompt=True) + prefix
+        assert whole.startswith(prompt + REPLY["content"])
+        (_, theirs) = Encoder(own).texts(asked, "x")
+        assert whole.removeprefix(prompt + REPLY["content"]) == theirs[theirs.rindex("x") + 1 :]
+    assert template_ending(tokenizer) == template_ending(own)
+    rows = Dataset.from_list([{"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY | {"content": "6"}]}])
+    with pytest.raises(UserError, match="No row is left"):
+        encode_pairs(rows, own, Truncation())
+    encoded, dropped = encode_pairs(rows, tokenizer, Truncation())
+    assert not dropped
+    assert tokenizer.decode(encoded[0]["rejected_ids"]) == "6<|im_end|>"
+    assert Encoder(tokenizer).texts([USER], [REPLY | {"tool_calls": [{"function": {"name": "f"}}]}]) is None
 
 
 def test_named_templates_all_get_the_form():

@@ -145,6 +145,9 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
             raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
 
 
+AS_STUDENT = "read it as the student: leave model.teacher_tokenizer and the keys of the teacher's form out"
+
+
 def _check_tokens(plan: Plan, where: str, method: Method) -> None:
     """Refuse a method on numbers of the teacher's tokens where the student reads the texts in other ones."""
     if not plan.context.two_tokenizers:
@@ -156,7 +159,7 @@ def _check_tokens(plan: Plan, where: str, method: Method) -> None:
             other = "other tokens" if plan.context.two_vocabularies else "another chat template"
             raise UserError(
                 f"{where} needs {need}, but {teacher} has {other} than the student, and {ONE_VOCABULARY}: "
-                + (INSTEAD if plan.context.two_vocabularies else "leave model.teacher_tokenizer out")
+                + (INSTEAD if plan.context.two_vocabularies else AS_STUDENT)
             )
 
 

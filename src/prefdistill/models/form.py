@@ -5,7 +5,6 @@ A form is nothing but another `tokenizer.chat_template`, so that identities, cac
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ RESERVED = {
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 PROBE = [{"role": "user", "content": "probe question"}]
+REPLY = {"role": "assistant", "content": "probe answer"}
 
 
 def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedTokenizerBase":
@@ -56,10 +56,10 @@ def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedT
             raise UserError(f"{variable!r} is no variable of a chat template; leave it out")
         if not re.search(rf"\b{variable}\b", str(own)):
             raise UserError(f"the chat template of {name} has no variable {variable!r}; leave it out")
-    prelude = "".join(f"{{% set {line} %}}\n" for line in _assignments(form))
-    # transformers removes the newline after a tag, so that the template still starts at the beginning of a line
     tokenizer.chat_template = (
-        {key: prelude + part for key, part in own.items()} if isinstance(own, dict) else prelude + own
+        {key: _rewritten(tokenizer, part, form) for key, part in own.items()}
+        if isinstance(own, dict)
+        else _rewritten(tokenizer, own, form)
     )
     _check(tokenizer, form)
     tokenizer.form = settings
@@ -98,14 +98,32 @@ def _template(tokenizer: "PreTrainedTokenizerBase", source: str) -> str:
     return ("{{ bos_token }}" if writes_bos else "") + read_template(source)
 
 
-def _assignments(form: Form) -> Iterator[str]:
-    """Yield what the form assigns before the template is rendered, as Jinja."""
-    for variable, value in form.template_kwargs.items():
-        yield f"{variable} = {_literal(value)}"
+def _rewritten(tokenizer: "PreTrainedTokenizerBase", template: str, form: Form) -> str:
+    """Return a template that assigns what the form sets before it renders, and writes a prefix before a response."""
+    lines = [f"{variable} = {_literal(value)}" for variable, value in form.template_kwargs.items()]
     if form.system_prompt is not None:
         system = [{"role": "system", "content": form.system_prompt}] if form.system_prompt else []
         others = "(messages[1:] if messages and messages[0].role in ['system', 'developer'] else messages)"
-        yield f"messages = {_literal(system)} + {others}"
+        lines.append(f"messages = {_literal(system)} + {others}")
+    after = ""
+    if form.response_prefix is not None:
+        # a response is written behind the generation prompt that the model gets, and ends as the template ends it
+        tail = _render(tokenizer, [*PROBE, REPLY], template).rpartition(REPLY["content"])[2]
+        lines += [
+            "form_response = messages[-1] if not add_generation_prompt and messages[-1].role == 'assistant' else none",
+            "add_generation_prompt = add_generation_prompt or form_response is not none",
+            f"form_prefix = {_literal(form.response_prefix)} if add_generation_prompt else ''",
+            "messages = messages if form_response is none else messages[:-1]",
+        ]
+        no_calls = "{{ raise_exception('a response behind a prefix has no tool calls') }}"
+        after = (
+            "{{ form_prefix }}{% if form_response is not none %}"
+            f"{{% if form_response.tool_calls %}}{no_calls}{{% endif %}}"
+            f"{{{{ form_response.content }}}}{{{{ {_literal(tail)} }}}}{{% endif %}}"
+        )
+        template = template.removesuffix("\n")  # as transformers renders it, where it is at the end
+    # transformers removes the newline after a tag, so that the template still starts at the beginning of a line
+    return "".join(f"{{% set {line} %}}\n" for line in lines) + template + after
 
 
 def _literal(value: Any) -> str:
@@ -117,13 +135,29 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], template: str | None = None, advice: str = ""
+) -> str:
+    """Return messages as text, with a generation prompt if the last is not a response.
+
+    Raises:
+        UserError: if the template cannot be rendered.
+    """
+    prompt = messages[-1]["role"] != "assistant"
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # a template is a program and may raise anything
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} cannot be rendered ({error}){advice}"
+        ) from error
+    return str(text)
+
+
 def _check(tokenizer: "PreTrainedTokenizerBase", form: Form) -> None:
     """Check that the template renders a question, with the system prompt of the form in it."""
-    name, source = tokenizer.name_or_path, form.chat_template or "its own"
-    try:
-        text = str(tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program and may raise anything
-        advice = "; leave the system prompt out" if form.system_prompt else ""
-        raise UserError(f"the chat template of {name} ({source}) cannot be rendered ({error}){advice}") from error
+    advice = "; leave the system prompt out" if form.system_prompt else ""
+    text = _render(tokenizer, PROBE, advice=advice)
     if form.system_prompt and form.system_prompt.strip() not in text:
-        raise UserError(f"the chat template of {name} ({source}) writes no system prompt; leave the system prompt out")
+        raise UserError(f"the chat template of {tokenizer.name_or_path} writes no system prompt{advice}")

@@ -36,6 +36,11 @@ class Form(Section):
         default_factory=dict,
         description="Variables of its chat template, such as {enable_thinking: false}, in place of those of the data.",
     )
+    response_prefix: Annotated[str | None, NOT_IN_KEY] = Field(
+        None,
+        description="Text between its generation prompt and a response, such as an end of the thinking block that its "
+        'generation prompt opens: "\\n</think>\\n\\n".',
+    )
 
 
 class ReadWith(Form):
@@ -121,6 +126,11 @@ class Models(Trust):
         default_factory=dict,
         description="Variables of the chat template of the teacher and its reference, such as {enable_thinking: "
         "false}, in place of those of the data.",
+    )
+    teacher_response_prefix: Annotated[str | None, NOT_IN_KEY] = Field(
+        None,
+        description="Text between the generation prompt and a response of the teacher and its reference, such as "
+        '"\\n</think>\\n\\n" where the generation prompt opens a thinking block.',
     )
     scratch: Scratch | None = Field(None, description="Shapes of random models; null: models are named.")
     dtype: Dtype = Field(

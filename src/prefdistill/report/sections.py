@@ -265,12 +265,14 @@ def read_of(results: Results) -> View | None:
 def _form_text(form: View) -> str:
     """Return the form in which a model read the conversations, in words; see `models.form`."""
     template, system, variables = (form.get(name) for name in ("chat_template", "system_prompt", "template_kwargs"))
+    prefix = form.get("response_prefix")
     return "; ".join(
         part
         for part in (
             template and ("as plain text" if template == "plain" else f"chat template {clean(template)}"),
             system is not None and (f"system prompt {clean(system)!r}" if system else "no system prompt"),
             variables and ", ".join(f"{clean(name)} = {clean(value)}" for name, value in mapping(variables).items()),
+            prefix is not None and f"responses begin after {clean(prefix)!r}",
         )
         if part
     )

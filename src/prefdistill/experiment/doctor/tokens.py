@@ -31,7 +31,8 @@ DROPPED = {
     reasons.TEMPLATE_FAILED: ("template.refused", "Bring roles and turns into the order that the template requires."),
     reasons.TEMPLATE_DIFFERS: (
         "template.differs",
-        "Use a template whose generation prompt is the start of a response (some open a thinking block there).",
+        "Use a template whose generation prompt is the start of a response. Some open a thinking block there: "
+        "a teacher is read after it with --response-prefix (model.teacher_response_prefix).",
     ),
     **dict.fromkeys(
         (reasons.TEXT_CHANGED, reasons.TOKENS_CHANGED),
