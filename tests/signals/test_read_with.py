@@ -7,6 +7,8 @@ import pytest
 
 from prefdistill import METHODS
 from prefdistill.cli import main
+from prefdistill.core.file_artifact import sidecar
+from prefdistill.core.files import read_json
 from prefdistill.data.load import load_pairs
 from prefdistill.signals import Signals
 from prefdistill.training.rows import prepare_rows
@@ -105,3 +107,12 @@ def test_a_teacher_without_a_template_in_a_form_of_its_own(models, capsys):
     assert main([*command, *form]) == 0
     assert main([*command, *form, "--template-kwargs", "messages=1"]) == 2
     assert "'messages' is no variable of a chat template" in capsys.readouterr().err
+
+    command = ["evaluate", "--model", "moved", "--data", "pairs.jsonl", "--generate", "--max-new-tokens", "4"]
+    assert main([*command, "--out", "e.json"]) == 2
+    assert main([*command, "--out", "e.json", *form]) == 0
+    sampled = [read_json(sidecar(models / name))["request"] for name in ("own.jsonl", "e.generations.jsonl")]
+    assert sampled[0]["tokenizer"] == sampled[1]["tokenizer"]
+    capsys.readouterr()
+    assert main(["evaluate", "--generations", "own.jsonl", "--out", "g.json", *form]) == 2
+    assert "--chat-template needs a model that reads texts" in capsys.readouterr().err

@@ -20,12 +20,14 @@ from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.evaluation.pairs import evaluate_pairs, signals_for
 from prefdistill.evaluation.responses import REFERENCES, measure_texts, references_of, scores_by_prompt, unique_prompts
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of, check_prompts
-from prefdistill.models.load import check_reward_model, load_model, load_tokenizer, ready
+from prefdistill.models.load import check_reward_model, load_model, ready
+from prefdistill.models.vocabulary import tokenizer_for
 from prefdistill.sampling.files import sample_responses
 from prefdistill.signals import Signals
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # options that evaluation shares with `sample`
 SHARED = {"temperature", "max_new_tokens", "batch_size", "engine", "seed", "dtype", "trust_remote_code"}
@@ -41,7 +43,8 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
     Raises:
         UserError: if data, models and stores do not fit together.
     """
-    results: dict[str, Any] = {"model": request.model, "data": request.data, "metrics": {}}
+    place = request.place(request.model) if request.model else None
+    results: dict[str, Any] = {"model": place, "data": request.data, "metrics": {}}
     if request.lm_eval:
         known_names(request.lm_eval, request.lm_eval_include)
     if request.reward_model is not None:
@@ -58,7 +61,7 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
             check_pairs(data, request.data)
     tokenizer = None
     if request.reference or request.lm_eval:
-        tokenizer = load_tokenizer(str(request.model), trust_remote_code=request.trust_remote_code)
+        tokenizer = _tokenizer(request)
         if request.reference:
             assert data is not None
             signals_for(data, tokenizer, stores)
@@ -66,7 +69,7 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
         results |= _evaluate_responses(request, data, out)
     if tokenizer is None:
         return results
-    model = ready(load_model(str(request.model), dtype=request.dtype, trust_remote_code=request.trust_remote_code))
+    model = ready(load_model(str(place), dtype=request.dtype, trust_remote_code=request.trust_remote_code))
     if request.reference:
         assert data is not None
         on_pairs = evaluate_pairs(model, data, tokenizer, stores)
@@ -86,21 +89,21 @@ def evaluate(request: EvaluateRequest, out: Path) -> dict[str, Any]:
 
 def _evaluate_responses(request: EvaluateRequest, data: "Dataset | None", out: Path) -> dict[str, Any]:
     """Return the metrics of responses, sampled or read from a file, and the accuracy of the reward model."""
-    trust = request.trust_remote_code
     rows = load_prompts(str(request.generations)) if request.generations else data
     assert rows is not None
+    tokenizer = None if request.generations else _tokenizer(request)
     if request.reward_model:
         check_prompts(
             request.reward_model,
             rows,
             str(request.generations or request.data),
-            None if request.generations else load_tokenizer(str(request.model), trust_remote_code=trust),
+            tokenizer,
             limit=request.prompts,
-            trust_remote_code=trust,
+            trust_remote_code=request.trust_remote_code,
         )
     file = request.generations or out.with_name(f"{out.stem}.generations.jsonl")
     if not request.generations:
-        rows = _sample(request, unique_prompts(rows, request.prompts), file)
+        rows = _sample(request, unique_prompts(rows, request.prompts), tokenizer, file)
     column = request.column if request.generations else RESPONSE
     responses = Responses.read(rows, column, references_of(data) if data is not None else None)
     about: dict[str, Any] = {}
@@ -118,10 +121,19 @@ def _evaluate_responses(request: EvaluateRequest, data: "Dataset | None", out: P
     }
 
 
-def _sample(request: EvaluateRequest, prompts: "Dataset", file: Path) -> "Dataset":
+def _tokenizer(request: EvaluateRequest) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that the model is read with, in the form of the request."""
+    place, trust = request.place(str(request.model)), request.trust_remote_code
+    return tokenizer_for(place, request.tokenizer, request.form, trust_remote_code=trust)
+
+
+def _sample(
+    request: EvaluateRequest, prompts: "Dataset", tokenizer: "PreTrainedTokenizerBase | None", file: Path
+) -> "Dataset":
     return sample_responses(
-        str(request.model),
+        request.place(str(request.model)),
         prompts.select_columns(prompt_columns(prompts.column_names)),
+        tokenizer,
         out=file,
         column=RESPONSE,
         truncation=Truncation(None),

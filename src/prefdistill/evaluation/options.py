@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section, Seeded
 from prefdistill.data.options import Columns
-from prefdistill.models.options import Dtype, Loading
+from prefdistill.models.options import Dtype, Loading, ReadWith
 from prefdistill.sampling.options import Engine, Sampling
 from prefdistill.training.options import Training
 
@@ -56,7 +56,7 @@ class Evaluation(Section):
     )
 
 
-class EvaluateRequest(Loading, Seeded, Columns):
+class EvaluateRequest(Loading, ReadWith, Seeded, Columns):
     """What `evaluate` measures of one model."""
 
     model: str | None = Field(
@@ -115,6 +115,11 @@ class EvaluateRequest(Loading, Seeded, Columns):
             (self.has_responses, "responses: --generate, --generations or --reward-model", ("length_ranges",)),
             (sampled, "responses to sample: --generate or --reward-model", SAMPLED),
             (self.data, "--data", tuple(Columns.model_fields)),
+            (
+                self.reference or sampled or self.lm_eval,
+                "a model that reads texts: --reference, --generate or --lm-eval",
+                tuple(ReadWith.model_fields),
+            ),
             (self.lm_eval, "--lm-eval", ("lm_eval_include", "lm_eval_batch_size", "limit")),
         ):
             fields = type(self).model_fields

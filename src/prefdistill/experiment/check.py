@@ -145,7 +145,10 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
             raise UserError(f"{where} needs signals of the pairs beside samples: sampling.n must be 1 for it")
 
 
-AS_STUDENT = "read it as the student: leave model.teacher_tokenizer and the keys of the teacher's form out"
+AS_STUDENT = (
+    "set across=first_token (vanillakd, dckd), which is exact over one vocabulary, or leave model.teacher_tokenizer "
+    "and the keys of the teacher's form out"
+)
 
 
 def _check_tokens(plan: Plan, where: str, method: Method) -> None:
