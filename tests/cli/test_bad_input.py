@@ -309,7 +309,7 @@ BAD = [
     (distill(stores=("pairs.jsonl",)), "no signals in pairs.jsonl: extract them with `prefdistill signals"),
     (distill(student="other"), "the reference signals were made with another tokenizer"),
     (distill(student="nan"), "the reference signals were made from another model ("),
-    (dckd("other", "topk", "pairs.jsonl"), "the teacher signals were made with another tokenizer"),
+    (dckd("other", "topk", "pairs.jsonl"), "are of other tokens than the student's"),
     (evaluate("--reference", "teacher"), "evaluation needs the reference's logps"),
     (evaluate("--reference", "reference", data="others.jsonl"), "the reference signals were made from other data"),
     (evaluate("--reference", "reference-tokens"), "the reference signals were made with another tokenizer"),
