@@ -1,5 +1,7 @@
 """The verdict: what it says of a win, a loss, a tie and controls, and that it depends on no run's name."""
 
+import json
+
 import pytest
 
 from prefdistill.evaluation.results import Estimate
@@ -269,3 +271,18 @@ def test_verdict_as_data() -> None:
         "outcome": "leaning", "good": 1, "below_floor": False, "placebos": {"tvkd-shuffled": False},
     }  # fmt: skip
     assert verdict_data["runs"].keys() == results["differences"].keys()
+
+
+def test_a_verdict_by_a_reward_model_that_measures_length_says_so() -> None:
+    unsure = {
+        "accuracy": {"mean": 0.7, "se": 0.03, "n": 87},
+        "longer_is_better": {"mean": 0.83, "se": 0.03, "n": 87},
+    }
+    raw = json.loads(json.dumps(small({"tvkd": (0.2, 0.01, 10)})).replace('"r"', '"reward_model_win_rate_start"'))
+    assert verdict(raw | {"reward_model": unsure}) == (
+        f"{verdict(raw)} Do not rely on this: the reward model orders 0.700 ± 0.030 of the held-out pairs correctly, "
+        "not clearly more than length alone (0.830): its win rates may only measure length."
+    )
+    assert verdict(raw | {"reward_model": unsure | {"longer_is_better": {"mean": 0.6}}}) == verdict(raw)
+    # a verdict on what no reward model has scored stands
+    assert "rely" not in verdict(small({"tvkd": (0.2, 0.01, 10)}) | {"reward_model": unsure})

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.load import load_pairs
@@ -14,6 +16,8 @@ from prefdistill.experiment.doctor import examine
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
+from prefdistill.experiment.show_plan import plan_recipe
+from prefdistill.models.load import load_tokenizer
 from support.tiny_runs import rebuilt, stages
 
 JUDGE = {
@@ -101,6 +105,58 @@ def test_a_reward_model_is_trained_on_prompts_of_its_own_and_scores_every_model(
     }
     assert longer["methods"]["dpo"]["reward_accuracy"] == results["methods"]["dpo"]["reward_accuracy"]
     assert longer["methods"]["dpo"]["reward_model_score"] != results["methods"]["dpo"]["reward_model_score"]
+
+
+def test_a_reward_model_is_trained_from_a_pretrained_model(judged, tmp_path, make_model, tokenizer):
+    source = tmp_path / "pretrained"  # with a tokenizer of its own
+    make_model().save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    training = ["reward_model.training.learning_rate=1e-7", "evaluate.prompts=12"]
+    recipe = load_recipe(judged, [f"reward_model.model={{from: {source}}}", *training])
+    planned = {step["name"]: step for step in plan_recipe(recipe, tmp_path / "run")["steps"]}
+    results = run_recipe(recipe, tmp_path / "run")
+    trained = tmp_path / "run" / "seed-0" / "reward-model"
+    weights = AutoModelForSequenceClassification.from_pretrained(trained).state_dict()
+    assert planned["reward-model"]["disk"] == 4 * sum(weight.numel() for weight in weights.values())
+    assert "reward-model-base" in planned["reward-model"]["inputs"]
+    for name, weight in make_model().model.state_dict().items():
+        torch.testing.assert_close(weights[f"model.{name}"], weight, atol=1e-5, rtol=0)
+    assert load_tokenizer(str(trained)).get_vocab() == tokenizer.get_vocab()
+
+    # another model is another judge, fewer layers of it are a third, and nobody else notices
+    fewer = load_recipe(judged, [f"reward_model.model={{from: {source}, layers: 1}}", *training])
+    assert fewer.cache_key() != recipe.cache_key()
+    again = run_recipe(fewer, tmp_path / "run")
+    judging = {"reward-model", "evaluate-reward-model", "evaluate-teacher", "evaluate-start", "evaluate-dpo-0"}
+    assert rebuilt(again) == judging
+    assert AutoConfig.from_pretrained(trained).num_hidden_layers == 1
+    assert examine(recipe=fewer).facts["memory"]["reading the reward model"] < 4 * make_model().num_parameters()
+
+    # both judges are reported, beside length and where it says nothing, before what they say
+    for run in (results, again):
+        assert run["reward_model"].keys() == {"name", "pairs", "accuracy", "longer_is_better", "length_controlled"}
+        assert run["methods"]["start"]["reward_model_lc_win_rate_start"]["mean"] == 0.5
+        wins = run["methods"]["dpo"]
+        assert wins["reward_model_lc_win_rate_start"]["n"] == wins["reward_model_win_rate_start"]["n"] == 12
+
+    copy = shutil.copytree(source, tmp_path / "no-template")
+    (copy / "chat_template.jinja").unlink()
+    for change, message in (
+        (f"reward_model.model={{from: {copy}}}", "has no chat template, and the data are conversations"),
+        (f"reward_model.model={{from: {source}, layers: 2}}", "layers must be fewer than the 2 of the whole model"),
+        ("reward_model.model={from: missing}", "no reward model at 'missing'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_recipe(load_recipe(judged, [change]), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    for model, message in (
+        ("{from: a, layer: 1}", "unknown key 'reward_model.model.layer'; did you mean 'layers'?"),
+        ("{from: 3}", "reward_model.model.from must be a valid string, got 3"),
+        ("3", "reward_model.model must be a mapping of names to values, got 3"),
+        ("null", "or a `model` to train it from: {from: NAME}, or the shape of a random one"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_recipe(judged, [f"reward_model.model={model}"])
 
 
 def refuse_system(*models):
@@ -211,7 +267,7 @@ def test_demonstrations_exclude_the_prompts_of_the_reward_model(judged, tmp_path
         ("reward_model={share: 0.2}", "reward_model needs a `name`"),
         ("reward_model.share=1.0", "reward_model.share"),
         ("reward_model.share=0.0001", "leaves none for one side"),
-        ("reward_model.training.lora.r=4", "random weights have nothing to adapt"),
+        ("reward_model.training.lora.r=4", "its head is new, so all weights are trained"),
         ("reward_model.name=nowhere", "no reward model at 'nowhere'"),
         ("evaluate.prompts=0", "reward_model has nothing to judge: give evaluate.prompts"),
         ("reward_model.training.batch_size=3", "batch_size"),

@@ -22,6 +22,22 @@ from support.runs import make_results, write_run
             },
             "not clearly more than length alone",
         ),
+        (
+            {
+                "accuracy": {"mean": 0.63, "se": 0.03, "n": 87, "low": 0.58, "high": 0.69},
+                "longer_is_better": {"mean": 0.83, "se": 0.03, "n": 87},
+                "length_controlled": {"mean": 0.6, "se": 0.03, "n": 87, "low": 0.54, "high": 0.66},
+            },
+            "its win rates may only measure length; read the length-controlled ones",
+        ),
+        (
+            {
+                "accuracy": {"mean": 0.9, "se": 0.01, "n": 87, "low": 0.88, "high": 0.92},
+                "longer_is_better": {"mean": 0.83, "se": 0.03, "n": 87},
+                "length_controlled": {"mean": 0.55, "se": 0.03, "n": 87, "low": 0.49, "high": 0.61},
+            },
+            "but 0.550 ± 0.030 where length says nothing, not clearly more than chance",
+        ),
         ({"accuracy": {"mean": 0.71, "se": 0.03, "n": 87, "low": 0.65, "high": 0.77}}, None),
         ({}, None),
     ],

@@ -28,7 +28,7 @@ NOT_IN_KEY = "not in the cache key"  # it changes no result, or it is a name who
 NO_FLAG = "not on the command line"
 REPEATED = "one value per flag"  # `--signals A --signals B`; other lists are comma-separated
 # In pydantic's path to a value, but no key: the member of a union.
-UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|dict\[.*\]|str|int|float|bool|FromModel")
+UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|dict\[.*\]|str|int|float|bool|FromModel|Options")
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,12 @@ def suggestion(name: str, known: Iterable[str], all_of_them: str = "known there"
 def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location:
         annotation = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else kind
-        options = [annotation, *typing.get_args(annotation)]
-        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), kind)
+        kind = _section_in(annotation) or kind
     return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> Any:
+    """Return the first section in a type, such as a union or a mapping of names to sections; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, typing.get_args(annotation))), None)

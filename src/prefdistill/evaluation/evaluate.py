@@ -162,6 +162,14 @@ def _score(request: EvaluateRequest, responses: Responses, data: "Dataset | None
     return replace(reward_model.scored(responses), opponents=opponents), about
 
 
+# of a reward model, and how its line is called
+ACCURACIES = {
+    "accuracy": "reward model: accuracy",
+    "longer_is_better": "accuracy of longer is better",
+    "length_controlled": "its length-controlled accuracy",
+}
+
+
 def as_text(results: dict[str, Any]) -> str:
     """Return the results as lines of text."""
     lines = [_line(name, value) for name, value in results["metrics"].items()]
@@ -171,8 +179,7 @@ def as_text(results: dict[str, Any]) -> str:
     if "pairs" in results:
         lines.append(f"  accuracies of {results['pairs']} pairs")
     if reward_model := results.get("reward_model"):
-        lines.append(_line("reward model: accuracy", reward_model["accuracy"]))
-        lines.append(_line("accuracy of longer is better", reward_model["longer_is_better"]))
+        lines += [_line(label, reward_model[key]) for key, label in ACCURACIES.items() if key in reward_model]
     for name, task in results.get("benchmarks", {}).get("tasks", {}).items():
         for metric, value in task["metrics"].items():
             error = "" if value["se"] is None else f" ± {value['se']:.3f}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from prefdistill.evaluation.length import length_controlled_wins
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, pair_wins, paired_difference
 
@@ -65,9 +66,14 @@ def add_win_rates(models: dict[str, list[Measured]], start: str) -> None:
         score = metric.against_start
         if score is None or start not in models or score not in models[start][0].items:
             continue
-        start_scores = models[start][0].items[score]
+        first = models[start][0].items
         for run in (run for runs in models.values() for run in runs if score in run.items):
-            run.add(name, pair_wins(run.items[score], start_scores), run.groups.get(score))
+            wins = pair_wins(run.items[score], first[score])
+            if metric.at_equal_length:
+                extra_words = np.array(run.items["response_words"]) - np.array(first["response_words"])
+                wins = length_controlled_wins(wins, extra_words)
+            if len(wins):
+                run.add(name, wins, run.groups.get(score))
 
 
 def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Metric:
         compute: from the `source` to a number per item, or None where the source lacks what the metric needs.
         source: "responses" (a `Responses` sampled at temperature 1, or read from a file), "greedy" (the same from
             greedy decoding) or "pairs" (`PairRewards` of the held-out pairs).
+        at_equal_length: of a comparison with the start: correct for length, see `length_controlled_wins`.
         against_start: instead of `compute`: the metric whose values are compared with those of the student's start,
             item by item. A higher value counts 1, an equal one 1/2.
         higher_is_better: None where neither direction is better.
@@ -39,6 +40,7 @@ class Metric:
     compute: Callable[[Any], Values | None] | None = None
     source: Source = "responses"
     against_start: str | None = None
+    at_equal_length: bool = False
     higher_is_better: bool | None = True
     format: str = ".3f"
     by_length: bool = False
@@ -59,6 +61,11 @@ METRICS = Registry(
         "win_rate_start": Metric("win rate against the start, T=1", against_start="reward"),
         "reward_model_win_rate_start": Metric(
             "reward model: win rate against the start", against_start="reward_model_score", by_length=True
+        ),
+        "reward_model_lc_win_rate_start": Metric(
+            "reward model: length-controlled win rate against the start",
+            against_start="reward_model_score",
+            at_equal_length=True,
         ),
         "reward_model_win_rate_chosen": Metric(
             "reward model: win rate against the chosen responses", lambda r: r.win_rates("chosen"), by_length=True

@@ -2,38 +2,76 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section, Seeded
 from prefdistill.data.options import Columns
-from prefdistill.models.options import Dtype, Loading, ReadWith
+from prefdistill.models.options import Dtype, FromModel, Loading, ReadWith
 from prefdistill.sampling.options import Engine, Sampling
 from prefdistill.training.options import Training
 
 SAMPLED = ("prompts", "temperature", "max_new_tokens", "batch_size", "engine")  # options of sampled responses
 
 
+def _kind_of_model(model: Any) -> str:
+    source = isinstance(model, FromModel) or (isinstance(model, dict) and "from" in model)
+    return "FromModel" if source else "Options"
+
+
+ModelToTrain = Annotated[
+    Annotated[FromModel, Tag("FromModel")] | Annotated[Options, Tag("Options")], Discriminator(_kind_of_model)
+]
+
+
 class RewardModelOptions(Section):
     """The reward model that scores the responses to held-out prompts: a named one, or one trained for the run."""
 
     name: Annotated[str | None, NOT_IN_KEY] = Field(
-        None, description="Hub name or directory of a one-label classifier; null: train one from random weights."
+        None, description="Hub name or directory of a one-label classifier; null: train one, from `model`."
     )
     share: float = Field(0.25, gt=0, lt=1, description="Share of the training prompts that only it sees.")
-    model: Options | None = Field(
-        None, description="Its `LlamaConfig` arguments; it reads max_position_embeddings tokens of a text."
+    model: ModelToTrain | None = Field(
+        None,
+        description="What it is trained from: `{from: NAME}`, a pretrained model, with its own tokenizer and template; "
+        "or `LlamaConfig` arguments of random weights. It reads max_position_embeddings tokens of a text.",
     )
     training: Training = Field(description="How it is trained.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "RewardModelOptions":
         if self.name is None and self.model is None:
-            raise ValueError("reward_model needs a `name`, or the shape of a random one as `model`")
+            raise ValueError(
+                "reward_model needs a `name`, or a `model` to train it from: {from: NAME}, or the shape of a random one"
+            )
         if self.training.lora:
-            raise ValueError("reward_model.training.lora: random weights have nothing to adapt; leave it out")
+            raise ValueError("reward_model.training.lora: its head is new, so all weights are trained; leave it out")
         return self
+
+    @property
+    def start(self) -> FromModel | None:
+        """The pretrained model that it is trained from; None for a finished one, or random weights."""
+        return self.model if self.name is None and isinstance(self.model, FromModel) else None
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The arguments of random weights."""
+        return {} if self.model is None or isinstance(self.model, FromModel) else self.model
+
+    @property
+    def source(self) -> str | None:
+        """The named model: the finished reward model, or the one that it is trained from."""
+        return self.start.source if self.start else self.name
 
 
 def _rising(edges: tuple[int, ...]) -> tuple[int, ...]:

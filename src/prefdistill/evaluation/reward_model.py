@@ -11,7 +11,8 @@ from prefdistill.core.progress import Progress, say
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encoder import accepts_prompt, reward_model_ids
 from prefdistill.data.prompts import prompt_text, prompts_of
-from prefdistill.evaluation.measure import Measured, mean_of
+from prefdistill.evaluation.length import length_balanced
+from prefdistill.evaluation.measure import Measured, complete, mean_of
 from prefdistill.evaluation.metric_inputs import Responses, first_rows
 from prefdistill.evaluation.stats import numbered, pair_wins
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready
@@ -96,7 +97,8 @@ class RewardModel:
 
     def score_pairs(self, pairs: "Dataset") -> Measured:
         """Return, per pair, whether it orders the pair correctly ("accuracy"), whether length in its tokens does
-        ("longer_is_better"), and its score of the chosen response ("chosen_score")."""
+        ("longer_is_better"), and its score of the chosen response ("chosen_score"); and, for the pairs of unequal
+        length, its accuracy where length says nothing ("length_controlled", see `length_balanced`)."""
         prompts = prompts_of(pairs)
         sides = {side: pairs[side][:] for side in SIDES}
         scores = {side: self.score(prompts, responses, what="scoring pairs") for side, responses in sides.items()}
@@ -106,7 +108,10 @@ class RewardModel:
         ]
         groups = numbered([prompt_text(prompt) for prompt in prompts])
         measured = Measured()
-        measured.add("accuracy", pair_wins(scores["chosen"], scores["rejected"]), groups)
+        wins, extra = pair_wins(scores["chosen"], scores["rejected"]), np.array(lengths[0]) - np.array(lengths[1])
+        measured.add("accuracy", wins, groups)
+        if len(balanced := length_balanced(wins, extra)):
+            measured.add("length_controlled", balanced, [groups[row] for row in np.flatnonzero(extra)])
         measured.add("longer_is_better", pair_wins(*lengths), groups)
         measured.add("chosen_score", scores["chosen"], groups)
         return measured
@@ -144,9 +149,9 @@ def check_prompts(
 def accuracy_of(name: str, measured: list[Measured]) -> dict[str, Any]:
     """Return `reward_model` of the results: its accuracy on held-out pairs, from `score_pairs` of each seed."""
     by_seed = [[seed] for seed in measured]
+    terms = [name for name in ("accuracy", "longer_is_better", "length_controlled") if complete(by_seed, name)]
     return {
         "name": name,
-        "accuracy": mean_of(by_seed, "accuracy"),
         "pairs": len(measured[0].items["accuracy"]),
-        "longer_is_better": mean_of(by_seed, "longer_is_better"),
+        **{term: mean_of(by_seed, term) for term in terms},
     }

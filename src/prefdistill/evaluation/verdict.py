@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefdistill.evaluation.reliability import JUDGED, reward_model_warning
 from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results
 
 Outcome = Literal["clear", "leaning", "noise", "single", "broken", "missing"]
@@ -162,9 +163,9 @@ def verdict(raw: dict[str, Any] | Results) -> str:
     first = results.headline_method or (names[0] if len(names) == 1 else None)
     column, baseline = results.headline, results.baseline
     if first is None:
-        return _list(results, names, baseline, column)
+        return _list(results, names, baseline, column) + _judge(results, column)
     others = [name for name in names if name != first]
-    return _sentence(results, first, baseline, column) + _others(results, others, baseline)
+    return _sentence(results, first, baseline, column) + _others(results, others, baseline) + _judge(results, column)
 
 
 def _sentence(results: Results, name: str, baseline: str, column: Column) -> str:
@@ -208,6 +209,12 @@ def _sentence(results: Results, name: str, baseline: str, column: Column) -> str
             low, high = (column.format(x, sign=True) for x in estimate.interval() or (0.0, 0.0))
             text += f", but with so few repeats the 95 % interval ({low} to {high}) still includes zero"
     return text + _caveat(results, estimate) + _placebos(results, name, column, comparison) + "."
+
+
+def _judge(results: Results, column: Column) -> str:
+    """Return what is wrong with the reward model that the headline metric rests on, as a sentence; "" if nothing is."""
+    warning = reward_model_warning(results) if column.key.startswith(JUDGED) else None
+    return f" Do not rely on this: {warning}." if warning else ""
 
 
 def _others(results: Results, names: list[str], baseline: str) -> str:

@@ -10,6 +10,7 @@ from prefdistill.core.progress import say, say_once
 from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.numbers import numeric_column
 from prefdistill.data.prompts import prompt_of, prompt_text
+from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.needs import reference_bf16
@@ -20,6 +21,7 @@ from prefdistill.experiment.steps.signals import Sample
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
 from prefdistill.models.adapters import check_start
+from prefdistill.models.classifiers import empty_classifier
 from prefdistill.models.load import check_reward_model
 from prefdistill.models.pruned import empty_pruned
 from prefdistill.models.scratch import check_shape
@@ -41,7 +43,6 @@ def check_plan(plan: Plan) -> None:
     recipe = plan.context.recipe
     if plan.user_data is not None:
         _check_data(plan.user_data, recipe)
-    named = plan.context.tokenizer.made_by is None
     for tokenizer in (plan.context.tokenizer, plan.context.teacher_tokenizer):
         if tokenizer.made_by is None:
             _ = tokenizer.tokenizer
@@ -50,20 +51,8 @@ def check_plan(plan: Plan) -> None:
     if recipe.model.scratch:
         check_shape(recipe.model.scratch.teacher)
         check_shape(recipe.model.scratch.student)
-    if recipe.reward_model and recipe.reward_model.name:
-        trust = recipe.model.trust_remote_code
-        check_reward_model(recipe.reward_model.name, trust_remote_code=trust)
-        if plan.reward_model:
-            check_prompts(
-                recipe.reward_model.name,
-                plan.reward_model.test.rows,
-                str(recipe.data.test),
-                plan.context.tokenizer.tokenizer if named else None,
-                limit=recipe.evaluate.prompts,
-                trust_remote_code=trust,
-            )
-    elif recipe.reward_model:
-        check_shape(recipe.reward_model.model or {}, {"num_labels": 1})
+    if section := recipe.reward_model:
+        _check_reward_model(plan, section)
     check_trainings(plan)
     for name, method in plan.methods.items():
         _check_method(plan, f"methods.{name}", method)
@@ -72,6 +61,26 @@ def check_plan(plan: Plan) -> None:
     for name, run in recipe.methods.items():
         if run.rounds > 1 and "student_response" not in plan.methods[name].responses:
             raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+
+def _check_reward_model(plan: Plan, section: RewardModelOptions) -> None:
+    recipe, tokenizer = plan.context.recipe, plan.context.tokenizer
+    trust = recipe.model.trust_remote_code
+    if section.start:
+        empty_classifier(section.start, trust_remote_code=trust)
+    elif section.name:
+        check_reward_model(section.name, trust_remote_code=trust)
+    else:
+        check_shape(section.shape, {"num_labels": 1})
+    if section.source and plan.reward_model:
+        check_prompts(
+            section.source,
+            plan.reward_model.test.rows,
+            str(recipe.data.test),
+            tokenizer.tokenizer if tokenizer.made_by is None else None,
+            limit=recipe.evaluate.prompts,
+            trust_remote_code=trust,
+        )
 
 
 def check_trainings(plan: Plan) -> None:

@@ -138,7 +138,7 @@ class _Pricing:
         if isinstance(step, Sft):
             return self._training(step.output, step.training, step.rows, 0)
         if isinstance(step, TrainRewardModel):
-            return self._training(step.output, step.section.training, step.pairs, 0, "float32")
+            return self._training(step.output, step.section.training, step.pairs, 0, None if step.start else "float32")
         if isinstance(step, Distill):
             training = recipe.methods[step.method].training
             data: Input | Sample = step.samples[0] if step.samples else step.train

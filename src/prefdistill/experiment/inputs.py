@@ -95,6 +95,6 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
             prints[role] = sources.model_key(name)
     if names.teacher_form:
         prints["teacher_form"] = form_key(names.teacher_form)
-    if recipe.reward_model and (name := recipe.reward_model.name):
+    if recipe.reward_model and (name := recipe.reward_model.source):
         prints["reward_model"] = sources.model_key(name)
     return prints

@@ -225,9 +225,11 @@ class _Builder:
             model = self.user_models.model("reward-model", section.name, "reward_model", self.context.tokenizer)
         else:
             pairs = user_rows("reward-model-pairs", lambda: user_data.reward_pairs)
-            tokenizer = self.context.tokenizer
+            tokenizer, start = self.context.tokenizer, None
+            if section.source:
+                start = self.user_models.model("reward-model-base", section.source, "reward_model", tokenizer)
             model = self._add(
-                TrainRewardModel, "reward-model", pairs=pairs, tokenizer=tokenizer, section=section
+                TrainRewardModel, "reward-model", pairs=pairs, tokenizer=tokenizer, start=start, section=section
             ).output
         self.plan.reward_model = self._add(EvaluateRewardModel, "evaluate-reward-model", model=model, test=test)
         return model

@@ -24,6 +24,7 @@ from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Input, Rows, Step, Tokenizer
 from prefdistill.experiment.steps.models import Init
 from prefdistill.experiment.steps.synthetic import Language
+from prefdistill.models.classifiers import empty_classifier
 from prefdistill.models.load import empty_model
 from prefdistill.models.pruned import pruned
 from prefdistill.models.scratch import random_model
@@ -174,9 +175,11 @@ def _shapes(
     section = recipe.reward_model
     if section is not None and section.name:
         shapes["reward_model"] = empty_model(section.name, reward=True, trust_remote_code=trust)
+    elif section is not None and section.start:
+        shapes["reward_model"] = empty_classifier(section.start, trust_remote_code=trust)
     elif section is not None:
         with torch.device("meta"):
-            shapes["reward_model"] = random_model(tokenizer, section.model or {}, seed=0, reward=True)
+            shapes["reward_model"] = random_model(tokenizer, section.shape, seed=0, reward=True)
     return shapes
 
 

@@ -32,7 +32,7 @@ from prefdistill.models.quantize import (
     stored_quantization,
 )
 
-# `from_pretrained` then returns which weights are missing or have another shape, for `_check_weights` to refuse.
+# `from_pretrained` then returns which weights are missing or have another shape, for `check_weights` to refuse.
 WITH_LOADING_INFO: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
@@ -83,7 +83,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
         if gguf_parts(owner):
             remove_added_tokens(tokenizer)
     except Exception as error:
-        raise _load_error("tokenizer", name, error) from error
+        raise load_error("tokenizer", name, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token (eos_token); set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -180,21 +180,21 @@ def _load_model(
                 _load_model, adapter_base(name), dtype, quantization, trust_remote_code, base_revision(name)
             )
             return load_adapter(name, CAUSAL_LM, load_base)
-        with _without_report():
+        with without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **loading_place(name, revision), **options, **WITH_LOADING_INFO
             )
     except Exception as error:
         # of a quantised model these errors are about a package or hardware that it needs
         if not method or not isinstance(error, (ImportError, NameError, RuntimeError)):
-            raise _load_error("model", name, error) from error
+            raise load_error("model", name, error) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if isinstance(error, ImportError) and "bitsandbytes" in str(error):
             raise UserError(f'{name} needs bitsandbytes: pip install "prefdistill[quantized]"') from error
         raise UserError(f"{name} cannot be loaded quantised ({method}) here: {_first_line(error)}") from error
     model, loading_info = loaded
-    _check_weights("model", name, loading_info, replaced)
+    check_weights("model", name, loading_info, replaced)
     if gguf:
         model.name_or_path = model.config.name_or_path = name
         say(f"{name} is dequantised: {model.num_parameters():,} weights in {str(model.dtype).removeprefix('torch.')}")
@@ -208,7 +208,7 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
     with the rows of the tokens that were added.
 
     Args:
-        reward: return a sequence classifier, not a language model.
+        reward: return a sequence classifier with one label, not a language model.
 
     Raises:
         UserError: if there is no such model, or it is not of this kind.
@@ -219,7 +219,8 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
     base = name
     try:
         base = adapter_root(name)
-        config = AutoConfig.from_pretrained(**loading_place(base), trust_remote_code=trust_remote_code)
+        labels: dict[str, Any] = {"num_labels": 1} if reward else {}
+        config = AutoConfig.from_pretrained(**loading_place(base), trust_remote_code=trust_remote_code, **labels)
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
@@ -227,7 +228,7 @@ def empty_model(name: str, *, reward: bool = False, trust_remote_code: bool = Fa
                 add_rows(model, saved_shapes(name))
             return model
     except Exception as error:
-        raise _load_error("reward model" if reward else "model", base, error) from error
+        raise load_error("reward model" if reward else "model", base, error) from error
 
 
 def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = True) -> None:
@@ -255,13 +256,13 @@ def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = Tru
         if gguf_parts(base):  # its weights would be dequantised to read their names
             empty_model(base, trust_remote_code=trust_remote_code)
             return
-        with _without_report():
+        with without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, device_map="meta", trust_remote_code=trust_remote_code, **WITH_LOADING_INFO
             )
     except Exception as error:
-        raise _load_error("model", base, error) from error
-    _check_weights("model", base, loaded[1])
+        raise load_error("model", base, error) from error
+    check_weights("model", base, loaded[1])
 
 
 def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
@@ -281,7 +282,7 @@ def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
             return
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _load_error("reward model", name, error) from error
+        raise load_error("reward model", name, error) from error
     if language_models := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
         raise UserError(_not_loaded("reward model", name, f"it is a language model, {language_models[0]}"))
     if config.num_labels != 1:
@@ -314,7 +315,7 @@ def _load_reward_model(
             return load_adapter(name, SEQ_CLS, load_base)
         # the head of an adapter's base may be that of a language model
         labels = {"num_labels": 1} if replaced else {}
-        with _without_report():
+        with without_report():
             model, loading_info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=revision,
@@ -324,14 +325,14 @@ def _load_reward_model(
                 **WITH_LOADING_INFO,
             )
     except Exception as error:
-        raise _load_error("reward model", name, error) from error
-    _check_weights("reward model", name, loading_info, replaced)
+        raise load_error("reward model", name, error) from error
+    check_weights("reward model", name, loading_info, replaced)
     return model
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Suppress transformers' table of missing and mismatched weights, which `_check_weights` reports in one line."""
+def without_report() -> Iterator[None]:
+    """Suppress transformers' table of missing and mismatched weights, which `check_weights` reports in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def others(record: logging.LogRecord) -> bool:
@@ -344,7 +345,7 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(others)
 
 
-def _check_weights(what: str, name: str, loading_info: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
+def check_weights(what: str, name: str, loading_info: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
     """Refuse a checkpoint with missing or mismatched weights, which transformers would initialise at random."""
     if missing := sorted(set(loading_info["missing_keys"]) - replaced):
         raise UserError(_not_loaded(what, name, f"{len(missing)} weights are missing, the first is {missing[0]}"))
@@ -354,7 +355,7 @@ def _check_weights(what: str, name: str, loading_info: dict[str, Any], replaced:
         raise UserError(_not_loaded(what, name, f"{len(mismatched)} weights do not fit, the first is {shapes}"))
 
 
-def _load_error(what: str, name: str, error: Exception) -> Exception:
+def load_error(what: str, name: str, error: Exception) -> Exception:
     """Return the error to raise for an error of a loader, which raises anything on strange files."""
     import torch
 

@@ -80,7 +80,8 @@ def pruned(model: "PreTrainedModel", layers: int | Sequence[int]) -> "PreTrained
         raise UserError(f"{_refusal(model)}: the weights do not fit, the first is {min(unlike)}")
     if model.device.type != "meta":
         smaller.load_state_dict(weights)
-        smaller.generation_config = copy.deepcopy(model.generation_config)
+        if model.can_generate():  # unlike a classifier
+            smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller
 
 

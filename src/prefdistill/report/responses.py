@@ -5,7 +5,7 @@ import statistics
 from functools import partial
 from typing import Any
 
-from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results, clean, estimates, mapping, number
+from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, Results, clean, mapping, number
 from prefdistill.report import figures
 from prefdistill.report.format import cell_of, correlation, cut, points_of, string
 from prefdistill.report.svg import BLUE, Style
@@ -16,39 +16,6 @@ _MAX_CLOUDS = 9
 _MAX_RANGES = 12
 _MAX_SAMPLES = 12
 _SCORE = Column("score", "score", None)
-_SHARE = Column("accuracy", "share of pairs", True)
-
-
-def reward_model_of(results: Results) -> str | None:
-    """Return the reward model's accuracy in words; None without a reward model."""
-    model = results.mapping("reward_model")
-    accuracy, longer, pairs = (estimates(model).get(key) for key in ("accuracy", "longer_is_better", "pairs"))
-    if accuracy is None:
-        return None
-    name = clean(model.get("name") or "of unknown origin")
-    of = f"{pairs.mean:,.0f} held-out pairs" if pairs is not None and pairs.finite else "the held-out pairs"
-    ends = [_SHARE.format(end) for end in accuracy.interval() or ()]
-    span = f" (95 % interval {' to '.join(ends)})" if ends else ""
-    length = f"; the better one is the longer one in {longer.text(_SHARE)}" if longer else ""
-    return (
-        f"The reward model, {name}, scores the better response higher in {accuracy.text(_SHARE)}"
-        f"{span} of {of}{length}. Its scores and win rates are no more reliable than that."
-    )
-
-
-def reward_model_warning(results: Results) -> str | None:
-    """Return a warning if the reward model is not clearly better than chance, or than length alone."""
-    model = estimates(results.mapping("reward_model"))
-    accuracy, longer = model.get("accuracy"), model.get("longer_is_better")
-    if accuracy is None or not accuracy.finite:
-        return None
-    low = (accuracy.interval() or (accuracy.mean, accuracy.mean))[0]
-    text = f"the reward model orders {accuracy.text(_SHARE)} of the held-out pairs correctly"
-    if low <= 0.5:
-        return f"{text}, not clearly more than chance: its win rates mean nothing"
-    if longer is not None and longer.finite and low <= longer.mean:
-        return f"{text}, not clearly more than length alone ({longer.mean:.3f}): its win rates may only measure length"
-    return None
 
 
 def lengths_of(results: Results, styles: dict[str, Style], key: str, budget: int) -> View | None:

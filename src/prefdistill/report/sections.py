@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from prefdistill.core.text import size
+from prefdistill.evaluation.reliability import reward_model_sentence
 from prefdistill.evaluation.results import Column, Results, clean, mapping, number
 from prefdistill.evaluation.verdict import compare, noise_floor, verdict
 from prefdistill.report import figures, responses
@@ -50,7 +51,7 @@ def view_of(run: Run, key: str, of: int) -> View:
         "margin_accuracy": margin_accuracy_of(results, key),
         "gauge": gauge_sentence(results),
         "shaping": shaping_of(results, styles, key, _CLOUD_BUDGET // of // 2),
-        "reward_model": responses.reward_model_of(results),
+        "reward_model": reward_model_sentence(results),
         "lengths": responses.lengths_of(results, styles, key, _CLOUD_BUDGET // of // 2),
         "by_length": responses.by_length_of(results, styles, key),
         "samples": responses.samples_of(results, _TEXT_BUDGET // of),

@@ -3,10 +3,10 @@
 import math
 import statistics
 
+from prefdistill.evaluation.reliability import reward_model_warning
 from prefdistill.evaluation.results import NOT_FINITE, Estimate, Results, clean, mapping
 from prefdistill.report.format import cut
 from prefdistill.report.load import Points, Run, average
-from prefdistill.report.responses import reward_model_warning
 
 
 def warnings_of(run: Run) -> list[str]:

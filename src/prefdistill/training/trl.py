@@ -1,5 +1,6 @@
 """Train with TRL's own trainers: SFT, DPO and reward models."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from prefdistill.data.sources import NO_CACHE
 from prefdistill.data.truncation import Reading, Truncation
 from prefdistill.models.load import load_model
 from prefdistill.models.positions import check_positions
-from prefdistill.models.scratch import random_model
 from prefdistill.training.arguments import training_arguments
 from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
@@ -24,7 +24,7 @@ from prefdistill.training.rows import reading_with_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_trl_training(training: Training) -> None:
@@ -125,7 +125,7 @@ def _placeholder(tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
 
 
 def train_reward(
-    shape: dict[str, Any],
+    make_model: Callable[[], "PreTrainedModel"],
     pairs: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     training: Training,
@@ -134,18 +134,23 @@ def train_reward(
     seed: int = 0,
     what: str = "reward model",
 ) -> None:
-    """Train a reward model of this shape from random weights with the Bradley-Terry loss; save it in `out`.
+    """Train a reward model with the Bradley-Terry loss; save it in `out`.
 
     A response is scored as `RewardModel` scores it later: whole, or up to the last position of the model.
+
+    Args:
+        make_model: returns the one-label classifier to train.
+        pairs: to learn from; those that its template refuses are dropped.
+        tokenizer: the classifier's.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     pairs, dropped = drop_refused(pairs, tokenizer, what)
-    model = random_model(tokenizer, shape, seed, reward=True)
-    positions = model.config.max_position_embeddings
+    model = make_model()
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ids = [{side: reward_model_ids(tokenizer, prompt_of(row), row[side]) for side in SIDES} for row in pairs]
-    cut = sum(max(map(len, row.values())) > positions for row in ids)
+    cut = sum(max(map(len, row.values())) > positions for row in ids) if positions else 0
     trainer = trl_trainer(
         (RewardConfig, RewardTrainer),
         lambda: {"model": model},

@@ -78,13 +78,14 @@ def run(options: RunFlags) -> dict[str, Any]:
         options = options.model_copy(update={"overrides": ("training.verify=false", *options.overrides)})
     recipe, out = _recipe(options)
     from prefdistill.core.progress import say
+    from prefdistill.evaluation.reliability import reward_model_sentence
     from prefdistill.experiment.run import run_recipe
     from prefdistill.report import method_table, verdict
 
     results = run_recipe(recipe, out, command=command_line())
     for warning in results["warnings"]:
         say(f"warning: {warning}")
-    show(f"{method_table(results)}\n\n{verdict(results)}\n")
+    show("\n\n".join(filter(None, [method_table(results), reward_model_sentence(results), f"{verdict(results)}\n"])))
     show(f"results  {out / 'results.json'}\nreport   {out / 'report.html'}")
     return results
 

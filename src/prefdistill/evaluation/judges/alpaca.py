@@ -5,7 +5,6 @@ code is not run (it imports pkg_resources, which setuptools has dropped), or fro
 """
 
 import importlib.util
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +22,13 @@ from prefdistill.evaluation.judges.client import FIELDS, Endpoint, Question, Rep
 from prefdistill.evaluation.judges.inputs import evenly, fill, read_outputs, read_text
 from prefdistill.evaluation.judges.ledger import Ledger, judge, outcome_counts
 from prefdistill.evaluation.judges.options import AlpacaEval
+from prefdistill.evaluation.length import length_controlled
 from prefdistill.evaluation.stats import estimate
 
 FIELD_NAMES = ("instruction", "output_1", "output_2")
 DEFAULT = AlpacaEval.model_fields["prompt"].default
 LABELS = ("m", "M")  # default for a prompt file
 ORDERS, SIDES = ("first", "second"), ("answers", "against")
-RIDGE = 0.1  # in nats: keeps the fit finite if one side wins everything; negligible over hundreds of comparisons
-RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
@@ -160,54 +158,6 @@ def preferences(
         "left_out": len(pairs) - len(both),
         **outcome_counts(rows),
     }
-
-
-def length_controlled(
-    scores: Sequence[float], extra_length: Sequence[float], *, seed: int = 0
-) -> dict[str, Any] | None:
-    r"""Return the win rate that a logistic regression predicts for outputs of equal length.
-
-    .. math:: P(\text{ours}) = \sigma(\theta + \varphi \tanh(\Delta / s_\Delta)), \qquad \text{result} = \sigma(\theta)
-
-    The idea and the features are those of AlpacaEval's length-controlled win rate. Its third feature, the difficulty of
-    an instruction, is known only for its own 805 instructions, and its baselines are not in this fit: the number is
-    not comparable with its leaderboard.
-
-    Args:
-        scores: preference for our output in each comparison, 0 to 1.
-        extra_length: characters of our output minus those of the other.
-
-    Returns:
-        An estimate with an interval from a bootstrap over comparisons; None for fewer than ten, or if all length
-        differences are equal.
-
-    Example:
-        >>> round(length_controlled([1, 1, 0, 0] * 5, [9, 9, -9, -9] * 5)["mean"], 3)
-        0.5
-    """
-    y, delta = np.asarray(scores, dtype=np.float64), np.asarray(extra_length, dtype=np.float64)
-    if len(y) < 10 or delta.std() == 0:
-        return None
-    x = np.stack([np.ones_like(y), np.tanh(delta / delta.std(ddof=1))], axis=1)
-    mean = _rate(x, y)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(y), size=(RESAMPLES, len(y)))
-    rates = np.array([_rate(x[rows], y[rows]) for rows in drawn])
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return {"mean": mean, "se": float(rates.std(ddof=1)), "n": len(y), "low": float(low), "high": float(high)}
-
-
-def _rate(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the win rate at equal length: Newton's method on the ridge-penalised likelihood, strictly concave."""
-    weights = np.zeros(2)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-x @ weights))
-        slope = x.T @ (y - p) - RIDGE * weights
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + RIDGE * np.eye(2), slope)
-        weights += step
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(1 / (1 + math.exp(-weights[0])))
 
 
 # -- how to ask --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from prefdistill.experiment.doctor.tokens import TOKEN_CHECKS, Encoding, quantil
 from prefdistill.experiment.doctor.unread import UNREAD_CHECKS
 from prefdistill.experiment.needs import columns_of
 from prefdistill.experiment.plan import build_plan
+from prefdistill.models.classifiers import empty_classifier
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer, tokenizer_file
 from prefdistill.models.pruned import pruned
 from prefdistill.models.scratch import random_model, train_tokenizer
@@ -193,10 +194,13 @@ class _Models:
                 self.reward_model = empty_model(options.name, reward=True, trust_remote_code=self.trust_remote_code)
             except UserError as error:
                 self._report("shape", "reward model", error)
+        elif options.start:
+            try:
+                self.reward_model = empty_classifier(options.start, trust_remote_code=self.trust_remote_code)
+            except UserError as error:
+                self._report("shape", "reward model", error)
         elif self.tokenizer is not None:
-            self.reward_model = self._from_scratch(
-                "reward_model.model", self.tokenizer, options.model or {}, reward=True
-            )
+            self.reward_model = self._from_scratch("reward_model.model", self.tokenizer, options.shape, reward=True)
 
     def _from_scratch(
         self, where: str, tokenizer: PreTrainedTokenizerBase, shape: dict[str, Any], reward: bool = False

@@ -1,6 +1,8 @@
 """Steps of the reward model: train it on prompts of its own, and measure its accuracy on the held-out pairs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,34 +13,49 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import RewardModel
 from prefdistill.experiment.step import Context, Model, ModelRole, Rows, Step, Tokenizer, Trained
+from prefdistill.models.classifiers import new_classifier
+from prefdistill.models.load import load_tokenizer
+from prefdistill.models.scratch import random_model
 from prefdistill.training.trl import train_reward
 
 
 @dataclass(eq=False, kw_only=True)
 class TrainRewardModel(Trained):
-    """Train a reward model from random weights."""
+    """Train a reward model from a pretrained model, or from random weights."""
 
     kind: ClassVar[str] = "reward_model"
     output_role: ModelRole = "reward_model"
     pairs: Rows
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # of a model from random weights; a pretrained one has its own
+    start: Model | None
     section: RewardModelOptions
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"shape": self.section.model, "training": self.section.training.cache_key()}
+        source, dtype = self.section.start, self.context.recipe.model.dtype
+        shape = {**source.cache_key(), "dtype": dtype} if source else self.section.shape
+        return {"shape": shape, "training": self.section.training.cache_key()}
 
     def read(self) -> dict[str, Any]:
         return self.noted(self.pairs.name, SIDES)
 
     def make(self, out: Path) -> None:
+        source, names, seed = self.section.start, self.context.recipe.model, self.context.seed
+        make_model: Callable[[], Any]
+        if source:
+            trust = names.trust_remote_code
+            tokenizer = load_tokenizer(source.source, trust_remote_code=trust)
+            make_model = partial(new_classifier, source, dtype=names.dtype, seed=seed, trust_remote_code=trust)
+        else:
+            tokenizer = self.tokenizer.tokenizer
+            make_model = partial(random_model, tokenizer, self.section.shape, seed, reward=True)
         train_reward(
-            self.section.model or {},
+            make_model,
             self.pairs.rows,
-            self.tokenizer.tokenizer,
+            tokenizer,
             self.section.training,
             out,
-            seed=self.context.seed,
+            seed=seed,
             what=self.name,
         )
 
