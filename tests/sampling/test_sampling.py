@@ -650,11 +650,13 @@ def saved(model, tokenizer, tmp_path):
     return str(tmp_path / "model")
 
 
-def test_vllm_refuses_adapters(vllm, saved, rows, tmp_path):
+def test_vllm_refuses_adapters_and_gguf_files(vllm, saved, rows, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{saved}"}}')
     with pytest.raises(UserError, match="is an adapter and vLLM loads whole models"):
         sample_responses(str(tmp_path / "adapter"), rows, out=tmp_path / "out.jsonl", engine="vllm")
+    with pytest.raises(UserError, match="is a GGUF file: use the engine transformers"):
+        sample_responses("org/model/q8.gguf", rows, out=tmp_path / "out.jsonl", engine="vllm")
 
 
 def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tmp_path):

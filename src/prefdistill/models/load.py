@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import disk_full
-from prefdistill.core.progress import say
+from prefdistill.core.progress import say, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +82,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
         tokenizer.name_or_path = owner
         if gguf_parts(owner):
             remove_added_tokens(tokenizer)
+            say_once(
+                f"{owner}: the tokenizer is rebuilt from what the GGUF file holds; if the original is at hand, name it "
+                "as --tokenizer (model.teacher_tokenizer): its tokens may be others"
+            )
     except Exception as error:
         raise load_error("tokenizer", name, error) from error
     if tokenizer.eos_token_id is None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
-from prefdistill.models.hub import adapter_settings
+from prefdistill.models.hub import adapter_settings, gguf_parts
 from prefdistill.models.load import load_model, ready
 from prefdistill.models.positions import check_positions, learned_positions
 from prefdistill.models.vocabulary import check_ids
@@ -179,6 +179,8 @@ class VLLMEngine(Engine):
             raise UserError(
                 f"{model} is an adapter and vLLM loads whole models: save it merged, or use the engine transformers"
             )
+        if gguf_parts(model):
+            raise UserError(f"{model} is a GGUF file: use the engine transformers, which dequantises it")
 
     @classmethod
     def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
