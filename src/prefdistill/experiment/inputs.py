@@ -15,6 +15,7 @@ from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.form import form_key
 from prefdistill.models.identity import model_key
 from prefdistill.models.load import check_model
+from prefdistill.models.options import Form
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,6 +94,8 @@ def source_fingerprints(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     for role in ("teacher", "teacher_reference", "student", "teacher_tokenizer"):
         if name := names.name_of(role):
             prints[role] = sources.model_key(name)
+    if names.chat_template:
+        prints["chat_template"] = form_key(Form(chat_template=names.chat_template))
     if names.teacher_form:
         prints["teacher_form"] = form_key(names.teacher_form)
     if recipe.reward_model and (name := recipe.reward_model.source):

@@ -18,6 +18,7 @@ from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
 from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
+from prefdistill.models.options import Form
 from prefdistill.models.vocabulary import check_same_tokens, token_conflicts, tokenizer_for
 
 if TYPE_CHECKING:
@@ -147,12 +148,15 @@ def tokenizer_input(name: str, read: "Callable[[], PreTrainedTokenizerBase]") ->
 def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of the student that the recipe names, or else of the teacher.
 
-    A student without a chat template gets that of a teacher with the same tokens.
+    A student without a chat template gets that of the recipe, or else of a teacher with the same tokens.
+
+    Raises:
+        UserError: if the recipe's chat template cannot be read, or refuses a plain question.
     """
     names = recipe.model
     load = functools.partial(load_tokenizer, trust_remote_code=names.trust_remote_code)
     of_teacher = names.teacher_tokenizer or names.teacher
-    tokenizer = load(str(names.name_of("student") or of_teacher))
+    tokenizer = apply_form(load(str(names.name_of("student") or of_teacher)), Form(chat_template=names.chat_template))
     if tokenizer.chat_template is None and names.student and of_teacher:
         teacher = load(of_teacher)
         if not token_conflicts(tokenizer, teacher):
@@ -173,6 +177,7 @@ def named_teacher_tokenizer(recipe: Recipe, student: Tokenizer) -> "PreTrainedTo
         tokenizer = tokenizer_for(names.teacher, names.teacher_tokenizer, trust_remote_code=trust)
     else:
         tokenizer = load_tokenizer(str(names.teacher_tokenizer or names.teacher), trust_remote_code=trust)
+    apply_form(tokenizer, Form(chat_template=names.chat_template))
     if names.teacher_tokenizer is None and token_conflicts(student.tokenizer, tokenizer):
         say_once(
             f"{names.teacher} and {student.tokenizer.name_or_path} have different tokenizers: the teacher is read with "

@@ -25,7 +25,13 @@ PLAIN = """\
 {%- if loop.last and message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n\\n' }}{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}Assistant:{{ '\\n' }}{% endif %}"""
-BUILTIN = {"plain": PLAIN}
+# The form of Llama 3's instruct models, for its base models, whose vocabulary has the tokens.
+LLAMA3 = """\
+{% for message in messages %}
+<|start_header_id|>{{ message.role }}<|end_header_id|>{{ '\\n\\n' }}{{ message.content | trim }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"""
+BUILTIN = {"plain": PLAIN, "llama3": LLAMA3}
 # Arguments of `apply_chat_template` that are no variables of the template, but `documents`.
 RESERVED = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),

@@ -27,7 +27,8 @@ class Form(Section):
 
     chat_template: Annotated[str | None, NOT_IN_KEY] = Field(
         None,
-        description="Chat template in place of the model's own: a Jinja file, or plain, for a base model without one.",
+        description="Chat template in place of the model's own: a Jinja file, or plain or llama3, for a base model "
+        "without one.",
     )
     system_prompt: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="System prompt in place of the one that a row has or lacks; empty: none."
@@ -109,6 +110,11 @@ class Models(Trust):
     student: Annotated[str | FromModel | None, NOT_IN_KEY] = Field(
         None, description="Hub name or directory of the student, or `{from: NAME, layers: 24}`: fewer layers of it."
     )
+    chat_template: Annotated[str | None, NOT_IN_KEY] = Field(
+        None,
+        description="Chat template of teacher and student, in place of their own, such as base models without one: a "
+        "Jinja file, plain, or llama3.",
+    )
     teacher_tokenizer: Annotated[str | None, NOT_IN_KEY] = Field(
         None,
         description="Hub name or directory of the tokenizer and chat template of the teacher and its reference; a "
@@ -116,8 +122,8 @@ class Models(Trust):
     )
     teacher_chat_template: Annotated[str | None, NOT_IN_KEY] = Field(
         None,
-        description="Chat template of the teacher and its reference: a Jinja file, or plain, for a base model without "
-        "one.",
+        description="Chat template of the teacher and its reference: a Jinja file, or plain or llama3, for a base "
+        "model without one.",
     )
     teacher_system_prompt: Annotated[str | None, NOT_IN_KEY] = Field(
         None, description="System prompt of the teacher and its reference, in place of that of a row; empty: none."
@@ -163,6 +169,8 @@ class Models(Trust):
         if self.teacher_form and not (self.teacher or self.teacher_tokenizer):
             keys = ", ".join(f"model.teacher_{name}" for name in Form.model_fields)
             raise ValueError(f"{keys} change how a named teacher reads; name model.teacher or model.teacher_tokenizer")
+        if self.chat_template and not (self.teacher or self.student or self.teacher_tokenizer):
+            raise ValueError("model.chat_template is for named models; models from scratch have their own")
         return self
 
     @model_validator(mode="before")

@@ -28,7 +28,9 @@ from prefdistill.experiment.doctor.unread import UNREAD_CHECKS
 from prefdistill.experiment.needs import columns_of
 from prefdistill.experiment.plan import build_plan
 from prefdistill.models.classifiers import empty_classifier
+from prefdistill.models.form import apply_form
 from prefdistill.models.load import check_model, check_reward_model, empty_model, load_tokenizer, tokenizer_file
+from prefdistill.models.options import Form
 from prefdistill.models.pruned import pruned
 from prefdistill.models.scratch import random_model, train_tokenizer
 
@@ -109,7 +111,7 @@ def examine(
             checkup.findings += findings
     if recipe is not None and recipe.data.sft:
         checkup.findings += check_demonstrations(recipe.data.sft, recipe.data.sft_read_as)
-    models = _Models(checkup, trust_remote_code)
+    models = _Models(checkup, trust_remote_code, Form(chat_template=recipe.model.chat_template if recipe else None))
     models.read(recipe, teacher, student, sets.get("train"))
     if not sets or any(data.conversational for data in sets.values()):
         checkup.findings += models.borrow_template()
@@ -153,6 +155,7 @@ class _Models:
 
     checkup: Checkup
     trust_remote_code: bool
+    form: Form
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     tokenizer_files: dict[str, Path] = field(default_factory=dict)  # tokenizer.json, where there is one
     shapes: dict[str, PreTrainedModel] = field(default_factory=dict)
@@ -228,7 +231,7 @@ class _Models:
             if not Path(name).exists():  # the Hub has no tokenizer of this name either
                 return
         try:
-            self.tokenizers[role] = load_tokenizer(name, trust_remote_code=trust)
+            self.tokenizers[role] = apply_form(load_tokenizer(name, trust_remote_code=trust), self.form)
             if (file := tokenizer_file(name)) is not None:
                 self.tokenizer_files[role] = file
         except UserError as error:
