@@ -90,6 +90,12 @@ def test_methods_that_compare_distributions_are_refused_before_anything_runs(met
         check_plan(build_plan(recipe, tmp_path, 0))
 
 
+def test_tokens_that_do_not_say_what_they_write_are_not_mapped(tmp_path):
+    words = load_recipe(QUICKSTART, [*SMALL, OTHER, "methods.dckd.across=first_token"], only=["dckd"])
+    with pytest.raises(UserError, match=r"a single token of .* does not say what text it writes .* no steps\)"):
+        check_plan(build_plan(words, tmp_path, 0))
+
+
 def test_methods_that_read_numbers_of_the_text_pass(tmp_path):
     names = ["tvkd", "seqkd", "dpkd", "dadpo", "oracle-margin", "simpo"]
     check_plan(build_plan(load_recipe(QUICKSTART, [*SMALL, OTHER], only=names), tmp_path, 0))

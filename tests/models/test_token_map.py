@@ -141,8 +141,18 @@ def test_text_that_the_student_changes_is_not_mapped():
     assert first_tokens(teacher, student).ids[teacher.get_vocab()["WHAT"]] == -1
 
 
-def test_a_tokenizer_whose_tokens_do_not_write_text_is_refused():
-    wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
-    wordpiece.decoder = decoders.WordPiece()
+def test_a_tokenizer_whose_tokens_do_not_write_text_is_refused_unless_the_other_has_the_same_ids():
+    def wordpiece(*words):
+        backend = Tokenizer(models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+        backend.decoder = decoders.WordPiece()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+    teacher, fewer, other = (
+        wordpiece("[UNK]", "the", "##y"),
+        wordpiece("[UNK]", "the"),
+        wordpiece("[UNK]", "##y", "the"),
+    )
     with pytest.raises(UserError, match=r"its decoder has WordPiece\): distributions can be mapped between byte-level"):
-        token_bytes(PreTrainedTokenizerFast(tokenizer_object=wordpiece, unk_token="[UNK]"))
+        first_tokens(teacher, other)
+    assert first_tokens(teacher, teacher).ids.tolist() == [0, 1, 2]
+    assert first_tokens(teacher, fewer).ids.tolist() == [0, 1, -1]

@@ -10,6 +10,7 @@ from prefdistill.core.progress import say, say_once
 from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.numbers import numeric_column
 from prefdistill.data.prompts import prompt_of, prompt_text
+from prefdistill.data.synthetic import build_tokenizer
 from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.inputs import Sources
@@ -25,6 +26,7 @@ from prefdistill.models.classifiers import empty_classifier
 from prefdistill.models.load import check_reward_model
 from prefdistill.models.pruned import empty_pruned
 from prefdistill.models.scratch import check_shape
+from prefdistill.models.token_map import token_bytes
 from prefdistill.sampling import ENGINES
 from prefdistill.sampling.options import SampleRequest
 from prefdistill.signals.join import INSTEAD, ONE_VOCABULARY
@@ -161,7 +163,8 @@ AS_STUDENT = (
 
 
 def _check_tokens(plan: Plan, where: str, method: Method) -> None:
-    """Refuse a method on numbers of the teacher's tokens where the student reads the texts in other ones."""
+    """Refuse a method on numbers of the teacher's tokens where the student reads the texts in other ones, and tokens
+    that cannot be mapped to the student's where a method asks for that."""
     if not plan.context.two_tokenizers:
         return
     names = plan.context.recipe.model
@@ -173,6 +176,12 @@ def _check_tokens(plan: Plan, where: str, method: Method) -> None:
                 f"{where} needs {need}, but {teacher} has {other} than the student, and {ONE_VOCABULARY}: "
                 + (INSTEAD if plan.context.two_vocabularies else AS_STUDENT)
             )
+        own = (plan.context.teacher_tokenizer, plan.context.tokenizer)
+        for tokenizer in own if need.across and plan.context.two_vocabularies else ():
+            if tokenizer.made_by is None:
+                token_bytes(tokenizer.tokenizer)
+            elif plan.context.recipe.data.synthetic:  # else it will be trained, and is byte-level
+                token_bytes(build_tokenizer())
 
 
 def _check_numbers(where: str, method: Method, column: str, data: UserData) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefdistill.core.errors import UserError
+from prefdistill.models.vocabulary import token_conflicts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,16 +43,30 @@ def first_tokens(
     that its tokenizer changes, a special token that it does not have.
 
     Args:
-        teacher, student: byte-level tokenizers, or SentencePiece-like ones.
+        teacher, student: byte-level tokenizers, or SentencePiece-like ones; any two of one vocabulary.
         ends: the teacher's end tokens and the student's of the same meaning; its EOS is the student's unless said here.
 
     Raises:
-        UserError: if single tokens of a tokenizer do not write text, as those of WordPiece.
+        UserError: if single tokens of a tokenizer do not say what they write, as those of WordPiece.
 
     Example:
         >>> first_tokens(gemma, smollm).ids[gemma.convert_tokens_to_ids("▁Hello")]                # doctest: +SKIP
         38699
     """
+    tokens = _by_text(teacher, student) if token_conflicts(teacher, student) else _by_id(teacher, student)
+    for end, own_end in {teacher.eos_token_id: student.eos_token_id, **(ends or {})}.items():
+        if end is not None and own_end is not None:
+            tokens.ids[end], tokens.exact[end] = own_end, True
+    return tokens
+
+
+def _by_id(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> TokenMap:
+    ids = np.arange(max(teacher.get_vocab().values()) + 1)
+    exact = np.isin(ids, [*student.get_vocab().values()])
+    return TokenMap(np.where(exact, ids, -1), exact)
+
+
+def _by_text(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> TokenMap:
     texts, own_texts = token_bytes(teacher), token_bytes(student)
     names, own_names, vocabulary = _names(teacher), _names(student), student.get_vocab()
     with_text = {text: token for token, text in enumerate(own_texts) if text}
@@ -76,9 +91,6 @@ def first_tokens(
         start = own_texts[first] if first >= 0 else None
         if start and (texts[token] or b"").startswith(start):
             ids[token] = first
-    for end, own_end in {teacher.eos_token_id: student.eos_token_id, **(ends or {})}.items():
-        if end is not None and own_end is not None:
-            ids[end], exact[end] = own_end, True
     return TokenMap(ids, exact)
 
 
@@ -92,7 +104,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
     steps = [*_parts(decoder)]
     types = {step["type"] for step in steps}
-    spaces = next((mark for step in steps if (mark := _space_mark(step))), None)
+    marks = [mark for step in steps if (mark := _space_mark(step))]
+    others = [step for step in steps if not (_space_mark(step) or step["type"] in ("ByteFallback", "Fuse", "Strip"))]
     if "ByteLevel" in types:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -101,17 +114,19 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         def text_of(token: str) -> bytes:
             known = all(character in byte_of for character in token)  # else an added token, which is text
             return bytes(byte_of[character] for character in token) if known else token.encode()
-    elif spaces is not None:
+    elif steps and not others:  # tokens are text, but for marks in place of spaces
 
         def text_of(token: str) -> bytes:
             if "ByteFallback" in types and (byte := BYTE_TOKEN.fullmatch(token)):
                 return bytes.fromhex(byte[1])
-            return token.replace(spaces, " ").encode()
+            for mark in marks:
+                token = token.replace(mark, " ")
+            return token.encode()
     else:
+        name, of = tokenizer.name_or_path or "a tokenizer in memory", ", ".join(sorted(types)) or "no steps"
         raise UserError(
-            f"a single token of {tokenizer.name_or_path} does not say what text it writes (its decoder has "
-            f"{', '.join(sorted(types)) or 'no steps'}): distributions can be mapped between byte-level and "
-            "SentencePiece tokenizers only"
+            f"a single token of {name} does not say what text it writes (its decoder has {of}): distributions can be "
+            "mapped between byte-level and SentencePiece-like tokenizers only"
         )
     names, special = _names(tokenizer), _special_tokens(tokenizer)
     return [

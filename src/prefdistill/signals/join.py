@@ -135,7 +135,7 @@ def _shared_truncation(stores: Sequence[Signals], truncation: Truncation | None)
 def _about(store: Signals) -> str:
     share = store.manifest["aligned"]["shared"]
     shared = "" if share is None else f", which share {share:.0%} of the student's states"
-    losses = f". Of its distributions {in_words(store.shares)}" if isinstance(store, ProjectedSignals) else ""
+    losses = f". Its distributions: {in_words(store.shares)}" if isinstance(store, ProjectedSignals) else ""
     return f"signals: the {store.role} signals ({store.place}) are of {_tokens_of(store)}{shared}{losses}"
 
 
