@@ -62,6 +62,16 @@ def test_a_teacher_from_scratch_is_made_for_its_tokenizer(named, other):
     assert {"init-teacher"} == {name for name in from_scratch if name.startswith("init")}
 
 
+def test_a_tokenizer_that_is_named_is_watched_for_changes_like_a_model(named):
+    place = str(named / "student-sft")
+    recipe = load_recipe(
+        named / "recipe.yaml", [f"model.teacher_tokenizer={place}", "model.student=other", "methods.tvkd={}"]
+    )
+    steps = {step.name: step for step in build_plan(recipe, QUICKSTART.parent / "nowhere", 0).steps}
+    assert place in steps["signals-teacher-train"].models
+    assert place not in steps["signals-reference-train"].models
+
+
 def test_a_named_teacher_is_read_with_its_own_tokenizer_and_reading_is_priced_in_its_tokens(named, other, capsys):
     changes = [f"model.teacher={other}", "model.teacher_reference=null", "methods.tvkd={}"]
     recipe = load_recipe(named / "recipe.yaml", changes, only=["tvkd"])

@@ -122,7 +122,11 @@ class UserModels:
     @functools.cached_property
     def teacher_tokenizer(self) -> Tokenizer:
         """The tokenizer that the teacher is read with."""
-        return tokenizer_input("teacher-tokenizer", lambda: named_teacher_tokenizer(self.recipe, self.tokenizer))
+        return tokenizer_input(
+            "teacher-tokenizer",
+            lambda: named_teacher_tokenizer(self.recipe, self.tokenizer),
+            self.recipe.model.teacher_tokenizer,
+        )
 
     def model(self, name: str, place: str, role: ModelRole, tokenizer: Tokenizer) -> Model:
         """Return a model of the user's in a role; its key is that of its files and of the tokenizer it is read with."""
@@ -131,17 +135,24 @@ class UserModels:
             code = self.recipe.model.trust_remote_code
             return value_digest({"model": self.sources.model_key(place), "code": code, "tokens": tokenizer.key})
 
-        return Model(name=name, compute_key=key, named_models=frozenset({place}), role=role, place=place)
+        named = frozenset({place}) | tokenizer.named_models
+        return Model(name=name, compute_key=key, named_models=named, role=role, place=place)
 
 
-def tokenizer_input(name: str, read: "Callable[[], PreTrainedTokenizerBase]") -> Tokenizer:
-    """Return a tokenizer as an input of steps; its key is that of its tokens, rules and chat template."""
+def tokenizer_input(name: str, read: "Callable[[], PreTrainedTokenizerBase]", place: str | None = None) -> Tokenizer:
+    """Return a tokenizer as an input of steps; its key is that of its tokens, rules and chat template.
+
+    Args:
+        name: of the input.
+        read: returns the tokenizer.
+        place: its directory or Hub name, where the user names it apart from a model.
+    """
 
     def key() -> str:
         identity = tokenizer_identity(tokenizer.tokenizer)
         return value_digest([identity["sha256"], identity["template_sha256"]])
 
-    tokenizer = Tokenizer(name=name, compute_key=key, read=read)
+    tokenizer = Tokenizer(name=name, compute_key=key, named_models=frozenset(filter(None, [place])), read=read)
     return tokenizer
 
 
