@@ -4,13 +4,16 @@ import json
 
 import pytest
 
+from prefdistill.core.files import write_jsonl
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
-from prefdistill.methods import METHODS
+from prefdistill.experiment.show_plan import plan_recipe
+from prefdistill.methods import METHODS, make_method
 from support.tiny_runs import ROOT, stages
 
 LOCAL = sorted((ROOT / "recipes" / "local-pairs").rglob("*.yaml"))
+SMOLLM2 = sorted((ROOT / "recipes" / "smollm2").glob("*.yaml"))
 NAMES = ["model.teacher=big", "model.student=small"]
 
 
@@ -80,3 +83,32 @@ def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
     results = run_recipe(load_recipe(fitted, [*overrides, *models], fast=True, only=["tvkd"]), tmp_path / "fitted")
     assert results["methods"]["tvkd"]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
     assert "reward_model" not in results
+
+
+@pytest.mark.parametrize("path", SMOLLM2, ids=lambda path: path.stem)
+def test_the_recipes_for_smollm2_take_directories_and_heal_the_student_first(
+    tmp_path, make_model, tokenizer, pairs, path
+):
+    make_model().save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
+    shipped, small = load_recipe(path, only=["all"]), tmp_path / "small"
+    overrides = [f"data.{part}={tmp_path / 'pairs.jsonl'}" for part in ("train", "test")]
+    overrides += [f"model.teacher={small}", f"reward_model.model.from={small}"]
+    overrides += [f"model.teacher_reference={small}"] if shipped.model.teacher_reference else []
+    pruned = shipped.model.student_layers is not None
+    overrides += [f"model.student={{from: {small}, layers: 1}}" if pruned else f"model.student={small}"]
+    named = {shipped.model.name_of(role) for role in ("teacher", "student", "teacher_reference")} - {None}
+    assert all(name.startswith("HuggingFaceTB/SmolLM2-") for name in {*named, shipped.reward_model.source})
+    for fast in (False, True):
+        recipe = load_recipe(path, overrides, fast=fast, only=["all"])
+        steps = {step["name"]: step for step in plan_recipe(recipe, tmp_path / "run")["steps"]}
+        assert ("student-base" in steps) == pruned
+        assert all("student-sft" in steps[f"distill-{name}-0"]["inputs"] for name in recipe.methods)
+        assert steps["reward-model"]["inputs"] == ["reward-model-pairs", "tokenizer", "reward-model-base"]
+    assert not any(method.disproportion() for method in methods_of(shipped, without={"tvkd-raw"}))
+    assert all(method.disproportion() for method in methods_of(shipped, without=shipped.methods.keys() - {"tvkd-raw"}))
+
+
+def methods_of(recipe, without):
+    return [make_method(run.method, run.options) for name, run in recipe.methods.items() if name not in without]

@@ -118,7 +118,7 @@ def _placeholder(tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
     """Return a row for the constructor of TRL's DPO, which renders and tokenizes rows itself."""
     from datasets import Dataset
 
-    texts = {"prompt": ("user", "a"), **dict.fromkeys(SIDES, ("assistant", "b"))}
+    texts = {"prompt": ("user", "a"), **dict.fromkeys(SIDES, ("assistant", " b"))}  # a blank, where no token merges
     if tokenizer.eos_token is not None:  # plain text, which no chat template refuses
         return Dataset.from_list([{name: text for name, (_, text) in texts.items()}])
     return Dataset.from_list([{name: [{"role": role, "content": text}] for name, (role, text) in texts.items()}])
