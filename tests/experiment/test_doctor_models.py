@@ -4,8 +4,17 @@ import json
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
-from prefdistill.experiment.doctor import examine, vocabulary
+from prefdistill import METHODS, LiveTeacher
+from prefdistill.cli import main
+from prefdistill.data.load import load_pairs
+from prefdistill.data.truncation import Truncation
+from prefdistill.experiment.doctor import as_text, examine, vocabulary
+from prefdistill.experiment.recipe import load_recipe
+from prefdistill.models.load import load_tokenizer
+from prefdistill.signals import extract_signals
+from prefdistill.training.rows import prepare_rows
 from support.doctor import (
     GENERATE,
     HEADER,
@@ -15,6 +24,7 @@ from support.doctor import (
     checks_found,
     clean,
     copy_of,
+    edited,
     finding_of,
     model_of,
     more_tokens,
@@ -31,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 VOCABULARIES = [
-    ("another tokenizer", lambda _: make_tokenizer("chatml"), {}, "vocabulary.conflict", "error"),
+    ("another tokenizer", lambda _: make_tokenizer("chatml"), {}, "vocabulary.other-tokens", "note"),
     ("more tokens", more_tokens, {}, "vocabulary.extra", "note"),
     ("another EOS", with_eos, {}, "vocabulary.special", "warning"),
     ("another template", templated(HEADER + TAIL + "{{ '' }}" + GENERATE), {}, "vocabulary.template", "warning"),
@@ -50,8 +60,7 @@ def test_each_vocabulary_check_finds_its_difference(tmp_path, tokenizer, change,
     teacher = model_of(change(copy_of(tokenizer, tmp_path)), tmp_path / "teacher", **shape)
     checkup = examine(write(tmp_path / "pairs.jsonl", clean()), student=student, teacher=teacher, truncation=LONG)
     assert finding_of(checkup, check).severity == severity
-    also = {"vocabulary.special", "vocabulary.template"} if check == "vocabulary.conflict" else set()
-    assert checks_found(checkup) - also == ({check} if severity != "note" else set())
+    assert checks_found(checkup) == ({check} if severity != "note" else set())
 
 
 def test_different_tokenization_names_rows_of_the_data_if_some_are_refused(tmp_path):
@@ -66,13 +75,90 @@ def test_different_tokenization_names_rows_of_the_data_if_some_are_refused(tmp_p
     assert finding.example == f"row 3: {text_of(rows[3]['chosen'])}"
 
 
-def test_a_vocabulary_conflict_counts_the_differing_tokens(tmp_path, tokenizer):
+def test_a_teacher_with_other_tokens_names_the_methods_that_can_learn_from_it(tmp_path, tokenizer):
     other = make_tokenizer("chatml")
     student, teacher = model_of(tokenizer, tmp_path / "a"), model_of(other, tmp_path / "b")
-    finding = finding_of(examine(student=student, teacher=teacher), "vocabulary.conflict")
+    finding = finding_of(examine(student=student, teacher=teacher), "vocabulary.other-tokens")
     a, b = tokenizer.get_vocab(), other.get_vocab()
     assert finding.count == sum(a[t] != b[t] if t in b else a[t] in b.values() for t in a)
     assert finding.of == len(a)
+    works, refused = (part.rpartition(": ")[2].split(", ") for part in finding.message.split("; ")[1:])
+    assert {"tvkd", "dadpo", "seqkd"} <= set(works)
+    assert {"vanillakd", "dckd", "adpa", "distillm2"} <= set(refused)
+    assert set(works).isdisjoint({*refused, "dpo"})
+
+
+def test_a_recipe_is_refused_with_all_its_methods_on_distributions(tmp_path, tokenizer):
+    teacher = model_of(make_tokenizer("chatml"), tmp_path / "teacher")
+    recipe = recipe_for(tmp_path, tokenizer, f"model.teacher={teacher}", "methods.adpa={}")
+    finding = finding_of(examine(recipe=recipe), "vocabulary.other-tokens")
+    assert finding.severity == "error"
+    assert finding.message.endswith("refused: dckd, adpa")
+    assert "tvkd" in finding.fix
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"model.teacher={teacher}", "teacher.dpo=null"], only=["tvkd"])
+    assert finding_of(examine(recipe=recipe), "vocabulary.other-tokens").severity == "note"
+
+
+def across_rows():
+    """Rows that tokenizers with other merges, a normal form or another end of the text cannot share."""
+    rows = edited({1: {"chosen": "ﬁne words"}, 4: {"prompt": "not <|im_end|> yet"}, 5: {"rejected": "a word " * 30}})
+    rows[7]["chosen"] = [*rows[7]["chosen"], *rows[7]["chosen"]]
+    return rows
+
+
+def test_what_the_doctor_says_of_a_teacher_with_other_tokens_is_what_the_run_drops(tmp_path, tokenizer):
+    other = copy_of(make_tokenizer("chatml"), tmp_path)
+    other.backend_tokenizer.normalizer = normalizers.NFKC()
+    student, teacher = model_of(tokenizer, tmp_path / "student"), model_of(other, tmp_path / "teacher")
+    source, limit = write(tmp_path / "pairs.jsonl", across_rows()), Truncation(150)
+    checkup = examine(source, student=student, teacher=teacher, truncation=limit)
+    pairs = load_pairs(source)
+    store = extract_signals(teacher, pairs, kinds=("values",), out=tmp_path / "store", truncation=limit)
+    start = LiveTeacher(student, "reference", ("logps",), dataset=pairs, truncation=limit).bind()
+    *_, reading = prepare_rows(pairs, METHODS["tvkd"](), [store, start], load_tokenizer(student), limit)
+    facts = checkup.facts["train"]["teacher"]["aligned"]
+    assert facts["dropped"] == reading.dropped.counts
+    assert facts["kept"] == reading.kept == 9
+    assert 0.1 < facts["shared_states"] < 0.9
+    found = {f.check: (f.severity, f.rows) for f in checkup.findings if f.check.startswith("across.")}
+    assert found == {
+        "across.changed-text": ("warning", (1,)),
+        "across.cut-elsewhere": ("warning", (5,)),
+        "across.no-text": ("warning", (7,)),
+    }
+    assert finding_of(checkup, "across.changed-text").example == "row 1: chosen: ﬁne words"
+    special = finding_of(checkup, "tokens.special-in-text")  # of the teacher only
+    assert special.message.startswith("teacher: ")
+    assert special.rows == (4,)
+    assert checkup.ok
+    assert f"{facts['shared_states']:.1%} of the student's states; 9 of 12 rows are left" in " ".join(
+        as_text(checkup).split()
+    )
+
+
+def test_a_teacher_that_can_serve_no_row_is_an_error(tmp_path, tokenizer):
+    other = templated(HEADER + "{% endfor %}" + GENERATE)(copy_of(make_tokenizer("chatml"), tmp_path))  # no end token
+    student, teacher = model_of(tokenizer, tmp_path / "student"), model_of(other, tmp_path / "teacher")
+    source = write(tmp_path / "pairs.jsonl", clean())
+    checkup = examine(source, student=student, teacher=teacher, truncation=LONG)
+    finding = finding_of(checkup, "across.ends-differ")
+    assert (finding.severity, finding.count) == ("error", 12)
+    assert checkup.facts["train"]["teacher"]["aligned"]["shared_states"] is None
+    assert finding_of(checkup, "template.no-end").message.startswith("teacher: ")
+
+
+def test_a_teacher_without_a_template_reads_in_the_form_that_is_named(tmp_path, tokenizer, capsys):
+    other = copy_of(make_tokenizer("chatml"), tmp_path, chat_template=None)
+    student, teacher = model_of(tokenizer, tmp_path / "student"), model_of(other, tmp_path / "teacher")
+    command = ["doctor", "--data", write(tmp_path / "pairs.jsonl", clean()), "--teacher", teacher, "--student", student]
+    assert main([*command, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    (missing,) = [f for f in told["findings"] if f["check"] == "template.missing"]
+    assert missing["message"].startswith("teacher: ")
+    assert "--teacher-chat-template" in missing["fix"]
+    assert main([*command, "--json", "--teacher-chat-template", "plain"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["facts"]["train"]["teacher"]["aligned"]["kept"] == 12
 
 
 def test_the_teachers_template_is_used_if_the_student_has_none(tmp_path, tokenizer):

@@ -14,10 +14,9 @@ from prefdistill.data.synthetic import build_tokenizer
 from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.inputs import Sources
-from prefdistill.experiment.needs import reference_bf16
+from prefdistill.experiment.needs import of_own_tokens, reference_bf16
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.step import TEACHERS
 from prefdistill.experiment.steps.signals import Sample
 from prefdistill.experiment.user_data import UserData
 from prefdistill.methods import Method, sampled
@@ -30,7 +29,6 @@ from prefdistill.models.token_map import token_bytes
 from prefdistill.sampling import ENGINES
 from prefdistill.sampling.options import SampleRequest
 from prefdistill.signals.join import INSTEAD, ONE_VOCABULARY
-from prefdistill.signals.kinds import make_kinds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,20 +166,19 @@ def _check_tokens(plan: Plan, where: str, method: Method) -> None:
     if not plan.context.two_tokenizers:
         return
     names = plan.context.recipe.model
-    for need in method.needs:
-        if need.role in TEACHERS and need.across is None and make_kinds([need.kind])[0].needs_same_tokens:
-            teacher = names.teacher_tokenizer or names.teacher or "the teacher"
-            other = "other tokens" if plan.context.two_vocabularies else "another chat template"
-            raise UserError(
-                f"{where} needs {need}, but {teacher} has {other} than the student, and {ONE_VOCABULARY}: "
-                + (INSTEAD if plan.context.two_vocabularies else AS_STUDENT)
-            )
-        own = (plan.context.teacher_tokenizer, plan.context.tokenizer)
-        for tokenizer in own if need.across and plan.context.two_vocabularies else ():
-            if tokenizer.made_by is None:
-                token_bytes(tokenizer.tokenizer)
-            elif plan.context.recipe.data.synthetic:  # else it will be trained, and is byte-level
-                token_bytes(build_tokenizer())
+    for need in of_own_tokens(method):
+        teacher = names.teacher_tokenizer or names.teacher or "the teacher"
+        other = "other tokens" if plan.context.two_vocabularies else "another chat template"
+        raise UserError(
+            f"{where} needs {need}, but {teacher} has {other} than the student, and {ONE_VOCABULARY}: "
+            + (INSTEAD if plan.context.two_vocabularies else AS_STUDENT)
+        )
+    maps_tokens = plan.context.two_vocabularies and any(need.across for need in method.needs)
+    for tokenizer in (plan.context.teacher_tokenizer, plan.context.tokenizer) if maps_tokens else ():
+        if tokenizer.made_by is None:
+            token_bytes(tokenizer.tokenizer)
+        elif plan.context.recipe.data.synthetic:  # else it will be trained, and is byte-level
+            token_bytes(build_tokenizer())
 
 
 def _check_numbers(where: str, method: Method, column: str, data: UserData) -> None:

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 from prefdistill.data.columns import SIDES
 from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.step import TEACHERS
 from prefdistill.methods import Method, make_method
 from prefdistill.signals import Need
+from prefdistill.signals.kinds import make_kinds
 
 TRAIN = "train"
 STUDENT_RESPONSE = "student_response"
@@ -41,6 +43,22 @@ def held_out(methods: Iterable[Method], teacher_reference: bool) -> dict[str, se
         if teacher_reference:
             wanted["teacher_reference"] = {"logps"}
     return wanted
+
+
+def reads_teacher(method: Method) -> bool:
+    """Return whether a method learns from signals or responses of the teacher."""
+    return "teacher_response" in method.responses or any(need.role in TEACHERS for need in method.needs)
+
+
+def learns_from_pairs(method: Method) -> bool:
+    """Return whether a method learns from the teacher's signals of the pairs."""
+    return any(need.role in TEACHERS and set(need.responses) <= set(SIDES) for need in method.needs)
+
+
+def of_own_tokens(method: Method) -> list[Need]:
+    """Return the needs of a method that a teacher with other tokens than the student's cannot serve."""
+    needs = (need for need in method.needs if need.role in TEACHERS and need.across is None)
+    return [need for need in needs if make_kinds([need.kind])[0].needs_same_tokens]
 
 
 def split_needs(needs: Iterable[Need]) -> list[Need]:

@@ -18,7 +18,7 @@ from prefdistill.experiment.step import Model, ModelRole, Rows, Tokenizer
 from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
-from prefdistill.models.options import Form
+from prefdistill.models.options import Form, Models
 from prefdistill.models.vocabulary import check_same_tokens, token_conflicts, tokenizer_for
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class UserModels:
         """The tokenizer that the teacher is read with."""
         return tokenizer_input(
             "teacher-tokenizer",
-            lambda: named_teacher_tokenizer(self.recipe, self.tokenizer),
+            lambda: named_teacher_tokenizer(self.recipe.model, self.tokenizer.tokenizer),
             self.recipe.model.teacher_tokenizer,
         )
 
@@ -175,28 +175,28 @@ def named_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def named_teacher_tokenizer(recipe: Recipe, student: Tokenizer) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer that the recipe names for its teacher; else the student's, or the teacher's own if its
+def named_teacher_tokenizer(names: Models, student: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that a recipe names for its teacher; else the student's, or the teacher's own if its
     tokens are others. With the chat template of the teacher's form, if it has one.
 
     Raises:
         UserError: if the teacher, its reference or the tokenizer that is named for them have other tokens, or the form
             does not fit the chat template.
     """
-    names, trust = recipe.model, recipe.model.trust_remote_code
+    trust = names.trust_remote_code
     if names.teacher and names.teacher_tokenizer:
         tokenizer = tokenizer_for(names.teacher, names.teacher_tokenizer, trust_remote_code=trust)
     else:
         tokenizer = load_tokenizer(str(names.teacher_tokenizer or names.teacher), trust_remote_code=trust)
     apply_form(tokenizer, Form(chat_template=names.chat_template))
-    if names.teacher_tokenizer is None and token_conflicts(student.tokenizer, tokenizer):
+    if names.teacher_tokenizer is None and token_conflicts(student, tokenizer):
         say_once(
-            f"{names.teacher} and {student.tokenizer.name_or_path} have different tokenizers: the teacher is read with "
+            f"{names.teacher} and {student.name_or_path} have different tokenizers: the teacher is read with "
             "its own tokenizer and chat template"
         )
     elif names.teacher_tokenizer is None:
-        check_same_tokens(student.tokenizer, tokenizer)  # reports a token that one of them lacks
-        tokenizer = student.tokenizer
+        check_same_tokens(student, tokenizer)  # reports a token that one of them lacks
+        tokenizer = student
     if names.teacher_reference:
         check_same_tokens(tokenizer, load_tokenizer(names.teacher_reference, trust_remote_code=trust))
     return apply_form(copy.deepcopy(tokenizer), names.teacher_form) if names.teacher_form else tokenizer

@@ -93,15 +93,13 @@ def align(
         )
     kinds = [kind for kind in make_kinds(store.kinds, store.settings) if not kind.needs_same_tokens]
     rows = np.asarray(texts.encoded["row"][:])
+    reasons = {row: reason for row, (reason, _) in unserved(store, texts).items()}
+    fits = ~np.isin(rows, [*reasons])
     shards: list[Shard] = []
-    reasons: dict[int, str] = {}
     shared = np.zeros(2)
     for shard in store.shards:
         part = Signals(store.manifest, [shard], store.place)
-        places = np.flatnonzero(np.isin(rows, part.rows))
-        why = _reasons(part, texts, places)
-        reasons |= {int(rows[place]): reason for place, reason in zip(places, why, strict=True) if reason}
-        places = places[[not reason for reason in why]]
+        places = np.flatnonzero(fits & np.isin(rows, part.rows))
         if len(places):
             aligned, counts = _aligned_shard(part, texts, places, kinds, topk=tokens is not None)
             shards.append(aligned)
@@ -130,22 +128,24 @@ def align(
     return Signals(manifest, shards, store.place), reasons
 
 
-def _reasons(store: Signals, texts: StudentTexts, places: np.ndarray) -> list[str]:
-    """Return why each of these rows of the student's cannot be served, "" if it can."""
-    rows = np.asarray(texts.encoded["row"][:])[places]
-    reasons = [""] * len(rows)
+def unserved(store: Signals, texts: StudentTexts) -> dict[int, tuple[str, str]]:
+    """Return why rows that a store and the student both have cannot be served: row -> the reason and the response."""
+    rows = np.asarray(texts.encoded["row"][:])
+    places = np.flatnonzero(np.isin(rows, store.rows))
+    rows = rows[places]
+    reasons: dict[int, tuple[str, str]] = {}
     for name in store.responses:
         of_store, of_student = _spans(store, name, rows), texts.spans_at(name, places)
         for at in np.flatnonzero((of_store.end < 0) | (of_student.end < 0)):
-            reasons[at] = REASONS[min(of_store.end[at], of_student.end[at])]
+            reasons.setdefault(int(rows[at]), (REASONS[min(of_store.end[at], of_student.end[at])], name))
         read = np.stack([_length(of_store), _length(of_student)])
         for at in np.flatnonzero(read[0] != read[1]):
             text = response_text(texts.data[int(rows[at])][name]) or ""
             if text[read[:, at].min() : read[:, at].max()].strip():  # else one template strips the text
-                reasons[at] = reasons[at] or CUT_ELSEWHERE
+                reasons.setdefault(int(rows[at]), (CUT_ELSEWHERE, name))
         ended = np.array(texts.encoded[f"{name}_ended"][:], dtype=bool)[places]
         for at in np.flatnonzero(store.scalar(f"{name}_ended", rows) != ended):
-            reasons[at] = reasons[at] or ENDS_DIFFER
+            reasons.setdefault(int(rows[at]), (ENDS_DIFFER, name))
     return reasons
 
 

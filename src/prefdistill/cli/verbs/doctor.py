@@ -8,9 +8,9 @@ from pydantic import Field, PositiveInt
 from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import Overridable
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import Override
+from prefdistill.core.options import Options, Override
 from prefdistill.data.options import Columns, Data, Lengths
-from prefdistill.models.options import Models, Trust
+from prefdistill.models.options import Form, Models, Trust
 
 
 class DoctorFlags(Overridable, Trust, Columns):
@@ -18,6 +18,12 @@ class DoctorFlags(Overridable, Trust, Columns):
     test: str | None = Data.redefault("test", None)
     teacher: str | None = Models.redefault("teacher", None)
     student: str | None = Models.redefault("student", None)
+    teacher_tokenizer: str | None = Models.redefault("teacher_tokenizer", None)
+    teacher_chat_template: str | None = Models.redefault("teacher_chat_template", None)
+    teacher_system_prompt: str | None = Models.redefault("teacher_system_prompt", None)
+    teacher_template_kwargs: Options = Field(
+        default_factory=dict, description=Models.model_fields["teacher_template_kwargs"].description
+    )
     recipe: Path | None = Field(None, description="Recipe (YAML) whose run is planned; the flags win over it.")
     out: Path = Field(Path("runs"), description="Where the run will write; its disk is checked.")
     max_length: PositiveInt | None = Field(
@@ -47,6 +53,8 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             out=options.out,
             trust_remote_code=options.trust_remote_code,
             columns=options,
+            teacher_tokenizer=options.teacher_tokenizer,
+            teacher_form=Form(**{name: getattr(options, f"teacher_{name}") for name in Form.model_fields}),
         )
     else:
         from prefdistill.experiment.recipe import load_recipe
@@ -60,6 +68,10 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             "data.max_prompt_length": options.max_prompt_length,
             "model.teacher": options.teacher,
             "model.student": options.student,
+            "model.teacher_tokenizer": options.teacher_tokenizer,
+            "model.teacher_chat_template": options.teacher_chat_template,
+            "model.teacher_system_prompt": options.teacher_system_prompt,
+            "model.teacher_template_kwargs": options.teacher_template_kwargs or None,
             "model.trust_remote_code": options.trust_remote_code or None,
         }
         changes = [Override(key, value) for key, value in flags.items() if value is not None]

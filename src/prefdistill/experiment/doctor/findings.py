@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.text import printable
 
 # error: the run is refused or its results are wrong; warning: it runs, but probably not as intended; note: good to know
@@ -39,6 +41,15 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": list(self.rows)}
+
+
+@contextmanager
+def recipe_errors(findings: list[Finding], where: str = "") -> Iterator[None]:
+    """Turn an error that a run would raise about the recipe into a finding, and continue."""
+    try:
+        yield
+    except UserError as error:
+        findings.append(Finding("recipe.check", "error", f"{where}{error}", "Change the recipe."))
 
 
 def finding_for_rows(

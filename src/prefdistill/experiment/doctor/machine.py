@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,23 +45,29 @@ class Needs:
     disk: dict[str, int] = field(default_factory=dict)
 
 
-def needs_of(recipe: Recipe | None, shapes: Shapes, train: Lengths | None, test: Lengths | None) -> Needs:
+def needs_of(
+    recipe: Recipe | None, shapes: Shapes, lengths: Mapping[str, Lengths], teacher_lengths: Mapping[str, Lengths]
+) -> Needs:
     """Return what a recipe's run needs; without a recipe, TVKD on one student.
+
+    Args:
+        recipe: what is run.
+        shapes: of its models.
+        lengths: of the data sets "train" and "test", as far as they are known.
+        teacher_lengths: the same in the tokens that the teacher reads.
 
     Raises:
         UserError: if training.lora does not fit its model.
     """
     if recipe is None:
-        data = {name: name for name, part in (("train", train), ("test", test)) if part}
-        recipe = validate(Recipe, USUAL | {"data": {"train": "train", **data}}, "the usual run")
+        recipe = validate(Recipe, USUAL | {"data": {"train": "train", **{n: n for n in lengths}}}, "the usual run")
     plan = build_plan(recipe, Path(), recipe.seed)
-    lengths: dict[Input, Lengths] = {
-        rows: length for rows, length in ((plan.train, train), (plan.test, test)) if rows and length
-    }
+    data: dict[str, Input] = {name: rows for name, rows in (("train", plan.train), ("test", plan.test)) if rows}
+    own, of_teacher = ({data[n]: part[n] for n in data if n in part} for part in (lengths, teacher_lengths))
     memory: dict[str, int] = defaultdict(int)
     disk: dict[str, int] = defaultdict(int)
     checkpoints = 0
-    for step, cost in costs(plan, shapes, lengths).items():
+    for step, cost in costs(plan, shapes, own, of_teacher).items():
         doing, leaves = _labels(step)
         memory[doing] = max(memory[doing], cost.memory)
         disk[leaves] += cost.disk * recipe.seeds

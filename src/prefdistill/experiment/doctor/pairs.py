@@ -6,7 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from prefdistill.experiment.doctor.findings import Finding, Severity, finding_fo
 
 if TYPE_CHECKING:
     import numpy as np
+    from datasets import Dataset
 
 FORMS = ("conversational", "plain")
 COLUMNS = ("prompt", *SIDES)
@@ -98,6 +100,19 @@ class PairSet:
     ) -> Iterator[Finding]:
         """Yield one finding for all the rows that a check hits, or none, see `finding_for_rows`."""
         return finding_for_rows(check, severity, (self.name, self.rows), hits, message, fix)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The pairs as a run loads them.
+
+        Raises:
+            UserError: if the loader refuses them.
+        """
+        return load_pairs(self.source, **self.options).select(range(len(self.pairs)))
+
+    def unread(self) -> PairSet:
+        """Return the same pairs without tokens, for another tokenizer."""
+        return replace(self, pairs=[Pair(pair.row, pair.columns) for pair in self.pairs])
 
     @property
     def conversational(self) -> bool:
@@ -214,7 +229,7 @@ def read_pairs(
 def loader_refusal(data: PairSet) -> Iterator[Finding]:
     """Yield what the loader refuses in data without other errors, such as a value in another column."""
     try:
-        load_pairs(data.source, **data.options)
+        _ = data.dataset
     except UserError as error:
         yield Finding("data.refused", "error", str(error), "Fix or drop that column.", data=data.name)
 

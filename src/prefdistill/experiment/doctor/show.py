@@ -44,9 +44,13 @@ def _facts(facts: dict[str, Any]) -> list[str]:
             if "read" in data:
                 rows += _wrap("  read: ", data["read"]["text"])
             for unit in ("characters", "tokens"):
-                for column, lengths in data.get(unit, {}).items():
-                    if lengths:
-                        rows.append(f"  {column:9}{unit:11}" + "  ".join(f"{q} {n:,}" for q, n in lengths.items()))
+                rows += _lengths(data.get(unit, {}), unit)
+            teacher = data.get("teacher", {})
+            if teacher:
+                rows += _wrap("  read by the teacher: ", teacher["read"]["text"])
+                rows += _lengths(teacher["tokens"], "tokens")
+            if aligned := teacher.get("aligned"):
+                rows += _wrap("  both: ", _aligned(aligned))
             blocks.append("\n".join(rows))
     for resource, parts in (("memory", facts.get("memory", {})), ("disk", facts.get("disk", {}))):
         if parts:
@@ -55,6 +59,22 @@ def _facts(facts: dict[str, Any]) -> list[str]:
                 rows += _wrap(f"  {size(count):>11}  ", part)
             blocks.append("\n".join(rows))
     return blocks
+
+
+def _lengths(columns: dict[str, dict[str, int]], unit: str) -> list[str]:
+    return [
+        f"  {column:9}{unit:11}" + "  ".join(f"{q} {n:,}" for q, n in lengths.items())
+        for column, lengths in columns.items()
+        if lengths
+    ]
+
+
+def _aligned(facts: dict[str, Any]) -> str:
+    """Return how a teacher with its own tokens serves the student, in words."""
+    shared = facts["shared_states"]
+    share = "" if shared is None else f"the teacher's tokens share {shared:.1%} of the student's states; "
+    dropped = "; ".join(f"{reason} ({count:,})" for reason, count in facts["dropped"].items())
+    return f"{share}{facts['kept']:,} of {facts['rows']:,} rows are left" + (f", without: {dropped}" if dropped else "")
 
 
 def _group_equal(parts: dict[str, int]) -> list[tuple[str, int]]:

@@ -53,7 +53,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
         yield Finding(
             "template.no-end",
             "warning",
-            "the chat template writes no end token after a response: the student does not learn to stop",
+            "the chat template writes no end token after a response: nothing is learnt of where to stop",
             "Write {{ eos_token }} after assistant messages in the template.",
         )
     elif ending.token != tokenizer.eos_token_id:

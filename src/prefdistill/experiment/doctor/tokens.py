@@ -179,7 +179,7 @@ def end_tokens(data: PairSet, encoding: Encoding) -> Iterator[Finding]:
         "tokens.end-missing",
         "warning",
         first_hit_per_row(missing),
-        "a response has no end token: the student does not learn to stop",
+        "a response has no end token: nothing is learnt of where to stop",
         "Let the chat template write the end token after an assistant message.",
     )
     yield from data.finding(

@@ -10,7 +10,6 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_untruncated
 from prefdistill.experiment.doctor.findings import FIRST_ROWS, Finding, excerpt
 from prefdistill.models.logprobs import vocabulary_rows
-from prefdistill.models.vocabulary import token_conflicts
 from prefdistill.training.arguments import adapter_config
 
 if TYPE_CHECKING:
@@ -29,28 +28,13 @@ PROBES = (
 SAMPLE = 200  # pairs to tokenise with both tokenizers
 
 
-def same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    """Report tokens with different ids, or tokens that only one of the two has."""
+def extra_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Report tokens that only one of two tokenizers has whose shared tokens agree."""
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
-    shared = len(student_ids.keys() & teacher_ids.keys())
-    if conflicts := token_conflicts(student, teacher):
-        token = conflicts[0]
-        number = student_ids[token]
-        other = {i: teacher_token for teacher_token, i in teacher_ids.items()}.get(number, "nothing")
-        example = f"{token!r} has id {number} for the student, where the teacher has {other!r}"
-        yield Finding(
-            "vocabulary.conflict",
-            "error",
-            f"teacher and student have different tokenizers: {len(conflicts):,} of the student's "
-            f"{len(student_ids):,} tokens differ ({shared:,} are in both)",
-            "Choose a teacher and a student of one family.",
-            len(conflicts),
-            len(student_ids),
-            example=excerpt(example),
-        )
-    elif len(student_ids) != len(teacher_ids):
+    if len(student_ids) != len(teacher_ids):
         larger = "student" if len(student_ids) > len(teacher_ids) else "teacher"
         extra = sorted(student_ids.keys() ^ teacher_ids.keys())
+        shared = len(student_ids.keys() & teacher_ids.keys())
         yield Finding(
             "vocabulary.extra",
             "note",
@@ -90,7 +74,7 @@ def same_tokenization(
 ) -> Iterator[Finding]:
     """Report texts that two tokenizers with the same ids split into different tokens."""
     rows = pairs[:SAMPLE]
-    if not rows or token_conflicts(student, teacher):
+    if not rows:
         return
     try:
         whole = encode_untruncated([pair.columns for pair in rows], student)
