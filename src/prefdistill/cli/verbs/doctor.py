@@ -21,6 +21,7 @@ class DoctorFlags(Overridable, Trust, Columns):
     teacher_tokenizer: str | None = Models.redefault("teacher_tokenizer", None)
     teacher_chat_template: str | None = Models.redefault("teacher_chat_template", None)
     teacher_system_prompt: str | None = Models.redefault("teacher_system_prompt", None)
+    teacher_response_prefix: str | None = Models.redefault("teacher_response_prefix", None)
     teacher_template_kwargs: Options = Field(
         default_factory=dict, description=Models.model_fields["teacher_template_kwargs"].description
     )
@@ -40,6 +41,7 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
     """
     if options.overrides and options.recipe is None:
         raise UserError(f"{options.overrides[0]!r} is an override of a recipe; give --recipe with it")
+    form = Form(**{name: getattr(options, f"teacher_{name}") for name in Form.model_fields})
     if options.recipe is None:
         from prefdistill.data.truncation import Truncation
         from prefdistill.experiment.doctor import as_text, examine
@@ -54,7 +56,7 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             trust_remote_code=options.trust_remote_code,
             columns=options,
             teacher_tokenizer=options.teacher_tokenizer,
-            teacher_form=Form(**{name: getattr(options, f"teacher_{name}") for name in Form.model_fields}),
+            teacher_form=form,
         )
     else:
         from prefdistill.experiment.recipe import load_recipe
@@ -69,9 +71,7 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             "model.teacher": options.teacher,
             "model.student": options.student,
             "model.teacher_tokenizer": options.teacher_tokenizer,
-            "model.teacher_chat_template": options.teacher_chat_template,
-            "model.teacher_system_prompt": options.teacher_system_prompt,
-            "model.teacher_template_kwargs": options.teacher_template_kwargs or None,
+            **{f"model.teacher_{name}": value for name, value in form if value != getattr(Form(), name)},
             "model.trust_remote_code": options.trust_remote_code or None,
         }
         changes = [Override(key, value) for key, value in flags.items() if value is not None]
