@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -17,6 +18,9 @@ from prefdistill.data.template import NO_TEMPLATE, Ending, render_messages, temp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SPACES = "\u0120" + string.whitespace  # as byte-level vocabularies write a space, and as added tokens do
 
 
 class Encoder:
@@ -123,8 +127,23 @@ class Encoder:
             return
         tokens = self.tokenizer(texts, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
         stop = self._end(plain)
+        trimmed = self._trimmed
         for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            if trimmed:  # a token of spaces alone is reported at its end
+                pairs = zip(ids, spans, strict=True)
+                spans = [(start, end + (start < end) * trimmed.get(token, 0)) for token, (start, end) in pairs]
             yield ids[:stop], _whole_ends(spans[:stop])
+
+    @cached_property
+    def _trimmed(self) -> dict[int, int]:
+        """The number of spaces at the end of tokens, where the tokenizer reports offsets without them."""
+        processor = self.tokenizer.backend_tokenizer.post_processor
+        if processor is None or b'"trim_offsets":true' not in bytes(processor.__getstate__()):
+            return {}
+        spaces = {
+            number: len(token) - len(token.rstrip(SPACES)) for token, number in self.tokenizer.get_vocab().items()
+        }
+        return {number: count for number, count in spaces.items() if count}
 
     # ---- Sampled tokens
 

@@ -4,8 +4,8 @@ The text of a response need not have the tokens that it was sampled in: other to
 template may write a response otherwise than it was generated. So `sample` writes the ids into `NAME_ids`, and into
 `NAME_check` what they belong to: the prompt's text, the tokens that the ids stand for, and the response's text. The ids
 are used with that very prompt and text, and any tokenizer that has these tokens at these ids. Else the response is
-rendered, if the chat template leaves its text as it is and, where the tokenizer reads the ids as that text, its tokens
-too; other rows are dropped.
+rendered. Where the tokenizer reads the ids as that text, the chat template must leave the text and its tokens as they
+are; a text of another tokenizer need only stand in what is rendered, see `data.spans`. Other rows are dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefdistill.data.columns import check_column, ended_column, ids_column
 from prefdistill.data.prompts import prompt_of
+from prefdistill.data.spans import NO_TEXT, locate
 from prefdistill.data.truncation import TEMPLATE_FAILED, TEXT_CHANGED
 
 if TYPE_CHECKING:
@@ -58,13 +59,17 @@ def row_texts(encoder: Encoder, row: dict[str, Any], responses: Sequence[str]) -
     prompt_text, *others = texts
     rendered = iter(others)
     full = [next(rendered) if ids is None else prompt_text + encoder.decode(ids) for ids in sampled]
-    end = encoder.eos if isinstance(prompt, str) else encoder.ending.before
+    plain = isinstance(prompt, str)
+    end, ends = encoder.eos if plain else encoder.ending.before, encoder.ends_of_text(plain=plain)
+
+    def is_changed(one: _Recorded, tokens: list[int] | None, rendered: str) -> bool:
+        if tokens is not None:
+            return rendered != one.text + (end if one.ended else "")
+        return locate(one.text, rendered, ends)[1] == NO_TEXT
+
     changed = any(
-        one
-        and ids is None
-        and text.startswith(prompt_text)
-        and text != prompt_text + one.text + (end if one.ended else "")
-        for one, ids, text in zip(recorded, sampled, full, strict=True)
+        one and ids is None and text.startswith(prompt_text) and is_changed(one, tokens, text[len(prompt_text) :])
+        for one, ids, tokens, text in zip(recorded, sampled, expected, full, strict=True)
     )
     return RowTexts((prompt_text, *full), sampled, expected, TEXT_CHANGED if changed else "")
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Why places in the text are not known, as `text_end` has it.
-NO_TEXT, PROMPT_CUT, NOT_GIVEN_BACK = -1, -2, -3
+NO_TEXT, PROMPT_CUT, NOT_GIVEN_BACK, CUT_INSIDE = -1, -2, -3, -4
 REASONS = {
     NO_TEXT: "a response is not one message of text, or the chat template rewrites it",
     PROMPT_CUT: "the prompt is truncated, which other tokens cut at another place",
     NOT_GIVEN_BACK: "the tokenizer changes the text of a response (its tokens do not give it back)",
+    CUT_INSIDE: "a response is truncated inside a character",
 }
 BATCH = 1_024
 
@@ -62,8 +63,8 @@ def locate(text: str | None, rendered: str, ends: Sequence[str]) -> tuple[int, i
     body = rendered.removesuffix(next((end for end in ends if end and rendered.endswith(end)), ""))
     if text is not None and body.endswith(text):
         return len(body) - len(text), len(body)
-    stripped, body = (text or "").strip(), body.rstrip()
-    if text is not None and stripped and body.endswith(stripped):
+    stripped, body = (text or "").strip(), body.rstrip()  # the text may be spaces alone
+    if text is not None and body.endswith(stripped):
         return len(body) - len(stripped) - text.index(stripped), len(body)
     return 0, NO_TEXT
 
@@ -109,7 +110,7 @@ def read_spans(
                         end[place] = min(end[place], offsets[-1])
                     text = (response_text(value) or "")[: max(end[place] - start[place], 0)]
                     if text.strip() not in decoded:
-                        end[place] = NOT_GIVEN_BACK
+                        end[place] = CUT_INSIDE if truncated and decoded.endswith("\ufffd") else NOT_GIVEN_BACK
                 place += 1
         end[prompt_cut & (end >= 0)] = PROMPT_CUT
         spans[name] = Spans(start, end)

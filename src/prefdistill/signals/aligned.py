@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from prefdistill.models.token_map import TokenMap
 
 CUT_ELSEWHERE = "the teacher's tokens and the student's truncate a response at different characters"
+EMPTY = "a response has no tokens before its end for the student, and some for the teacher"
 ENDS_DIFFER = "a response has its end token for one of teacher and student only"
 
 
@@ -92,7 +93,8 @@ def align(
             "version, without places in the text: delete them and extract them again with `prefdistill signals`"
         )
     kinds = [kind for kind in make_kinds(store.kinds, store.settings) if not kind.needs_same_tokens]
-    rows = np.asarray(texts.encoded["row"][:])
+    rows, identity = np.asarray(texts.encoded["row"][:]), tokenizer_identity(tokenizer)
+    same = store.manifest["tokenizer"]["sha256"] == identity["sha256"]
     reasons = {row: reason for row, (reason, _) in unserved(store, texts).items()}
     fits = ~np.isin(rows, [*reasons])
     shards: list[Shard] = []
@@ -101,7 +103,7 @@ def align(
         part = Signals(store.manifest, [shard], store.place)
         places = np.flatnonzero(fits & np.isin(rows, part.rows))
         if len(places):
-            aligned, counts = _aligned_shard(part, texts, places, kinds, topk=tokens is not None)
+            aligned, counts = _aligned_shard(part, texts, places, kinds, same_tokenizer=same, topk=tokens is not None)
             shards.append(aligned)
             shared += counts
     dropped = Dropped({}, {}).with_rows(reasons)
@@ -111,7 +113,7 @@ def align(
     manifest = {
         **store.manifest,
         "kinds": [*(kind.name for kind in kinds), *(["topk"] if tokens else [])],
-        "tokenizer": tokenizer_identity(tokenizer),
+        "tokenizer": identity,
         "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
         "dropped": {
             "reasons": {**store.manifest["dropped"]["reasons"], **dropped.counts},
@@ -138,19 +140,23 @@ def unserved(store: Signals, texts: StudentTexts) -> dict[int, tuple[str, str]]:
         of_store, of_student = _spans(store, name, rows), texts.spans_at(name, places)
         for at in np.flatnonzero((of_store.end < 0) | (of_student.end < 0)):
             reasons.setdefault(int(rows[at]), (REASONS[min(of_store.end[at], of_student.end[at])], name))
-        read = np.stack([_length(of_store), _length(of_student)])
-        for at in np.flatnonzero(read[0] != read[1]):
+        lengths = _length(of_store), _length(of_student)
+        read = np.minimum(*lengths)
+        for at in np.flatnonzero((lengths[0] != lengths[1]) | (read == 0)):
             text = response_text(texts.data[int(rows[at])][name]) or ""
-            if text[read[:, at].min() : read[:, at].max()].strip():  # else one template strips the text
+            if text[read[at] :].strip():  # else one template strips the text
                 reasons.setdefault(int(rows[at]), (CUT_ELSEWHERE, name))
         ended = np.array(texts.encoded[f"{name}_ended"][:], dtype=bool)[places]
         for at in np.flatnonzero(store.scalar(f"{name}_ended", rows) != ended):
             reasons.setdefault(int(rows[at]), (ENDS_DIFFER, name))
+        empty = np.array([len(ids) for ids in texts.encoded.select(places)[f"{name}_ids"][:]]) == ended
+        for at in np.flatnonzero(empty & (store.scalar(f"{name}_tokens", rows) > ended)):
+            reasons.setdefault(int(rows[at]), (EMPTY, name))
     return reasons
 
 
 def _aligned_shard(
-    store: Signals, texts: StudentTexts, places: np.ndarray, kinds: list[Kind], *, topk: bool
+    store: Signals, texts: StudentTexts, places: np.ndarray, kinds: list[Kind], *, same_tokenizer: bool, topk: bool
 ) -> tuple[Shard, tuple[int, int]]:
     """Return the student's rows at `places` with the store's signals; of the states how many are shared, and all."""
     encoded = texts.encoded.select(places)
@@ -164,7 +170,7 @@ def _aligned_shard(
         alignment: Alignment | None = None
         if every_state:
             student, teacher = _states(store, name, encoded, spans, ids.rows)
-            alignment = Alignment.of(student, teacher)
+            alignment = Alignment.of(student, teacher, same_tokenizer=same_tokenizer)
             shared, states = shared + int(alignment.shared.sum()), states + len(alignment.shared)
             if topk:
                 columns[f"{name}_{TOPK_STATE}"] = (STATE, taught_states(student, teacher, alignment))
@@ -206,12 +212,11 @@ def _held(numbers: list[np.ndarray], alignment: Alignment, student: States, teac
 
 def _summed(numbers: list[np.ndarray], alignment: Alignment, student: States, teacher: States) -> list[np.ndarray]:
     """Return for each of the student's tokens the sum over the teacher's tokens between the states it lies between."""
-    sums = np.zeros(len(teacher.places))
-    after_token = np.ones(len(sums), dtype=bool)
+    after_token = np.ones(len(teacher.places), dtype=bool)
     after_token[teacher.starts] = False
-    sums[after_token] = np.concatenate(numbers)
-    total = np.split(np.cumsum(sums)[alignment.index], student.starts[1:])
-    return [np.diff(part) for part in total]
+    reached = np.searchsorted(alignment.index, np.flatnonzero(after_token))  # the student's state after each token
+    sums = np.bincount(reached, np.concatenate(numbers), minlength=len(student.places))
+    return [part[1:] for part in np.split(sums, student.starts[1:])]
 
 
 def _spans(store: Signals, name: str, rows: np.ndarray) -> Spans:
@@ -220,4 +225,4 @@ def _spans(store: Signals, name: str, rows: np.ndarray) -> Spans:
 
 def _length(spans: Spans) -> np.ndarray:
     """Return how many characters of the text were read."""
-    return spans.end.astype(np.int64) - spans.start
+    return np.maximum(spans.end.astype(np.int64) - spans.start, 0)

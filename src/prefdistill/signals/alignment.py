@@ -20,7 +20,7 @@ class States:
 
     Args:
         places: of each state, in characters of the response's text, [sum(T + 1)]: 0 at the start; the last state before
-            the end token is at the end of the text, the one after it one further.
+            the end token is one further than the text is long, the one after it two.
         lengths: T of each response, [n].
         ended: whether the response has its end token, [n].
     """
@@ -42,15 +42,17 @@ class States:
         lengths = np.array([len(ends) for ends in offsets], dtype=np.int64)
         ended = np.asarray(ended, dtype=bool)
         starts = np.cumsum(lengths + 1) - (lengths + 1)
-        places = np.zeros(int((lengths + 1).sum()), dtype=np.int64)
-        after_token = np.ones(len(places), dtype=bool)
+        reached = np.zeros(int((lengths + 1).sum()), dtype=np.int64)
+        after_token = np.ones(len(reached), dtype=bool)
         after_token[starts] = False
-        tokens_end = np.concatenate(offsets) if len(offsets) else np.zeros(0)
-        places[after_token] = tokens_end - np.repeat(spans.start.astype(np.int64), lengths)
-        places = np.clip(places, 0, np.repeat(text_lengths, lengths + 1))
-        last = starts + lengths - ended
-        places[last] = text_lengths
-        places[(starts + lengths)[ended]] = text_lengths[ended] + 1
+        reached[after_token] = np.concatenate(offsets) if len(offsets) else np.zeros(0)
+        reached -= np.repeat(spans.start.astype(np.int64), lengths + 1)
+        text_end = np.repeat(text_lengths, lengths + 1)
+        places = np.clip(reached, 0, text_end)
+        at_end = reached >= np.repeat(reached[starts + lengths - ended], lengths + 1)
+        places[at_end] = text_end[at_end] + 1
+        places[(starts + lengths)[ended]] = text_lengths[ended] + 2
+        places[starts] = 0  # also where nothing stands before the end token
         return cls(places, lengths, ended)
 
     @property
@@ -68,9 +70,7 @@ class States:
         Of several tokens that end at one place, the last reaches it: those before it end inside a character, or have
         no text. At the start it is s_0.
         """
-        is_one = np.append(np.diff(self.places) != 0, True)
-        is_one[(self.starts + self.lengths)] = True
-        is_one &= self.places > 0
+        is_one = np.append(np.diff(self.places) != 0, True) & (self.places > 0)
         is_one[self.starts] = True
         return is_one
 
@@ -88,8 +88,13 @@ class Alignment:
     shared: np.ndarray
 
     @classmethod
-    def of(cls, student: States, teacher: States) -> Alignment:
-        """Align the states of the same responses. Where both have the same tokens' ends, each state is its own.
+    def of(cls, student: States, teacher: States, *, same_tokenizer: bool = False) -> Alignment:
+        """Align the states of the same responses.
+
+        Args:
+            student, teacher: the states of both.
+            same_tokenizer: whether tokens that end at the same places are the same; then each state is its own. Other
+                tokenizers may split a character, whose parts have no places, at other bytes.
 
         Example:
             >>> spans = Spans(np.array([0]), np.array([5]))
@@ -106,11 +111,12 @@ class Alignment:
         )
         last = np.searchsorted(common, student_keys, side="right") - 1
         index, shared = of_teacher[which[last]], of_student & (common[last] == student_keys)
-        same = student.lengths == teacher.lengths
-        own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
-        differs = np.zeros(len(index), dtype=bool)
-        differs[own] = student.places[own] != teacher.places[their]
-        same &= ~np.logical_or.reduceat(differs, student.starts) if len(index) else same
-        own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
-        index[own], shared[own] = np.flatnonzero(their), True
+        if same_tokenizer and len(index):
+            same = student.lengths == teacher.lengths
+            own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
+            differs = np.zeros(len(index), dtype=bool)
+            differs[own] = student.places[own] != teacher.places[their]
+            same &= ~np.logical_or.reduceat(differs, student.starts)
+            own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
+            index[own], shared[own] = np.flatnonzero(their), True
         return cls(index, shared)
