@@ -1,4 +1,4 @@
-"""Methods on the distributions of a teacher with other tokens: VanillaKD and DCKD with `across`."""
+"""Methods on the distributions of a teacher with other tokens: VanillaKD, DCKD and DistiLLM-2 with `across`."""
 
 import copy
 
@@ -17,7 +17,7 @@ from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.models.token_map import first_tokens
 from prefdistill.signals import extract_signals
 from prefdistill.training.rows import prepare_rows
-from support.methods import ROWS, SIDES, assert_same_gradient, batch_of, value_and_gradient
+from support.methods import ROWS, SAMPLED, SIDES, assert_same_gradient, batch_of, value_and_gradient
 from support.texts import sentence
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -47,12 +47,19 @@ def teachers(tmp_path_factory, model_of, rows, tokenizer):
         loaded = type(own).from_pretrained(root / name)
         for k in (6, "vocab"):
             stores[name, k] = extract_signals(
-                teacher, rows, loaded, ("topk",), root / f"{name}-{k}", k=k, responses=SIDES, topk_coding="float32"
+                teacher,
+                rows,
+                loaded,
+                ("topk",),
+                root / f"{name}-{k}",
+                k=k,
+                responses=(*SIDES, *SAMPLED),
+                topk_coding="float32",
             )
     return stores
 
 
-@pytest.mark.parametrize("name", ["vanillakd", "dckd"])
+@pytest.mark.parametrize("name", ["vanillakd", "dckd", "distillm2"])
 @pytest.mark.parametrize("k", [6, "vocab"])
 def test_tokens_with_other_ids_give_the_loss_of_the_students_own(name, k, teachers, trainer_of):
     direct = trainer_of(METHODS[name](), signals=[teachers["direct", k]])
@@ -61,7 +68,8 @@ def test_tokens_with_other_ids_give_the_loss_of_the_students_own(name, k, teache
         trainer = trainer_of(METHODS[name](across="first_token"), signals=[teachers[reading, k]])
         batch = batch_of(trainer, ROWS)
         states, own = batch["features"]["states"], batch_of(direct, ROWS)["features"]["states"]
-        np.testing.assert_array_equal(states["chosen_ids"], own["chosen_ids"])
+        for response in trainer.method.responses:
+            np.testing.assert_array_equal(states[f"{response}_ids"], own[f"{response}_ids"])
         other_loss, other_gradient = value_and_gradient(trainer, batch)
         if reading == "same":
             assert other_loss == loss

@@ -89,7 +89,7 @@ def test_signals_of_other_data_or_another_tokenizer_are_refused(name, tmp_path, 
     refuse(rows.select(range(20)), tokenizer, "the teacher signals were made from other data")
     other = copy.deepcopy(tokenizer)
     other.chat_template = other.chat_template.replace("<|assistant|>", "<|assistant|>:")
-    refuse(rows, other, r"signals were made with another tokenizer .*template_sha256|one vocabulary only: use a method")
+    refuse(rows, other, r"signals were made with another tokenizer .*template_sha256|one vocabulary only: map")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,8 @@ REFUSED = [
     ("dadpo", {"beta": 0.0, "teacher_beta": 0.0}, "beta and teacher_beta are both 0"),
     ("distillm2", {"skew": 1.0}, "skew must lie in 0..1"),
     ("distillm2", {"skew": -0.1}, "skew must lie in 0..1"),
+    ("distillm2", {"skew": 0.0, "across": "first_token"}, "skew must be above 0 with across"),
+    ("vanillakd", {"across": "uld"}, "across must be 'first_token', got 'uld'"),
 ]
 
 

@@ -155,8 +155,8 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
 
 
 AS_STUDENT = (
-    "set across=first_token (vanillakd, dckd), which is exact over one vocabulary, or leave model.teacher_tokenizer "
-    "and the keys of the teacher's form out"
+    "set across=first_token (vanillakd, dckd, distillm2), which is exact over one vocabulary, or leave "
+    "model.teacher_tokenizer and the keys of the teacher's form out"
 )
 
 

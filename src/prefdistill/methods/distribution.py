@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 Across: TypeAlias = Literal["first_token"] | None
 
 
+def taught_shares(method: VanillaKD | DistiLLM2, signals: BatchSignals) -> Metrics:
+    """Return the share of the states of each response that a teacher with other tokens teaches."""
+    return {f"taught/{name}": taught(signals, name).float().mean() for name in method.responses if method.across}
+
+
 @dataclass(frozen=True, kw_only=True)
 class VanillaKD(Method):
     """Token-level distillation (arXiv 1503.02531): SFT, and the teacher's distributions, on the chosen responses.
@@ -43,11 +48,8 @@ class VanillaKD(Method):
         sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         kl = mean_kl(student, signals, "chosen")
         loss = losses.vanillakd_loss(sft, kl, alpha=self.alpha)
-        return loss.mean(), {"sft": sft.detach().mean(), "kl/chosen": kl.detach().mean(), **self._taught(signals)}
-
-    def _taught(self, signals: BatchSignals) -> Metrics:
-        """Return the share of the states that a teacher with another tokenizer teaches."""
-        return {f"taught/{name}": taught(signals, name).float().mean() for name in self.responses if self.across}
+        metrics = {"sft": sft.detach().mean(), "kl/chosen": kl.detach().mean()}
+        return loss.mean(), metrics | taught_shares(self, signals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ class DCKD(VanillaKD):
         sft = losses.sft_loss(student.logps["chosen"], student.tokens["chosen"])
         kl = {side: mean_kl(student, signals, side) for side in self.responses}
         loss = losses.dckd_loss(sft, kl["chosen"], kl["rejected"], alpha=self.alpha)
-        divergences = {f"kl/{side}": x.detach().mean() for side, x in kl.items()}
-        return loss.mean(), {"sft": sft.detach().mean(), **divergences, **self._taught(signals)}
+        metrics = {"sft": sft.detach().mean(), **{f"kl/{s}": x.detach().mean() for s, x in kl.items()}}
+        return loss.mean(), metrics | taught_shares(self, signals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +119,19 @@ class DistiLLM2(Method):
 
     Args:
         skew: how much of the first distribution is mixed into the second, 0 (plain divergences) to below 1.
+        across: as for VanillaKD; the skew must then be above 0.
     """
 
     display_name: ClassVar[str] = "DistiLLM-2"
     skew: float = 0.1
+    across: Across = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.skew < 1:
             raise UserError(f"skew must lie in 0..1 (below 1, where the gradient is 0), got {self.skew}")
+        if self.across and self.skew == 0:
+            raise UserError("skew must be above 0 with across: tokens of the student may have no mass of the teacher's")
 
     @property
     def weakness(self) -> str:
@@ -143,7 +149,7 @@ class DistiLLM2(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("teacher", "topk", self.responses),)
+        return (Need("teacher", "topk", self.responses, across=self.across),)
 
     def loss(self, student: Student, signals: BatchSignals) -> tuple[Tensor, Metrics]:
         kl: dict[str, Tensor] = {}
@@ -152,6 +158,7 @@ class DistiLLM2(Method):
             own = (student.topk[response], student.rest[response])
             (p, p_rest), (q, q_rest) = (teacher, own) if response == "teacher_response" else (own, teacher)
             per_state = losses.skew_kl(p, q, skew=self.skew, p_rest=p_rest, q_rest=q_rest)
-            kl[response] = student.mean_over_tokens(response, per_state)
+            kl[response] = student.mean_over_tokens(response, per_state, taught(signals, response))
         loss = losses.distillm2_loss(*kl.values())
-        return loss.mean(), {f"kl/{response}": x.detach().mean() for response, x in kl.items()}
+        metrics = {f"kl/{response}": x.detach().mean() for response, x in kl.items()}
+        return loss.mean(), metrics | taught_shares(self, signals)

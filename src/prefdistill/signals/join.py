@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 TEACHERS = ("teacher", "teacher_reference")  # the other roles are read as the student is trained
 ONE_VOCABULARY = "token distributions can be compared over one vocabulary only"
 INSTEAD = (
-    "map the teacher's tokens to the student's with across=first_token (vanillakd, dckd), or use a method on numbers "
-    "of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
+    "map the teacher's tokens to the student's with across=first_token (vanillakd, dckd, distillm2), or use a method "
+    "on numbers of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
 )
 
 
