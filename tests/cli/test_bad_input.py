@@ -207,6 +207,14 @@ BAD = [
         "dckd needs teacher.topk of chosen, rejected, but model has other tokens than the student",
     ),
     (run("model.teacher_tokenizer=other"), "other and model have different tokenizers"),
+    (
+        run("model.student=no-template", "model.teacher=other"),
+        "no-template has no chat template; name one as model.chat",
+    ),
+    (
+        run("model.teacher=no-template", "model.student=other", "methods.tvkd={}"),
+        "name one as model.teacher_chat_templ",
+    ),
     (run("model.teacher_tokenizer=nowhere"), "no tokenizer at 'nowhere'"),
     (answers("questions.jsonl", model="headless"), "1 weights are missing"),
     # logits that are not numbers: which row, and what to try

@@ -43,9 +43,7 @@ def check_plan(plan: Plan) -> None:
     recipe = plan.context.recipe
     if plan.user_data is not None:
         _check_data(plan.user_data, recipe)
-    for tokenizer in (plan.context.tokenizer, plan.context.teacher_tokenizer):
-        if tokenizer.made_by is None:
-            _ = tokenizer.tokenizer
+    _check_tokenizers(plan)
     _ = plan.context.truncation
     _check_samples(plan)
     if recipe.model.scratch:
@@ -61,6 +59,19 @@ def check_plan(plan: Plan) -> None:
     for name, run in recipe.methods.items():
         if run.rounds > 1 and "student_response" not in plan.methods[name].responses:
             raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+
+def _check_tokenizers(plan: Plan) -> None:
+    """Check that the tokenizers can be loaded, and have a chat template if the data are conversations."""
+    context, data = plan.context, plan.user_data
+    conversational = data is None or isinstance(data.train[0]["prompt"], list)
+    used = {step.reads_with for step in plan.steps}
+    for tokenizer, key in ((context.tokenizer, "chat_template"), (context.teacher_tokenizer, "teacher_chat_template")):
+        if tokenizer.made_by is None and not tokenizer.tokenizer.chat_template and conversational and tokenizer in used:
+            raise UserError(
+                f"the data are conversations, but {tokenizer.tokenizer.name_or_path} has no chat template; name one as "
+                f"model.{key}: a file, or plain"
+            )
 
 
 def _check_reward_model(plan: Plan, section: RewardModelOptions) -> None:

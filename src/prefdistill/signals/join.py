@@ -123,13 +123,14 @@ def _check_needs(needs: Sequence[Need], store: Signals) -> None:
 
 
 def _shared_truncation(stores: Sequence[Signals], truncation: Truncation | None) -> Truncation:
-    """Return the truncation of the signals, or the requested one if there are none; refuse if they differ."""
-    for store in stores:
-        stored = Truncation(**store.manifest["truncation"])
-        if truncation is not None and truncation != stored:
-            raise UserError(f"the {store.role} signals were made with {stored}, training asks for {truncation}")
-        truncation = stored
-    return truncation or Truncation()
+    """Return the truncation of the first of the signals, or the requested one if there are none; refuse if the two
+    differ. `SignalSet.of` compares the signals with each other."""
+    if not stores:
+        return truncation or Truncation()
+    stored = Truncation(**stores[0].manifest["truncation"])
+    if truncation not in (None, stored):
+        raise UserError(f"the {stores[0].role} signals were made with {stored}, training asks for {truncation}")
+    return stored
 
 
 def _about(store: Signals) -> str:
