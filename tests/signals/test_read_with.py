@@ -1,6 +1,7 @@
 """A teacher of another chat template is read with the student's tokenizer, stage by stage."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -97,6 +98,11 @@ def test_a_teacher_without_a_template_in_a_form_of_its_own(models, capsys):
     assert stored["form"] == {"chat_template": "plain", "system_prompt": "Be kind."}
     assert "tokenizer.template_sha256 differs" in signals("--model", "teacher", *form[:2])[1]
     before = Signals.open("t").digest
+    view = ["inspect", "--data", "pairs.jsonl", "--signals", "t", "--out", "t.html", "--json"]
+    capsys.readouterr()
+    assert main(view) == 0  # in the form of the store
+    assert json.loads(capsys.readouterr().out)["pairs"] == 6
+    assert "read as plain text; system prompt" in (models / "t.html").read_text()
     shutil.move("teacher", "moved")
     for flags in (["--model", "moved"], ["--model", "moved", "--tokenizer", "moved"]):
         (models / "t" / "shards" / "00000.parquet").unlink()

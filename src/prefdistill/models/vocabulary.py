@@ -59,6 +59,23 @@ def tokenizer_for(
     return tokenizer
 
 
+def stored_tokenizer(
+    identity: dict[str, Any],
+    *,
+    name: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a `tokenizer_identity` in its form; `name` and `chat_template` are their places now.
+
+    Raises:
+        UserError: as `load_tokenizer` and `apply_form` do.
+    """
+    form = identity.get("form", {}) | ({"chat_template": chat_template} if chat_template else {})
+    tokenizer = load_tokenizer(name or identity["name"], trust_remote_code=trust_remote_code)
+    return apply_form(tokenizer, Form(**form))
+
+
 def check_ids(highest: int, model: Any, tokenizer: Any) -> None:
     """Check that a model has an embedding for the tokens up to this id, and for padding.
 

@@ -4,9 +4,10 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
-from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, clean, number
+from prefdistill.evaluation.results import NOT_FINITE, Column, Estimate, clean, mapping, number
 
 MAX_POINTS = 500  # of one scatter
 
@@ -123,3 +124,19 @@ def fence(text: str, language: str = "") -> str:
     """Return a markdown code block whose fence is longer than any in `text`."""
     ticks = "`" * max(3, 1 + max((len(t) for t in re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def form_text(form: Mapping[str, Any]) -> str:
+    """Return the form in which a model read the conversations, in words; see `models.form`."""
+    template, system, variables = (form.get(name) for name in ("chat_template", "system_prompt", "template_kwargs"))
+    prefix = form.get("response_prefix")
+    return "; ".join(
+        part
+        for part in (
+            template and ("as plain text" if template == "plain" else f"chat template {clean(template)}"),
+            system is not None and (f"system prompt {clean(system)!r}" if system else "no system prompt"),
+            variables and ", ".join(f"{clean(name)} = {clean(value)}" for name, value in mapping(variables).items()),
+            prefix is not None and f"responses begin after {clean(prefix)!r}",
+        )
+        if part
+    )

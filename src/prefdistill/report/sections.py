@@ -12,7 +12,7 @@ from prefdistill.evaluation.reliability import reward_model_sentence
 from prefdistill.evaluation.results import Column, Results, clean, mapping, number
 from prefdistill.evaluation.verdict import compare, noise_floor, verdict
 from prefdistill.report import figures, responses
-from prefdistill.report.format import cell_of, cut, duration, flat, interval_of, plural
+from prefdistill.report.format import cell_of, cut, duration, flat, form_text, interval_of, plural
 from prefdistill.report.load import Run
 from prefdistill.report.svg import Style, styles_of
 from prefdistill.report.table import method_table
@@ -247,7 +247,7 @@ def read_of(results: Results) -> View | None:
             "tokenizer": clean(teachers.get("tokenizer", "")),
             "tokens": _count(teachers.get("tokens")),
             "other": teachers.get("same_tokens") is False,
-            "form": _form_text(mapping(teachers.get("form"))),
+            "form": form_text(mapping(teachers.get("form"))),
         }
         if teachers
         else None,
@@ -261,22 +261,6 @@ def read_of(results: Results) -> View | None:
             if template
         ],
     }
-
-
-def _form_text(form: View) -> str:
-    """Return the form in which a model read the conversations, in words; see `models.form`."""
-    template, system, variables = (form.get(name) for name in ("chat_template", "system_prompt", "template_kwargs"))
-    prefix = form.get("response_prefix")
-    return "; ".join(
-        part
-        for part in (
-            template and ("as plain text" if template == "plain" else f"chat template {clean(template)}"),
-            system is not None and (f"system prompt {clean(system)!r}" if system else "no system prompt"),
-            variables and ", ".join(f"{clean(name)} = {clean(value)}" for name, value in mapping(variables).items()),
-            prefix is not None and f"responses begin after {clean(prefix)!r}",
-        )
-        if part
-    )
 
 
 def _across(shares: dict[str, Any]) -> str:

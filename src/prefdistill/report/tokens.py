@@ -17,8 +17,8 @@ from prefdistill.data.load import load_pairs
 from prefdistill.data.options import Columns
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
-from prefdistill.models.load import load_tokenizer
-from prefdistill.report.format import printable
+from prefdistill.models.vocabulary import stored_tokenizer
+from prefdistill.report.format import form_text, printable
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
@@ -130,11 +130,11 @@ def write_token_view(
 
 
 def _tokenizer_of(store: Signals, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    name = store.manifest["tokenizer"]["name"]
-    if not name:
+    stored = store.manifest["tokenizer"]
+    if not stored["name"]:
         raise UserError("the signals do not name their tokenizer; give it with --tokenizer")
     try:
-        return load_tokenizer(name, trust_remote_code=trust_remote_code)
+        return stored_tokenizer(stored, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise UserError(f"{error}\n(the signals name this tokenizer; give its place with --tokenizer)") from None
 
@@ -184,7 +184,9 @@ def _about(name: str, signals: SignalSet, pairs: "Dataset", left: int) -> dict[s
         if stores:
             model = stores[0].manifest["model"].get("name") or "a model in memory"
             kinds = ", ".join(dict.fromkeys(kind for store in stores for kind in store.kinds))
-            facts.append((role.replace("_", " "), f"{model} ({kinds})"))
+            read_with = stores[0].manifest.get("aligned", stores[0].manifest)["tokenizer"]
+            form = form_text(read_with.get("form", {}))
+            facts.append((role.replace("_", " "), f"{model} ({kinds}{'; read ' if form else ''}{form})"))
     facts.append(("tokenizer", manifest["tokenizer"]["name"] or "not named"))
     facts.append(("max_length", str(lengths["max_length"] or "none")))
     if lengths["max_prompt_length"]:

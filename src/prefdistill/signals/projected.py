@@ -10,11 +10,9 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.template import template_ending
-from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
-from prefdistill.models.load import load_tokenizer
-from prefdistill.models.options import Form
 from prefdistill.models.token_map import TokenMap, first_tokens
+from prefdistill.models.vocabulary import stored_tokenizer
 from prefdistill.signals.alignment import Alignment, States
 from prefdistill.signals.kinds import Column
 from prefdistill.signals.projection import at_states, mass_shares, project
@@ -121,7 +119,7 @@ def _stored_tokenizer(store: Signals) -> PreTrainedTokenizerBase:
     of = f"the tokenizer of the {store.role} signals ({store.place})"
     if not stored["name"]:
         raise UserError(f"{of} was in memory; its tokens are to be mapped: save it, and extract the signals with that")
-    tokenizer = apply_form(load_tokenizer(stored["name"]), Form(**stored.get("form", {})))
+    tokenizer = stored_tokenizer(stored)
     if tokenizer_identity(tokenizer)["sha256"] != stored["sha256"]:
         raise UserError(f"{of}, {stored['name']}, has changed since they were extracted; extract them again")
     return tokenizer

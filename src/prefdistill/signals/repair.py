@@ -11,9 +11,7 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.formats import suffixes
 from prefdistill.data.truncation import Truncation
-from prefdistill.models.form import apply_form
-from prefdistill.models.load import load_tokenizer
-from prefdistill.models.options import Form
+from prefdistill.models.vocabulary import stored_tokenizer
 from prefdistill.signals.extract import extract_signals
 from prefdistill.signals.request import IN_MEMORY
 from prefdistill.signals.store import READABLE, SCHEMA, Signals
@@ -115,13 +113,12 @@ def _tokenizer(
 ) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer of a store in the store's form, from its place now; None for the model's own."""
     stored = request["tokenizer"]
-    form = Form(**(stored.get("form", {}) | ({"chat_template": chat_template} if chat_template else {})))
     is_own = stored["name"] in ("", request["model"]["name"])
-    if name is None and is_own and form == Form():
+    if name is None and is_own and "form" not in stored:
         return None
-    own_name = request["model"]["name"] if model is None else getattr(model, "name_or_path", model)
-    name = name or (own_name if is_own else stored["name"])
-    return apply_form(load_tokenizer(str(name), trust_remote_code=trust_remote_code), form)
+    if is_own and model is not None:
+        name = name or str(getattr(model, "name_or_path", model))
+    return stored_tokenizer(stored, name=name, chat_template=chat_template, trust_remote_code=trust_remote_code)
 
 
 def remove_damaged(out: Path) -> list[str]:
