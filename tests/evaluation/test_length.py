@@ -21,11 +21,12 @@ def test_a_judge_by_length_is_at_one_half_and_a_good_one_is_not(sign):
     balanced = length_balanced(wins, EXTRA)
     by_part = (wins[EXTRA > 0].mean() + wins[EXTRA < 0].mean()) / 2
     assert balanced.mean() == pytest.approx(by_part)
-    assert estimate(balanced)["low"] > 0.8
+    error = np.sqrt(sum(np.var(wins[part]) / part.sum() for part in (EXTRA > 0, EXTRA < 0))) / 2
+    assert estimate(balanced)["se"] == pytest.approx(error, rel=0.1)
 
 
 def test_pairs_of_equal_length_are_left_out_and_one_sided_data_have_no_answer():
-    assert length_balanced([1, 1, 0, 0], [3, 0, -2, -1]).tolist() == [1.5, 0, 0]
+    assert length_balanced([1, 1, 0, 1], [3, 0, -2, -1]).tolist() == [0.75, 0.375, 1.125]
     assert len(length_balanced([1, 0], [3, 4])) == len(length_balanced([], [])) == 0
 
 

@@ -59,7 +59,7 @@ def length_controlled_wins(
 
     Example:
         >>> wins = length_controlled_wins([1, 1, 0, 0] * 5, [9, 9, -9, -9] * 5)
-        >>> round(wins.mean(), 3), len(wins)
+        >>> round(float(wins.mean()), 3), len(wins)
         (0.5, 20)
     """
     y, x = np.asarray(scores, dtype=np.float64), _features(extra_length)
@@ -71,29 +71,34 @@ def length_controlled_wins(
 
 
 def length_balanced(wins: Sequence[float] | np.ndarray, extra_length: Sequence[float] | np.ndarray) -> np.ndarray:
-    r"""Return numbers per pair, whose mean is the accuracy where length says nothing.
+    r"""Return numbers per pair, whose mean is the accuracy where length says nothing and whose spread its error.
 
-    .. math:: \tfrac12 \text{accuracy}(\text{chosen longer}) + \tfrac12 \text{accuracy}(\text{rejected longer})
+    .. math:: r = \tfrac12 \text{accuracy}(\text{chosen longer}) + \tfrac12 \text{accuracy}(\text{rejected longer})
 
-    Whoever goes by length alone, longer or shorter, gets one half. Pairs of equal length are left out.
+    Whoever goes by length alone, longer or shorter, gets one half. Pairs of equal length are left out. The number of a
+    pair i of part g, with :math:`n_g` of the n pairs and accuracy :math:`a_g`, is :math:`r + (w_i - a_g) n / 2 n_g`.
 
     Args:
         wins: 1 for each pair that is ordered as labelled, 0 for others, one half at a tie, [n].
         extra_length: length of the chosen response minus that of the rejected one, [n].
 
     Returns:
-        Wins, weighted so that both parts count the same; empty if one of them is.
+        The numbers of the pairs of unequal length; empty if they are all of one part.
 
     Example:
-        >>> length_balanced([1, 1, 1, 0], [9, 5, 2, -3]).mean()                    # longer is better
+        >>> float(length_balanced([1, 1, 1, 0], [9, 5, 2, -3]).mean())             # longer is better
         0.5
     """
-    wins, extra = np.asarray(wins, dtype=np.float64), np.sign(extra_length)
-    longer, shorter = (extra > 0).sum(), (extra < 0).sum()
-    if not (longer and shorter):
+    wins, extra = np.asarray(wins, dtype=np.float64), np.asarray(extra_length, dtype=np.float64)
+    wins, extra = wins[extra != 0], extra[extra != 0]
+    parts = [extra > 0, extra < 0]
+    if not all(part.any() for part in parts):
         return np.empty(0)
-    weights = np.where(extra > 0, 1 / longer, 1 / shorter) * (longer + shorter) / 2
-    return np.asarray((wins * weights)[extra != 0])
+    accuracies = [wins[part].mean() for part in parts]
+    numbers = np.full(len(wins), np.mean(accuracies))
+    for part, accuracy in zip(parts, accuracies, strict=True):
+        numbers[part] += (wins[part] - accuracy) * len(wins) / (2 * part.sum())
+    return numbers
 
 
 def _features(extra_length: Sequence[float] | np.ndarray) -> np.ndarray | None:
