@@ -105,7 +105,7 @@ def test_variables_of_the_template_for_one_model():
 OPENS = {
     "r1": "{{ bos_token }}{% for m in messages %}{% if m.role != 'assistant' %}<U>{{ m.content }}{% else %}"
     "{% set content = m.content.split('</think>')[-1] %}<A>{{ content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<A><think>\n{% endif %}\n",
+    "{{ '<A><think>\n' if add_generation_prompt else '' }}\n",  # the last newline is none of the text
     "empty block": "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}",
     "style": STYLES["not_a_prefix"].template,
