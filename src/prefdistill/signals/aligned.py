@@ -132,6 +132,8 @@ def align(
 
 def unserved(store: Signals, texts: StudentTexts) -> dict[int, tuple[str, str]]:
     """Return why rows that a store and the student both have cannot be served: row -> the reason and the response."""
+    import pyarrow.compute as pc
+
     rows = np.asarray(texts.encoded["row"][:])
     places = np.flatnonzero(np.isin(rows, store.rows))
     rows = rows[places]
@@ -149,7 +151,8 @@ def unserved(store: Signals, texts: StudentTexts) -> dict[int, tuple[str, str]]:
         ended = np.array(texts.encoded[f"{name}_ended"][:], dtype=bool)[places]
         for at in np.flatnonzero(store.scalar(f"{name}_ended", rows) != ended):
             reasons.setdefault(int(rows[at]), (ENDS_DIFFER, name))
-        empty = np.array([len(ids) for ids in texts.encoded.select(places)[f"{name}_ids"][:]]) == ended
+        tokens = texts.encoded.select_columns(f"{name}_ids").with_format("arrow")[places][f"{name}_ids"]
+        empty = pc.list_value_length(tokens).to_numpy() == ended
         for at in np.flatnonzero(empty & (store.scalar(f"{name}_tokens", rows) > ended)):
             reasons.setdefault(int(rows[at]), (EMPTY, name))
     return reasons

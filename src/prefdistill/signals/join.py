@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 TEACHERS = ("teacher", "teacher_reference")  # the other roles are read as the student is trained
 ONE_VOCABULARY = "token distributions can be compared over one vocabulary only"
+OWN_TOKENS = (
+    "its numbers are of the model's own tokens: if they may be held or summed where tokens differ, let the kind say so "
+    "(`Column.across`)"
+)
 INSTEAD = (
     "map the teacher's tokens to the student's with across=first_token (vanillakd, dckd, distillm2), or use a method "
     "on numbers of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
@@ -67,7 +71,7 @@ def join(
         stores: signals for these pairs. Those of a teacher may be of another tokenizer: they are aligned.
         data: the pairs.
         tokenizer: the student's.
-        truncation: default: that of the signals.
+        truncation: default: that of the signals, of the student's tokens if there are such.
         responses: columns of the data to encode.
         needs: what the signals are read for.
 
@@ -81,7 +85,10 @@ def join(
         if store.role not in TEACHERS:
             store.check_tokenizer(tokenizer)
         _check_needs(needs, store)
-    truncation = _shared_truncation(own or others, truncation)
+        SignalSet.of([store], data)  # which checks that it is of these data
+    if others and not own and truncation is None:
+        truncation = Truncation(**others[0].manifest["truncation"])
+    truncation = _shared_truncation(own, truncation)
     encoded, dropped = encode_pairs(data, tokenizer, truncation, responses=responses)
     reasons: dict[int, str] = {}
     aligned: list[Signals] = []
@@ -115,10 +122,11 @@ def _check_needs(needs: Sequence[Need], store: Signals) -> None:
         if need.role == store.role and need.kind in store.kinds:
             (kind,) = make_kinds([need.kind], store.settings)
             if kind.needs_same_tokens and not need.across:
+                why = f"{ONE_VOCABULARY}: {INSTEAD}" if need.kind == "topk" else OWN_TOKENS
                 raise UserError(
                     f"the {store.role} signals ({store.place}) are of {_tokens_of(store)}, the method needs {need}, "
-                    f"and {ONE_VOCABULARY}: {INSTEAD}. If the two have the same vocabulary, extract these signals "
-                    "again with `--tokenizer STUDENT`"
+                    f"and {why}. If the two have the same vocabulary, extract these signals again with "
+                    "`--tokenizer STUDENT`"
                 )
 
 

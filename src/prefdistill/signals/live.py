@@ -116,7 +116,8 @@ def bind_live(
     """Return stores as they are, and each `LiveTeacher` with its signals computed for a data set."""
     bound = [store for store in signals if not isinstance(store, LiveTeacher)]
     if truncation is None and bound:
-        truncation = Truncation(**bound[0].manifest["truncation"])
+        own = [store for store in bound if store.is_read_with(tokenizer)] or bound
+        truncation = Truncation(**own[0].manifest["truncation"])
     live = [store for store in signals if isinstance(store, LiveTeacher)]
     for teacher in sorted(live, key=lambda one: one._role != "teacher"):  # the others are scored at its ids
         bound.append(teacher.bind(dataset, tokenizer, truncation, needs, bound))

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.data.spans import NO_TEXT, NOT_GIVEN_BACK, PROMPT_CUT, REASONS
+from prefdistill.data.spans import CUT_INSIDE, NO_TEXT, NOT_GIVEN_BACK, PROMPT_CUT, REASONS
 from prefdistill.experiment.check import AS_STUDENT
 from prefdistill.experiment.doctor.findings import Finding, Severity, excerpt
 from prefdistill.experiment.needs import of_own_tokens, reads_teacher
 from prefdistill.methods import METHODS, Method
 from prefdistill.models.vocabulary import token_conflicts
-from prefdistill.signals.aligned import CUT_ELSEWHERE, ENDS_DIFFER
+from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER
 from prefdistill.signals.join import INSTEAD
 from prefdistill.signals.overlap import Overlap
 
@@ -36,6 +36,8 @@ UNSERVED = {
         "Write these texts as the tokenizer does (Unicode normal form, spaces), or use a tokenizer that keeps them.",
     ),
     CUT_ELSEWHERE: ("across.cut-elsewhere", "Raise max_length until both read whole responses, or remove these rows."),
+    REASONS[CUT_INSIDE]: ("across.cut-inside", "Raise max_length, or remove these rows."),
+    EMPTY: ("across.empty", "Remove these rows, or use a chat template that writes nothing before the end token."),
     ENDS_DIFFER: ("across.ends-differ", "Use chat templates that both write an end token after a response."),
 }
 
