@@ -17,7 +17,7 @@ from transformers import (
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
-from prefdistill.experiment import cost
+from prefdistill.experiment import memory
 from prefdistill.experiment.doctor import as_text, examine, machine
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
@@ -102,10 +102,13 @@ def test_training_bytes_are_weights_gradients_and_adam_moments(tmp_path, tokeniz
     optimizer.step()
     moments = [t for state in optimizer.state.values() for key, t in state.items() if key.startswith("exp_avg")]
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
-    assert cost.training_bytes(empty, Training(), "float32") == sum(t.nbytes for t in held)
+    assert memory.training_memory(empty, Training(), "float32").state == sum(t.nbytes for t in held)
     lora = Training.model_validate({"lora": {"r": 2}})
-    assert cost.weight_bytes(empty, "float32") < cost.training_bytes(empty, lora, "float32")
-    assert cost.training_bytes(empty, lora, "float32") < cost.training_bytes(empty, Training(), "float32")
+    assert memory.weight_bytes(empty, "float32") < memory.training_memory(empty, lora, "float32").state
+    assert (
+        memory.training_memory(empty, lora, "float32").state
+        < memory.training_memory(empty, Training(), "float32").state
+    )
 
 
 @pytest.mark.parametrize(

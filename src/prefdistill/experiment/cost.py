@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from prefdistill.core.errors import UserError
+from prefdistill.experiment.memory import (
+    Memory,
+    Text,
+    adapter_bytes,
+    cache_bytes,
+    checkpoint_bytes,
+    forward_flops,
+    reading_memory,
+    training_flops,
+    training_memory,
+    weight_bytes,
+)
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.step import TEACHERS, Input, Model, ModelRole, Step
 from prefdistill.experiment.steps.models import Dpo, Init, Prune, Sft
@@ -20,14 +28,14 @@ from prefdistill.experiment.steps.students import Distill, Evaluate
 from prefdistill.experiment.steps.synthetic import Pairs
 from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.signals.sizes import store_bytes
-from prefdistill.training.arguments import adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from prefdistill.evaluation.options import Evaluation
+    from prefdistill.sampling.options import Sampling
     from prefdistill.training.options import Training
 
-ADAM = 2  # moments of each trained weight, of its dtype
 CHARACTERS = 5  # of a token, about
 
 WHOLE = "whole"  # in place of a role: the model that a student of fewer layers is made from
@@ -44,12 +52,22 @@ class Lengths:
         tokens: of its responses together.
         prompt_tokens: of its prompts.
         exact: False for data that a step has yet to make: these are upper bounds.
+        responses: in each row.
+        longest: the most tokens of a row; None if unknown.
     """
 
     rows: int
     tokens: int
     prompt_tokens: int = 0
     exact: bool = True
+    responses: int = 2
+    longest: int | None = None
+
+    def text(self, responses: int, *, shared: bool = True, scored: float | None = None) -> Text:
+        """Return the mean row, as a step reads it with some of the responses."""
+        rows = max(1, self.rows)
+        response = self.tokens / rows / self.responses
+        return Text(self.prompt_tokens / rows, response, responses, shared, scored)
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,10 @@ class Cost:
         checkpoints: bytes that it needs besides while it runs.
         rows, tokens: that it trains on, scores or generates; None if unknown.
         exact: False where rows, tokens and bytes on disk are upper bounds.
+        held: bytes at the peak by part, activations included; None if they are unknown.
+        flops: floating-point operations.
+        moved: bytes of weights, keys and values that generation reads, a token at a time.
+        kinds: bytes on disk of each kind of signals.
     """
 
     memory: int = 0
@@ -70,6 +92,10 @@ class Cost:
     rows: int | None = None
     tokens: int | None = None
     exact: bool = True
+    held: Memory | None = None
+    flops: float = 0.0
+    moved: float = 0.0
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
 
 def costs(
@@ -77,21 +103,27 @@ def costs(
     shapes: Shapes,
     lengths: Mapping[Input, Lengths],
     teacher_lengths: Mapping[Input, Lengths] | None = None,
+    *,
+    steps: Sequence[Step] | None = None,
+    peak: bool = False,
 ) -> dict[Step, Cost]:
-    """Return the cost of every step of a plan.
+    """Return the cost of every step of a plan, or of some.
 
     Args:
         plan: of one seed.
         shapes: the models by role, as far as they are known.
         lengths: of the data sets that the steps read. Those of the built-in task need not be among them.
         teacher_lengths: the same in the teacher's tokens, where it has another tokenizer.
+        steps: of the plan; default: all.
+        peak: also count what steps hold at their peak, and their floating-point operations (seconds).
 
     Raises:
         UserError: if training.lora does not fit its model.
     """
     known = {**_built_in(plan), **lengths}
-    pricing = _Pricing(plan, shapes, known, known if teacher_lengths is None else known | dict(teacher_lengths))
-    return {step: pricing.cost(step) for step in plan.steps}
+    of_teachers = known if teacher_lengths is None else known | dict(teacher_lengths)
+    pricing = _Pricing(plan, shapes, known, of_teachers, peak)
+    return {step: pricing.cost(step) for step in steps or plan.steps}
 
 
 def _built_in(plan: Plan) -> dict[Input, Lengths]:
@@ -112,7 +144,7 @@ def _built_in(plan: Plan) -> dict[Input, Lengths]:
         if isinstance(step, Dpo):
             bounds[step.rows] = pairs(task.teacher_pairs)
         elif isinstance(step, Sft):
-            bounds[step.rows] = Lengths(task.demonstrations, task.demonstrations * longest, exact=False)
+            bounds[step.rows] = Lengths(task.demonstrations, task.demonstrations * longest, exact=False, responses=1)
     return bounds
 
 
@@ -122,6 +154,7 @@ class _Pricing:
     shapes: Shapes
     lengths: Mapping[Input, Lengths]
     teacher_lengths: Mapping[Input, Lengths]
+    peak: bool = False
 
     def cost(self, step: Step) -> Cost:
         recipe = self.plan.context.recipe
@@ -133,30 +166,29 @@ class _Pricing:
             whole, part = (self._stored(role) for role in (WHOLE, "student"))
             return Cost(memory=whole + 2 * part, disk=part)  # what is saved is loaded again and compared
         if isinstance(step, Dpo):
-            reference = step.training.lora is None
-            return self._training(step.output, step.training, step.rows, int(reference))
+            return self._training(step.output, step.training, step.rows, 2, reference=True)
         if isinstance(step, Sft):
-            return self._training(step.output, step.training, step.rows, 0)
+            return self._training(step.output, step.training, step.rows, 1)
         if isinstance(step, TrainRewardModel):
-            return self._training(step.output, step.section.training, step.pairs, 0, None if step.start else "float32")
+            dtype = None if step.start else "float32"
+            return self._training(step.output, step.section.training, step.pairs, 2, dtype=dtype)
         if isinstance(step, Distill):
             training = recipe.methods[step.method].training
             data: Input | Sample = step.samples[0] if step.samples else step.train
-            return self._training(step.output, training, data, 0)
+            return self._training(step.output, training, data, len(step.algorithm.responses), shared=True)
         if isinstance(step, Pairs):
             responses = 2 * (step.language.task.teacher_pairs + step.language.task.test_prompts)
-            return self._generation(step.model, "student", responses, recipe.evaluate.max_new_tokens)
+            return self._generation(step.model, "student", responses, recipe.evaluate)
         if isinstance(step, Sample):
-            length = self._of(step, step.model.role)
-            rows = length.rows if length else None
-            return self._generation(step.model, step.model.role, rows, recipe.sampling.max_new_tokens)
+            sampled, prompts = (self._of(rows, step.model.role) for rows in (step, step.data))
+            count = sampled.rows if sampled else None
+            return self._generation(step.model, step.model.role, count, recipe.sampling, prompts)
         if isinstance(step, ReadSignals):
             return self._signals(step)
         if isinstance(step, Evaluate):
             return self._evaluation(step)
         if isinstance(step, EvaluateRewardModel):
-            length = self._of(step.test, "reward_model")
-            return self._reading(step.model, "reward_model", length)
+            return self._reading(step.model, "reward_model", self._of(step.test, "reward_model"), 2)
         return Cost()
 
     def _of(self, data: Input | Sample, role: ModelRole) -> Lengths | None:
@@ -168,26 +200,53 @@ class _Pricing:
         if train is None:
             return None
         rows = train.rows * sampling.n
-        return Lengths(rows, rows * sampling.max_new_tokens, train.prompt_tokens * sampling.n, exact=False)
+        tokens = rows * sampling.max_new_tokens
+        return Lengths(rows, tokens, train.prompt_tokens * sampling.n, exact=False, responses=1)
+
+    def _longest(self, length: Lengths, text: Text) -> int:
+        """The most tokens of a row: what the data have, or else what truncation leaves."""
+        limit = self.plan.context.recipe.data.max_length
+        return length.longest or math.ceil(text.responses * limit if limit else text.tokens)
 
     def _training(
-        self, output: Model, training: Training, data: Input | Sample, beside: int, dtype: str | None = None
+        self,
+        output: Model,
+        training: Training,
+        data: Input | Sample,
+        responses: int,
+        *,
+        shared: bool = False,
+        reference: bool = False,
+        dtype: str | None = None,
     ) -> Cost:
-        """The cost of a training. `beside` counts the copies of the model that it holds besides the trained one."""
-        rows, tokens, exact = _seen(training, self._of(data, output.role))
+        """The cost of a training.
+
+        Args:
+            responses: that it reads of a row; `shared`: in one pass with one copy of the prompt.
+            reference: whether it reads a frozen copy of the model too, which it holds besides unless it trains LoRA.
+        """
+        length = self._of(data, output.role)
+        rows, tokens, exact = _seen(training, length)
         shape = self.shapes.get(output.role)
         if shape is None:
             return Cost(rows=rows, tokens=tokens, exact=exact)
         dtype = dtype or self.plan.context.recipe.model.dtype
         weights, adapter = weight_bytes(shape, dtype), adapter_bytes(shape, training)
-        return Cost(
-            memory=training_bytes(shape, training, dtype) + beside * weights,
+        beside = reference and not adapter
+        cost = Cost(
+            memory=training_memory(shape, training, dtype, reference=beside).state,
             disk=weights + adapter,
             checkpoints=checkpoint_bytes(adapter or weights, training),
             rows=rows,
             tokens=tokens,
             exact=exact,
         )
+        if not self.peak or length is None or rows is None:
+            return cost
+        text = length.text(responses, shared=shared)
+        held = training_memory(shape, training, dtype, self._longest(length, text), reference=beside)
+        per_row = training_flops(shape, training, text) + (sum(forward_flops(shape, text)) if reference else 0)
+        return replace(cost, held=held, flops=rows * per_row)
 
     def _stored(self, role: str) -> int:
         """Bytes of a model as it is stored."""
@@ -203,40 +262,71 @@ class _Pricing:
             loading = {"dtype": "auto", "quantization": None}
         return weight_bytes(shape, loading["dtype"], loading["quantization"])
 
-    def _reading(self, model: Model, role: ModelRole, length: Lengths | None) -> Cost:
+    def _reading(
+        self, model: Model, role: ModelRole, length: Lengths | None, responses: int, scored: int | None = None
+    ) -> Cost:
+        """The cost of a pass over rows with some of their responses; `scored`: states of each whose logits it needs."""
+        weights, shape = self._weights(model, role), self.shapes.get(model.role)
         if length is None:
-            return Cost(memory=self._weights(model, role))
-        tokens = length.tokens + length.prompt_tokens
-        return Cost(memory=self._weights(model, role), rows=length.rows, tokens=tokens, exact=length.exact)
+            return Cost(memory=weights)
+        tokens = length.tokens * responses // length.responses + length.prompt_tokens
+        cost = Cost(memory=weights, rows=length.rows, tokens=tokens, exact=length.exact)
+        if not self.peak or shape is None:
+            return cost
+        held = reading_memory(shape, weights, self.plan.context.recipe.signals.batch_tokens)
+        flops = length.rows * sum(forward_flops(shape, length.text(responses, scored=scored)))
+        return replace(cost, held=held, flops=flops)
 
-    def _generation(self, model: Model, role: ModelRole, rows: int | None, longest: int) -> Cost:
+    def _generation(
+        self,
+        model: Model,
+        role: ModelRole,
+        rows: int | None,
+        options: Sampling | Evaluation,
+        data: Lengths | None = None,
+    ) -> Cost:
+        """The cost of responses to the prompts of some data; without data, to prompts of no length."""
+        weights, shape, longest = self._weights(model, role), self.shapes.get(model.role), options.max_new_tokens
         tokens = None if rows is None else rows * longest
-        disk = (tokens or 0) * CHARACTERS
-        return Cost(memory=self._weights(model, role), disk=disk, rows=rows, tokens=tokens, exact=False)
+        cost = Cost(memory=weights, disk=(tokens or 0) * CHARACTERS, rows=rows, tokens=tokens, exact=False)
+        if not self.peak or shape is None or not rows:
+            return cost
+        batch = min(rows, options.batch_size)
+        prompt = data.prompt_tokens / max(1, data.rows) if data else 0.0
+        held = reading_memory(shape, weights, batch * math.ceil(prompt), batch * math.ceil(prompt + longest))
+        width = max(1, weights // shape.num_parameters())
+        cached = batch * (prompt + longest / 2) * cache_bytes(shape, width)
+        flops = rows * sum(forward_flops(shape, Text(prompt, longest)))
+        return replace(cost, held=held, flops=flops, moved=math.ceil(rows / batch) * longest * (weights + cached))
 
     def _signals(self, step: ReadSignals) -> Cost:
         length = self._of(step.data, step.model.role)
-        cost = self._reading(step.model, "student" if step.role == "reference" else step.model.role, length)
+        role = "student" if step.role == "reference" else step.model.role
+        positions = step.reading.get("positions", "all")
+        cost = self._reading(
+            step.model, role, length, len(step.responses), scored=2 if positions == "endpoints" else None
+        )
         shape = self.shapes.get(step.model.role) or next(iter(self.shapes.values()), None)
         if length is None or shape is None:
             return cost
         section = self.plan.context.recipe.signals
         responses = length.rows * len(step.responses)
-        tokens = length.tokens * len(step.responses) // (1 if isinstance(step.data, Sample) else 2)
-        disk = store_bytes(
-            step.kinds,
-            tokens,
-            responses,
-            vocabulary_rows(shape),
-            positions=step.reading.get("positions", "all"),
-            value_dtype=section.value_dtype,
-            k=section.k,
-            packed=section.topk_coding != "float32" if section.topk_coding else section.k != "vocab",
-            own_ids=step.ids_from is None,
-        )
-        return Cost(
-            memory=cost.memory, disk=disk, rows=length.rows, tokens=tokens + length.prompt_tokens, exact=length.exact
-        )
+        tokens = length.tokens * len(step.responses) // length.responses
+
+        def stored(*kinds: str) -> int:
+            return store_bytes(
+                kinds,
+                tokens,
+                responses,
+                vocabulary_rows(shape),
+                positions=positions,
+                value_dtype=section.value_dtype,
+                k=section.k,
+                packed=section.topk_coding != "float32" if section.topk_coding else section.k != "vocab",
+                own_ids=step.ids_from is None,
+            )
+
+        return replace(cost, disk=stored(*step.kinds), kinds={kind: stored(kind) - stored() for kind in step.kinds})
 
     def _evaluation(self, step: Evaluate) -> Cost:
         recipe = self.plan.context.recipe
@@ -244,14 +334,17 @@ class _Pricing:
         prompts = max(recipe.evaluate.prompts, recipe.evaluate.samples) if step.test is not None else 0
         if recipe.data.synthetic:
             prompts = 2 * recipe.data.synthetic.test_prompts  # sampled, and greedy
-        generated = self._generation(step.model, role, prompts, recipe.evaluate.max_new_tokens)
-        pairs = self._of(step.test, role) if step.reference and step.test else None
-        return Cost(
-            memory=generated.memory,
+        pairs = self._of(step.test, role) if step.test else None
+        generated = self._generation(step.model, role, prompts, recipe.evaluate, pairs)
+        read = self._reading(step.model, role, pairs, 2) if step.reference and pairs else Cost()
+        return replace(
+            generated,
             disk=generated.disk if step.language is None else 0,
-            rows=prompts + (pairs.rows if pairs else 0),
-            tokens=(generated.tokens or 0) + (pairs.tokens + pairs.prompt_tokens if pairs else 0),
-            exact=not prompts and (pairs is None or pairs.exact),
+            rows=prompts + (read.rows or 0),
+            tokens=(generated.tokens or 0) + (read.tokens or 0),
+            exact=not prompts and read.exact,
+            held=generated.held or read.held,
+            flops=generated.flops + read.flops,
         )
 
 
@@ -266,60 +359,3 @@ def _seen(training: Training, length: Lengths | None) -> tuple[int | None, int |
     if length is None or not length.rows:
         return rows, None, False
     return rows, (length.tokens + length.prompt_tokens) * rows // length.rows, length.exact
-
-
-# -- bytes of models ---------------------------------------------------------------------------------------------------
-
-
-def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = None) -> int:
-    stored: Any = getattr(model.config, "quantization_config", None)
-    if stored is not None:
-        stored = stored if isinstance(stored, dict) else stored.to_dict()
-        bits = stored.get("bits") or (4 if stored.get("load_in_4bit") else 8)
-    elif quantization is not None:
-        bits = int(quantization.removesuffix("bit"))
-    else:
-        bits = 8 * _dtype(model, dtype).itemsize
-    return model.num_parameters() * bits // 8
-
-
-def _dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
-    if dtype == "auto":
-        return cast(torch.dtype, model.config.dtype or torch.float32)
-    return cast(torch.dtype, getattr(torch, dtype))
-
-
-def training_bytes(model: PreTrainedModel, training: Training, dtype: str) -> int:
-    r"""Return the bytes of weights, gradients and Adam's moments; activations come on top.
-
-    .. math:: 4 n b \quad\text{or, with adapters of } m \text{ weights,}\quad n b + 16 m
-    """
-    weights = weight_bytes(model, dtype)
-    if training.lora is None:
-        return weights * (2 + ADAM)
-    return weights + adapter_bytes(model, training) * (2 + ADAM)
-
-
-def adapter_bytes(model: PreTrainedModel, training: Training) -> int:
-    """Return the bytes that LoRA adds to the weights, in float32; 0 without.
-
-    Raises:
-        UserError: if the model has no layers that the adapter names.
-    """
-    config = adapter_config(training)
-    if config is None:
-        return 0
-    from peft import get_peft_model
-
-    try:
-        adapted = get_peft_model(copy.deepcopy(model), config)
-    except ValueError as error:
-        raise UserError(f"training.lora: {error}") from error
-    return adapted.get_nb_trainable_parameters()[0] * 4
-
-
-def checkpoint_bytes(trained: int, training: Training) -> int:
-    """Return the bytes of the checkpoints that are kept, and one more: an old one is removed after the new one is
-    whole. They hold weights and moments, no gradients."""
-    limit = training.arguments.get("save_total_limit") or 1
-    return (cast(int, limit) + 1) * trained * (1 + ADAM)

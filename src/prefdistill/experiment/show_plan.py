@@ -1,7 +1,7 @@
 """`prefdistill plan`: the steps of a recipe, what each costs, and what of it is on disk already."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from prefdistill import __version__
 from prefdistill.core.artifact import State
 from prefdistill.core.differences import Difference, compare
+from prefdistill.core.errors import UserError
 from prefdistill.core.paths import check_own
 from prefdistill.core.stages import inspect_stage
 from prefdistill.core.text import printable, size
@@ -18,14 +19,18 @@ from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.experiment.check import check_models, check_plan
 from prefdistill.experiment.cost import WHOLE, Cost, Lengths, costs
+from prefdistill.experiment.hardware import Scale
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
+from prefdistill.experiment.scale import as_text as scale_text
+from prefdistill.experiment.scale import assumed_lengths, at_scale
 from prefdistill.experiment.step import Input, Rows, Step, Tokenizer
 from prefdistill.experiment.steps.models import Init
 from prefdistill.experiment.steps.synthetic import Language
 from prefdistill.models.classifiers import empty_classifier
 from prefdistill.models.load import empty_model
+from prefdistill.models.logprobs import vocabulary_rows
 from prefdistill.models.pruned import pruned
 from prefdistill.models.scratch import random_model
 
@@ -82,12 +87,14 @@ def _in_words(change: Difference) -> str:
     return f"{name} is {'no longer' if isinstance(change.before, str) else 'now'} an input"
 
 
-def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
+def plan_recipe(recipe: Recipe, out: Path, scale: Scale | None = None) -> dict[str, Any]:
     """Return the plan of every seed of a recipe with costs and status. Reads data and tokenizers, no weights.
 
     Args:
         recipe: what would run.
         out: the run directory; it need not exist.
+        scale: data of a size, and devices, to plan for; adds `scale`, see `scale.at_scale`. With its `pairs`, no data,
+            tokenizers or steps on disk are read.
 
     Returns:
         `{"recipe", "out", "steps": [...], "totals": {...}}`. A step has its name, kind, seed, role, method, order,
@@ -97,19 +104,33 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     Raises:
         UserError: on what a run of the recipe would refuse.
     """
+    scale = scale or Scale()
     sources = Sources()
     plans = build_plans(recipe, out, sources)
-    check_own(out, ("environment.json",), "run")
-    check_plan(plans[0])
-    check_models(recipe, sources, fetch=False)
-    steps = []
+    if scale.pairs is None:
+        check_own(out, ("environment.json",), "run")
+        check_plan(plans[0])
+        check_models(recipe, sources, fetch=False)
+    elif recipe.data.synthetic:
+        raise UserError("--pairs plans for pairs of yours; the built-in task has its own (data.synthetic)")
+    steps: list[dict[str, Any]] = []
+    scaled: dict[str, Any] = {}
     for plan in plans:
+        if scale.pairs is not None:
+            shapes, lengths = _shapes(plan, None, None), assumed_lengths(plan, scale)
+            priced = costs(plan, shapes, lengths, peak=True)
+            steps += [_entry(step, priced[step], None) for step in plan.steps]
+            scaled = scaled or {"scale": at_scale(plan, priced, shapes, lengths, scale)}
+            continue
         tokenizer, teachers = _tokenizer(plan), plan.context.teacher_tokenizer
         teachers_own = tokenizer if teachers is plan.context.tokenizer else teachers.tokenizer
         lengths = _lengths(plan, plan.context.tokenizer, tokenizer)
         teacher_lengths = _lengths(plan, teachers, teachers_own) if teachers is not plan.context.tokenizer else None
-        priced = costs(plan, _shapes(plan, tokenizer, teachers_own), lengths, teacher_lengths)
+        shapes = _shapes(plan, tokenizer, teachers_own)
+        priced = costs(plan, shapes, lengths, teacher_lengths, peak=scale.is_set)
         steps += [_entry(step, priced[step], status(step)) for step in plan.steps]
+        if scale.is_set and not scaled:
+            scaled = {"scale": at_scale(plan, priced, shapes, lengths, scale)}
     largest = max(steps, key=lambda step: step["memory"])
     return {
         "recipe": recipe.name,
@@ -123,17 +144,20 @@ def plan_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
             "disk": sum(step["disk"] for step in steps),
             "checkpoints": max(step["checkpoints"] for step in steps),
         },
+        **scaled,
     }
 
 
-def _entry(step: Step, cost: Cost, state: Status) -> dict[str, Any]:
+def _entry(step: Step, cost: Cost, state: Status | None) -> dict[str, Any]:
+    """The entry of a step; without a status, its key and what is on disk are not looked up."""
+    known, state = state is not None, state or Status("run")
     return {
         "name": step.name,
         **step.describe(),
         "after": [other.name for other in step.after],
         "inputs": [one.name for one in step.inputs],
-        **asdict(cost),
-        "key": step.key,
+        **{name: getattr(cost, name) for name in ("memory", "disk", "checkpoints", "rows", "tokens", "exact")},
+        "key": step.key if known else None,
         "action": state.action,
         "reason": state.reason,
         "changes": [_change(change) for change in state.changes],
@@ -156,9 +180,10 @@ def _tokenizer(plan: Plan) -> "PreTrainedTokenizerBase":
 
 
 def _shapes(
-    plan: Plan, tokenizer: "PreTrainedTokenizerBase", teacher_tokenizer: "PreTrainedTokenizerBase"
+    plan: Plan, tokenizer: "PreTrainedTokenizerBase | None", teacher_tokenizer: "PreTrainedTokenizerBase | None"
 ) -> "dict[str, PreTrainedModel]":
-    """The models of a plan without their weights, by role."""
+    """The models of a plan without their weights, by role. Without tokenizers, models from scratch have the vocabulary
+    that the recipe asks for."""
     recipe = plan.context.recipe
     trust = recipe.model.trust_remote_code
     shapes = {}
@@ -169,7 +194,8 @@ def _shapes(
             if role == "student" and recipe.model.student_layers is not None:
                 shapes |= {WHOLE: shapes[role], role: pruned(shapes[role], recipe.model.student_layers)}
         elif role in inits:
-            own = teacher_tokenizer if role == "teacher" else tokenizer
+            assert recipe.model.scratch is not None
+            own = (teacher_tokenizer if role == "teacher" else tokenizer) or recipe.model.scratch.vocab_size
             with torch.device("meta"):
                 shapes[role] = random_model(own, inits[role].scratch[role], seed=0)
     section = recipe.reward_model
@@ -179,7 +205,8 @@ def _shapes(
         shapes["reward_model"] = empty_classifier(section.start, trust_remote_code=trust)
     elif section is not None:
         with torch.device("meta"):
-            shapes["reward_model"] = random_model(tokenizer, section.shape, seed=0, reward=True)
+            own = tokenizer or vocabulary_rows(shapes["student"])
+            shapes["reward_model"] = random_model(own, section.shape, seed=0, reward=True)
     return shapes
 
 
@@ -200,8 +227,10 @@ def _length(data: Rows, plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> Len
     if "completion" in rows.column_names and SIDES[0] not in rows.column_names:
         responses = ("completion",)
     encoded, _ = encode_pairs(rows, tokenizer, plan.context.truncation, responses=responses)
-    tokens = sum(len(ids) for side in responses for ids in encoded[f"{side}_ids"])
-    return Lengths(len(encoded), tokens, sum(map(len, encoded["prompt_ids"])))
+    counts = [[*map(len, encoded[f"{part}_ids"])] for part in ("prompt", *responses)]
+    longest = max(map(sum, zip(*counts, strict=True)), default=0)
+    tokens = sum(map(sum, counts[1:]))
+    return Lengths(len(encoded), tokens, sum(counts[0]), responses=len(responses), longest=longest)
 
 
 # -- for a reader ------------------------------------------------------------------------------------------------------
@@ -234,7 +263,8 @@ def as_text(plan: dict[str, Any]) -> str:
     bounds = (
         [] if all(step["exact"] for step in steps) else ["< marks upper bounds, for data that a step has yet to make"]
     )
-    return "\n\n".join("\n".join(map(printable, block)) for block in (table, reasons, [*summary, *bounds]) if block)
+    blocks = ["\n".join(map(printable, block)) for block in (table, reasons, [*summary, *bounds]) if block]
+    return "\n\n".join([*blocks, *([scale_text(plan["scale"])] if "scale" in plan else [])])
 
 
 def _name(step: dict[str, Any], several: bool) -> str:

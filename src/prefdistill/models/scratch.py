@@ -55,12 +55,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def random_model(
-    tokenizer: "PreTrainedTokenizerBase", shape: dict[str, Any], seed: int, *, reward: bool = False
+    tokenizer: "PreTrainedTokenizerBase | int", shape: dict[str, Any], seed: int, *, reward: bool = False
 ) -> "PreTrainedModel":
     """Return a randomly initialised Llama with the tokenizer's vocabulary.
 
     Args:
-        tokenizer: its length is the size of the vocabulary.
+        tokenizer: its length is the size of the vocabulary; or that size alone.
         shape: `LlamaConfig` arguments: hidden_size, num_hidden_layers, ...
         seed: of the weights.
         reward: make a sequence classifier with one label, not a language model.
@@ -71,13 +71,10 @@ def random_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-    fixed: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **({"num_labels": 1} if reward else {}),
-    }
+    fixed: dict[str, Any] = {"vocab_size": tokenizer if isinstance(tokenizer, int) else len(tokenizer)}
+    fixed |= {name: getattr(tokenizer, name, None) for name in TOKEN_ARGUMENTS[1:]} | (
+        {"num_labels": 1} if reward else {}
+    )
     check_shape(shape, fixed)
     config = LlamaConfig(**shape, **fixed)
     with torch.random.fork_rng(devices=[]):

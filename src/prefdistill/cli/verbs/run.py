@@ -10,6 +10,7 @@ from prefdistill.cli.verbs.common import Overridable, command_line
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Argument, Override, Section, Seeded
 from prefdistill.data.options import Synthetic
+from prefdistill.experiment.hardware import Scale
 from prefdistill.training.options import Training
 
 if TYPE_CHECKING:
@@ -55,16 +56,21 @@ class RunFlags(RecipeFlags):
     verify: bool = Training.redefault("verify", True)
 
 
-def plan(options: RecipeFlags) -> dict[str, Any]:
+class PlanFlags(RecipeFlags, Scale):
+    pass
+
+
+def plan(options: PlanFlags) -> dict[str, Any]:
     """List the steps of a recipe before they run: rows, tokens, memory and disk of each, and what a run will reuse,
-    resume or rebuild, and why. Reads data and tokenizers; loads no weights and writes nothing.
+    resume or rebuild, and why. Reads data and tokenizers; loads no weights and writes nothing. With --gpu, --devices,
+    --pairs and so on also operations, memory per device, hours, and what to change where a step does not fit.
 
     Example: prefdistill plan recipes/local-pairs/tvkd.yaml data.train=pairs.jsonl data.test=held-out.jsonl
     """
     recipe, out = _recipe(options)
     from prefdistill.experiment.show_plan import as_text, plan_recipe
 
-    planned = plan_recipe(recipe, out)
+    planned = plan_recipe(recipe, out, Scale(**options.part(Scale)))
     show(as_text(planned))
     return planned
 

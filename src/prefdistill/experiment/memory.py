@@ -1,0 +1,351 @@
+"""What models take, from shapes alone: bytes on one device or on several, and floating-point operations.
+
+Models are on the meta device; no weights are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from prefdistill.core.errors import UserError
+from prefdistill.models.backbone import backbone_of
+from prefdistill.models.logprobs import STORED_ELEMENTS, TILE_ELEMENTS, TRAINING_TILE_ELEMENTS, vocabulary_rows
+from prefdistill.training.arguments import adapter_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefdistill.training.options import Training
+
+ADAM = 2  # moments of each trained weight, of its dtype
+Strategy = Literal["one", "ddp", "zero2", "fsdp2"]
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = None) -> int:
+    stored: Any = getattr(model.config, "quantization_config", None)
+    if stored is not None:
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        bits = stored.get("bits") or (4 if stored.get("load_in_4bit") else 8)
+    elif quantization is not None:
+        bits = int(quantization.removesuffix("bit"))
+    else:
+        bits = 8 * _dtype(model, dtype).itemsize
+    return model.num_parameters() * bits // 8
+
+
+def _dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
+    if dtype == "auto":
+        return cast(torch.dtype, model.config.dtype or torch.float32)
+    return cast(torch.dtype, getattr(torch, dtype))
+
+
+def adapter_bytes(model: PreTrainedModel, training: Training) -> int:
+    """Return the bytes that LoRA adds to the weights, in float32; 0 without.
+
+    Raises:
+        UserError: if the model has no layers that the adapter names.
+    """
+    return 0 if training.lora is None else 4 * _adapter_weights(cast(Any, model), training.lora.model_dump_json())
+
+
+@functools.lru_cache(maxsize=16)
+def _adapter_weights(model: Any, lora: str) -> int:
+    from peft import get_peft_model
+
+    from prefdistill.training.options import Training
+
+    config = adapter_config(Training.model_validate({"lora": json.loads(lora)}))
+    try:
+        adapted = get_peft_model(copy.deepcopy(model), cast(Any, config))
+    except ValueError as error:
+        raise UserError(f"training.lora: {error}") from error
+    return adapted.get_nb_trainable_parameters()[0]
+
+
+def checkpoint_bytes(trained: int, training: Training) -> int:
+    """Return the bytes of the checkpoints that are kept, and one more: an old one is removed after the new one is
+    whole. They hold weights and moments, no gradients."""
+    limit = training.arguments.get("save_total_limit") or 1
+    return (cast(int, limit) + 1) * trained * (1 + ADAM)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step holds at its peak, by part.
+
+    Args:
+        weights: of the trained model, or of one that is read, with its adapter.
+        frozen: of a copy of the model beside the trained one: the reference of a teacher's DPO.
+        gradients, optimizer: of the trained weights; 0 for a model that is read.
+        copies: 16-bit copies of the weights that autocast keeps for a pass.
+        activations: that the longest micro-batch saves for backward, or the largest that a reading pass holds.
+        head: logits in memory at once, with their gradients, and the gradient of the head while it is added.
+        unit: of the weights that sharded devices gather at once: two layers, and embeddings with head.
+    """
+
+    weights: int = 0
+    frozen: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    copies: int = 0
+    activations: int = 0
+    head: int = 0
+    unit: int = 0
+
+    @property
+    def state(self) -> int:
+        """What is known without the length of the data, on one device: weights, gradients and optimizer."""
+        return self.weights + self.frozen + self.gradients + self.optimizer
+
+    def parts(self, strategy: Strategy = "one", devices: int = 1) -> dict[str, int]:
+        """Return the bytes per device by part. Every device has a micro-batch of its own.
+
+        Args:
+            strategy: "one" and "ddp" hold everything on each device, DDP also the gradients in its buckets; "zero2"
+                shards gradients and optimizer, with a float32 copy of its shard of the weights; "fsdp2" (and ZeRO-3)
+                shards the weights too, and gathers those of the layers at work in 16 bits in place of autocast's
+                copies.
+            devices: that share the work.
+        """
+        n = 1 if strategy == "one" else devices
+        weights, gradients, optimizer, copies = self.weights + self.frozen, self.gradients, self.optimizer, self.copies
+        if strategy == "ddp" and n > 1:
+            gradients *= 2
+        elif strategy == "zero2" and n > 1:
+            gradients, optimizer = -(-gradients // n), -(-(optimizer + self.gradients) // n)
+        elif strategy == "fsdp2" and n > 1:
+            weights, gradients, optimizer = (-(-size // n) for size in (weights, gradients, optimizer))
+            copies = self.unit
+        return {
+            "weights": weights,
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "copies": copies,
+            "activations": self.activations,
+            "head": self.head,
+        }
+
+
+def training_memory(
+    model: PreTrainedModel, training: Training, dtype: str, longest: int | None = None, *, reference: bool = False
+) -> Memory:
+    r"""Return what a training holds: with n weights of b bytes, and Adam,
+
+    .. math:: 4 n b \quad\text{or, with adapters of } m \text{ weights,}\quad n b + 16 m
+
+    and, if the tokens of the longest row are known, activations, copies and the head's tiles on top.
+
+    Args:
+        reference: whether a frozen copy of the model is beside it.
+
+    Raises:
+        UserError: if training.lora does not fit the model.
+    """
+    weights, adapter = weight_bytes(model, dtype), adapter_bytes(model, training)
+    trained = adapter or weights
+    state = {
+        "weights": weights + adapter,
+        "frozen": weights if reference else 0,
+        "gradients": trained,
+        "optimizer": ADAM * trained,
+    }
+    if longest is None:
+        return Memory(**state)
+    held = _dtype(model, dtype)
+    autocast = training.autocast and held is torch.float32
+    width = 2 if autocast else held.itemsize
+    rows = min(training.micro_batch_size, training.batch_size)
+    per_layer, around = activation_bytes(model, rows, longest, autocast, held)
+    layers = _config(model).num_hidden_layers
+    inputs = rows * longest * _hidden(model) * held.itemsize  # of one layer: the residual stream
+    elements = rows * longest * head_rows(model)
+    head = 4 * min(elements, STORED_ELEMENTS) + 3 * 4 * min(elements, TRAINING_TILE_ELEMENTS)
+    return Memory(
+        **state,
+        copies=2 * model.num_parameters() if autocast else 0,
+        activations=around + (layers * inputs + per_layer if training.gradient_checkpointing else layers * per_layer),
+        head=head + (0 if adapter else head_rows(model) * _hidden(model) * width),
+        unit=_unit(model, width),
+    )
+
+
+def reading_memory(model: PreTrainedModel, weights: int, tokens: int, cache_tokens: int = 0) -> Memory:
+    """Return what a pass without gradients holds.
+
+    Args:
+        weights: bytes of the model as it is loaded.
+        tokens: in the pass.
+        cache_tokens: whose keys and values are kept, for generation.
+    """
+    width = max(1, weights // model.num_parameters())
+    widest = max((p.shape[0] for p in _matrices(model)), default=0)
+    elements = tokens * head_rows(model)
+    return Memory(
+        weights=weights,
+        activations=tokens * width * (6 * _hidden(model) + 3 * widest) + cache_tokens * cache_bytes(model, width),
+        head=2 * 4 * min(elements, TILE_ELEMENTS["other"]),
+        unit=_unit(model, width),
+    )
+
+
+def cache_bytes(model: PreTrainedModel, width: int) -> int:
+    """Return the bytes of the keys and values of one token."""
+    config = _config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * _head_dim(model) * width)
+
+
+def activation_bytes(model: PreTrainedModel, rows: int, tokens: int, bf16: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes that a decoder layer saves for backward, and those saved around the layers.
+
+    Counted by autograd, in passes of one and of two layers over tensors without data. A model that cannot run so, such
+    as a mixture of experts, is counted as 34 bytes for each element of its hidden states in 16 bits (arXiv 2205.05198).
+
+    Args:
+        rows, tokens: of the micro-batch.
+        bf16: whether the pass is under autocast, whose copies of weights are not counted.
+        dtype: of the weights.
+    """
+    kind, text = cast(Any, type(model)), _config(model).to_json_string(use_diff=False)
+    try:
+        one, two = (
+            _saved_bytes(kind, text, rows, tokens, layers, bf16, dtype)
+            - _saved_bytes(kind, text, 1, 2, layers, bf16, dtype)
+            for layers in (1, 2)
+        )
+    except Exception:  # models are not written for passes without data, and may raise anything
+        hidden = rows * tokens * _hidden(model)
+        return 34 * hidden * dtype.itemsize // 2, 2 * hidden * dtype.itemsize
+    return two - one, max(0, 2 * one - two)
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf16: bool, dtype: torch.dtype) -> int:
+    """Return the bytes that a pass of a model of some layers saves for backward, but for its weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from trl.trainer.utils import disable_dropout_in_model
+
+    settings = kind.config_class.from_dict(json.loads(config))
+    settings.num_hidden_layers = layers
+    if isinstance(kinds := getattr(settings, "layer_types", None), list):
+        settings.layer_types = kinds[:layers]
+    storages: dict[int, Any] = {}
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        storages.setdefault(storage._cdata, storage)
+        return saved
+
+    with FakeTensorMode():
+        model = kind._from_config(settings, dtype=dtype).train()
+        disable_dropout_in_model(model)
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            backbone_of(model)(input_ids=ids, use_cache=False)
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+# -- floating-point operations -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """The mean row of a data set: tokens of the prompt, of a response, and the number of responses.
+
+    Args:
+        shared: whether the responses share one copy of the prompt in a pass.
+        scored: states of each response whose logits are computed; None: all.
+    """
+
+    prompt: float
+    response: float
+    responses: int = 1
+    shared: bool = True
+    scored: float | None = None
+
+    @property
+    def tokens(self) -> float:
+        return self.prompt * (1 if self.shared else self.responses) + self.response * self.responses
+
+    @property
+    def attended(self) -> float:
+        """Pairs of tokens of which one attends to the other, from the first to the last."""
+        prompts = self.prompt**2 / 2 * (1 if self.shared else self.responses)
+        return prompts + self.responses * (self.response * self.prompt + self.response**2 / 2)
+
+
+def forward_flops(model: PreTrainedModel, text: Text) -> tuple[float, float]:
+    r"""Return the operations of a forward pass over a mean row, of the layers and of the head.
+
+    .. math:: 2 N t + 4 L d a \quad\text{and}\quad 2 V h s
+
+    with N weights of the layers that a token is multiplied by, t tokens, L layers, d the width of all heads together, a
+    pairs of tokens that attend, V rows of the head, h the hidden size and s states whose logits are computed. A window
+    of attention is not counted as such.
+    """
+    config = _config(model)
+    weights = sum(p.numel() * _share(config, p) for p in _matrices(model))
+    inner = config.num_attention_heads * _head_dim(model)
+    layers = 2 * weights * text.tokens + 4 * config.num_hidden_layers * inner * text.attended
+    states = text.responses * (text.response if text.scored is None else text.scored)
+    return layers, 2.0 * head_rows(model) * _hidden(model) * states
+
+
+def training_flops(model: PreTrainedModel, training: Training, text: Text) -> float:
+    """Return the operations of a training step over a mean row: forward, and twice that backward (once with LoRA, whose
+    weights alone have gradients); checkpointing runs the layers once more, tiles that are not stored the head."""
+    layers, head = forward_flops(model, text)
+    backward = 1 if training.lora else 2
+    states = training.micro_batch_size * text.responses * text.response
+    recomputed = max(0.0, 1 - STORED_ELEMENTS / max(1.0, states * head_rows(model)))
+    return layers * (1 + backward + training.gradient_checkpointing) + head * (1 + backward + recomputed)
+
+
+def _matrices(model: Any) -> list[torch.nn.Parameter]:
+    """The weights of the layers that hidden states are multiplied by."""
+    backbone = model.base_model if model.get_output_embeddings() is None else backbone_of(model)
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    return [p for p in backbone.parameters() if p.dim() > 1 and id(p) not in tables]
+
+
+def _share(config: Any, weight: torch.Tensor) -> float:
+    """The share of a weight that a token is multiplied by: of stacked experts, those that it is sent to."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, 0))), 0)
+    stacked = weight.dim() > 2 and weight.shape[0] == experts
+    return getattr(config, "num_experts_per_tok", experts) / experts if stacked else 1.0
+
+
+def _config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
+
+
+def _hidden(model: PreTrainedModel) -> int:
+    return int(_config(model).hidden_size)
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    config = _config(model)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def head_rows(model: PreTrainedModel) -> int:
+    """Return the rows of the head; 1 for a classifier with one score."""
+    return 1 if model.get_output_embeddings() is None else vocabulary_rows(model)
+
+
+def _unit(model: PreTrainedModel, width: int) -> int:
+    layers = sum(p.numel() for p in _matrices(model)) // _config(model).num_hidden_layers
+    around = model.num_parameters() - sum(p.numel() for p in _matrices(model))
+    return (2 * layers + around) * width

@@ -1,0 +1,222 @@
+"""A plan at scale: operations, memory per device by part, hours, the devices that a run needs, and what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from prefdistill.core.options import validate
+from prefdistill.core.text import printable
+from prefdistill.experiment.cost import Cost, Lengths, Shapes, costs
+from prefdistill.experiment.hardware import GPUS, Scale
+from prefdistill.experiment.memory import Memory, Strategy
+from prefdistill.experiment.step import Input, Rows, Step
+from prefdistill.experiment.steps.models import Sft
+
+if TYPE_CHECKING:
+    from prefdistill.experiment.plan import Plan
+    from prefdistill.experiment.recipe import Recipe
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+USABLE = 0.9  # of a device's memory: the rest is the runtime's and lost between blocks
+MOST_DEVICES = 4096
+TEST_PAIRS = 1000  # at most, of a plan without data
+# What may make a training fit, tried in this order, one on top of another.
+REMEDIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gradient_checkpointing=true", {"gradient_checkpointing": True}),
+    ("micro_batch_size=1", {"micro_batch_size": 1}),
+    ("lora.r=16", {"lora": {"r": 16}}),
+)
+
+
+def assumed_lengths(plan: Plan, scale: Scale) -> dict[Input, Lengths]:
+    """Return the lengths of data that are not there, as the options say."""
+    assert scale.pairs is not None
+    third = scale.tokens_per_pair / 3
+
+    def of(pairs: float, responses: int) -> Lengths:
+        tokens, prompts = round(pairs * third * responses), round(pairs * third)
+        return Lengths(round(pairs), tokens, prompts, exact=False, responses=responses)
+
+    rows = {one for step in plan.steps for one in step.inputs if isinstance(one, Rows)}
+    lengths: dict[Input, Lengths] = {one: of(scale.pairs, 2) for one in rows}
+    if plan.test is not None:
+        lengths[plan.test] = of(min(scale.pairs, TEST_PAIRS), 2)
+    demonstrations = {step.rows for step in plan.steps if type(step) is Sft}
+    return lengths | {one: of(scale.pairs, 1) for one in demonstrations}
+
+
+def at_scale(
+    plan: Plan, priced: Mapping[Step, Cost], shapes: Shapes, lengths: Mapping[Input, Lengths], scale: Scale
+) -> dict[str, Any]:
+    """Return what the steps of one seed need of some devices.
+
+    Returns:
+        `{"gpu", "devices", "strategy", "utilisation", "steps": [...], "hours", "flops", "advice": [...]}`. A step has
+        flops, hours, `memory` per device by strategy and part, and `fits`: the fewest devices by strategy, or None.
+    """
+    name, devices = scale.gpu or "H100", scale.devices or 1
+    strategy: Strategy = "one" if devices == 1 else scale.strategy or "fsdp2"
+    utilisation = scale.utilisation or 0.4
+    gpu, steps = GPUS[name], []
+    for step, cost in priced.items():
+        if cost.held is None:
+            continue
+        seconds = max(cost.flops / gpu.flops, cost.moved / gpu.bandwidth) / utilisation / devices
+        steps.append(
+            {
+                "name": step.name,
+                "kind": step.kind,
+                "flops": cost.flops,
+                "hours": seconds / 3600,
+                "signals": dict(cost.kinds),
+                "memory": {one: cost.held.parts(one, max(devices, 2)) for one in STRATEGIES},
+                "fits": {one: fewest(cost.held, one, gpu.memory) for one in STRATEGIES},
+                "per_device": sum(cost.held.parts(strategy, devices).values()),
+            }
+        )
+    return {
+        "gpu": name,
+        "devices": devices,
+        "strategy": strategy,
+        "utilisation": utilisation,
+        "memory": gpu.memory,
+        "flops": sum(step["flops"] for step in steps),
+        "hours": sum(step["hours"] for step in steps),
+        "steps": steps,
+        "advice": [*_advice(plan, priced, shapes, lengths, strategy, devices, gpu.memory)],
+    }
+
+
+def fewest(held: Memory, strategy: Strategy, memory: float) -> int | None:
+    """Return the fewest devices, a power of 2, of which each can hold its part; None if no number can."""
+    counts = {"one": [1], "ddp": [2]}  # more hold no less
+    powers = counts.get(strategy) or [2**i for i in range(int(math.log2(MOST_DEVICES)) + 1)]
+    return next((n for n in powers if sum(held.parts(strategy, n).values()) <= USABLE * memory), None)
+
+
+def _advice(
+    plan: Plan,
+    priced: Mapping[Step, Cost],
+    shapes: Shapes,
+    lengths: Mapping[Input, Lengths],
+    strategy: Strategy,
+    devices: int,
+    memory: float,
+) -> Iterator[str]:
+    """Yield what to change for each step that does not fit, the steps of one size together."""
+    seen = set()
+    for step, cost in priced.items():
+        held = cost.held
+        if held is None or held in seen or sum(held.parts(strategy, devices).values()) <= USABLE * memory:
+            continue
+        seen.add(held)
+        sharded = fewest(held, "fsdp2", memory)
+        more = [f"--strategy fsdp2 --devices {sharded}"] if sharded else []
+        if held.gradients:
+            more += _remedies(plan, step, shapes, lengths, strategy, devices, memory)
+        else:
+            more += ["signals.quantization=4bit"] if held.weights > USABLE * memory / 2 else []
+            more += [] if sharded else ["smaller batches: signals.batch_tokens, sampling.batch_size"]
+        changes = ", or ".join(more) or "take shorter texts (data.max_length), or fewer layers"
+        yield f"{step.name} does not fit: {changes}"
+
+
+def _remedies(
+    plan: Plan,
+    step: Step,
+    shapes: Shapes,
+    lengths: Mapping[Input, Lengths],
+    strategy: Strategy,
+    devices: int,
+    memory: float,
+) -> list[str]:
+    """Return the shortest list of changes of the training that make it fit, as one item; empty if there is none."""
+    place = plan.steps.index(step)
+    changes: dict[str, Any] = {}
+    names: list[str] = []
+    for name, change in REMEDIES:
+        changes, names = {**changes, **change}, [*names, name]
+        other = _changed(plan, changes)
+        (changed,) = costs(other, shapes, _moved(plan, other, lengths), steps=[other.steps[place]], peak=True).values()
+        held = changed.held
+        if held and sum(held.parts(strategy, devices).values()) <= USABLE * memory:
+            return [" ".join(f"training.{one}" for one in names)]
+    return []
+
+
+def _changed(plan: Plan, training: dict[str, Any]) -> Plan:
+    """Return the plan with other options in every training."""
+    from prefdistill.experiment.plan import build_plan
+
+    recipe: Recipe = plan.context.recipe
+    raw = recipe.model_dump()
+    sections = [
+        raw[part][stage] for part, stages in (("teacher", ("sft", "dpo")), ("student", ("sft",))) for stage in stages
+    ]
+    for section in [*filter(None, sections), *(run["training"] for run in raw["methods"].values())]:
+        section.update(training)
+    return build_plan(validate(type(recipe), raw, "the changed recipe"), plan.context.root.parent, plan.context.seed)
+
+
+def _moved(plan: Plan, other: Plan, lengths: Mapping[Input, Lengths]) -> dict[Input, Lengths]:
+    """Return the lengths of the same data in another plan of the same steps."""
+    steps = zip(plan.steps, other.steps, strict=True)
+    inputs = [pair for mine, theirs in steps for pair in zip(mine.inputs, theirs.inputs, strict=True)]
+    known = [(mine, theirs) for mine, theirs in inputs if isinstance(mine, Rows) and isinstance(theirs, Rows)]
+    return {theirs: lengths[mine] for mine, theirs in known if mine in lengths}
+
+
+# -- for a reader ------------------------------------------------------------------------------------------------------
+
+
+def as_text(scaled: dict[str, Any]) -> str:
+    """Return a plan at scale as tables."""
+    machine = f"{scaled['devices']} x {scaled['gpu']} ({scaled['memory'] / 1e9:,.0f} GB)"
+    head = f"at scale: {machine}, {scaled['strategy']}, {scaled['utilisation']:.0%} of its operations per second"
+    columns = ("step", "FLOP", "hours", "GB per device", *(f"fits {one}" for one in STRATEGIES))
+    lines = [columns]
+    for step in scaled["steps"]:
+        fits = [_fits(step["fits"][one]) for one in STRATEGIES]
+        lines.append((step["name"], f"{step['flops']:.3g}", _hours(step["hours"]), _giga(step["per_device"]), *fits))
+    lines.append(("all", f"{scaled['flops']:.3g}", _hours(scaled["hours"]), "", *("" for _ in STRATEGIES)))
+    blocks = [head, _table(lines)]
+    largest = {step["kind"]: step for step in sorted(scaled["steps"], key=lambda step: step["per_device"])}
+    for step in largest.values():
+        parts = list(step["memory"]["one"])
+        count = max(scaled["devices"], 2)
+        rows = [
+            (one if one == "one" else f"{one} x {count}", *(_giga(of[part]) for part in parts), _giga(sum(of.values())))
+            for one, of in step["memory"].items()
+        ]
+        blocks.append(f"{step['name']}, GB per device\n{_table([('', *parts, 'together'), *rows])}")
+    stored = [(step["name"], kind, _giga(size)) for step in scaled["steps"] for kind, size in step["signals"].items()]
+    if stored:
+        blocks.append(_table([("signals", "kind", "GB on disk"), *stored]))
+    return "\n\n".join(
+        "\n".join(map(printable, block.splitlines())) for block in (*blocks, "\n".join(scaled["advice"])) if block
+    )
+
+
+def _table(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _fits(devices: int | None) -> str:
+    return "no" if devices is None else str(devices)
+
+
+def _giga(count: float) -> str:
+    return f"{count / 1e9:,.1f}" if count >= 5e7 else f"{count / 1e9:.2g}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"

@@ -1,0 +1,235 @@
+"""A plan at scale against numbers by hand, and what it counts against what PyTorch counts and a pass saves."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
+
+from prefdistill.cli import main
+from prefdistill.core.errors import UserError
+from prefdistill.experiment.hardware import GPUS, Scale
+from prefdistill.experiment.memory import (
+    Memory,
+    Text,
+    activation_bytes,
+    forward_flops,
+    training_flops,
+    training_memory,
+)
+from prefdistill.experiment.recipe import load_recipe
+from prefdistill.experiment.scale import USABLE, fewest
+from prefdistill.experiment.show_plan import as_text, plan_recipe
+from prefdistill.models.backbone import backbone_of
+from prefdistill.training.options import Training
+from support.tiny_runs import QUICKSTART, ROOT
+
+COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+BIG = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+SMALL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+# By hand, from these shapes. A layer's matrices: queries and output h*h each, keys and values h*1024 each, three of the
+# MLP h*f each.
+BIG_LAYERS = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+SMALL_LAYERS = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+BIG_WEIGHTS, SMALL_WEIGHTS = 70_553_706_496, 8_030_261_248  # as published for Llama 3.1 70B and 8B
+TRAINED = ["teacher.sft=null", "teacher.dpo=null", "student.sft=null", "model.chat_template=null"]
+LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+GPT2 = GPT2Config(n_embd=64, n_layer=3, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+
+
+def meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two directories with a config.json and nothing else."""
+    root = tmp_path_factory.mktemp("models")
+    for name, shape in (("70b", BIG), ("8b", SMALL)):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(COMMON | shape))
+    return [f"model.teacher={root / '70b'}", f"model.student={root / '8b'}"]
+
+
+def planned(models, *changes, **scale):
+    recipe = load_recipe(ROOT / "recipes" / "papers" / "tvkd.yaml", [*models, *TRAINED, *changes])
+    return plan_recipe(recipe, ROOT / "nowhere", Scale(**scale))
+
+
+@pytest.mark.parametrize("pairs", [1e6, 1e9])
+def test_70b_to_8b_by_hand(models, pairs):
+    """A pair has 600 tokens: a prompt of 200 and two responses of 200, which share the prompt's pass."""
+    plan = planned(models, pairs=pairs, tokens_per_pair=600, gpu="H100", devices=8)["scale"]
+    steps = {step["name"]: step for step in plan["steps"]}
+    # tokens attend to 200^2/2 pairs in the prompt, and 200*200 + 200^2/2 in and from each response: 140,000
+    teacher = pairs * (2 * BIG_LAYERS * 600 + 4 * 80 * 8192 * 140_000 + 2 * 128256 * 8192 * 400)
+    assert steps["signals-teacher-train"]["flops"] == pytest.approx(teacher, rel=1e-3)
+    # forward, backward twice that, and the layers once more for gradient checkpointing; the head's tiles are stored
+    student = pairs * (4 * (2 * SMALL_LAYERS * 600 + 4 * 32 * 4096 * 140_000) + 3 * 2 * 128256 * 4096 * 400)
+    for name in ("distill-dpo-0", "distill-tvkd-0"):
+        assert steps[name]["flops"] == pytest.approx(student, rel=1e-3)
+    assert steps["signals-teacher-train"]["hours"] == pytest.approx(teacher / (8 * 989e12 * 0.4) / 3600, rel=1e-3)
+    assert 7.2 < 1e6 / pairs * steps["signals-teacher-train"]["hours"] < 7.4  # hours for a million pairs
+    assert 3.0 < 1e6 / pairs * steps["distill-tvkd-0"]["hours"] < 3.2
+    # V of 201 states of each response, 4 bytes each, and about 1 byte a token for offsets
+    values = steps["signals-teacher-train"]["signals"]["values"]
+    assert values == pytest.approx(pairs * 2 * 201 * 4, rel=0.1)
+
+    # memory does not depend on how many pairs there are
+    on = steps["distill-tvkd-0"]["memory"]
+    assert on["one"]["weights"] == 4 * SMALL_WEIGHTS
+    assert on["one"]["gradients"] == 4 * SMALL_WEIGHTS
+    assert on["one"]["optimizer"] == 8 * SMALL_WEIGHTS
+    assert on["one"]["copies"] == 2 * SMALL_WEIGHTS
+    assert on["ddp"]["gradients"] == 8 * SMALL_WEIGHTS
+    assert on["zero2"]["optimizer"] == pytest.approx(12 * SMALL_WEIGHTS / 8)
+    assert sum(on["fsdp2"][part] for part in ("weights", "gradients", "optimizer")) == pytest.approx(
+        16 * SMALL_WEIGHTS / 8
+    )
+    # the inputs of 32 layers for two responses of up to 2048 tokens, and one layer whole
+    assert on["one"]["activations"] == pytest.approx(32 * 4096 * 4096 * 4 + 1.3e9, rel=0.1)
+    assert steps["signals-teacher-train"]["memory"]["one"]["weights"] == 2 * BIG_WEIGHTS
+    assert steps["distill-tvkd-0"]["fits"] == {"one": None, "ddp": None, "zero2": 8, "fsdp2": 4}
+    assert steps["signals-teacher-train"]["fits"] == {"one": None, "ddp": None, "zero2": None, "fsdp2": 4}
+    assert not plan["advice"]
+
+
+def test_what_does_not_fit_says_what_to_change(models):
+    plan = planned(models, "training.gradient_checkpointing=false", "training.micro_batch_size=2", pairs=1000)
+    advice = {line.partition(" ")[0]: line for line in plan["scale"]["advice"]}
+    assert "--strategy fsdp2 --devices 4, or signals.quantization=4bit" in advice["signals-teacher-test"]
+    trained = advice["distill-dpo-0"]
+    assert trained.endswith("training.gradient_checkpointing=true training.micro_batch_size=1 training.lora.r=16")
+    assert "step" in as_text(plan)
+    assert trained in as_text(plan)
+    # and it is true
+    steps = planned(models, "training.lora={r: 16}", pairs=1000)["scale"]["steps"]
+    adapted = next(step for step in steps if step["name"] == "distill-dpo-0")
+    assert adapted["fits"]["one"] == 1
+    assert adapted["memory"]["one"]["optimizer"] == 2 * adapted["memory"]["one"]["gradients"] < 1e9
+
+
+def test_sizes_in_place_of_models_and_flags_of_the_verb(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shapes = [f"model.scratch={json.dumps({'teacher': LLAMA, 'student': LLAMA, 'vocab_size': 1000})}"]
+    changes = ["model.teacher=null", "model.student=null", *TRAINED, *shapes]
+    recipe = str(ROOT / "recipes" / "papers" / "base.yaml")
+    flags = ["--pairs", "1e4", "--tokens-per-pair", "300", "--gpu", "4090", "--utilisation", "0.5"]
+    assert main(["plan", recipe, *changes, *flags, "--json"]) == 0
+    scale = json.loads(capsys.readouterr().out)["scale"]
+    assert (scale["gpu"], scale["devices"], scale["strategy"], scale["utilisation"]) == ("4090", 1, "one", 0.5)
+    assert {step["fits"]["one"] for step in scale["steps"]} == {1}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="the built-in task has its own"):
+        plan_recipe(load_recipe(QUICKSTART), tmp_path / "run", Scale(pairs=10))
+
+
+def test_a_plan_of_data_that_are_there_has_the_same_parts(finished):
+    """With the lengths of the data; the plan itself is the one without flags."""
+    from support.tiny_runs import TINY
+
+    recipe = load_recipe(QUICKSTART, TINY)
+    plain, scaled = plan_recipe(recipe, finished[0]), plan_recipe(recipe, finished[0], Scale(gpu="L4"))
+    assert scaled["steps"] == plain["steps"]
+    assert "scale" not in plain
+    held = {step["name"]: step["memory"]["one"] for step in scaled["scale"]["steps"]}
+    state = ("weights", "gradients", "optimizer")
+    for step in plain["steps"]:
+        if step["kind"] == "distill":
+            assert sum(held[step["name"]][part] for part in state) == step["memory"]
+
+
+# -- against PyTorch ---------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_that_pytorch_counts():
+    """Of attention, PyTorch counts what a causal mask hides too: twice as much."""
+    for config in (
+        LlamaConfig(**LLAMA, num_key_value_heads=2, vocab_size=500),
+        GPT2Config(n_embd=64, n_layer=2, n_head=4),
+    ):
+        config._attn_implementation = "eager"
+        model = meta(config).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(1, 96, dtype=torch.long, device="meta"))
+        layers, head = forward_flops(model, Text(0, 96))
+        attention = 4 * config.num_hidden_layers * 64 * 96**2 / 2
+        assert layers + head + attention == counter.get_total_flops()
+
+
+def test_operations_of_experts_and_of_training():
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    config = Qwen2MoeConfig(
+        **LLAMA, **experts, num_key_value_heads=4, vocab_size=500, shared_expert_intermediate_size=32
+    )
+    model = meta(config)
+    layers, _ = forward_flops(model, Text(0, 1))
+    # attention, router, the two experts of eight, the shared one and its gate
+    weights = 3 * (4 * 64 * 64 + 8 * 64 + 2 * 3 * 64 * 32 + 3 * 64 * 32 + 64)
+    assert layers == pytest.approx(2 * weights + 4 * 3 * 64 / 2)
+
+    model, text = meta(LlamaConfig(**LLAMA, vocab_size=500)), Text(10, 20, 2)
+    layers, head = forward_flops(model, text)
+    plain, checkpointed = Training(), Training(gradient_checkpointing=True)
+    lora = Training.model_validate({"lora": {}})
+    assert training_flops(model, plain, text) == 3 * (layers + head)
+    assert training_flops(model, checkpointed, text) == 4 * layers + 3 * head
+    assert training_flops(model, lora, text) == 2 * (layers + head)
+    apart = Text(10, 20, 2, shared=False)
+    assert (apart.tokens, text.tokens) == (60, 50)
+    assert apart.attended == 2 * 30**2 / 2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("config", [LlamaConfig(**LLAMA, vocab_size=500), GPT2], ids=["llama", "gpt2"])
+def test_activations_are_what_a_pass_saves(config, bf16):
+    model = AutoModelForCausalLM.from_config(config).train()
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        backbone_of(model)(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False)
+    measured = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
+    matrices = {weight.shape for weight in model.parameters()}
+    copies = [t for t in saved.values() if bf16 and t.dtype is torch.bfloat16 and {t.shape, t.shape[::-1]} & matrices]
+    measured -= sum(tensor.untyped_storage().nbytes() for tensor in copies)
+    layer, around = activation_bytes(meta(config), 2, 256, bf16, torch.float32)
+    assert 3 * layer + around == pytest.approx(measured, rel=0.2)
+
+
+def test_sharding():
+    held = Memory(weights=80, gradients=80, optimizer=160, copies=40, activations=10, head=5, unit=3)
+    assert sum(held.parts().values()) == 375
+    assert sum(held.parts("ddp", 4).values()) == 375 + 80
+    assert held.parts("zero2", 4) == held.parts() | {"gradients": 20, "optimizer": 60}
+    assert held.parts("fsdp2", 8) == {
+        "weights": 10, "gradients": 10, "optimizer": 20, "copies": 3, "activations": 10, "head": 5,
+    }  # fmt: skip
+    assert held.state == 320
+    for memory, counts in ((375, (1, None, 1, 1)), (455, (1, 2, 1, 1)), (58, (None, None, None, 8)), (17, (None,) * 4)):
+        strategies = ("one", "ddp", "zero2", "fsdp2")
+        assert tuple(fewest(held, one, memory / USABLE + 1e-6) for one in strategies) == counts
+    assert all(gpu.memory > 2e10 and gpu.flops > 5e13 for gpu in GPUS.values())
+
+
+def test_a_mixture_of_experts_is_held_at_a_rule_of_thumb():
+    model = meta(Qwen2MoeConfig(**LLAMA, vocab_size=500, num_experts=4))
+    layer, _ = activation_bytes(model, 2, 128, False, torch.float32)
+    assert layer == 34 * 2 * 128 * 64 * 2
+    assert training_memory(model, Training(), "float32", 128).activations > 3 * layer
