@@ -8,8 +8,10 @@ import pytest
 from prefdistill.core.errors import UserError
 from prefdistill.data.spans import Spans
 from prefdistill.models.identity import tokenizer_identity
+from prefdistill.models.token_map import TokenMap
 from prefdistill.signals.alignment import Alignment, States
-from prefdistill.signals.projected import taught_states, token_map
+from prefdistill.signals.projected import ProjectedSignals, taught_states, token_map
+from support.stores import store_by_hand
 from support.tokenizer_styles import make_tokenizer
 
 
@@ -34,6 +36,15 @@ def test_states_that_are_taught(student, teacher, starts, expected):
     ]
     (found,) = taught_states(*states, Alignment.of(*states))
     assert found.tolist() == expected
+
+
+def test_a_teacher_that_teaches_no_state_is_refused():
+    manifest = {"role": "teacher", "kinds": ["topk"], "responses": ["chosen"]}
+    source = store_by_hand(manifest, [{"row": 0, "chosen_tokens": 2}])
+    own = store_by_hand(manifest, [{"row": 0, "chosen_tokens": 2, "chosen_topk_state": [-1, -1]}])
+    signals = ProjectedSignals(manifest, own.shards, source, TokenMap(np.arange(4), np.ones(4, dtype=bool)))
+    with pytest.raises(UserError, match=r"teach no state of the student's: the two split the texts at no common place"):
+        _ = signals.shares
 
 
 def store_of(tokenizer, **fields):

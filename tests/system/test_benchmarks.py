@@ -189,3 +189,11 @@ def test_lengths_of_real_pairs(tmp_path, data_dir):
     words = [len(pair["chosen"][0]["content"].split()) for pair in pairs]
     assert sum(words) / len(words) == pytest.approx(260, rel=0.3)
     assert all(word.startswith("w") for pair in pairs for word in pair["chosen"][0]["content"].split())
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_teacher_with_other_tokens():
+    printed = run("-m", "benchmarks.other_tokens", "--seeds", "1")
+    costs = {name.strip(): float(cost) for name, cost in (line.rsplit(maxsplit=1) for line in printed.splitlines())}
+    own, others = costs["vanillakd, own tokens"], costs["vanillakd, other tokens"]
+    assert max(costs["teacher, own tokens"], costs["teacher, other tokens"]) < own < others < costs["sft"] - 0.03

@@ -34,7 +34,9 @@ class TokenMap:
 
 
 def first_tokens(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, ends: Mapping[int, int] | None = None
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    ends: Mapping[int | None, int | None] | None = None,
 ) -> TokenMap:
     """Return the student's token that the text of each of the teacher's tokens begins with.
 

@@ -53,12 +53,20 @@ class ProjectedSignals(Signals):
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """The share of the student's states that is taught, and there the `mass_shares` of the first rows."""
+        """The share of the student's states that is taught, and there the `mass_shares` of the first rows.
+
+        Raises:
+            UserError: if none is.
+        """
         taught = np.concatenate([self.flat(f"{name}_{TOPK_STATE}", self.rows) for name in self.responses]) >= 0
+        if not taught.any():
+            raise UserError(
+                f"the {self.role} signals ({self.place}) teach no state of the student's: the two split the texts at "
+                "no common place; leave `across` out, and use a method on numbers of whole texts"
+            )
         mass = [mass_shares(self._in_own_tokens(name, self.rows[:MEASURED]), self.tokens) for name in self.responses]
-        return {"taught": float(taught.mean())} | {
-            name: float(np.mean(np.concatenate([part[name] for part in mass]))) for name in mass[0]
-        }
+        means = {name: np.concatenate([part[name] for part in mass]) for name in mass[0]}
+        return {"taught": float(taught.mean())} | {name: float(x.sum() / max(1, len(x))) for name, x in means.items()}
 
 
 def taught_states(student: States, teacher: States, alignment: Alignment) -> list[np.ndarray]:
@@ -106,9 +114,9 @@ def token_map(store: Signals, student: PreTrainedTokenizerBase, *, plain: bool) 
     """
     teacher = store.tokenizer or _stored_tokenizer(store)
 
-    def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    def end_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
         token = None if plain else template_ending(tokenizer).token
-        return int(tokenizer.eos_token_id if token is None else token)
+        return tokenizer.eos_token_id if token is None else token
 
     return first_tokens(teacher, student, {end_of(teacher): end_of(student)})
 
