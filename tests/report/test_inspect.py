@@ -26,6 +26,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.losses import shaping_return
 from prefdistill.methods import METHODS
 from prefdistill.models.identity import tokenizer_identity
+from prefdistill.models.load import load_tokenizer
 from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.report.packed import MISSING, Pieces, finest, quantised, quantised_steps, width_of
 from prefdistill.report.token_data import Field, Weights, _scale, token_logps, token_psi
@@ -33,6 +34,7 @@ from prefdistill.report.tokens import write_token_view
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.shards import Shard
 from prefdistill.signals.store import SignalSet
+from support.texts import sentence
 
 ALERT = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -69,14 +71,25 @@ class Page:
 
         pieces = planes(self.page["width"])
         fields = [planes(2).astype(np.uint16).astype(np.int16) for _ in self.page["fields"]]
+        own = {}
+        if self.page["own"]:
+            own["student_shared"] = planes(1)
+            count = sum(map(sum, self.index["own"]["tokens"][first : first + self.page["block"]]))
+            own |= {"pieces": planes(self.page["width"]), "shared": planes(1)}
+            own["steps"] = planes(2).astype(np.uint16).astype(np.int16)
         assert offset == len(data)
-        start = 0
+        start = own_start = 0
         for i, both in enumerate(lengths):
             pair = {"prompt": head["prompts"][head["which"][i]]}
-            for side, n in zip(SIDES, both, strict=True):
+            for number, (side, n) in enumerate(zip(SIDES, both, strict=True)):
                 part = slice(start, start + n)
                 pair[side] = {"pieces": pieces[part], "fields": [field[part] for field in fields]}
                 start += n
+                if own:
+                    own_part = slice(own_start, own_start + self.index["own"]["tokens"][first + i][number])
+                    pair[side]["own"] = {name: own[name][own_part] for name in ("pieces", "shared", "steps")}
+                    pair[side]["student_shared"] = own["student_shared"][part]
+                    own_start = own_part.stop
             yield pair
 
     def text(self, at, side):
@@ -303,6 +316,87 @@ def test_stores_of_other_data_or_tokens_are_refused(stores, pairs, tokenizer, tm
 def test_the_same_signals_make_the_same_page(full, stores, pairs, tokenizer, tmp_path):
     write_token_view(pairs, list(stores.values()), tmp_path / "again.html", tokenizer)
     assert (tmp_path / "again.html").read_bytes() == full[0].read_bytes()
+
+
+# -- a teacher with other tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def across(make_model, pairs, tokenizer, tmp_path_factory):
+    """The page of a teacher for a student with finer tokens; the store; the student's tokenizer."""
+    root = tmp_path_factory.mktemp("across")
+    student = train_tokenizer([sentence(20, k)[1::2] for k in range(50)], vocab_size=290)
+    student.chat_template = "[student] " + student.chat_template
+    options = {"kinds": ("values", "logps"), "out": root / "teacher", "truncation": Truncation(90)}
+    store = extract_signals(make_model(0), pairs, tokenizer, **options)
+    write_token_view(pairs, [store], root / "across.html", student)
+    return root / "across.html", store, student
+
+
+def test_the_page_of_a_teacher_with_other_tokens_has_both_tokenisations(across, pairs):
+    out, store, _ = across
+    page = Page(out)
+    assert 0 < len(page.index["row"]) < 24  # the two truncate others at different characters
+    assert "rows have no signals (the teacher's tokens" in page.html.replace("&#39;", "'")
+    scale = next(mode["scale"] for mode in page.page["modes"] if mode["show"] == "V")
+    flags = []
+    for at, row in enumerate(page.index["row"]):
+        for number, side in enumerate(SIDES):
+            text, own, teacher = pairs[row][side][0]["content"], page.pairs[at][side]["own"], store.row(row)[side]
+            assert len(own["pieces"]) == teacher["tokens"]
+            pieces = [page.table["texts"][piece] for piece in own["pieces"]]
+            assert "".join(pieces) == text
+            start = page.index["values_start"][side][at]
+            values = start + np.cumsum([0, *own["steps"]]) * 2.0 ** page.index["own"]["steps"][at]
+            np.testing.assert_allclose(values, teacher["values"], atol=scale / 500)
+            assert page.index["psi"]["values"][at][number] == pytest.approx(
+                token_psi(teacher["values"], teacher["ended"]).sum(), abs=1e-4
+            )
+            # the same places in the text on both sides, and the same values there
+            student_ends = np.cumsum([len(page.table["texts"][piece]) for piece in page.pairs[at][side]["pieces"]])
+            shared, own_shared = page.pairs[at][side]["student_shared"].astype(bool), own["shared"].astype(bool)
+            ends = np.cumsum([len(piece) for piece in pieces])
+            assert np.minimum(student_ends[shared], len(text)).tolist() == ends[own_shared].tolist()
+            np.testing.assert_allclose(page.path(at, side)[1:][shared], values[1:][own_shared], atol=scale / 250)
+            flags += [*shared]
+    assert 0.1 < np.mean(flags) < 0.9
+    assert page.page["own"]["shared"] == pytest.approx(np.mean(flags))
+
+
+def test_a_students_store_names_the_tokenizer(across, pairs, tmp_path):
+    out, teacher, student = across
+    student.save_pretrained(tmp_path / "student")
+    named = load_tokenizer(str(tmp_path / "student"))
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"out": tmp_path / "r", "role": "reference", "truncation": Truncation(90)}
+    reference = extract_signals(random_model(named, shape, 2), pairs, named, ("logps",), **options)
+    write_token_view(pairs, [teacher, reference], tmp_path / "p.html")
+    page, alone = Page(tmp_path / "p.html"), Page(out)
+    assert page.page["own"] == alone.page["own"]
+    assert page.ids(0, "chosen") == alone.ids(0, "chosen")
+    assert str(tmp_path / "student") in page.html
+
+
+def test_both_tokenisations_in_a_browser(across, open_page):
+    page = ready(open_page(across[0]))
+    assert "teacher and student have this state" in page.locator("#legend").inner_text()
+    own = page.locator("#chosen-own .t")
+    n = own.count()
+    assert f"{n} tokens" in page.locator("#chosen-own-facts").inner_text()
+    page.locator("#chosen .t.apart").first.hover()
+    assert "no shared state after it" in readout(page)
+    assert page.locator("#chosen-own .t.with").count() == 1
+    own.nth(2).hover()
+    assert "teacher's own" in readout(page)
+    assert page.locator("#chosen .t.with").count() >= 1
+    page.locator("#chosen-own").focus()
+    page.keyboard.press("End")
+    assert f"{n} of {n}" in readout(page)
+    assert page.locator("#chosen .t.with").last.get_attribute("data-t") == str(page.locator("#chosen .t").count() - 1)
+    page.keyboard.press("2")
+    assert re.search(r"V [−\d.]+ → [−\d.]+", readout(page))
+    page.set_viewport_size({"width": 360, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 A block holds `BLOCK` pairs, and the page unpacks the one it shows:
 
     length of the head (uint32, little-endian), the head (JSON), then for the tokens of every pair, chosen before
-    rejected: the number of each token's piece, and a number per field
+    rejected: the number of each token's piece, and a number per field; and where the teacher has other tokens, whether
+    it shares the state after each of these, then for its own tokens pieces, that flag, and the steps of its values
 
 A whole array is written one byte of its numbers after another (the lowest first), which compresses better. The
 piece of a token is its id and the text it stands for, both in one table for the whole page, the commonest first.
@@ -76,12 +77,11 @@ def _exponent(largest: float, least: int) -> int:
     return max(least, int(np.ceil(np.log2(largest / (LIMIT - 1))))) if largest > 0 else least
 
 
-def block(head: Any, pieces: np.ndarray, width: int, fields: Iterable[np.ndarray]) -> str:
-    """Return a block as text; `width` is how many bytes the number of a piece takes."""
+def block(head: Any, numbers: Iterable[tuple[np.ndarray, int]]) -> str:
+    """Return a block as text: its head, and arrays of numbers, each with how many bytes one of them takes."""
     text = _json(head)
-    parts = [struct.pack("<I", len(text)), text, _planes(pieces.astype("<u4"), width)]
-    parts += [_planes(field.astype("<i2"), 2) for field in fields]
-    return deflated(b"".join(parts))
+    parts = [_planes(part.astype("<i4"), width) for part, width in numbers]
+    return deflated(b"".join([struct.pack("<I", len(text)), text, *parts]))
 
 
 def deflated_json(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The data of the token view: the text of each pair in tokens, and the signals of every token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from prefdistill.data.encode import encode_pairs, render_pairs
 from prefdistill.data.truncation import Truncation
 from prefdistill.methods.tvkd import VALUES
 from prefdistill.report.options import Weights
+from prefdistill.report.own_tokens import OwnTokens
 from prefdistill.report.packed import BLOCK, Pieces, block, finest, quantised, quantised_steps, width_of
 from prefdistill.signals.ids import check_ids
 from prefdistill.signals.needs import ROLES, Need
@@ -183,11 +184,19 @@ def token_logps(signals: SignalSet, field: Field, side: str, ids: Sequence[np.nd
 
 
 def packed(
-    signals: SignalSet, texts: Texts, fields: list[Field], weights: Weights
+    signals: SignalSet, texts: Texts, fields: list[Field], weights: Weights, own: OwnTokens | None = None
 ) -> tuple[dict[str, Any], list[str], list[tuple[int, str]], dict[str, float]]:
-    """Return the index of the pairs, their blocks, the table of pieces, and the scale of each mode."""
+    """Return the index of the pairs, their blocks, the table of pieces, and the scale of each mode.
+
+    Args:
+        signals: of the rows on the page.
+        texts: their tokens.
+        fields: the numbers of every token.
+        weights: of psi and the margins.
+        own: the tokens of a teacher with other tokens.
+    """
     n = len(signals.rows)
-    everything = [part for side in SIDES for part in texts.pieces[side]]
+    everything = [part for tokens in (texts, own) if tokens for side in SIDES for part in tokens.pieces[side]]
     table, places = texts.table.ranked(np.bincount(np.concatenate(everything), minlength=len(texts.table)))
     values = {
         (field.kind, side): [np.asarray(v, dtype=np.float64) for v in signals.ragged("teacher", field.kind, side)]
@@ -202,6 +211,8 @@ def packed(
     index = _index(signals, texts, weights)
     index["peak"] = [0.0] * n
     index["steps"] = [[] for _ in range(n)]
+    if own:
+        index["own"] = {"tokens": [own.lengths(at) for at in range(n)], "steps": []}
     sizes: dict[str, list[np.ndarray]] = {}
 
     def note(mode: str, numbers: np.ndarray) -> None:
@@ -252,9 +263,33 @@ def packed(
                     prompts.append(texts.prompts[at])
                 which.append(prompts.index(texts.prompts[at]))
             head = {"prompts": prompts, "which": which}
-            blocks.append(block(head, pieces, width_of(len(table)), [np.concatenate(field) for field in coded]))
+            width = width_of(len(table))
+            numbers = [(pieces, width), *((np.concatenate(field), 2) for field in coded)]
+            if own:
+                numbers += _own_numbers(own, part, places, width, least, index["own"]["steps"])
+            blocks.append(block(head, numbers))
     scales = {mode: _scale(parts) for mode, parts in sizes.items()}
     return index, blocks, table, scales
+
+
+def _own_numbers(
+    own: OwnTokens, part: range, places: np.ndarray, width: int, least: dict[str, int], steps: list[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield what a block has of the teacher's own tokens; put the exponents of the steps of its values into `steps`."""
+
+    def joined(tokens: dict[str, list[np.ndarray]]) -> np.ndarray:
+        return np.concatenate([tokens[side][at] for at in part for side in SIDES])
+
+    yield joined(own.student_shared), 1
+    yield places[joined(own.pieces)], width
+    yield joined(own.shared), 1
+    if own.kind:
+        coded: list[np.ndarray] = []
+        for at in part:
+            of_pair, exponent = quantised_steps([own.values[side][at] for side in SIDES], least[own.kind])
+            coded += of_pair
+            steps.append(exponent)
+        yield np.concatenate(coded), 2
 
 
 def _scale(parts: list[np.ndarray]) -> float:

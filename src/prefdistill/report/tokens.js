@@ -11,6 +11,7 @@ const title = document.title;
 let index, pieces, special;
 
 {% include "tokens_read.js" %}
+{% include "tokens_own.js" %}
 // -- words and small things ------------------------------------------------------------------------------------------
 
 const fine = mode => Math.max(2, 2 - Math.floor(Math.log10(mode.scale))); // digits of a token's numbers
@@ -256,6 +257,16 @@ function level(x) {
   return size ? (x > 0 ? "p" : "n") + size : "";
 }
 
+function tokenNode(side, t, values) {
+  const piece = side.pieces[t], text = pieces.texts[piece], node = make("span", special.has(piece) ? "t special" : "t");
+  const shade = values && level(values.shade[t]);
+  if (shade) node.classList.add(shade);
+  if (side.shared) node.classList.add(side.shared[t] ? "shared" : "apart");
+  if (text) addText(node, text, true); else node.append(make("span", "unseen", "◦"));
+  node.dataset.t = t;
+  return node;
+}
+
 function showResponse(side, number) {
   const {at} = current, box = $(side.name), values = current.shown[number], top = current.top[number];
   const lost = index.cut[at][number];
@@ -265,21 +276,14 @@ function showResponse(side, number) {
   const nodes = [];
   let text = "";
   for (let t = 0; t < side.n; t++) {
-    const piece = side.pieces[t], own = pieces.texts[piece];
-    const node = make("span", special.has(piece) ? "t special" : "t");
-    if (values) {
-      const shade = level(values.shade[t]);
-      if (shade) node.classList.add(shade);
-      const rank = top.indexOf(t);
-      if (rank >= 0) { node.classList.add("top"); node.dataset.rank = RANKS[rank]; }
-    }
-    if (own) addText(node, own, true); else node.append(make("span", "unseen", "◦"));
-    if (!special.has(piece)) text += own;
-    node.dataset.t = t;
+    const node = tokenNode(side, t, values), rank = top.indexOf(t);
+    if (rank >= 0) { node.classList.add("top"); node.dataset.rank = RANKS[rank]; }
+    if (!special.has(side.pieces[t])) text += pieces.texts[side.pieces[t]];
     nodes.push(node);
   }
   if (!text.trim()) nodes.unshift(make("span", "lost", text ? "[whitespace only] " : "[empty] "));
   if (lost) nodes.push(make("span", "lost", ` [${many(lost, "token")} cut]`));
+  if (side.own) showOwn(side.own, side.name);
   box.replaceChildren(...nodes);
   box.setAttribute("aria-label", `${side.name} response, ${many(side.n, "token")}; arrow keys go token by token`);
   const list = $(`${side.name}-largest`);
@@ -319,22 +323,30 @@ function showLegend() {
   }[mode.show] + (kept ? `, where it is among ${kept} that the store has` : "");
   const none = kept ? [make("span", "t none", "not stored")] : [];
   legend.append(low, strip, high, ...none, make("span", "quiet", `${words}. 98 % of all tokens lie within the scale (nats).`));
+  if (page.own) for (const [edge, text] of [["shared", "teacher and student have this state"], ["apart", "one of the two has: its V holds from the last shared state"]])
+    legend.append(make("span", `t ${edge}`, "\u2002"), make("span", "quiet", text));
 }
 
-/** Make a token the current one: `{side, t}`, or null for none. */
+/** Make a token the current one: `{side, t}`, with `own` one of the teacher's own tokens, or null for none. */
 function point(to) {
-  for (const old of document.querySelectorAll(".t.at")) old.classList.remove("at");
+  for (const old of document.querySelectorAll(".t.at, .t.with")) old.classList.remove("at", "with");
   cursor = to;
   const readout = $("readout");
   if (!to) { readout.textContent = mode ? "Point at a token, or use the arrow keys inside a response." : ""; movePlot(); return; }
-  const side = current.sides[to.side], {t} = to, node = $(side.name).querySelector(`[data-t="${t}"]`);
-  node.classList.add("at");
-  readout.replaceChildren(make("b", side.name, side.name), ` ${count(t + 1)} of ${count(side.n)} `);
+  const student = current.sides[to.side], side = to.own ? student.own : student, {t} = to;
+  const nodeOf = (side, t) => $(side.name).querySelector(`[data-t="${t}"]`);
+  nodeOf(side, t).classList.add("at");
+  if (student.own) {
+    const other = to.own ? student : student.own, [from, until] = twins(side, other, t);
+    for (let i = from; i <= until; i++) nodeOf(other, i).classList.add("with");
+  }
+  readout.replaceChildren(make("b", student.name, student.name), ` ${to.own ? "(teacher's own) " : ""}${count(t + 1)} of ${count(side.n)} `);
   const what = make("span", "what");
   const piece = side.pieces[t];
   addText(what, tokenText(side, t), true, true);
-  readout.append(what, make("span", "quiet", ` id ${pieces.ids[piece]}${pieces.texts[piece] ? "" : ` ${pieces.names[piece]}, no text of its own`}`));
-  for (const other of page.modes) {
+  const id = to.own ? "" : ` id ${pieces.ids[piece]}`, name = pieces.texts[piece] ? "" : `${to.own ? "" : ` ${pieces.names[piece]},`} no text of its own`;
+  readout.append(what, make("span", "quiet", id + name + (side.shared && !side.shared[t] ? ", no shared state after it" : "")));
+  for (const other of modesOf(side)) {
     const values = valuesOf(side, other), x = values.show[t];
     let text = signed(x, fine(other));
     if (other.show === "V") text = `${plain(statesOf(side, other.field)[t], fine(other))} → ${plain(x, fine(other))}`;
@@ -388,10 +400,13 @@ function setUp() {
   $("marks").addEventListener("change", again);
   $("template").addEventListener("change", () => $("pair").classList.toggle("bare", !$("template").checked));
   SIDES.forEach((name, side) => {
-    $(name).addEventListener("mouseover", event => { const token = event.target.closest(".t"); if (token) point({side, t: +token.dataset.t}); });
-    $(name).addEventListener("click", event => { const token = event.target.closest(".t"); if (token) point({side, t: +token.dataset.t}); });
-    $(name).addEventListener("focus", () => { if (!cursor || cursor.side !== side) point({side, t: 0}); });
-    $(name).addEventListener("keydown", event => walk(event, side));
+    for (const own of page.own ? [false, true] : [false]) {
+      const box = $(own ? `${name}-own` : name), to = event => { const token = event.target.closest(".t"); if (token) point({side, t: +token.dataset.t, own}); };
+      box.addEventListener("mouseover", to);
+      box.addEventListener("click", to);
+      box.addEventListener("focus", () => { if (!isAt(side, own)) point({side, t: 0, own}); });
+      box.addEventListener("keydown", event => walk(event, side, own));
+    }
     $(`${name}-largest`).addEventListener("click", event => {
       const button = event.target.closest("button");
       if (button) { point({side, t: +button.dataset.t}); seen(); }
@@ -412,12 +427,13 @@ function setUp() {
 
 function again() { if (current) { const at = cursor; showPrompt(current.at); colour(); point(at); drawList(true); } }
 function afterSearch() { if (current) show(); }
-function seen() { $(SIDES[cursor.side]).querySelector(".at").scrollIntoView({block: "nearest"}); }
+const isAt = (side, own) => cursor && cursor.side === side && !cursor.own === !own;
+function seen() { $(`${SIDES[cursor.side]}${cursor.own ? "-own" : ""}`).querySelector(".at").scrollIntoView({block: "nearest"}); }
 
-function walk(event, side) {
+function walk(event, side, own) {
   if (event.altKey || event.ctrlKey || event.metaKey) return;
-  const n = current.sides[side].n, t = cursor && cursor.side === side ? cursor.t : 0;
-  const ranked = [...current.top[side]].sort((a, b) => a - b);
+  const {n} = own ? current.sides[side].own : current.sides[side], t = isAt(side, own) ? cursor.t : 0;
+  const ranked = own ? [] : [...current.top[side]].sort((a, b) => a - b);
   const to = {
     ArrowRight: () => event.shiftKey ? ranked.find(place => place > t) ?? t : Math.min(n - 1, t + 1),
     ArrowLeft: () => event.shiftKey ? ranked.findLast(place => place < t) ?? t : Math.max(0, t - 1),
@@ -426,7 +442,7 @@ function walk(event, side) {
   }[event.key];
   if (!to) return;
   event.preventDefault();
-  point({side, t: to()});
+  point({side, t: to(), own});
   seen();
 }
 

@@ -17,12 +17,15 @@ from prefdistill.data.load import load_pairs
 from prefdistill.data.options import Columns
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
+from prefdistill.models.identity import tokenizer_identity
+from prefdistill.models.load import load_tokenizer
 from prefdistill.models.vocabulary import stored_tokenizer
 from prefdistill.report.format import form_text, printable
+from prefdistill.report.own_tokens import NO_ID, OwnTokens, store_with_own_tokens
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
-from prefdistill.signals.join import join
+from prefdistill.signals.join import TEACHERS, Joined, join
 from prefdistill.signals.needs import ROLES, Need
 from prefdistill.signals.store import Signals, SignalSet
 
@@ -43,7 +46,7 @@ def write_token_view(
     data: "str | Dataset",
     signals: Sequence[Signals],
     out: str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | str | None" = None,
     *,
     max_pairs: int = MOST_PAIRS,
     weights: Weights | None = None,
@@ -58,7 +61,8 @@ def write_token_view(
         data: the preference pairs that the signals were computed from, or where to load them from.
         signals: stores for these pairs. The page offers what they hold, and names the rest.
         out: the file.
-        tokenizer: the tokenizer of the signals; default: the one that their manifest names.
+        tokenizer: the student's, or its name. Default: the one that a store of the student names, or else the first
+            store. Stores of a teacher with other tokens are aligned to it, and the page shows both.
         max_pairs: the page holds the first of them.
         columns: how the columns of data given by name are read.
         weights: alpha and beta of the margins, discount and terminal of psi.
@@ -78,13 +82,16 @@ def write_token_view(
         raise UserError("no signals: give a store with --signals DIR (`prefdistill signals` extracts one)")
     name = data if isinstance(data, str) else signals[0].manifest["data"]["name"]
     pairs = load_pairs(data, **(columns or Columns()).part(Columns)) if isinstance(data, str) else data
-    if tokenizer is None:
-        tokenizer = _tokenizer_of(signals[0], trust_remote_code)
-    available = join(signals, pairs, tokenizer, responses=SIDES).signals
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = _tokenizer_of(signals, tokenizer, trust_remote_code)
+    joined = join(signals, pairs, tokenizer, responses=SIDES)
+    available, truncation = joined.signals, joined.truncation
     shown = available.at(available.rows[:max_pairs])
-    texts = Texts.of(shown, tokenizer, Truncation(**signals[0].manifest["truncation"]))
+    texts = Texts.of(shown, tokenizer, truncation)
     fields = fields_of(shown)
-    index, blocks, pieces, scales = packed(shown, texts, fields, weights)
+    teacher = store_with_own_tokens(signals, tokenizer)
+    own = OwnTokens.of(teacher, shown, tokenizer, truncation, texts.table) if teacher else None
+    index, blocks, pieces, scales = packed(shown, texts, fields, weights, own)
     modes = _modes(fields, scales)
     page = {
         "sides": SIDES,
@@ -94,6 +101,7 @@ def write_token_view(
         "modes": modes,
         "weights": {name: getattr(weights, name) for name in Weights.model_fields},
         "kept": {field.role: _kept(shown, field.role) for field in fields if field.source == "topk"},
+        "own": own and own.about(),
     }
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= end_token_ids(tokenizer)
@@ -101,13 +109,17 @@ def write_token_view(
         "ids": [token for token, _ in pieces],
         "texts": [text for _, text in pieces],
         "special": [i for i, (token, _) in enumerate(pieces) if token in special],
-        "names": {i: tokenizer.convert_ids_to_tokens(token) for i, (token, text) in enumerate(pieces) if not text},
+        "names": {
+            i: tokenizer.convert_ids_to_tokens(token)
+            for i, (token, text) in enumerate(pieces)
+            if not text and token != NO_ID
+        },
     }
     templates = environment()
     script, style = (templates.get_template(file).render() for file in ("tokens.js", "tokens.css"))
     html = templates.get_template("tokens.html.j2").render(
         page=page,
-        about=_about(name, shown, pairs, len(available.rows) - len(shown.rows)),
+        about=_about(name, shown, joined, own),
         missing=_missing(shown, name),
         count=len(index["row"]),
         version=__version__,
@@ -129,12 +141,18 @@ def write_token_view(
     }
 
 
-def _tokenizer_of(store: Signals, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+def _tokenizer_of(signals: Sequence[Signals], name: str | None, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """Load the student's tokenizer, in the form of its store if it is that one."""
+    store = next((store for store in signals if store.role not in TEACHERS), signals[0])
     stored = store.manifest["tokenizer"]
-    if not stored["name"]:
+    if name is not None:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        if tokenizer_identity(tokenizer)["sha256"] != stored["sha256"]:
+            return tokenizer
+    elif not stored["name"]:
         raise UserError("the signals do not name their tokenizer; give it with --tokenizer")
     try:
-        return stored_tokenizer(stored, trust_remote_code=trust_remote_code)
+        return stored_tokenizer(stored, name=name, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise UserError(f"{error}\n(the signals name this tokenizer; give its place with --tokenizer)") from None
 
@@ -174,9 +192,9 @@ def _kept(signals: SignalSet, role: str) -> str:
     return "all" if topk["k"] == "vocab" else f"the {topk['k']} most likely"
 
 
-def _about(name: str, signals: SignalSet, pairs: "Dataset", left: int) -> dict[str, Any]:
+def _about(name: str, signals: SignalSet, joined: Joined, own: OwnTokens | None) -> dict[str, Any]:
     """Return the head of the page: name, facts and notes."""
-    manifest = signals.stores[0].manifest
+    manifest, rows = signals.stores[0].manifest, len(signals.data)
     lengths = manifest["truncation"]
     facts = []
     for role in ROLES:
@@ -188,14 +206,18 @@ def _about(name: str, signals: SignalSet, pairs: "Dataset", left: int) -> dict[s
             form = form_text(read_with.get("form", {}))
             facts.append((role.replace("_", " "), f"{model} ({kinds}{'; read ' if form else ''}{form})"))
     facts.append(("tokenizer", manifest["tokenizer"]["name"] or "not named"))
+    if own:
+        share = own.about()["shared"]
+        facts.append(("teacher's tokenizer", f"{own.tokenizer}; it shares {share:.0%} of the student's states here"))
     facts.append(("max_length", str(lengths["max_length"] or "none")))
     if lengths["max_prompt_length"]:
         facts.append(("max_prompt_length", str(lengths["max_prompt_length"])))
-    dropped = len(pairs) - len(signals.rows) - left
+    left = len(joined.signals.rows) - len(signals.rows)
+    dropped = rows - len(joined.signals.rows)
     notes = []
     if dropped:
         reasons = dict.fromkeys(reason for store in signals.stores for reason in store.manifest["dropped"]["reasons"])
-        notes.append(f"{dropped:,} of {len(pairs):,} rows have no signals ({'; '.join(reasons)}).")
+        notes.append(f"{dropped:,} of {rows:,} rows have no signals ({'; '.join(reasons)}).")
     if left:
         notes.append(f"The first {len(signals.rows):,} pairs; {left:,} more are left out (--max-pairs).")
     return {"name": name, "facts": facts, "notes": notes}

@@ -65,10 +65,11 @@ function movePlot() {
   if (!scale) return;
   const {x, y, paths, line, dots} = scale;
   line.setAttribute("visibility", cursor ? "visible" : "hidden");
+  const state = cursor ? inPlot() + 1 : 0;
   dots.forEach((dot, i) => {
-    const there = cursor && cursor.t + 1 < paths[i].length;
+    const there = cursor && state < paths[i].length;
     dot.setAttribute("visibility", there ? "visible" : "hidden");
-    if (there) { dot.setAttribute("cx", x(cursor.t + 1)); dot.setAttribute("cy", y(paths[i][cursor.t + 1])); }
+    if (there) { dot.setAttribute("cx", x(state)); dot.setAttribute("cy", y(paths[i][state])); }
   });
-  if (cursor) for (const name of ["x1", "x2"]) line.setAttribute(name, x(cursor.t + 1));
+  if (cursor) for (const name of ["x1", "x2"]) line.setAttribute(name, x(state));
 }

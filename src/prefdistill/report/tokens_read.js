@@ -22,15 +22,15 @@ function unpack(bytes, number) {
   for (let at = first; at < last; at++) for (const n of index.tokens[at]) { starts.push(count); count += n; }
   const length = new DataView(bytes.buffer).getUint32(0, true);
   let offset = 4 + length;
-  const planes = width => {
-    const found = new Int32Array(count);
-    for (let plane = 0; plane < width; plane++, offset += count)
-      for (let i = 0; i < count; i++) found[i] |= bytes[offset + i] << (8 * plane);
+  const planes = (width, size = count) => {
+    const found = new Int32Array(size);
+    for (let plane = 0; plane < width; plane++, offset += size)
+      for (let i = 0; i < size; i++) found[i] |= bytes[offset + i] << (8 * plane);
     return found;
   };
   const head = json(bytes.subarray(4, offset)), numbers = planes(page.width);
-  const fields = page.fields.map(() => planes(2).map(x => x << 16 >> 16));
-  return {first, head, starts, numbers, fields};
+  const int16 = x => x << 16 >> 16, fields = page.fields.map(() => planes(2).map(int16));
+  return {first, head, starts, numbers, fields, own: page.own && unpackOwn(planes, first, last, int16)};
 }
 
 /** Unpack a pair for the page: `at` is its place in the index. */
@@ -45,8 +45,10 @@ async function pairAt(at) {
       for (let t = 0, sum = 0; t < n; t++) path[t + 1] += (sum += raw[t]) * step;
       return path;
     });
-    return {name, n, ended: index.ended[at][side], pieces: packed.numbers.subarray(from, from + n), fields};
+    const shared = packed.own && packed.own.studentShared.subarray(from, from + n);
+    return {name, n, ended: index.ended[at][side], pieces: packed.numbers.subarray(from, from + n), fields, shared};
   });
+  if (packed.own) sides.forEach((side, number) => { side.own = ownOf(packed.own, side, at, 2 * i + number, number); });
   return {at, prompt: packed.head.prompts[packed.head.which[i]], sides};
 }
 

@@ -172,7 +172,7 @@ def _aligned_shard(
         columns |= response_columns(name, encoded, ids.lengths[name], ids.checks[name], spans, offsets=every_state)
         alignment: Alignment | None = None
         if every_state:
-            student, teacher = _states(store, name, encoded, spans, ids.rows)
+            student, teacher = states_of(store, name, encoded, spans, ids.rows)
             alignment = Alignment.of(student, teacher, same_tokenizer=same_tokenizer)
             shared, states = shared + int(alignment.shared.sum()), states + len(alignment.shared)
             if topk:
@@ -191,8 +191,8 @@ def _aligned_shard(
     return memory_shard(columns, {}), (shared, states)
 
 
-def _states(store: Signals, name: str, encoded: Dataset, spans: Spans, rows: np.ndarray) -> tuple[States, States]:
-    """Return the states of the student and of the store."""
+def states_of(store: Signals, name: str, encoded: Dataset, spans: Spans, rows: np.ndarray) -> tuple[States, States]:
+    """Return the states of the student and of the store, of one response of these rows."""
     of_store = _spans(store, name, rows)
     lengths = np.minimum(_length(spans), _length(of_store))
     offsets = [np.array(ends, dtype=np.int64) for ends in encoded[f"{name}_offsets"][:]]

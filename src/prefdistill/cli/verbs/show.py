@@ -17,7 +17,11 @@ class InspectFlags(Weights, Trust, Columns):
     data: str = Field(description=PAIRS)
     signals: Annotated[tuple[Path, ...], REPEATED] = Field(description="Signal store of these pairs; repeat for each.")
     out: Path = Field(description="File to write (HTML).")
-    tokenizer: str | None = Field(None, description="Hub name or directory; default: the one that the signals name.")
+    tokenizer: str | None = Field(
+        None,
+        description="The student's: Hub name or directory; default: the one that the student's signals name, or else "
+        "the first.",
+    )
     max_pairs: PositiveInt = Field(5_000, description="The page holds the first of the pairs.")
 
 
@@ -26,20 +30,18 @@ def inspect(options: InspectFlags) -> dict[str, Any]:
 
     Example: prefdistill inspect --data pairs.jsonl --signals signals/teacher --out tokens.html
     """
-    from prefdistill.models.load import load_tokenizer
     from prefdistill.report.tokens import write_token_view
     from prefdistill.signals import Signals
 
-    trust, name = options.trust_remote_code, options.tokenizer
     results = write_token_view(
         options.data,
         [Signals.open(path) for path in options.signals],
         options.out,
-        None if name is None else load_tokenizer(name, trust_remote_code=trust),
+        options.tokenizer,
         max_pairs=options.max_pairs,
         weights=options,
         columns=options,
-        trust_remote_code=trust,
+        trust_remote_code=options.trust_remote_code,
     )
     show(f"{results['pairs']} of {results['rows']} pairs, {results['bytes']:,} bytes in {options.out}")
     return results
