@@ -53,11 +53,14 @@ def test_page_shows_the_numbers(page: str) -> None:
 
 
 def test_page_says_what_a_teacher_with_other_tokens_loses(tmp_path: Path) -> None:
-    shares = {"taught": 0.9382, "exact": 0.9131, "start": 0.013, "unmapped": 0.0, "rest": 0.0739}
+    shares = {"shared": 0.9251, "taught": 0.9382, "exact": 0.9131, "start": 0.013, "unmapped": 0.0, "rest": 0.0739}
     results = small({"dckd": (0.1, 0.01, 3)})
     results["stages"] = [
         {"name": name, "kind": "distill", "method": name, "read": {"data": "train", "rows": 8, "across": across}}
-        for name, across in (("dckd", shares), ("vanillakd", shares), ("other", shares | {"taught": NAN}))
+        for name, across in (
+            *(("dckd", shares), ("vanillakd", shares), ("other", shares | {"taught": NAN, "shared": NAN})),
+            ("tvkd", {"shared": 0.5}),
+        )
     ]
     path = small_run(tmp_path, results)
     said = (
@@ -67,6 +70,10 @@ def test_page_says_what_a_teacher_with_other_tokens_loses(tmp_path: Path) -> Non
     )
     for page in (Page(render_html([path])).text, render_markdown([path])):
         assert said in page
+        assert (
+            "The teacher's tokens share 92.5 % of the student's states, for distill dckd, distill vanillakd; "
+            "50.0 % of the student's states, for distill tvkd."
+        ) in page
         assert page.count("are taught") == 1
 
 

@@ -181,6 +181,7 @@ def test_rows_that_the_two_truncate_at_different_characters_are_dropped_and_coun
     ]
     assert 0 < sum(fits) < len(pairs)
     assert rows["row"][:] == [row for row, fit in enumerate(fits) if fit]
+    assert 0 < reading.across["shared"] <= 1
     (reason,) = reading.dropped.counts
     assert "truncate a response at different characters" in reason
     assert reading.dropped.first_rows[reason] == fits.index(False)

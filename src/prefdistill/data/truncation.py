@@ -115,7 +115,7 @@ class Reading:
         responses: kept rows of which a response is truncated.
         ids: a digest of the kept rows' numbers and token ids, where it was computed.
         warnings: of what a training learns from these rows.
-        across: what the distributions of a teacher with other tokens lose, see `signals.projected`.
+        across: what a student shares with a teacher of other tokens, see `signals.join.Joined`.
     """
 
     kept: int

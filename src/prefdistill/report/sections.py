@@ -208,6 +208,7 @@ def read_of(results: Results) -> View | None:
     counts = ("rows", "kept", "truncated_prompts", "truncated_responses")
     stages: dict[tuple[str, ...], list[str]] = {}
     across: dict[str, list[str]] = {}
+    shared: dict[str, list[str]] = {}
     entries = [mapping(about) for about in results.items("stages")]
     several = len({repr(about.get("seed")) for about in entries}) > 1
     for about in entries:
@@ -220,6 +221,9 @@ def read_of(results: Results) -> View | None:
             stages.setdefault(key, []).append(_stage_name(about))
             if words := _across(mapping(one.get("across"))):
                 across.setdefault(words, []).append(_stage_name(about))
+            share = number(mapping(one.get("across")).get("shared"))
+            if share is not None and math.isfinite(share):
+                shared.setdefault(f"{100 * share:.1f} %", []).append(_stage_name(about))
     read = results.mapping("read")
     sets, teachers = read.get("data"), mapping(read.get("teacher_tokenizer"))
     templates = [mapping(one.get("template")) for one in (read, teachers)]
@@ -241,6 +245,9 @@ def read_of(results: Results) -> View | None:
         "stages": [
             {**dict(zip(names, key, strict=True)), "names": ", ".join(dict.fromkeys(of))} for key, of in stages.items()
         ],
+        "shared": "; ".join(
+            f"{share} of the student's states, for {', '.join(dict.fromkeys(of))}" for share, of in shared.items()
+        ),
         "across": [f"{', '.join(dict.fromkeys(of))}: {words}" for words, of in across.items()],
         "limits": ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit),
         "teacher": {

@@ -45,8 +45,8 @@ class Joined:
         encoded: the pairs that are encoded and have all signals.
         dropped: the others.
         truncation: of the pairs.
-        across: what the distributions of a teacher with other tokens lose, see `ProjectedSignals.shares`; empty if none
-            are read.
+        across: of a teacher with other tokens: "shared", the share of the student's states at which it has one too, and
+            what its distributions lose, see `ProjectedSignals.shares`. Empty if there is none.
     """
 
     signals: SignalSet
@@ -98,6 +98,8 @@ def join(
         projected = any(need.across for need in needs if (need.role, need.kind) == (store.role, "topk"))
         tokens = token_map(store, tokenizer, plain=isinstance(data[0]["prompt"], str)) if projected else None
         in_own_states, unserved = align(store, texts, tokenizer, truncation, tokens)
+        if (shared := in_own_states.manifest["aligned"]["shared"]) is not None:
+            across["shared"] = shared
         if isinstance(in_own_states, ProjectedSignals):
             across |= in_own_states.shares
         aligned.append(in_own_states)

@@ -110,7 +110,8 @@ def unserved(data: PairSet, overlap: Overlap) -> Iterator[Finding]:
     for place, (reason, response) in sorted(overlap.unserved.items()):
         pair = data.pairs[place]
         hits[reason].append((pair.row, f"{response}: {pair.texts[response]}"))
-    for reason, (check, fix) in UNSERVED.items():
+    for reason in hits:
+        check, fix = UNSERVED[reason]
         yield from data.finding(check, severity, hits[reason], f"{reason}; such rows are dropped", fix)
 
 
