@@ -1,5 +1,6 @@
 """Stores of teachers with other tokens, beside the student's own: which rows they serve, and what is refused."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from prefdistill.evaluation.pairs import evaluate_pairs
 from prefdistill.experiment.doctor.across import UNSERVED
 from prefdistill.models.scratch import random_model
 from prefdistill.signals import KINDS, Kind, Need, Signals
-from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER
+from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER, StudentTexts, align
 from prefdistill.signals.join import join
 from prefdistill.signals.live import bind_live
 from prefdistill.signals.shaping import shaping_returns
@@ -103,6 +104,26 @@ def test_every_form_of_values_has_the_teachers_return(kinds, options):
             np.testing.assert_array_equal(got, (end if terminal == "last" else 0) - start.astype(np.float32))
         for name in set(own.columns) & {f"{side}_{kinds[0]}"}:
             assert own.ragged(name, mapped.rows)[0].dtype == store.ragged(name, mapped.rows)[0].dtype
+
+
+def test_the_same_tokenizer_gives_the_very_same_numbers():
+    """Also inside characters that are several tokens. Of another tokenizer these tokens could be split otherwise."""
+    store = random_store(DATA, STUDENT, ("values", "logps", "token_logps"))
+    texts = StudentTexts.of(DATA, STUDENT, Truncation(None), SIDES)
+    mapped, reasons = align(store, texts, STUDENT, Truncation(None))
+    assert not reasons
+    for row, side in itertools.product(store.rows, SIDES):
+        for name, expected in store.row(row)[side].items():
+            np.testing.assert_array_equal(mapped.row(row)[side][name], expected)
+    renamed = Signals(store.manifest | {"tokenizer": {"name": "", "sha256": "of other rules"}}, store.shards)
+    mapped, _ = align(renamed, texts, STUDENT, Truncation(None))
+    values, (own,) = store.row(2)["chosen"]["values"], mapped.ragged("chosen_values", np.array([2]))
+    assert own[0] == values[0]
+    assert (own[-2:] == values[-2:]).all()
+    ends = store.row(2)["chosen"]["offsets"]
+    inside = np.flatnonzero(ends[:-1] == ends[1:]) + 1
+    assert len(inside) >= 5
+    assert (own[inside] != values[inside]).all()
 
 
 def test_plain_text_needs_no_template():

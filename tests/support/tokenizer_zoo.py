@@ -26,6 +26,7 @@ TEXTS = [
     "🙂🙂 👩‍👩‍👧‍👦 👍🏽 🇫🇷 e\u0301 o\u0308 한국어 각 the sea is wide and the sea is blue",
 ]
 THINKING = "<think>\n\n</think>\n\n"
+CLOSED = "-</think>\n\n"
 TEMPLATES = {
     "chatml": "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}",
@@ -36,6 +37,11 @@ TEMPLATES = {
     "thinks": "{% for m in messages %}<s>{{ m.role }}\n{{ 'THINKING' if m.role == 'assistant' else '' }}"
     "{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}".replace(
         "THINKING", THINKING
+    ),
+    # opens a thinking block in the generation prompt, and closes it before each response
+    "opens": "{% for m in messages %}<s>{{ m.role }}\n{{ '<think>\nCLOSED' if m.role == 'assistant' else '' }}"
+    "{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n<think>\n{% endif %}".replace(
+        "CLOSED", CLOSED
     ),
     # drops what is after the last newline of a response, if that is nothing
     "drops_newline": "{% for m in messages %}<s>{{ m.role }}>{{ m.content.removesuffix('\n') }}</s>{% endfor %}"
@@ -127,11 +133,11 @@ ZOO: dict[str, Callable] = {
 
 
 @cache
-def _rules(family: str) -> str:
+def _rules(family: str, texts: tuple[str, ...]) -> str:
     """Train a tokenizer; unigram training has other results each time."""
     tokenizer, trainer = ZOO[family]()
     more = [a + b for a in "東京日本の首都" for b in "東京日本の首都です"] if "unsplit" in family else []
-    tokenizer.train_from_iterator(TEXTS * 3 + more, trainer)
+    tokenizer.train_from_iterator([*texts] * 3 + more, trainer)
     if family == "strips_around_special":
         tokenizer.add_special_tokens([AddedToken(token, lstrip=True, rstrip=True) for token in ("</s>", "<mask>")])
     rules = json.loads(tokenizer.to_str())
@@ -141,10 +147,12 @@ def _rules(family: str) -> str:
     return json.dumps(rules)
 
 
-def make_tokenizer(family: str, template: str | None = "chatml") -> PreTrainedTokenizerFast:
-    """A tokenizer of a family with one of `TEMPLATES`."""
+def make_tokenizer(
+    family: str, template: str | None = "chatml", texts: tuple[str, ...] = tuple(TEXTS)
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of a family with one of `TEMPLATES`, trained on texts."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_rules(family)),
+        tokenizer_object=Tokenizer.from_str(_rules(family, texts)),
         unk_token="<unk>",
         bos_token="<bos>",
         eos_token="</s>",

@@ -48,9 +48,9 @@ class States:
         reached[after_token] = np.concatenate(offsets) if len(offsets) else np.zeros(0)
         reached -= np.repeat(spans.start.astype(np.int64), lengths + 1)
         text_end = np.repeat(text_lengths, lengths + 1)
-        places = np.clip(reached, 0, text_end)
-        at_end = reached >= np.repeat(reached[starts + lengths - ended], lengths + 1)
-        places[at_end] = text_end[at_end] + 1
+        last = np.repeat(reached[starts + lengths - ended], lengths + 1)
+        # spaces after the text that the other's template strips, and what a template writes there, have no place
+        places = np.where((reached > text_end) | (reached >= last), text_end + 1, np.maximum(reached, 0))
         places[(starts + lengths)[ended]] = text_lengths[ended] + 2
         places[starts] = 0  # also where nothing stands before the end token
         return cls(places, lengths, ended)
