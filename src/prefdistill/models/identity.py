@@ -189,15 +189,29 @@ def _digest_of(path: Path, state: tuple[int, ...]) -> str:
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return what identifies a tokenizer: digests of its token map and rules, and of its chat template; and the form
     that its template was given, in words, see `models.form`."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    split = getattr(tokenizer, "split_special_tokens", False)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("truncation", "padding"):  # set by calls of the tokenizer
-        rules.pop(state, None)
     return {
         "name": tokenizer.name_or_path,
         "size": len(tokenizer),
-        "sha256": value_digest([rules, tokenizer.special_tokens_map, split]),
+        "sha256": _rules_digest(tokenizer),
         "template_sha256": value_digest(tokenizer.chat_template),
         **({"form": tokenizer.form} if hasattr(tokenizer, "form") else {}),
     }
+
+
+_RULES: dict[str, str] = {}  # what `_rules_digest` has returned, by a digest that is faster to compute
+
+
+def _rules_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a digest of the tokens and rules; those of a large vocabulary take seconds to parse, once in a process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    others = [tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
+    if backend is None:
+        return value_digest([tokenizer.get_vocab(), *others])
+    text = backend.to_str()
+    key = value_digest([hashlib.sha256(text.encode()).hexdigest(), *others])
+    if key not in _RULES:
+        rules = json.loads(text)
+        for state in ("truncation", "padding"):  # set by calls of the tokenizer
+            rules.pop(state, None)
+        _RULES[key] = value_digest([rules, *others])
+    return _RULES[key]
