@@ -113,6 +113,9 @@ def test_what_does_not_fit_says_what_to_change(models):
     assert trained.endswith("training.gradient_checkpointing=true training.micro_batch_size=1 training.lora.r=16")
     assert "step" in as_text(plan)
     assert trained in as_text(plan)
+    # without what the recipe has already
+    plan = planned(models, pairs=1000)
+    assert plan["scale"]["advice"][-1].endswith("--devices 4, or training.lora.r=16")
     # and it is true
     steps = planned(models, "training.lora={r: 16}", pairs=1000)["scale"]["steps"]
     adapted = next(step for step in steps if step["name"] == "distill-dpo-0")
@@ -185,7 +188,8 @@ def test_operations_of_experts_and_of_training():
     lora = Training.model_validate({"lora": {}})
     assert training_flops(model, plain, text) == 3 * (layers + head)
     assert training_flops(model, checkpointed, text) == 4 * layers + 3 * head
-    assert training_flops(model, lora, text) == 2 * (layers + head)
+    adapter = 3 * 16 * (4 * (64 + 64) + 3 * (64 + 160))  # rank 16 of every matrix of the layers
+    assert training_flops(model, lora, text) == 2 * (layers + head) + 6 * adapter * 50
     apart = Text(10, 20, 2, shared=False)
     assert (apart.tokens, text.tokens) == (60, 50)
     assert apart.attended == 2 * 30**2 / 2

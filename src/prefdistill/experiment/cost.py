@@ -244,7 +244,8 @@ class _Pricing:
         if not self.peak or length is None or rows is None:
             return cost
         text = length.text(responses, shared=shared)
-        held = training_memory(shape, training, dtype, self._longest(length, text), reference=beside)
+        longest, scored = self._longest(length, text), text.response * text.responses / max(1.0, text.tokens)
+        held = training_memory(shape, training, dtype, longest, scored=scored, reference=beside)
         per_row = training_flops(shape, training, text) + (sum(forward_flops(shape, text)) if reference else 0)
         return replace(cost, held=held, flops=rows * per_row)
 

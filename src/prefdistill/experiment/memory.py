@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -136,7 +137,13 @@ class Memory:
 
 
 def training_memory(
-    model: PreTrainedModel, training: Training, dtype: str, longest: int | None = None, *, reference: bool = False
+    model: PreTrainedModel,
+    training: Training,
+    dtype: str,
+    longest: int | None = None,
+    *,
+    scored: float = 1.0,
+    reference: bool = False,
 ) -> Memory:
     r"""Return what a training holds: with n weights of b bytes, and Adam,
 
@@ -145,6 +152,7 @@ def training_memory(
     and, if the tokens of the longest row are known, activations, copies and the head's tiles on top.
 
     Args:
+        scored: share of the tokens whose logits are computed.
         reference: whether a frozen copy of the model is beside it.
 
     Raises:
@@ -167,8 +175,9 @@ def training_memory(
     per_layer, around = activation_bytes(model, rows, longest, autocast, held)
     layers = _config(model).num_hidden_layers
     inputs = rows * longest * _hidden(model) * held.itemsize  # of one layer: the residual stream
-    elements = rows * longest * head_rows(model)
-    head = 4 * min(elements, STORED_ELEMENTS) + 3 * 4 * min(elements, TRAINING_TILE_ELEMENTS)
+    elements = math.ceil(scored * rows * longest) * head_rows(model)
+    # the stored logits, and a tile with its gradient or with the powers of its sum
+    head = 4 * min(elements, STORED_ELEMENTS) + 2 * 4 * min(elements, TRAINING_TILE_ELEMENTS)
     return Memory(
         **state,
         copies=2 * model.num_parameters() if autocast else 0,
@@ -303,13 +312,15 @@ def forward_flops(model: PreTrainedModel, text: Text) -> tuple[float, float]:
 
 
 def training_flops(model: PreTrainedModel, training: Training, text: Text) -> float:
-    """Return the operations of a training step over a mean row: forward, and twice that backward (once with LoRA, whose
-    weights alone have gradients); checkpointing runs the layers once more, tiles that are not stored the head."""
+    """Return the operations of a training step over a mean row: forward, and twice that backward, or once with LoRA,
+    whose own weights take three passes; checkpointing runs the layers once more, and tiles that are not stored run the
+    head once more."""
     layers, head = forward_flops(model, text)
     backward = 1 if training.lora else 2
     states = training.micro_batch_size * text.responses * text.response
     recomputed = max(0.0, 1 - STORED_ELEMENTS / max(1.0, states * head_rows(model)))
-    return layers * (1 + backward + training.gradient_checkpointing) + head * (1 + backward + recomputed)
+    adapter = 6 * text.tokens * adapter_bytes(model, training) / 4
+    return layers * (1 + backward + training.gradient_checkpointing) + head * (1 + backward + recomputed) + adapter
 
 
 def _matrices(model: Any) -> list[torch.nn.Parameter]:

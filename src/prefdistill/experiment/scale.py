@@ -7,16 +7,18 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from prefdistill.core.options import validate
-from prefdistill.core.text import printable
+from prefdistill.core.text import printable, size
 from prefdistill.experiment.cost import Cost, Lengths, Shapes, costs
 from prefdistill.experiment.hardware import GPUS, Scale
 from prefdistill.experiment.memory import Memory, Strategy
 from prefdistill.experiment.step import Input, Rows, Step
 from prefdistill.experiment.steps.models import Sft
+from prefdistill.experiment.steps.students import Distill
 
 if TYPE_CHECKING:
     from prefdistill.experiment.plan import Plan
     from prefdistill.experiment.recipe import Recipe
+    from prefdistill.training.options import Training
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 USABLE = 0.9  # of a device's memory: the rest is the runtime's and lost between blocks
@@ -136,7 +138,10 @@ def _remedies(
     place = plan.steps.index(step)
     changes: dict[str, Any] = {}
     names: list[str] = []
+    section = _training(plan, step)
     for name, change in REMEDIES:
+        if section and all(getattr(section, key) == value for key, value in change.items()):
+            continue
         changes, names = {**changes, **change}, [*names, name]
         other = _changed(plan, changes)
         (changed,) = costs(other, shapes, _moved(plan, other, lengths), steps=[other.steps[place]], peak=True).values()
@@ -144,6 +149,12 @@ def _remedies(
         if held and sum(held.parts(strategy, devices).values()) <= USABLE * memory:
             return [" ".join(f"training.{one}" for one in names)]
     return []
+
+
+def _training(plan: Plan, step: Step) -> Training | None:
+    if isinstance(step, Distill):
+        return plan.context.recipe.methods[step.method].training
+    return step.training if isinstance(step, Sft) else None
 
 
 def _changed(plan: Plan, training: dict[str, Any]) -> Plan:
@@ -191,9 +202,9 @@ def as_text(scaled: dict[str, Any]) -> str:
             for one, of in step["memory"].items()
         ]
         blocks.append(f"{step['name']}, GB per device\n{_table([('', *parts, 'together'), *rows])}")
-    stored = [(step["name"], kind, _giga(size)) for step in scaled["steps"] for kind, size in step["signals"].items()]
+    stored = [(step["name"], kind, size(count)) for step in scaled["steps"] for kind, count in step["signals"].items()]
     if stored:
-        blocks.append(_table([("signals", "kind", "GB on disk"), *stored]))
+        blocks.append(_table([("signals", "kind", "on disk"), *stored]))
     return "\n\n".join(
         "\n".join(map(printable, block.splitlines())) for block in (*blocks, "\n".join(scaled["advice"])) if block
     )
