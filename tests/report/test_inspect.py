@@ -1,6 +1,7 @@
 """The token view: what the page holds is what the stores say, and it works in a browser, whatever the text is."""
 
 import base64
+import copy
 import json
 import os
 import re
@@ -25,8 +26,10 @@ from prefdistill.data.messages import pair_texts
 from prefdistill.data.truncation import Truncation
 from prefdistill.losses import shaping_return
 from prefdistill.methods import METHODS
+from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
+from prefdistill.models.options import Form
 from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.report.packed import MISSING, Pieces, finest, quantised, quantised_steps, width_of
 from prefdistill.report.token_data import Field, Weights, _scale, token_logps, token_psi
@@ -375,6 +378,19 @@ def test_a_students_store_names_the_tokenizer(across, pairs, tmp_path):
     assert page.page["own"] == alone.page["own"]
     assert page.ids(0, "chosen") == alone.ids(0, "chosen")
     assert str(tmp_path / "student") in page.html
+
+
+def test_what_is_of_the_teachers_tokens_is_named_and_commands_have_its_form(make_model, pairs, tokenizer, tmp_path):
+    plain = apply_form(copy.deepcopy(tokenizer), Form(chat_template="plain", system_prompt="Be brief."))
+    store = extract_signals(make_model(0), pairs, plain, ("topk", "logps"), tmp_path / "t", k=3)
+    write_token_view(pairs, [store], tmp_path / "p.html", tokenizer)
+    html = (tmp_path / "p.html").read_text().replace("&#39;", "'")
+    assert "Not shown, because it is of other tokens than the student's: topk of the teacher." in html
+    form = "--chat-template plain --system-prompt 'Be brief.'"
+    commands = [text for text in re.findall(r"<code>(prefdistill signals [^<]*)</code>", html) if "_SFT_" in text]
+    assert form in commands[0]  # the teacher's reference reads as the teacher does
+    assert f"--kind values {form}" in html
+    assert "--role student --kind logps --out" in html
 
 
 def test_both_tokenisations_in_a_browser(across, open_page):

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def write_token_view(
     script, style = (templates.get_template(file).render() for file in ("tokens.js", "tokens.css"))
     html = templates.get_template("tokens.html.j2").render(
         page=page,
-        about=_about(name, shown, joined, own),
+        about=_about(name, shown, joined, own, signals),
         missing=_missing(shown, name),
         count=len(index["row"]),
         version=__version__,
@@ -192,8 +193,10 @@ def _kept(signals: SignalSet, role: str) -> str:
     return "all" if topk["k"] == "vocab" else f"the {topk['k']} most likely"
 
 
-def _about(name: str, signals: SignalSet, joined: Joined, own: OwnTokens | None) -> dict[str, Any]:
-    """Return the head of the page: name, facts and notes."""
+def _about(
+    name: str, signals: SignalSet, joined: Joined, own: OwnTokens | None, unaligned: Sequence[Signals]
+) -> dict[str, Any]:
+    """Return the head of the page: name, facts and notes; `unaligned` are the stores as they were given."""
     manifest, rows = signals.stores[0].manifest, len(signals.data)
     lengths = manifest["truncation"]
     facts = []
@@ -218,6 +221,12 @@ def _about(name: str, signals: SignalSet, joined: Joined, own: OwnTokens | None)
     if dropped:
         reasons = dict.fromkeys(reason for store in signals.stores for reason in store.manifest["dropped"]["reasons"])
         notes.append(f"{dropped:,} of {rows:,} rows have no signals ({'; '.join(reasons)}).")
+    before, after = (
+        {(store.role, kind) for store in part for kind in store.kinds} for part in (unaligned, signals.stores)
+    )
+    if before - after:
+        kinds = ", ".join(f"{kind} of the {role.replace('_', ' ')}" for role, kind in sorted(before - after))
+        notes.append(f"Not shown, because it is of other tokens than the student's: {kinds}.")
     if left:
         notes.append(f"The first {len(signals.rows):,} pairs; {left:,} more are left out (--max-pairs).")
     return {"name": name, "facts": facts, "notes": notes}
@@ -227,11 +236,16 @@ def _missing(signals: SignalSet, data: str) -> list[dict[str, str]]:
     """Return what the page could show if it were stored, and the command that extracts it."""
     manifest = signals.stores[0].manifest
     models = {store.role: store.manifest["model"].get("name") for store in signals.stores}
+    read_with = {s.role: s.manifest.get("aligned", s.manifest)["tokenizer"] for s in signals.stores}
 
     def command(role: str, kind: str) -> str:
         parts = ["prefdistill", "signals", "--model", models.get(role) or MODELS[role], "--data", data]
         parts += [] if role == "teacher" else ["--role", role]
         parts += ["--kind", kind]
+        like = "teacher" if role in TEACHERS and role not in read_with else role
+        for option, value in read_with.get(like, {}).get("form", {}).items():
+            text = ",".join(f"{k}={json.dumps(v)}" for k, v in value.items()) if isinstance(value, dict) else value
+            parts += [f"--{option.replace('_', '-')}", text]
         for option, value in manifest["truncation"].items():
             if value is not None and (option, value) != ("max_length", Truncation().max_length):
                 parts += [f"--{option.replace('_', '-')}", str(value)]
