@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from models.test_token_map import permuted
 from prefdistill import METHODS, LiveTeacher
 from prefdistill.core.errors import UserError
 from prefdistill.data.encode import encode_pairs
@@ -18,17 +17,10 @@ from prefdistill.models.token_map import first_tokens
 from prefdistill.signals import extract_signals
 from prefdistill.training.rows import prepare_rows
 from support.methods import ROWS, SAMPLED, SIDES, assert_same_gradient, batch_of, value_and_gradient
+from support.permuted import permuted, with_ids
 from support.texts import sentence
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-
-
-def with_ids(model, order):
-    """A copy of a model whose token i has the id order[i]."""
-    model = copy.deepcopy(model)
-    for rows in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-        rows.data[order] = rows.data.clone()
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from prefdistill.core.errors import UserError
 from prefdistill.models.scratch import train_tokenizer
 from prefdistill.models.token_map import first_tokens, token_bytes
+from support.permuted import permuted
 from support.texts import sentence
 from support.tokenizer_styles import SENTENCES, make_tokenizer
 
@@ -34,27 +35,6 @@ def sentencepiece(texts=TEXTS, vocab_size=400, special=("<pad>", "</s>", "<unk>"
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1], unk_token=special[2]
     )
-
-
-def permuted(tokenizer, seed=0):
-    """A copy in which every token has another id, and the permutation, by the old id."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    order = np.random.default_rng(seed).permutation(len(tokenizer))
-    if rules["model"]["type"] == "Unigram":
-        pieces = rules["model"]["vocab"]
-        rules["model"]["vocab"] = [pieces[old] for old in np.argsort(order)]
-        rules["model"]["unk_id"] = int(order[rules["model"]["unk_id"]])
-    else:
-        rules["model"]["vocab"] = {token: int(order[old]) for token, old in rules["model"]["vocab"].items()}
-    for added in rules["added_tokens"]:
-        added["id"] = int(order[added["id"]])
-    copy = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
-        **{name: getattr(tokenizer, name) for name in ("pad_token", "eos_token", "bos_token", "unk_token")},
-        extra_special_tokens=[*tokenizer.extra_special_tokens],
-        chat_template=tokenizer.chat_template,
-    )
-    return copy, order
 
 
 @pytest.mark.parametrize("make", [lambda: make_tokenizer("llama3"), sentencepiece], ids=["byte-level", "sentencepiece"])

@@ -1,17 +1,14 @@
 """Signals of a teacher with other tokens than the student's."""
 
-import copy
-import json
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 from prefdistill import METHODS, LiveTeacher
 from prefdistill.core.errors import UserError
+from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.spans import Spans
 from prefdistill.data.truncation import Truncation
@@ -21,9 +18,9 @@ from prefdistill.signals import extract_signals
 from prefdistill.signals.aligned import StudentTexts, align
 from prefdistill.signals.alignment import Alignment, States
 from prefdistill.training.rows import prepare_rows
+from support.permuted import permuted, with_ids
 from support.texts import sentence
 
-SIDES = ("chosen", "rejected")
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS = ("values", "logps", "token_logps")
 
@@ -102,23 +99,9 @@ def test_values_hold_between_shared_states_and_the_return_is_the_teachers_own(
 def test_a_permuted_vocabulary_has_the_same_returns(teacher_of, pairs, tokenizer, make_model):
     """The same model with its vocabulary in another order is the same teacher."""
     model = make_model(5)
-    ids = tokenizer.get_vocab()
-    order = np.random.default_rng(0).permutation(len(ids))
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules["model"]["vocab"] = {token: int(order[number]) for token, number in rules["model"]["vocab"].items()}
-    for token in rules["added_tokens"]:
-        token["id"] = int(order[token["id"]])
-    permuted = copy.deepcopy(tokenizer)
-    permuted._tokenizer = Tokenizer.from_str(json.dumps(rules))
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight, own in zip(
-            (other.get_input_embeddings().weight, other.get_output_embeddings().weight),
-            (model.get_input_embeddings().weight, model.get_output_embeddings().weight),
-            strict=True,
-        ):
-            weight[torch.tensor(order)] = own[: len(order)].clone()
-    direct, of_permuted = teacher_of(tokenizer, model=model), teacher_of(permuted, model=other)
+    reordered, order = permuted(tokenizer)
+    direct = teacher_of(tokenizer, model=model)
+    of_permuted = teacher_of(reordered, model=with_ids(model, order))
     assert not of_permuted.is_read_with(tokenizer)
     mapped, _ = aligned(of_permuted, pairs, tokenizer)
     for side in SIDES:

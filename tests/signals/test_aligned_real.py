@@ -3,23 +3,22 @@
 PREFDISTILL_MODELS names the directory that holds `smollm2-135m` and `gemma3-270m`.
 """
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from prefdistill import LiveTeacher, extract_signals, load_pairs
+from prefdistill.data.columns import SIDES
 from prefdistill.models.form import apply_form
 from prefdistill.models.load import load_model, load_tokenizer
 from prefdistill.models.options import Form
 from prefdistill.signals.join import join
 from prefdistill.signals.shaping import shaping_returns
+from support.permuted import permuted, with_ids
 
-SIDES = ("chosen", "rejected")
 pytestmark = pytest.mark.slow
 
 
@@ -80,21 +79,11 @@ def test_gemma_teaches_smollm2(model_path, pairs, tmp_path):
 
 def test_smollm2_with_renamed_tokens_is_the_same_teacher(model_path, pairs):
     path = model_path("smollm2-135m")
-    tokenizer, renamed = load_tokenizer(path), load_tokenizer(path)
-    model, other = load_model(path, dtype="float32"), load_model(path, dtype="float32")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    order = np.random.default_rng(0).permutation(len(tokenizer))
-    rules["model"]["vocab"] = {token: int(order[number]) for token, number in rules["model"]["vocab"].items()}
-    for token in rules["added_tokens"]:
-        token["id"] = int(order[token["id"]])
-    renamed._tokenizer = Tokenizer.from_str(json.dumps(rules))
-    with torch.no_grad():  # the head is tied to the embedding
-        other.get_input_embeddings().weight[torch.tensor(order)] = (
-            model.get_input_embeddings().weight[: len(order)].clone()
-        )
+    tokenizer, model = load_tokenizer(path), load_model(path, dtype="float32")
+    renamed, order = permuted(tokenizer)
     stores = [
         LiveTeacher(one, "teacher", ("values", "logps", "token_logps"), dataset=pairs, tokenizer=reader).bind()
-        for one, reader in ((model, tokenizer), (other, renamed))
+        for one, reader in ((model, tokenizer), (with_ids(model, order), renamed))
     ]
     assert [store.is_read_with(tokenizer) for store in stores] == [True, False]
     own, mapped = (join([store], pairs, tokenizer, responses=SIDES).signals for store in stores)
