@@ -17,10 +17,9 @@ def dequantizing_config() -> dict[str, Any]:
 
 def remove_added_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Remove tokens that transformers adds to those of the file, such as `<|endoftext|>`: they have no embedding."""
-    from tokenizers import Tokenizer
-
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary, added = rules["model"]["vocab"], rules["added_tokens"]
     in_file = [token for token in added if not isinstance(vocabulary, dict) or token["content"] in vocabulary]
     if len(in_file) < len(added):
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules | {"added_tokens": in_file}))
+        text = json.dumps(rules | {"added_tokens": in_file})
+        tokenizer.backend_tokenizer.__setstate__(text.encode())  # in place, as unpickling does
