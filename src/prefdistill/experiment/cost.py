@@ -20,13 +20,14 @@ from prefdistill.experiment.memory import (
     weight_bytes,
 )
 from prefdistill.experiment.plan import Plan
-from prefdistill.experiment.step import TEACHERS, Input, Model, ModelRole, Step
+from prefdistill.experiment.step import Input, Model, ModelRole, Step
 from prefdistill.experiment.steps.models import Dpo, Init, Prune, Sft
 from prefdistill.experiment.steps.reward_model import EvaluateRewardModel, TrainRewardModel
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
 from prefdistill.experiment.steps.synthetic import Pairs
 from prefdistill.models.logprobs import vocabulary_rows
+from prefdistill.signals.needs import TEACHERS
 from prefdistill.signals.sizes import store_bytes
 
 if TYPE_CHECKING:

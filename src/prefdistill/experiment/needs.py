@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from prefdistill.data.columns import SIDES
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.step import TEACHERS
 from prefdistill.methods import Method, make_method
 from prefdistill.signals import Need
 from prefdistill.signals.kinds import make_kinds
+from prefdistill.signals.needs import TEACHERS
 
 TRAIN = "train"
 STUDENT_RESPONSE = "student_response"

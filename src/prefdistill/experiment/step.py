@@ -12,13 +12,13 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
 from prefdistill.models.vocabulary import token_conflicts
+from prefdistill.signals.needs import TEACHERS
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 ModelRole = Literal["teacher", "teacher_reference", "student", "reward_model"]
-TEACHERS = ("teacher", "teacher_reference")  # one is the start of the other's DPO: they have the same tokens
 
 
 @dataclass

@@ -26,8 +26,8 @@ from prefdistill.report.own_tokens import NO_ID, OwnTokens, store_with_own_token
 from prefdistill.report.packed import BLOCK, deflated_json, width_of
 from prefdistill.report.page import PAGE, environment, save_page
 from prefdistill.report.token_data import MARGINS, Field, Texts, Weights, fields_of, has, packed, positions, short
-from prefdistill.signals.join import TEACHERS, Joined, join
-from prefdistill.signals.needs import ROLES, Need
+from prefdistill.signals.join import Joined, join
+from prefdistill.signals.needs import ROLES, TEACHERS, Need
 from prefdistill.signals.store import Signals, SignalSet
 
 if TYPE_CHECKING:

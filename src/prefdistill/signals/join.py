@@ -15,7 +15,7 @@ from prefdistill.data.truncation import NO_SIGNALS, Dropped, Truncation
 from prefdistill.signals.aligned import StudentTexts, align
 from prefdistill.signals.ids import check_ids
 from prefdistill.signals.kinds import make_kinds
-from prefdistill.signals.needs import Need
+from prefdistill.signals.needs import TEACHERS, Need
 from prefdistill.signals.projected import ProjectedSignals, token_map
 from prefdistill.signals.projection import in_words
 from prefdistill.signals.store import Signals, SignalSet
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-TEACHERS = ("teacher", "teacher_reference")  # the other roles are read as the student is trained
 ONE_VOCABULARY = "token distributions can be compared over one vocabulary only"
 OWN_TOKENS = (
     "its numbers are of the model's own tokens: if they may be held or summed where tokens differ, let the kind say so "

@@ -10,6 +10,8 @@ from prefdistill.signals.options import Role
 # The model a signal is computed from: the teacher; the SFT model that the teacher's DPO started from; the student's
 # start, which is the reference of the DPO margin; or a trained student, to look at.
 ROLES = get_args(Role)
+# One is the start of the other's DPO, so they have the same tokens; the other roles are read as the student is trained.
+TEACHERS = ("teacher", "teacher_reference")
 
 
 @dataclass(frozen=True)
