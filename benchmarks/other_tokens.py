@@ -99,12 +99,12 @@ def learning(seeds: int) -> dict[str, list[float]]:
             "own": train_tokenizer([text[1::2] for text in corpus], 300),
         }
         teachers = {
-            name: _train("sft", {}, random_model(own, SHAPE, 7), _pairs(5, 3_000), own, (), 700, 0, root)
-            for name, own in tokenizers.items()
+            name: _train("sft", {}, random_model(one, SHAPE, 7), _pairs(5, 3_000), one, (), 700, 0, root)
+            for name, one in tokenizers.items()
         }
-        found: dict[str, list[float]] = {f"teacher, {name} tokens": [] for name in teachers}
+        costs: dict[str, list[float]] = {f"teacher, {name} tokens": [] for name in teachers}
         for name, teacher in teachers.items():
-            found[f"teacher, {name} tokens"].append(_cost(teacher, tokenizers[name]))
+            costs[f"teacher, {name} tokens"].append(_cost(teacher, tokenizers[name]))
         for seed in range(seeds):
             data, own = _pairs(200 + seed, 96), tokenizers["own"]
             for name, options, of in (
@@ -115,8 +115,8 @@ def learning(seeds: int) -> dict[str, list[float]]:
                 live = LiveTeacher(teachers[of], tokenizer=tokenizers[of], k=K)
                 start = random_model(own, SHAPE, seed)
                 student = _train("vanillakd", options, start, data, own, (live,), 200, seed, root)
-                found.setdefault(name, []).append(_cost(student, own))
-    return found
+                costs.setdefault(name, []).append(_cost(student, own))
+    return costs
 
 
 def _sentence(draw: random.Random) -> str:

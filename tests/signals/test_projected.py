@@ -1,7 +1,5 @@
 """Which states a teacher with other tokens teaches, and where a store's tokens go."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -34,22 +32,21 @@ def test_states_that_are_taught(student, teacher, starts, expected):
         States.of([np.array(ends)], Spans(np.array([at]), np.array([at + 6])), np.array([True]), np.array([6]))
         for ends, at in zip((student, teacher), starts, strict=True)
     ]
-    (found,) = taught_states(*states, Alignment.of(*states))
-    assert found.tolist() == expected
+    (taught,) = taught_states(*states, Alignment.of(*states))
+    assert taught.tolist() == expected
 
 
 def test_a_teacher_that_teaches_no_state_is_refused():
     manifest = {"role": "teacher", "kinds": ["topk"], "responses": ["chosen"]}
     source = store_by_hand(manifest, [{"row": 0, "chosen_tokens": 2}])
-    own = store_by_hand(manifest, [{"row": 0, "chosen_tokens": 2, "chosen_topk_state": [-1, -1]}])
-    signals = ProjectedSignals(manifest, own.shards, source, TokenMap(np.arange(4), np.ones(4, dtype=bool)))
+    aligned = store_by_hand(manifest, [{"row": 0, "chosen_tokens": 2, "chosen_topk_state": [-1, -1]}])
+    signals = ProjectedSignals(manifest, aligned.shards, source, TokenMap(np.arange(4), np.ones(4, dtype=bool)))
     with pytest.raises(UserError, match=r"teach no state of the student's: the two split the texts at no common place"):
         _ = signals.shares
 
 
-def store_of(tokenizer, **fields):
-    identity = tokenizer_identity(tokenizer)
-    return SimpleNamespace(role="teacher", place="DIR", manifest={"tokenizer": identity}, tokenizer=None, **fields)
+def store_of(tokenizer):
+    return store_by_hand({"role": "teacher", "tokenizer": tokenizer_identity(tokenizer)}, [{"row": 0}])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +72,7 @@ def test_the_end_token_of_the_data_goes_to_the_students(plain, teacher, student,
 
 def test_a_tokenizer_that_is_not_at_hand_is_refused(tmp_path):
     teacher, student = make_tokenizer("llama3"), make_tokenizer("gemma")
-    with pytest.raises(UserError, match=r"signals \(DIR\) was in memory; its tokens are to be mapped: save it"):
+    with pytest.raises(UserError, match=r"signals \(in memory\) was in memory; its tokens are to be mapped: save it"):
         token_map(store_of(teacher), student, plain=False)
     student.save_pretrained(tmp_path)
     store = store_of(teacher)

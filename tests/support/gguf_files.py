@@ -77,6 +77,6 @@ def _gguf_name(name: str) -> str:
         "mlp.": "ffn_",
         "_proj": "",
     }
-    for theirs, in_file in parts.items():
-        name = name.replace(theirs, in_file)
+    for in_model, in_file in parts.items():
+        name = name.replace(in_model, in_file)
     return name

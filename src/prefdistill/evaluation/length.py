@@ -65,8 +65,8 @@ def length_controlled_wins(
     y, x = np.asarray(scores, dtype=np.float64), _features(extra_length)
     if x is None:
         return y if len(y) >= FEWEST else np.empty(0)
-    others = ~np.eye(len(y), dtype=bool)
-    without = np.array([_rate(x[rows], y[rows]) for rows in others])
+    all_but_one = ~np.eye(len(y), dtype=bool)
+    without = np.array([_rate(x[rows], y[rows]) for rows in all_but_one])
     return _rate(x, y) + (len(y) - 1) * (without.mean() - without)
 
 

@@ -257,12 +257,12 @@ def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf
     with FakeTensorMode():
         model = kind._from_config(settings, dtype=dtype).train()
         disable_dropout_in_model(model)
-        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        of_weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             backbone_of(model)(input_ids=ids, use_cache=False)
-        return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in of_weights)
 
 
 # -- floating-point operations -----------------------------------------------------------------------------------------

@@ -143,9 +143,10 @@ def _remedies(
         if section and all(getattr(section, key) == value for key, value in change.items()):
             continue
         changes, names = {**changes, **change}, [*names, name]
-        other = _changed(plan, changes)
-        (changed,) = costs(other, shapes, _moved(plan, other, lengths), steps=[other.steps[place]], peak=True).values()
-        held = changed.held
+        changed = _changed(plan, changes)
+        steps = [changed.steps[place]]
+        (cost,) = costs(changed, shapes, _moved(plan, changed, lengths), steps=steps, peak=True).values()
+        held = cost.held
         if held and sum(held.parts(strategy, devices).values()) <= USABLE * memory:
             return [" ".join(f"training.{one}" for one in names)]
     return []
@@ -171,12 +172,12 @@ def _changed(plan: Plan, training: dict[str, Any]) -> Plan:
     return build_plan(validate(type(recipe), raw, "the changed recipe"), plan.context.root.parent, plan.context.seed)
 
 
-def _moved(plan: Plan, other: Plan, lengths: Mapping[Input, Lengths]) -> dict[Input, Lengths]:
-    """Return the lengths of the same data in another plan of the same steps."""
-    steps = zip(plan.steps, other.steps, strict=True)
-    inputs = [pair for mine, theirs in steps for pair in zip(mine.inputs, theirs.inputs, strict=True)]
-    known = [(mine, theirs) for mine, theirs in inputs if isinstance(mine, Rows) and isinstance(theirs, Rows)]
-    return {theirs: lengths[mine] for mine, theirs in known if mine in lengths}
+def _moved(plan: Plan, changed: Plan, lengths: Mapping[Input, Lengths]) -> dict[Input, Lengths]:
+    """Return the lengths of the same data in a plan of the same steps with other options."""
+    steps = zip(plan.steps, changed.steps, strict=True)
+    inputs = (pair for old, new in steps for pair in zip(old.inputs, new.inputs, strict=True))
+    rows = ((old, new) for old, new in inputs if isinstance(old, Rows) and isinstance(new, Rows))
+    return {new: lengths[old] for old, new in rows if old in lengths}
 
 
 # -- for a reader ------------------------------------------------------------------------------------------------------

@@ -195,9 +195,9 @@ def _shapes(
                 shapes |= {WHOLE: shapes[role], role: pruned(shapes[role], recipe.model.student_layers)}
         elif role in inits:
             assert recipe.model.scratch is not None
-            own = (teacher_tokenizer if role == "teacher" else tokenizer) or recipe.model.scratch.vocab_size
+            vocabulary = (teacher_tokenizer if role == "teacher" else tokenizer) or recipe.model.scratch.vocab_size
             with torch.device("meta"):
-                shapes[role] = random_model(own, inits[role].scratch[role], seed=0)
+                shapes[role] = random_model(vocabulary, inits[role].scratch[role], seed=0)
     section = recipe.reward_model
     if section is not None and section.name:
         shapes["reward_model"] = empty_model(section.name, reward=True, trust_remote_code=trust)
@@ -205,8 +205,8 @@ def _shapes(
         shapes["reward_model"] = empty_classifier(section.start, trust_remote_code=trust)
     elif section is not None:
         with torch.device("meta"):
-            own = tokenizer or vocabulary_rows(shapes["student"])
-            shapes["reward_model"] = random_model(own, section.shape, seed=0, reward=True)
+            vocabulary = tokenizer or vocabulary_rows(shapes["student"])
+            shapes["reward_model"] = random_model(vocabulary, section.shape, seed=0, reward=True)
     return shapes
 
 

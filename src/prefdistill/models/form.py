@@ -56,16 +56,16 @@ def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedT
         tokenizer.chat_template = _template(tokenizer, form.chat_template)
     if not tokenizer.chat_template:
         raise UserError(f"{name} has no chat template to set {', '.join(settings)} in; give a chat_template too")
-    own = tokenizer.chat_template
+    template = tokenizer.chat_template
     for variable in form.template_kwargs:
         if variable in RESERVED or not variable.isidentifier():
             raise UserError(f"{variable!r} is no variable of a chat template; leave it out")
-        if not re.search(rf"\b{variable}\b", str(own)):
+        if not re.search(rf"\b{variable}\b", str(template)):
             raise UserError(f"the chat template of {name} has no variable {variable!r}; leave it out")
     tokenizer.chat_template = (
-        {key: _rewritten(tokenizer, part, form) for key, part in own.items()}
-        if isinstance(own, dict)
-        else _rewritten(tokenizer, own, form)
+        {key: _rewritten(tokenizer, part, form) for key, part in template.items()}
+        if isinstance(template, dict)
+        else _rewritten(tokenizer, template, form)
     )
     _check(tokenizer, form)
     tokenizer.form = settings
@@ -109,8 +109,8 @@ def _rewritten(tokenizer: "PreTrainedTokenizerBase", template: str, form: Form) 
     lines = [f"{variable} = {_literal(value)}" for variable, value in form.template_kwargs.items()]
     if form.system_prompt is not None:
         system = [{"role": "system", "content": form.system_prompt}] if form.system_prompt else []
-        others = "(messages[1:] if messages and messages[0].role in ['system', 'developer'] else messages)"
-        lines.append(f"messages = {_literal(system)} + {others}")
+        without_system = "(messages[1:] if messages and messages[0].role in ['system', 'developer'] else messages)"
+        lines.append(f"messages = {_literal(system)} + {without_system}")
     after = ""
     if form.response_prefix is not None:
         # a response is written behind the generation prompt that the model gets, and ends as the template ends it

@@ -204,14 +204,14 @@ _RULES: dict[str, str] = {}  # what `_rules_digest` has returned, by a digest th
 def _rules_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a digest of the tokens and rules; those of a large vocabulary take seconds to parse, once in a process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    others = [tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
+    special = [tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
     if backend is None:
-        return value_digest([tokenizer.get_vocab(), *others])
+        return value_digest([tokenizer.get_vocab(), *special])
     text = backend.to_str()
-    key = value_digest([hashlib.sha256(text.encode()).hexdigest(), *others])
+    key = value_digest([hashlib.sha256(text.encode()).hexdigest(), *special])
     if key not in _RULES:
         rules = json.loads(text)
         for state in ("truncation", "padding"):  # set by calls of the tokenizer
             rules.pop(state, None)
-        _RULES[key] = value_digest([rules, *others])
+        _RULES[key] = value_digest([rules, *special])
     return _RULES[key]

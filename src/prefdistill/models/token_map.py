@@ -56,9 +56,9 @@ def first_tokens(
         38699
     """
     tokens = _by_text(teacher, student) if token_conflicts(teacher, student) else _by_id(teacher, student)
-    for end, own_end in {teacher.eos_token_id: student.eos_token_id, **(ends or {})}.items():
-        if end is not None and own_end is not None:
-            tokens.ids[end], tokens.exact[end] = own_end, True
+    for end, student_end in {teacher.eos_token_id: student.eos_token_id, **(ends or {})}.items():
+        if end is not None and student_end is not None:
+            tokens.ids[end], tokens.exact[end] = student_end, True
     return tokens
 
 
@@ -69,28 +69,30 @@ def _by_id(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -
 
 
 def _by_text(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> TokenMap:
-    texts, own_texts = token_bytes(teacher), token_bytes(student)
-    names, own_names, vocabulary = _names(teacher), _names(student), student.get_vocab()
-    with_text = {text: token for token, text in enumerate(own_texts) if text}
+    texts, student_texts = token_bytes(teacher), token_bytes(student)
+    names, student_names, vocabulary = _names(teacher), _names(student), student.get_vocab()
+    with_text = {text: token for token, text in enumerate(student_texts) if text}
     with_text |= {
-        text: token for token, text in enumerate(own_texts) if text and not BYTE_TOKEN.fullmatch(own_names[token])
+        text: token
+        for token, text in enumerate(student_texts)
+        if text and not BYTE_TOKEN.fullmatch(student_names[token])
     }
-    special, own_special = _special_tokens(teacher), _special_tokens(student)
+    special, student_special = _special_tokens(teacher), _special_tokens(student)
     ids, exact = np.full(len(texts), -1), np.zeros(len(texts), dtype=bool)
     to_write: dict[int, str] = {}
     for token, text in enumerate(texts):
         namesake = vocabulary.get(names.get(token, ""), -1)
         if token in special:
-            ids[token] = namesake if namesake in own_special else -1
+            ids[token] = namesake if namesake in student_special else -1
         elif text:
-            same = namesake >= 0 and own_texts[namesake] == text
+            same = namesake >= 0 and student_texts[namesake] == text
             ids[token] = namesake if same else with_text.get(text, -1)
             if ids[token] < 0 and (words := _decoded(text)):
                 to_write[token] = words
     exact[ids >= 0] = True
     for token, written in zip(to_write, _inside_text(student).encode_batch([*to_write.values()]), strict=True):
         first = written.ids[0] if written.ids else -1
-        start = own_texts[first] if first >= 0 else None
+        start = student_texts[first] if first >= 0 else None
         if start and (texts[token] or b"").startswith(start):
             ids[token] = first
     return TokenMap(ids, exact)
@@ -107,7 +109,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     steps = [*_parts(decoder)]
     types = {step["type"] for step in steps}
     marks = [mark for step in steps if (mark := _space_mark(step))]
-    others = [step for step in steps if not (_space_mark(step) or step["type"] in ("ByteFallback", "Fuse", "Strip"))]
+    of_text = all(_space_mark(step) or step["type"] in ("ByteFallback", "Fuse", "Strip") for step in steps)
     if "ByteLevel" in types:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -116,7 +118,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         def text_of(token: str) -> bytes:
             known = all(character in byte_of for character in token)  # else an added token, which is text
             return bytes(byte_of[character] for character in token) if known else token.encode()
-    elif steps and not others:  # tokens are text, but for marks in place of spaces
+    elif steps and of_text:  # tokens are text, but for marks in place of spaces
 
         def text_of(token: str) -> bytes:
             if "ByteFallback" in types and (byte := BYTE_TOKEN.fullmatch(token)):

@@ -11,7 +11,6 @@ import numpy as np
 from prefdistill.data.columns import SIDES
 from prefdistill.data.spans import response_text
 from prefdistill.methods.tvkd import VALUES
-from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.aligned import StudentTexts, states_of
 from prefdistill.signals.alignment import Alignment
 
@@ -63,7 +62,7 @@ class OwnTokens:
         kind = next((kind for kind in VALUES.values() if kind in store.kinds), None)
         name = store.manifest["tokenizer"]["name"] or "in memory"
         own = cls(name, kind, _by_side(), _by_side(), _by_side(), _by_side())
-        same = store.manifest["tokenizer"]["sha256"] == tokenizer_identity(tokenizer)["sha256"]
+        same = store.has_tokens_of(tokenizer)
         for side in SIDES:
             student, teacher = states_of(store, side, encoded, texts.spans_at(side, at), shown.rows)
             alignment = Alignment.of(student, teacher, same_tokenizer=same)

@@ -18,7 +18,6 @@ from prefdistill.data.load import load_pairs
 from prefdistill.data.options import Columns
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import Truncation
-from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.load import load_tokenizer
 from prefdistill.models.vocabulary import stored_tokenizer
 from prefdistill.report.format import form_text, printable
@@ -148,7 +147,7 @@ def _tokenizer_of(signals: Sequence[Signals], name: str | None, trust_remote_cod
     stored = store.manifest["tokenizer"]
     if name is not None:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        if tokenizer_identity(tokenizer)["sha256"] != stored["sha256"]:
+        if not store.has_tokens_of(tokenizer):
             return tokenizer
     elif not stored["name"]:
         raise UserError("the signals do not name their tokenizer; give it with --tokenizer")

@@ -93,8 +93,7 @@ def align(
             "version, without places in the text: delete them and extract them again with `prefdistill signals`"
         )
     kinds = [kind for kind in make_kinds(store.kinds, store.settings) if not kind.needs_same_tokens]
-    rows, identity = np.asarray(texts.encoded["row"][:]), tokenizer_identity(tokenizer)
-    same = store.manifest["tokenizer"]["sha256"] == identity["sha256"]
+    rows, same = np.asarray(texts.encoded["row"][:]), store.has_tokens_of(tokenizer)
     reasons = {row: reason for row, (reason, _) in unserved(store, texts).items()}
     fits = ~np.isin(rows, [*reasons])
     shards: list[Shard] = []
@@ -113,7 +112,7 @@ def align(
     manifest = {
         **store.manifest,
         "kinds": [*(kind.name for kind in kinds), *(["topk"] if tokens else [])],
-        "tokenizer": identity,
+        "tokenizer": tokenizer_identity(tokenizer),
         "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
         "dropped": {
             "reasons": {**store.manifest["dropped"]["reasons"], **dropped.counts},

@@ -105,18 +105,18 @@ class Alignment:
         """
         width = int(max(student.places.max(initial=0), teacher.places.max(initial=0))) + 1
         student_keys, teacher_keys = student.keys(width), teacher.keys(width)
-        of_student, of_teacher = student.boundaries(), np.flatnonzero(teacher.boundaries())
+        boundaries, teacher_boundaries = student.boundaries(), np.flatnonzero(teacher.boundaries())
         common, _, which = np.intersect1d(
-            student_keys[of_student], teacher_keys[of_teacher], assume_unique=True, return_indices=True
+            student_keys[boundaries], teacher_keys[teacher_boundaries], assume_unique=True, return_indices=True
         )
         last = np.searchsorted(common, student_keys, side="right") - 1
-        index, shared = of_teacher[which[last]], of_student & (common[last] == student_keys)
+        index, shared = teacher_boundaries[which[last]], boundaries & (common[last] == student_keys)
         if same_tokenizer and len(index):
             same = student.lengths == teacher.lengths
-            own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
+            of_student, of_teacher = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
             differs = np.zeros(len(index), dtype=bool)
-            differs[own] = student.places[own] != teacher.places[their]
+            differs[of_student] = student.places[of_student] != teacher.places[of_teacher]
             same &= ~np.logical_or.reduceat(differs, student.starts)
-            own, their = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
-            index[own], shared[own] = np.flatnonzero(their), True
+            of_student, of_teacher = (np.repeat(same, states.lengths + 1) for states in (student, teacher))
+            index[of_student], shared[of_student] = np.flatnonzero(of_teacher), True
         return cls(index, shared)

@@ -78,34 +78,34 @@ def join(
         UserError: if a store is of other data, tokens or truncation, no row has all signals, or a need is of a teacher
             with other tokens and of a kind that only means something to the same tokens.
     """
-    own = [store for store in stores if store.is_read_with(tokenizer)]
-    others = [store for store in stores if store not in own]
-    for store in others:
+    in_student_tokens = [store for store in stores if store.is_read_with(tokenizer)]
+    in_other_tokens = [store for store in stores if store not in in_student_tokens]
+    for store in in_other_tokens:
         if store.role not in TEACHERS:
             store.check_tokenizer(tokenizer)
         _check_needs(needs, store)
         SignalSet.of([store], data)  # which checks that it is of these data
-    if others and not own and truncation is None:
-        truncation = Truncation(**others[0].manifest["truncation"])
-    truncation = _shared_truncation(own, truncation)
+    if in_other_tokens and not in_student_tokens and truncation is None:
+        truncation = Truncation(**in_other_tokens[0].manifest["truncation"])
+    truncation = _shared_truncation(in_student_tokens, truncation)
     encoded, dropped = encode_pairs(data, tokenizer, truncation, responses=responses)
     reasons: dict[int, str] = {}
     aligned: list[Signals] = []
     across: dict[str, float] = {}
-    for store in others:
+    for store in in_other_tokens:
         texts = StudentTexts.of(data, tokenizer, truncation, store.responses)
         projected = any(need.across for need in needs if (need.role, need.kind) == (store.role, "topk"))
         tokens = token_map(store, tokenizer, plain=isinstance(data[0]["prompt"], str)) if projected else None
-        in_own_states, unserved = align(store, texts, tokenizer, truncation, tokens)
-        if (shared := in_own_states.manifest["aligned"]["shared"]) is not None:
+        in_student_states, unserved = align(store, texts, tokenizer, truncation, tokens)
+        if (shared := in_student_states.manifest["aligned"]["shared"]) is not None:
             across["shared"] = shared
-        if isinstance(in_own_states, ProjectedSignals):
-            across |= in_own_states.shares
-        aligned.append(in_own_states)
+        if isinstance(in_student_states, ProjectedSignals):
+            across |= in_student_states.shares
+        aligned.append(in_student_states)
         reasons = unserved | reasons
-        say_once(_about(in_own_states))
-    signals = SignalSet.of([*own, *aligned], data)
-    for store in own:
+        say_once(_about(in_student_states))
+    signals = SignalSet.of([*in_student_tokens, *aligned], data)
+    for store in in_student_tokens:
         check_ids(store, encoded, tokenizer)
     rows = np.asarray(encoded["row"][:])
     has_signals = np.isin(rows, signals.rows)

@@ -10,7 +10,6 @@ import numpy as np
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.template import template_ending
-from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.token_map import TokenMap, first_tokens
 from prefdistill.models.vocabulary import stored_tokenizer
 from prefdistill.signals.alignment import Alignment, States
@@ -42,9 +41,9 @@ class ProjectedSignals(Signals):
         self.source, self.tokens = source, tokens
 
     def topk(self, response: str, rows: np.ndarray, ids_from: Signals | None = None) -> TopK:
-        return project(self._in_own_tokens(response, rows), self.tokens.ids)
+        return project(self._of_source(response, rows), self.tokens.ids)
 
-    def _in_own_tokens(self, response: str, rows: np.ndarray) -> TopK:
+    def _of_source(self, response: str, rows: np.ndarray) -> TopK:
         """Return the teacher's distributions over its own tokens, at the student's states."""
         lengths = self.source.scalar(f"{response}_tokens", rows).astype(np.int64)
         starts = np.repeat(np.cumsum(lengths) - lengths, self.scalar(f"{response}_tokens", rows))
@@ -64,7 +63,7 @@ class ProjectedSignals(Signals):
                 f"the {self.role} signals ({self.place}) teach no state of the student's: the two split the texts at "
                 "no common place; leave `across` out, and use a method on numbers of whole texts"
             )
-        mass = [mass_shares(self._in_own_tokens(name, self.rows[:MEASURED]), self.tokens) for name in self.responses]
+        mass = [mass_shares(self._of_source(name, self.rows[:MEASURED]), self.tokens) for name in self.responses]
         means = {name: np.concatenate([part[name] for part in mass]) for name in mass[0]}
         return {"taught": float(taught.mean())} | {name: float(x.sum() / max(1, len(x))) for name, x in means.items()}
 
@@ -85,14 +84,14 @@ def taught_states(student: States, teacher: States, alignment: Alignment) -> lis
         [array([ 0, -1, -1,  3])]
     """
     response = np.repeat(np.arange(len(student.lengths)), student.lengths + 1)
-    own = alignment.index - teacher.starts[response]
+    teacher_state = alignment.index - teacher.starts[response]
     place, following, teacher_following = student.places, _next(student.places), _next(teacher.places)[alignment.index]
     # of tokens that end at one place the last one reaches it, those before end inside a character
     reaches, teacher_reaches = _next(student.boundaries()), _next(teacher.boundaries())[alignment.index]
     within = (following < teacher_following) | ((following == teacher_following) & (teacher_reaches | ~reaches))
     # a token without text, such as one that a template writes before the response, goes with one of the same kind
     within &= (following > place) | (teacher_following == place)
-    taught = np.where(alignment.shared & within, own, -1)
+    taught = np.where(alignment.shared & within, teacher_state, -1)
     return [part[:-1] for part in np.split(taught, student.starts[1:])]
 
 
@@ -128,6 +127,6 @@ def _stored_tokenizer(store: Signals) -> PreTrainedTokenizerBase:
     if not stored["name"]:
         raise UserError(f"{of} was in memory; its tokens are to be mapped: save it, and extract the signals with that")
     tokenizer = stored_tokenizer(stored)
-    if tokenizer_identity(tokenizer)["sha256"] != stored["sha256"]:
+    if not store.has_tokens_of(tokenizer):
         raise UserError(f"{of}, {stored['name']}, has changed since they were extracted; extract them again")
     return tokenizer

@@ -155,6 +155,10 @@ class Signals:
         """Return whether the signals were made with this tokenizer and its chat template."""
         return not differences(self.manifest["tokenizer"], tokenizer_identity(tokenizer))
 
+    def has_tokens_of(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Return whether the signals were made with the tokens and rules of this tokenizer, whatever the template."""
+        return bool(self.manifest["tokenizer"]["sha256"] == tokenizer_identity(tokenizer)["sha256"])
+
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise a UserError if the signals were made with another tokenizer than the student's."""
         stored, own = self.manifest["tokenizer"], tokenizer_identity(tokenizer)

@@ -65,9 +65,10 @@ def other_tokens(
     if conflicts:
         differ = f"{len(conflicts):,} of the student's {len(ids):,} tokens differ"
         what = f"teacher and student have different tokenizers ({differ}), so each reads the texts with its own"
-        others = {number: token for token, number in teacher.get_vocab().items()}
+        teacher_tokens = {number: token for token, number in teacher.get_vocab().items()}
         token, number = conflicts[0], ids[conflicts[0]]
-        example = f"{token!r} has id {number} for the student, where the teacher has {others.get(number, 'nothing')!r}"
+        in_teacher = teacher_tokens.get(number, "nothing")
+        example = f"{token!r} has id {number} for the student, where the teacher has {in_teacher!r}"
     instead = INSTEAD if conflicts else AS_STUDENT
     parts = [f"methods on numbers of whole texts or of states work: {', '.join(works)}"] if works else []
     parts += [f"those on distributions over tokens are refused: {', '.join(refused)}"] if refused else []

@@ -63,11 +63,11 @@ def needs_of(
         recipe = validate(Recipe, USUAL | {"data": {"train": "train", **{n: n for n in lengths}}}, "the usual run")
     plan = build_plan(recipe, Path(), recipe.seed)
     data: dict[str, Input] = {name: rows for name, rows in (("train", plan.train), ("test", plan.test)) if rows}
-    own, of_teacher = ({data[n]: part[n] for n in data if n in part} for part in (lengths, teacher_lengths))
+    of_student, of_teacher = ({data[n]: part[n] for n in data if n in part} for part in (lengths, teacher_lengths))
     memory: dict[str, int] = defaultdict(int)
     disk: dict[str, int] = defaultdict(int)
     checkpoints = 0
-    for step, cost in costs(plan, shapes, own, of_teacher).items():
+    for step, cost in costs(plan, shapes, of_student, of_teacher).items():
         doing, leaves = _labels(step)
         memory[doing] = max(memory[doing], cost.memory)
         disk[leaves] += cost.disk * recipe.seeds

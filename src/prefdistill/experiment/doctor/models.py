@@ -95,10 +95,10 @@ class LoadedModels:
 
     def _add_models_from_scratch(self, student: dict[str, Any], teacher: dict[str, Any]) -> None:
         of_teacher = self.teacher_tokenizer or self.tokenizer
-        for role, shape, own in (("student", student, self.tokenizer), ("teacher", teacher, of_teacher)):
-            if own is not None and self.names.name_of(role) is None:
-                self.tokenizers[role] = own
-                if model := self._from_scratch(f"model.scratch.{role}", own, shape):
+        for role, shape, tokenizer in (("student", student, self.tokenizer), ("teacher", teacher, of_teacher)):
+            if tokenizer is not None and self.names.name_of(role) is None:
+                self.tokenizers[role] = tokenizer
+                if model := self._from_scratch(f"model.scratch.{role}", tokenizer, shape):
                     self.shapes[role] = model
 
     def _add_reward_model(self, options: RewardModelOptions) -> None:
