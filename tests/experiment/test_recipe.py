@@ -59,8 +59,8 @@ def test_recipes_are_shipped_in_both_places():
 
 
 def needed(path):
-    """A recipe for the user's own data has to be told where they are."""
-    if "synthetic:" in path.read_text():
+    """A recipe for the user's own data has to be told where they are; others name theirs."""
+    if "synthetic:" in path.read_text() or path.parent.name in ("papers", "smollm2"):
         return []
     with pytest.raises(UserError, match=r"give data\.train="):
         load_recipe(path)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,9 @@ def test_a_saved_model_answers_in_a_pipeline_and_ends(tmp_path, start, rows, opt
 
 
 def test_a_reward_model_is_saved_and_verified(tmp_path, rows):
-    train_reward(SHAPE, rows, make_tokenizer("phi3", pad="<pad>"), Training(**OPTIONS), tmp_path / "out")
+    tokenizer = make_tokenizer("phi3", pad="<pad>")
+    make_model = partial(random_model, tokenizer, SHAPE, 0, reward=True)
+    train_reward(make_model, rows, tokenizer, Training(**OPTIONS), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -97,6 +97,8 @@ class Alignment:
                 tokenizers may split a character, whose parts have no places, at other bytes.
 
         Example:
+            >>> import numpy as np
+            >>> from prefdistill.data.spans import Spans
             >>> spans = Spans(np.array([0]), np.array([5]))
             >>> states = [States.of([np.array(ends)], spans, np.array([True]), np.array([5])) for ends in
             ...           ([2, 3, 5, 8], [3, 4, 5, 8])]

@@ -78,13 +78,14 @@ def join(
         UserError: if a store is of other data, tokens or truncation, no row has all signals, or a need is of a teacher
             with other tokens and of a kind that only means something to the same tokens.
     """
+    for store in stores:
+        SignalSet.of([store], data)  # which checks that it is of these data
     in_student_tokens = [store for store in stores if store.is_read_with(tokenizer)]
     in_other_tokens = [store for store in stores if store not in in_student_tokens]
     for store in in_other_tokens:
         if store.role not in TEACHERS:
             store.check_tokenizer(tokenizer)
         _check_needs(needs, store)
-        SignalSet.of([store], data)  # which checks that it is of these data
     if in_other_tokens and not in_student_tokens and truncation is None:
         truncation = Truncation(**in_other_tokens[0].manifest["truncation"])
     truncation = _shared_truncation(in_student_tokens, truncation)

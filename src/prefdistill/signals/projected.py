@@ -76,7 +76,9 @@ def taught_states(student: States, teacher: States, alignment: Alignment) -> lis
     stand on the start of the token that the student writes.
 
     Example:
+        >>> import numpy as np
         >>> from prefdistill.data.spans import Spans
+        >>> from prefdistill.signals.alignment import Alignment, States
         >>> spans = Spans(np.array([0]), np.array([6]))
         >>> student, teacher = (States.of([np.array(ends)], spans, np.array([True]), np.array([6])) for ends in
         ...                     ([2, 3, 6, 9], [3, 5, 6, 9]))             # at 3 the student's token is longer

@@ -25,6 +25,8 @@ def project(states: TopK, ids: np.ndarray) -> TopK:
     Source: the matrix of X-Token (arXiv 2605.21699) with all the weight of a token on the first that writes it.
 
     Example:
+        >>> import numpy as np
+        >>> from prefdistill.signals.topk import TopK
         >>> states = TopK(np.array([[0, 1, 2]]), np.log([[0.5, 0.25, 0.125]]), np.log([0.125]))
         >>> student = project(states, np.array([7, 9, 7]))
         >>> student.ids, np.exp(student.logps).round(3)
@@ -59,6 +61,8 @@ def at_states(states: TopK, places: np.ndarray) -> TopK:
     nothing: its divergence is 0, and so is the gradient.
 
     Example:
+        >>> import numpy as np
+        >>> from prefdistill.signals.topk import TopK
         >>> states = TopK(np.array([[3], [5]]), np.log([[0.5], [0.25]]), np.log([0.5, 0.75]))
         >>> at_states(states, np.array([1, -1])).ids.tolist()
         [[5], [-1]]
@@ -74,6 +78,9 @@ def mass_shares(states: TopK, tokens: TokenMap) -> dict[str, np.ndarray]:
     of their text, nowhere, and outside the stored ones.
 
     Example:
+        >>> import numpy as np
+        >>> from prefdistill.models.token_map import TokenMap
+        >>> from prefdistill.signals.topk import TopK
         >>> states = TopK(np.array([[0, 1]]), np.log([[0.5, 0.25]]), np.log([0.25]))
         >>> mass_shares(states, TokenMap(np.array([7, -1]), np.array([True, False])))
         {'exact': array([0.5]), 'start': array([0.]), 'unmapped': array([0.25]), 'rest': array([0.25])}

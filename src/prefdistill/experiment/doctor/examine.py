@@ -204,7 +204,8 @@ def _check_models(checkup: Checkup, sets: dict[str, PairSet], models: LoadedMode
             checkup.findings += vocabulary.same_as_file(role, tokenizers[role], file, texts)
             checkup.findings += vocabulary.embedding_rows(role, model, tokenizers[role])
         if role == "student" or models.teacher_tokenizer is None:
-            checkup.findings += vocabulary.positions(role, model, _longest(checkup.facts[name] for name in sets))
+            longest = _longest(checkup.facts.get(name, {}) for name in sets)  # none of data without a row
+            checkup.findings += vocabulary.positions(role, model, longest)
         checkup.facts.setdefault("models", {})[role] = {"parameters": model.num_parameters()}
 
 
