@@ -35,7 +35,8 @@ def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: 
 
     from benchmarks.inputs import make_tokenizer
     from benchmarks.shapes import make_model
-    from prefdistill.experiment.memory import Text, training_flops, training_memory
+    from prefdistill.experiment.flops import Text, training_flops
+    from prefdistill.experiment.memory import training_memory
     from prefdistill.methods import METHODS
     from prefdistill.signals.live import LiveTeacher
     from prefdistill.training.arguments import adapter_config, training_arguments

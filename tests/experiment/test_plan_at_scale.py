@@ -9,15 +9,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Moe
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
+from prefdistill.experiment.flops import Text, forward_flops, training_flops
 from prefdistill.experiment.hardware import GPUS, Scale
-from prefdistill.experiment.memory import (
-    Memory,
-    Text,
-    activation_bytes,
-    forward_flops,
-    training_flops,
-    training_memory,
-)
+from prefdistill.experiment.memory import Memory, activation_bytes, training_memory
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.scale import USABLE, fewest
 from prefdistill.experiment.show_plan import as_text, plan_recipe

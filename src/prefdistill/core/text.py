@@ -1,6 +1,7 @@
 """Text for people: sizes, characters that UTF-8 cannot hold, and characters that a terminal must not get."""
 
 import re
+from collections.abc import Collection, Sequence
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -32,3 +33,21 @@ def size(count: float) -> str:
         if (value := count / (1 << power)) >= 1:
             return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def table(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Return lines of cells as columns, those of the places `left` aligned to the left and the others to the right.
+
+    Example:
+        >>> print(table([["step", "hours"], ["signals", "7.3"]]))
+        step     hours
+        signals    7.3
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

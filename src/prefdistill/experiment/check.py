@@ -28,7 +28,7 @@ from prefdistill.models.scratch import check_shape
 from prefdistill.models.token_map import token_bytes
 from prefdistill.sampling import ENGINES
 from prefdistill.sampling.options import SampleRequest
-from prefdistill.signals.join import INSTEAD, ONE_VOCABULARY
+from prefdistill.signals.join import ACROSS, INSTEAD, ONE_VOCABULARY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -166,8 +166,8 @@ def _check_method(plan: Plan, where: str, method: Method) -> None:
 
 
 AS_STUDENT = (
-    "set across=first_token (vanillakd, dckd, distillm2), which is exact over one vocabulary, or leave "
-    "model.teacher_tokenizer and the keys of the teacher's form out"
+    f"set {ACROSS}, which is exact over one vocabulary, or leave model.teacher_tokenizer and the keys of the teacher's "
+    "form out"
 )
 
 

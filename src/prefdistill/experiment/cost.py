@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from prefdistill.experiment.flops import Text, forward_flops, training_flops
 from prefdistill.experiment.memory import (
     Memory,
-    Text,
     adapter_bytes,
     cache_bytes,
     checkpoint_bytes,
-    forward_flops,
     reading_memory,
-    training_flops,
     training_memory,
     weight_bytes,
 )

@@ -1,4 +1,4 @@
-"""What models take, from shapes alone: bytes on one device or on several, and floating-point operations.
+"""The bytes that models take, on one device or on several, from shapes alone.
 
 Models are on the meta device; no weights are read.
 """
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from prefdistill.core.errors import UserError
+from prefdistill.experiment.dimensions import head_dim, head_rows, hidden_size, matrices, text_config
 from prefdistill.models.backbone import backbone_of
-from prefdistill.models.logprobs import STORED_ELEMENTS, TILE_ELEMENTS, TRAINING_TILE_ELEMENTS, vocabulary_rows
+from prefdistill.models.logprobs import STORED_ELEMENTS, TILE_ELEMENTS, TRAINING_TILE_ELEMENTS
 from prefdistill.training.arguments import adapter_config
 
 if TYPE_CHECKING:
@@ -28,10 +29,8 @@ ADAM = 2  # moments of each trained weight, of its dtype
 Strategy = Literal["one", "ddp", "zero2", "fsdp2"]
 
 
-# -- bytes -------------------------------------------------------------------------------------------------------------
-
-
 def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = None) -> int:
+    """Return the bytes of the weights, as they are loaded in a dtype or quantised, or are stored quantised."""
     stored: Any = getattr(model.config, "quantization_config", None)
     if stored is not None:
         stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -173,8 +172,8 @@ def training_memory(
     width = 2 if autocast else held.itemsize
     rows = min(training.micro_batch_size, training.batch_size)
     per_layer, around = activation_bytes(model, rows, longest, autocast, held)
-    layers = _config(model).num_hidden_layers
-    inputs = rows * longest * _hidden(model) * held.itemsize  # of one layer: the residual stream
+    layers = text_config(model).num_hidden_layers
+    inputs = rows * longest * hidden_size(model) * held.itemsize  # of one layer: the residual stream
     elements = math.ceil(scored * rows * longest) * head_rows(model)
     # the stored logits, and a tile with its gradient or with the powers of its sum
     head = 4 * min(elements, STORED_ELEMENTS) + 2 * 4 * min(elements, TRAINING_TILE_ELEMENTS)
@@ -182,7 +181,7 @@ def training_memory(
         **state,
         copies=2 * model.num_parameters() if autocast else 0,
         activations=around + (layers * inputs + per_layer if training.gradient_checkpointing else layers * per_layer),
-        head=head + (0 if adapter else head_rows(model) * _hidden(model) * width),
+        head=head + (0 if adapter else head_rows(model) * hidden_size(model) * width),
         unit=_unit(model, width),
     )
 
@@ -196,11 +195,11 @@ def reading_memory(model: PreTrainedModel, weights: int, tokens: int, cache_toke
         cache_tokens: whose keys and values are kept, for generation.
     """
     width = max(1, weights // model.num_parameters())
-    widest = max((p.shape[0] for p in _matrices(model)), default=0)
+    widest = max((p.shape[0] for p in matrices(model)), default=0)
     elements = tokens * head_rows(model)
     return Memory(
         weights=weights,
-        activations=tokens * width * (6 * _hidden(model) + 3 * widest) + cache_tokens * cache_bytes(model, width),
+        activations=tokens * width * (6 * hidden_size(model) + 3 * widest) + cache_tokens * cache_bytes(model, width),
         head=2 * 4 * min(elements, TILE_ELEMENTS["other"]),
         unit=_unit(model, width),
     )
@@ -208,9 +207,9 @@ def reading_memory(model: PreTrainedModel, weights: int, tokens: int, cache_toke
 
 def cache_bytes(model: PreTrainedModel, width: int) -> int:
     """Return the bytes of the keys and values of one token."""
-    config = _config(model)
+    config = text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * _head_dim(model) * width)
+    return int(2 * config.num_hidden_layers * heads * head_dim(model) * width)
 
 
 def activation_bytes(model: PreTrainedModel, rows: int, tokens: int, bf16: bool, dtype: torch.dtype) -> tuple[int, int]:
@@ -224,7 +223,7 @@ def activation_bytes(model: PreTrainedModel, rows: int, tokens: int, bf16: bool,
         bf16: whether the pass is under autocast, whose copies of weights are not counted.
         dtype: of the weights.
     """
-    kind, text = cast(Any, type(model)), _config(model).to_json_string(use_diff=False)
+    kind, text = cast(Any, type(model)), text_config(model).to_json_string(use_diff=False)
     try:
         one, two = (
             _saved_bytes(kind, text, rows, tokens, layers, bf16, dtype)
@@ -232,7 +231,7 @@ def activation_bytes(model: PreTrainedModel, rows: int, tokens: int, bf16: bool,
             for layers in (1, 2)
         )
     except Exception:  # models are not written for passes without data, and may raise anything
-        hidden = rows * tokens * _hidden(model)
+        hidden = rows * tokens * hidden_size(model)
         return 34 * hidden * dtype.itemsize // 2, 2 * hidden * dtype.itemsize
     return two - one, max(0, 2 * one - two)
 
@@ -255,7 +254,7 @@ def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf
         return saved
 
     with FakeTensorMode():
-        model = kind._from_config(settings, dtype=dtype).train()
+        model = kind._from_config(settings, dtype=dtype).train()  # what every AutoModel's from_config calls
         disable_dropout_in_model(model)
         of_weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
         ids = torch.zeros(rows, tokens, dtype=torch.long)
@@ -265,98 +264,7 @@ def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf
         return sum(storage.nbytes() for key, storage in storages.items() if key not in of_weights)
 
 
-# -- floating-point operations -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    """The mean row of a data set: tokens of the prompt, of a response, and the number of responses.
-
-    Args:
-        shared: whether the responses share one copy of the prompt in a pass.
-        scored: states of each response whose logits are computed; None: all.
-    """
-
-    prompt: float
-    response: float
-    responses: int = 1
-    shared: bool = True
-    scored: float | None = None
-
-    @property
-    def tokens(self) -> float:
-        return self.prompt * (1 if self.shared else self.responses) + self.response * self.responses
-
-    @property
-    def attended(self) -> float:
-        """Pairs of tokens of which one attends to the other, from the first to the last."""
-        prompts = self.prompt**2 / 2 * (1 if self.shared else self.responses)
-        return prompts + self.responses * (self.response * self.prompt + self.response**2 / 2)
-
-
-def forward_flops(model: PreTrainedModel, text: Text) -> tuple[float, float]:
-    r"""Return the operations of a forward pass over a mean row, of the layers and of the head.
-
-    .. math:: 2 N t + 4 L d a \quad\text{and}\quad 2 V h s
-
-    with N weights of the layers that a token is multiplied by, t tokens, L layers, d the width of all heads together, a
-    pairs of tokens that attend, V rows of the head, h the hidden size and s states whose logits are computed. A window
-    of attention is not counted as such.
-    """
-    config = _config(model)
-    weights = sum(p.numel() * _share(config, p) for p in _matrices(model))
-    inner = config.num_attention_heads * _head_dim(model)
-    layers = 2 * weights * text.tokens + 4 * config.num_hidden_layers * inner * text.attended
-    states = text.responses * (text.response if text.scored is None else text.scored)
-    return layers, 2.0 * head_rows(model) * _hidden(model) * states
-
-
-def training_flops(model: PreTrainedModel, training: Training, text: Text) -> float:
-    """Return the operations of a training step over a mean row: forward, and twice that backward, or once with LoRA,
-    whose own weights take three passes; checkpointing runs the layers once more, and tiles that are not stored run the
-    head once more."""
-    layers, head = forward_flops(model, text)
-    backward = 1 if training.lora else 2
-    states = training.micro_batch_size * text.responses * text.response
-    recomputed = max(0.0, 1 - STORED_ELEMENTS / max(1.0, states * head_rows(model)))
-    adapter = 6 * text.tokens * adapter_bytes(model, training) / 4
-    return layers * (1 + backward + training.gradient_checkpointing) + head * (1 + backward + recomputed) + adapter
-
-
-def _matrices(model: Any) -> list[torch.nn.Parameter]:
-    """The weights of the layers that hidden states are multiplied by."""
-    backbone = model.base_model if model.get_output_embeddings() is None else backbone_of(model)
-    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    return [p for p in backbone.parameters() if p.dim() > 1 and id(p) not in tables]
-
-
-def _share(config: Any, weight: torch.Tensor) -> float:
-    """The share of a weight that a token is multiplied by: of stacked experts, those that it is sent to."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((count for name in names if (count := getattr(config, name, 0))), 0)
-    stacked = weight.dim() > 2 and weight.shape[0] == experts
-    return getattr(config, "num_experts_per_tok", experts) / experts if stacked else 1.0
-
-
-def _config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
-
-
-def _hidden(model: PreTrainedModel) -> int:
-    return int(_config(model).hidden_size)
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    config = _config(model)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def head_rows(model: PreTrainedModel) -> int:
-    """Return the rows of the head; 1 for a classifier with one score."""
-    return 1 if model.get_output_embeddings() is None else vocabulary_rows(model)
-
-
 def _unit(model: PreTrainedModel, width: int) -> int:
-    layers = sum(p.numel() for p in _matrices(model)) // _config(model).num_hidden_layers
-    around = model.num_parameters() - sum(p.numel() for p in _matrices(model))
+    layers = sum(p.numel() for p in matrices(model)) // text_config(model).num_hidden_layers
+    around = model.num_parameters() - sum(p.numel() for p in matrices(model))
     return (2 * layers + around) * width

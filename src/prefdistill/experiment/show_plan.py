@@ -13,7 +13,7 @@ from prefdistill.core.differences import Difference, compare
 from prefdistill.core.errors import UserError
 from prefdistill.core.paths import check_own
 from prefdistill.core.stages import inspect_stage
-from prefdistill.core.text import printable, size
+from prefdistill.core.text import printable, size, table
 from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
@@ -23,8 +23,8 @@ from prefdistill.experiment.hardware import Scale
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.experiment.scale import as_text as scale_text
 from prefdistill.experiment.scale import assumed_lengths, at_scale
+from prefdistill.experiment.show_scale import as_text as scale_text
 from prefdistill.experiment.step import Input, Rows, Step, Tokenizer
 from prefdistill.experiment.steps.models import Init
 from prefdistill.experiment.steps.synthetic import Language
@@ -236,22 +236,14 @@ def _length(data: Rows, plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> Len
 # -- for a reader ------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("step", "kind", "action", "rows", "tokens", "memory", "disk", "reads")
-NUMBERS = ("rows", "tokens", "memory", "disk")
+LEFT = {place for place, name in enumerate(COLUMNS) if name not in ("rows", "tokens", "memory", "disk")}
 
 
 def as_text(plan: dict[str, Any]) -> str:
     """Return a plan as a table, with the reasons of what is not reused below it, and totals."""
     steps = plan["steps"]
     several = len({step["seed"] for step in steps}) > 1
-    lines: list[tuple[str, ...]] = [COLUMNS, *(_cells(step, several) for step in steps)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
-    table = []
-    for line in lines:
-        cells = [
-            cell.rjust(width) if name in NUMBERS else cell.ljust(width)
-            for name, cell, width in zip(COLUMNS, line, widths, strict=True)
-        ]
-        table.append("  ".join(cells).rstrip())
+    lines = table([COLUMNS, *(_cells(step, several) for step in steps)], LEFT).splitlines()
     reasons = [f"{_name(step, several)}: {step['action']}: {step['reason']}" for step in steps if step["reason"]]
     totals = plan["totals"]
     counts = ", ".join(f"{count} to {action}" for action, count in totals["actions"].items())
@@ -263,7 +255,7 @@ def as_text(plan: dict[str, Any]) -> str:
     bounds = (
         [] if all(step["exact"] for step in steps) else ["< marks upper bounds, for data that a step has yet to make"]
     )
-    blocks = ["\n".join(map(printable, block)) for block in (table, reasons, [*summary, *bounds]) if block]
+    blocks = ["\n".join(map(printable, block)) for block in (lines, reasons, [*summary, *bounds]) if block]
     return "\n\n".join([*blocks, *([scale_text(plan["scale"])] if "scale" in plan else [])])
 
 

@@ -29,9 +29,10 @@ OWN_TOKENS = (
     "its numbers are of the model's own tokens: if they may be held or summed where tokens differ, let the kind say so "
     "(`Column.across`)"
 )
+ACROSS = "across=first_token (vanillakd, dckd, distillm2)"
 INSTEAD = (
-    "map the teacher's tokens to the student's with across=first_token (vanillakd, dckd, distillm2), or use a method "
-    "on numbers of whole texts: tvkd, dadpo, dpkd (level: sequence), seqkd"
+    f"map the teacher's tokens to the student's with {ACROSS}, or use a method on numbers of whole texts: tvkd, dadpo, "
+    "dpkd (level: sequence), seqkd"
 )
 
 
