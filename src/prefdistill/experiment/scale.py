@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from prefdistill.core.options import validate
@@ -29,6 +30,29 @@ REMEDIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("micro_batch_size=1", {"micro_batch_size": 1}),
     ("lora.r=16", {"lora": {"r": 16}}),
 )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices that share the work of a step.
+
+    Args:
+        strategy: how they share it.
+        devices: how many.
+        memory: of each, in bytes.
+    """
+
+    strategy: Strategy
+    devices: int
+    memory: float
+
+    def per_device(self, held: Memory) -> int:
+        """Return the bytes that each holds."""
+        return sum(held.parts(self.strategy, self.devices).values())
+
+    def fits(self, held: Memory) -> bool:
+        """Return whether each can hold its part."""
+        return self.per_device(held) <= USABLE * self.memory
 
 
 def assumed_lengths(plan: Plan, scale: Scale) -> dict[Input, Lengths]:
@@ -61,6 +85,7 @@ def at_scale(
     strategy: Strategy = "one" if devices == 1 else scale.strategy or "fsdp2"
     utilisation = scale.utilisation or 0.4
     gpu, steps = GPUS[name], []
+    machine = Machine(strategy, devices, gpu.memory)
     for step, cost in priced.items():
         if cost.held is None:
             continue
@@ -74,7 +99,7 @@ def at_scale(
                 "signals": dict(cost.kinds),
                 "memory": {one: cost.held.parts(one, max(devices, 2)) for one in STRATEGIES},
                 "fits": {one: fewest(cost.held, one, gpu.memory) for one in STRATEGIES},
-                "per_device": sum(cost.held.parts(strategy, devices).values()),
+                "per_device": machine.per_device(cost.held),
             }
         )
     return {
@@ -86,7 +111,7 @@ def at_scale(
         "flops": sum(step["flops"] for step in steps),
         "hours": sum(step["hours"] for step in steps),
         "steps": steps,
-        "advice": [*_advice(plan, priced, shapes, lengths, strategy, devices, gpu.memory)],
+        "advice": [*_advice(plan, priced, shapes, lengths, machine)],
     }
 
 
@@ -94,7 +119,7 @@ def fewest(held: Memory, strategy: Strategy, memory: float) -> int | None:
     """Return the fewest devices, a power of 2, of which each can hold its part; None if no number can."""
     counts = {"one": [1], "ddp": [2]}  # more hold no less
     powers = counts.get(strategy) or [2**i for i in range(int(math.log2(MOST_DEVICES)) + 1)]
-    return next((n for n in powers if sum(held.parts(strategy, n).values()) <= USABLE * memory), None)
+    return next((n for n in powers if Machine(strategy, n, memory).fits(held)), None)
 
 
 def _advice(
@@ -102,37 +127,27 @@ def _advice(
     priced: Mapping[Step, Cost],
     shapes: Shapes,
     lengths: Mapping[Input, Lengths],
-    strategy: Strategy,
-    devices: int,
-    memory: float,
+    machine: Machine,
 ) -> Iterator[str]:
     """Yield what to change for each step that does not fit, the steps of one size together."""
     seen = set()
     for step, cost in priced.items():
         held = cost.held
-        if held is None or held in seen or sum(held.parts(strategy, devices).values()) <= USABLE * memory:
+        if held is None or held in seen or machine.fits(held):
             continue
         seen.add(held)
-        sharded = fewest(held, "fsdp2", memory)
+        sharded = fewest(held, "fsdp2", machine.memory)
         more = [f"--strategy fsdp2 --devices {sharded}"] if sharded else []
         if held.gradients:
-            more += _remedies(plan, step, shapes, lengths, strategy, devices, memory)
+            more += _remedies(plan, step, shapes, lengths, machine)
         else:
-            more += ["signals.quantization=4bit"] if held.weights > USABLE * memory / 2 else []
+            more += ["signals.quantization=4bit"] if held.weights > USABLE * machine.memory / 2 else []
             more += [] if sharded else ["smaller batches: signals.batch_tokens, sampling.batch_size"]
         changes = ", or ".join(more) or "take shorter texts (data.max_length), or fewer layers"
         yield f"{step.name} does not fit: {changes}"
 
 
-def _remedies(
-    plan: Plan,
-    step: Step,
-    shapes: Shapes,
-    lengths: Mapping[Input, Lengths],
-    strategy: Strategy,
-    devices: int,
-    memory: float,
-) -> list[str]:
+def _remedies(plan: Plan, step: Step, shapes: Shapes, lengths: Mapping[Input, Lengths], machine: Machine) -> list[str]:
     """Return the shortest list of changes of the training that make it fit, as one item; empty if there is none."""
     place = plan.steps.index(step)
     changes: dict[str, Any] = {}
@@ -145,8 +160,7 @@ def _remedies(
         changed = _changed(plan, changes)
         steps = [changed.steps[place]]
         (cost,) = costs(changed, shapes, _moved(plan, changed, lengths), steps=steps, peak=True).values()
-        held = cost.held
-        if held and sum(held.parts(strategy, devices).values()) <= USABLE * memory:
+        if cost.held and machine.fits(cost.held):
             return [" ".join(f"training.{one}" for one in names)]
     return []
 
