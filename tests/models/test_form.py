@@ -13,6 +13,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.models.form import apply_form
 from prefdistill.models.identity import tokenizer_identity
 from prefdistill.models.options import Form
+from prefdistill.models.vocabulary import stored_tokenizer
 from support.tokenizer_styles import STYLES, make_tokenizer
 
 USER, SYSTEM = {"role": "user", "content": "What is 2 + 3?"}, {"role": "system", "content": "Old."}
@@ -150,6 +151,18 @@ def test_a_file_is_a_template_and_the_identity_has_the_form_in_words(tmp_path):
     assert identity["template_sha256"] != own["template_sha256"]
     assert "form" not in own
     assert formed("llama3").chat_template == make_tokenizer("llama3").chat_template  # no form: nothing changes
+
+
+def test_a_teachers_form_on_top_of_the_template_of_both_models_is_read_from_a_store(tmp_path):
+    base = copy.deepcopy(make_tokenizer("llama3"))
+    base.chat_template = None
+    base.save_pretrained(tmp_path)
+    both = apply_form(copy.deepcopy(base), Form(chat_template="plain"))
+    teacher = apply_form(copy.deepcopy(both), Form(system_prompt="Be brief."))
+    identity = tokenizer_identity(teacher)
+    assert identity["form"] == {"chat_template": "plain", "system_prompt": "Be brief."}
+    assert stored_tokenizer(identity, name=str(tmp_path)).chat_template == teacher.chat_template
+    assert tokenizer_identity(both)["form"] == {"chat_template": "plain"}
 
 
 @pytest.mark.parametrize(

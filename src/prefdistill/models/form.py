@@ -43,7 +43,8 @@ REPLY = {"role": "assistant", "content": "probe answer"}
 
 
 def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedTokenizerBase":
-    """Give a tokenizer the chat template of a form, and note the form as `tokenizer.form`; return the tokenizer.
+    """Give a tokenizer the chat template of a form, and note the form as `tokenizer.form`, with that of an earlier one;
+    return the tokenizer.
 
     Raises:
         UserError: if the template cannot be read or refuses a plain question, or does not use what the form sets.
@@ -68,7 +69,7 @@ def apply_form(tokenizer: "PreTrainedTokenizerBase", form: Form) -> "PreTrainedT
         else _rewritten(tokenizer, template, form)
     )
     _check(tokenizer, form)
-    tokenizer.form = settings
+    tokenizer.form = getattr(tokenizer, "form", {}) | settings
     return tokenizer
 
 
