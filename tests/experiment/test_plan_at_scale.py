@@ -156,8 +156,8 @@ def test_operations_are_those_that_pytorch_counts():
         LlamaConfig(**LLAMA, num_key_value_heads=2, vocab_size=500),
         GPT2Config(n_embd=64, n_layer=2, n_head=4),
     ):
-        config._attn_implementation = "eager"
         model = meta(config).eval()
+        model.set_attn_implementation("eager")  # the counter does not see fused attention
         with FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, 96, dtype=torch.long, device="meta"))
         layers, head = forward_flops(model, Text(0, 96))

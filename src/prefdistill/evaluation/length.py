@@ -16,15 +16,15 @@ def length_controlled(
 ) -> dict[str, Any] | None:
     r"""Return the win rate that a logistic regression predicts for outputs of equal length.
 
-    .. math:: P(\text{ours}) = \sigma(\theta + \varphi \tanh(\Delta / s_\Delta)), \qquad \text{result} = \sigma(\theta)
+    .. math:: P(\text{win}) = \sigma(\theta + \varphi \tanh(\Delta / s_\Delta)), \qquad \text{result} = \sigma(\theta)
 
     The idea and the features are those of AlpacaEval's length-controlled win rate. Its third feature, the difficulty of
     an instruction, is known only for its own 805 instructions, and its baselines are not in this fit: the number is
     not comparable with its leaderboard.
 
     Args:
-        scores: preference for our output in each comparison, 0 to 1.
-        extra_length: length of our output minus that of the other.
+        scores: preference for the output in each comparison, 0 to 1.
+        extra_length: length of the output minus that of the other.
 
     Returns:
         An estimate with an interval from a bootstrap over comparisons; None for fewer than ten, or if all length
