@@ -161,6 +161,28 @@ def test_a_teacher_without_a_template_reads_in_the_form_that_is_named(tmp_path, 
     assert told["facts"]["train"]["teacher"]["aligned"]["kept"] == 12
 
 
+@pytest.mark.parametrize("form", [("--teacher-tokenizer", "wrong"), ("--teacher-chat-template", "missing.jinja")])
+def test_a_teacher_that_cannot_be_read_as_named_is_one_error(tmp_path, tokenizer, capsys, form):
+    student, teacher = (model_of(tokenizer, tmp_path / name) for name in ("student", "teacher"))
+    make_tokenizer("chatml").save_pretrained("wrong")
+    data = write(tmp_path / "pairs.jsonl", clean())
+    assert main(["doctor", "--data", data, "--teacher", teacher, "--student", student, *form, "--json"]) == 2
+    findings = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["severity"] != "note"]
+    assert [finding["check"] for finding in findings] == ["model.tokenizer"]  # and nothing of two vocabularies
+    assert "leave it out" in findings[0]["fix"]
+
+
+def test_a_student_of_fewer_layers_needs_no_recipe(tmp_path, tokenizer, capsys):
+    whole = model_of(tokenizer, tmp_path / "whole", num_hidden_layers=2)
+    command = ["doctor", "--data", write(tmp_path / "pairs.jsonl", clean()), "--json", "--student"]
+    assert main([*command, whole]) == 0
+    of_whole = json.loads(capsys.readouterr().out)["facts"]["models"]["student"]["parameters"]
+    assert main([*command, f"{{from: {whole}, layers: 1}}"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["models"]["student"]["parameters"] < of_whole
+    assert main([*command, f"{{form: {whole}, layers: 1}}"]) == 2
+    assert "did you mean 'from'?" in capsys.readouterr().err
+
+
 def test_the_teachers_template_is_used_if_the_student_has_none(tmp_path, tokenizer):
     student = model_of(copy_of(tokenizer, tmp_path, chat_template=None), tmp_path / "student")
     teacher = model_of(tokenizer, tmp_path / "teacher")

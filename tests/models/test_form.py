@@ -181,6 +181,14 @@ def test_a_form_that_does_not_fit_is_refused(style, form, message):
         formed(style, **form)
 
 
+@pytest.mark.parametrize("form", [{"system_prompt": "x"}, {"response_prefix": "x"}])
+def test_text_has_no_form_but_another_template(form):
+    data = Dataset.from_list([{"prompt": "q", "chosen": " good", "rejected": " bad"}])
+    encode_pairs(data, formed("chatml", chat_template="plain"), Truncation())
+    with pytest.raises(UserError, match=f"plain text.* so {next(iter(form))} would change nothing"):
+        encode_pairs(data, formed("chatml", **form), Truncation())
+
+
 def test_a_form_that_would_change_nothing_is_refused(tmp_path):
     deaf = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(UserError, match="writes no system prompt"):

@@ -128,8 +128,9 @@ def test_what_is_missing_is_named(files, tmp_path, monkeypatch):
     (tmp_path / "junk.gguf").write_text("junk")
     with pytest.raises(UserError, match=r"exists but holds no model.*not a GGUF file"):
         load_model(str(tmp_path / "junk.gguf"))
-    with pytest.raises(UserError, match=r"no model at .*none\.gguf"):
-        load_model(str(tmp_path / "none.gguf"))
+    for load in (load_model, load_tokenizer, empty_model):
+        with pytest.raises(UserError, match=rf"no GGUF file none\.gguf in {tmp_path}; its GGUF files: junk\.gguf"):
+            load(str(tmp_path / "none.gguf"))
     monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
     with pytest.raises(UserError, match=r'pip install "prefdistill\[gguf\]"'):
         load_model(files["F32"])

@@ -25,7 +25,7 @@ from prefdistill.data.prompts import prompt_of
 from prefdistill.data.sampled import RowTexts, row_texts
 from prefdistill.data.sources import NO_CACHE
 from prefdistill.data.spans import locate, response_text
-from prefdistill.data.template import NO_TEMPLATE, template_ending
+from prefdistill.data.template import NO_TEMPLATE, check_text_form, template_ending
 from prefdistill.data.truncation import (
     PROMPT_EMPTY,
     RESPONSE_EMPTY,
@@ -246,6 +246,8 @@ class _PairEncoder:
             raise UserError("The tokenizer does not report character offsets. Load a fast one (use_fast=True).")
         if conversational and not tokenizer.chat_template:
             raise UserError(NO_TEMPLATE)
+        if not conversational:
+            check_text_form(tokenizer)
         if not conversational and tokenizer.eos_token is None:
             raise UserError("The data are plain text but the tokenizer has no EOS token. Set tokenizer.eos_token.")
         self.encoder, self.truncation, self.responses = Encoder(tokenizer), truncation, responses

@@ -18,6 +18,19 @@ NO_TEMPLATE = (
 )
 
 
+def check_text_form(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse text for a tokenizer whose form changes conversations alone. Another template may be for other data.
+
+    Raises:
+        UserError: naming what the form sets.
+    """
+    if settings := getattr(tokenizer, "form", {}).keys() - {"chat_template"}:
+        raise UserError(
+            "the data are plain text, which goes through no chat template, so "
+            f"{', '.join(sorted(settings))} would change nothing; leave it out, or give conversations"
+        )
+
+
 class Ending(NamedTuple):
     """What the chat template writes after an assistant message: `before` up to and with the end token, then `after`."""
 

@@ -28,8 +28,15 @@ def gguf_parts(name: str) -> tuple[str, str] | None:
 
 
 def loading_place(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say where a model is."""
+    """Return the arguments of `from_pretrained` that say where a model is.
+
+    Raises:
+        UserError: if a GGUF file is not in its directory.
+    """
     place, file = gguf_parts(name) or (name, None)
+    if file and Path(place).is_dir() and not (Path(place) / file).is_file():
+        there = ", ".join(sorted(path.name for path in Path(place).glob("*.gguf"))) or "none"
+        raise UserError(f"no GGUF file {file} in {place}; its GGUF files: {there}")
     return {"pretrained_model_name_or_path": place, "revision": revision, **({"gguf_file": file} if file else {})}
 
 

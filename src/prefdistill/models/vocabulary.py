@@ -20,7 +20,9 @@ def token_conflicts(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedToke
     return moved + [token for token, number in ids.items() if token not in other_ids and number in used]
 
 
-def check_same_tokens(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> None:
+def check_same_tokens(
+    tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", fix: str = "choose two of one family"
+) -> None:
     """Check that no id stands for different tokens in two tokenizers. Either may have ids that the other one lacks.
 
     Raises:
@@ -31,7 +33,7 @@ def check_same_tokens(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTo
     if conflicts := token_conflicts(tokenizer, other):
         raise UserError(
             f"{name} and {other_name} have different tokenizers: {len(conflicts)} of {len(tokens)} tokens differ, "
-            f"e.g. {conflicts[0]!r}; choose two of one family"
+            f"e.g. {conflicts[0]!r}; {fix}"
         )
     if len(tokens) != len(other_tokens):
         shared = len(tokens & other_tokens)
@@ -55,7 +57,9 @@ def tokenizer_for(
     except UserError:
         say(f"{model} has no tokenizer to compare that of {name} with")
         return tokenizer
-    check_same_tokens(tokenizer, own)
+    check_same_tokens(
+        tokenizer, own, f"{model} cannot be read with {name}; leave it out: a teacher may have other tokens"
+    )
     return tokenizer
 
 

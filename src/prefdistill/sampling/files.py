@@ -36,7 +36,7 @@ from prefdistill.data.encoder import Encoder
 from prefdistill.data.load import load_prompts, say_unread
 from prefdistill.data.messages import without_nulls
 from prefdistill.data.prompts import prompts_of
-from prefdistill.data.template import changes_with_time
+from prefdistill.data.template import changes_with_time, check_text_form
 from prefdistill.data.truncation import Truncation
 from prefdistill.models.identity import model_identity, model_key, tokenizer_identity
 from prefdistill.models.load import load_tokenizer
@@ -137,6 +137,7 @@ def sample_responses(
             if dropped:
                 say(f"sample: {dropped}")
             if isinstance(prompts[0], str) and tokenizer.chat_template:
+                check_text_form(tokenizer)
                 say("sample: the prompts are plain text, which does not go through the chat template")
             rows = [row for row, ids in enumerate(encoded) if ids]
             size = settings.shard_rows

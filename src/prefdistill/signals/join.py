@@ -140,7 +140,10 @@ def _shared_truncation(stores: Sequence[Signals], truncation: Truncation | None)
         return truncation or Truncation()
     stored = Truncation(**stores[0].manifest["truncation"])
     if truncation not in (None, stored):
-        raise UserError(f"the {stores[0].role} signals were made with {stored}, training asks for {truncation}")
+        raise UserError(
+            f"the {stores[0].role} signals were made with {stored}, training asks for {truncation}; leave "
+            "the lengths out, or extract the signals again with these"
+        )
     return stored
 
 

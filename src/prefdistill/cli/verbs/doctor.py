@@ -9,6 +9,7 @@ from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import Overridable
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Options, Override
+from prefdistill.core.yaml import parse_value
 from prefdistill.data.options import Columns, Data, Lengths
 from prefdistill.models.options import Form, Models, Trust
 
@@ -41,6 +42,9 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
     """
     if options.overrides and options.recipe is None:
         raise UserError(f"{options.overrides[0]!r} is an override of a recipe; give --recipe with it")
+    student: Any = options.student
+    if student is not None and student.lstrip().startswith("{"):
+        student = parse_value(student, "--student")
     form = Form(**{name: getattr(options, f"teacher_{name}") for name in Form.model_fields})
     if options.recipe is None:
         from prefdistill.data.truncation import Truncation
@@ -50,7 +54,7 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             options.data,
             options.test,
             options.teacher,
-            options.student,
+            student,
             Truncation(options.max_length or 1024, options.max_prompt_length),
             out=options.out,
             trust_remote_code=options.trust_remote_code,
@@ -69,7 +73,7 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
             "data.max_length": options.max_length,
             "data.max_prompt_length": options.max_prompt_length,
             "model.teacher": options.teacher,
-            "model.student": options.student,
+            "model.student": student,
             "model.teacher_tokenizer": options.teacher_tokenizer,
             **{f"model.teacher_{name}": value for name, value in form if value != getattr(Form(), name)},
             "model.trust_remote_code": options.trust_remote_code or None,

@@ -58,7 +58,7 @@ def examine(
     data: str | None = None,
     test: str | None = None,
     teacher: str | None = None,
-    student: str | None = None,
+    student: str | Mapping[str, Any] | None = None,
     truncation: Truncation | None = None,
     recipe: Recipe | None = None,
     *,
@@ -72,8 +72,9 @@ def examine(
 
     Args:
         data, test: preference pairs to train and to test on, as for `load_pairs`.
-        teacher, student: Hub names or directories. Pairs are encoded with the student's tokenizer, and for a teacher
-            with other tokens with its own too; without a student with the teacher's.
+        teacher, student: Hub names or directories; a student may be `{from: NAME, layers: 24}`. Pairs are encoded with
+            the student's tokenizer, and for a teacher with other tokens with its own too; without a student with the
+            teacher's.
         truncation: as for `encode_pairs`.
         recipe: replaces all of these; its plan is checked too.
         out: where the run will write; its disk space is checked.

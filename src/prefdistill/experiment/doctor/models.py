@@ -141,7 +141,9 @@ class LoadedModels:
             try:
                 tokenizer = named_teacher_tokenizer(names, self.tokenizer)
             except UserError as error:
-                self._report("tokenizer", "teacher", error)
+                fix = "Name another tokenizer or form for the teacher, or leave it out (model.teacher_...)."
+                self.findings.append(Finding("model.tokenizer", "error", f"teacher: {error}", fix))
+                self.tokenizers.pop("teacher", None)  # how it will read is not known, so nothing is compared
                 return
             if recipe is None and names.student is None:
                 self.tokenizer = tokenizer
