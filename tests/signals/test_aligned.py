@@ -15,7 +15,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.losses import shaping_return
 from prefdistill.models.scratch import random_model, train_tokenizer
 from prefdistill.signals import extract_signals
-from prefdistill.signals.aligned import StudentTexts, align
+from prefdistill.signals.aligned import EncodedTexts, align
 from prefdistill.signals.alignment import Alignment, States
 from prefdistill.training.rows import prepare_rows
 from support.permuted import permuted, with_ids
@@ -47,7 +47,7 @@ def teacher_of(tmp_path_factory, pairs):
 
 def aligned(store, pairs, tokenizer):
     truncation = Truncation()
-    texts = StudentTexts.of(pairs, tokenizer, truncation, store.responses)
+    texts = EncodedTexts.of(pairs, tokenizer, truncation, store.responses)
     return align(store, texts, tokenizer, truncation)
 
 

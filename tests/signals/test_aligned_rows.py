@@ -17,7 +17,7 @@ from prefdistill.evaluation.pairs import evaluate_pairs
 from prefdistill.experiment.doctor.across import UNSERVED
 from prefdistill.models.scratch import random_model
 from prefdistill.signals import KINDS, Kind, Need, Signals
-from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER, StudentTexts, align
+from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER, EncodedTexts, align
 from prefdistill.signals.join import join
 from prefdistill.signals.live import bind_live
 from prefdistill.signals.shaping import shaping_returns
@@ -109,7 +109,7 @@ def test_every_form_of_values_has_the_teachers_return(kinds, options):
 def test_the_same_tokenizer_gives_the_very_same_numbers():
     """Also inside characters that are several tokens. Of another tokenizer these tokens could be split otherwise."""
     store = random_store(DATA, STUDENT, ("values", "logps", "token_logps"))
-    texts = StudentTexts.of(DATA, STUDENT, Truncation(None), SIDES)
+    texts = EncodedTexts.of(DATA, STUDENT, Truncation(None), SIDES)
     mapped, reasons = align(store, texts, STUDENT, Truncation(None))
     assert not reasons
     for row, side in itertools.product(store.rows, SIDES):

@@ -15,7 +15,7 @@ from prefdistill.data.load import load_pairs
 from prefdistill.data.spans import REASONS, read_spans
 from prefdistill.data.truncation import Truncation
 from prefdistill.losses import shaping_return
-from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER, StudentTexts, align
+from prefdistill.signals.aligned import CUT_ELSEWHERE, EMPTY, ENDS_DIFFER, EncodedTexts, align
 from prefdistill.signals.alignment import Alignment, States
 from support.pairs import conversation
 from support.stores import random_store
@@ -45,7 +45,7 @@ def texts_of():
     def encode(family, template="chatml", truncation=WHOLE):
         key = family, template, truncation
         if key not in cache:
-            cache[key] = StudentTexts.of(DATA, make_tokenizer(family, template), truncation, SIDE)
+            cache[key] = EncodedTexts.of(DATA, make_tokenizer(family, template), truncation, SIDE)
         return cache[key]
 
     return encode
@@ -128,7 +128,7 @@ def test_real_pairs(data_dir):
     for own, other in itertools.permutations(("llama3", "gemma", "t5", "cased_wordpiece"), 2):
         student, teacher = make_tokenizer(own, texts=trained_on), make_tokenizer(other, "thinks", trained_on)
         store = random_store(data, teacher, responses=SIDE)
-        mapped, _ = align(store, StudentTexts.of(data, student, WHOLE, SIDE), student, WHOLE)
+        mapped, _ = align(store, EncodedTexts.of(data, student, WHOLE, SIDE), student, WHOLE)
         kept[own, other] = len(mapped.rows)
         assert mapped.manifest["aligned"]["shared"] > 0.2
         for terminal in ("last", "bootstrap"):

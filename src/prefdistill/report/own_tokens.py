@@ -11,7 +11,7 @@ import numpy as np
 from prefdistill.data.columns import SIDES
 from prefdistill.data.spans import response_text
 from prefdistill.methods.tvkd import VALUES
-from prefdistill.signals.aligned import StudentTexts, states_of
+from prefdistill.signals.aligned import EncodedTexts, states_of
 from prefdistill.signals.alignment import Alignment
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class OwnTokens:
             tokenizer, truncation: the student's.
             table: gets the pieces.
         """
-        texts = StudentTexts.of(shown.data, tokenizer, truncation, SIDES)
+        texts = EncodedTexts.of(shown.data, tokenizer, truncation, SIDES)
         at = np.flatnonzero(np.isin(texts.encoded["row"][:], shown.rows))
         encoded, rows = texts.encoded.select(at), shown.data.select(shown.rows)
         kind = next((kind for kind in VALUES.values() if kind in store.kinds), None)

@@ -40,26 +40,27 @@ ENDS_DIFFER = "a response has its end token for one of teacher and student only"
 
 
 @dataclass(frozen=True)
-class StudentTexts:
-    """Encoded pairs of the student, with the places of their texts.
+class EncodedTexts:
+    """Encoded pairs, with the places of their texts.
 
     Args:
-        encoded: what `encode_pairs` returns with the student's tokenizer.
+        encoded, dropped: what `encode_pairs` returns.
         data: the rows that it counts.
         spans: of each response, see `data.spans.read_spans`.
     """
 
     encoded: Dataset
+    dropped: Dropped
     data: Dataset
     spans: Mapping[str, Spans]
 
     @classmethod
     def of(
         cls, data: Dataset, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, responses: tuple[str, ...]
-    ) -> StudentTexts:
+    ) -> EncodedTexts:
         """Encode the responses of pairs, and find the places of their texts."""
-        encoded, _ = encode_pairs(data, tokenizer, truncation, responses=responses)
-        return cls(encoded, data, read_spans(encoded, data, tokenizer, responses))
+        encoded, dropped = encode_pairs(data, tokenizer, truncation, responses=responses)
+        return cls(encoded, dropped, data, read_spans(encoded, data, tokenizer, responses))
 
     def spans_at(self, name: str, places: np.ndarray) -> Spans:
         """Return the spans of one response of some encoded rows."""
@@ -68,7 +69,7 @@ class StudentTexts:
 
 def align(
     store: Signals,
-    texts: StudentTexts,
+    texts: EncodedTexts,
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     tokens: TokenMap | None = None,
@@ -129,7 +130,7 @@ def align(
     return Signals(manifest, shards, store.place), reasons
 
 
-def unserved(store: Signals, texts: StudentTexts) -> dict[int, tuple[str, str]]:
+def unserved(store: Signals, texts: EncodedTexts) -> dict[int, tuple[str, str]]:
     """Return why rows that a store and the student both have cannot be served: row -> the reason and the response."""
     import pyarrow.compute as pc
 
@@ -158,7 +159,7 @@ def unserved(store: Signals, texts: StudentTexts) -> dict[int, tuple[str, str]]:
 
 
 def _aligned_shard(
-    store: Signals, texts: StudentTexts, places: np.ndarray, kinds: list[Kind], *, same_tokenizer: bool, topk: bool
+    store: Signals, texts: EncodedTexts, places: np.ndarray, kinds: list[Kind], *, same_tokenizer: bool, topk: bool
 ) -> tuple[Shard, tuple[int, int]]:
     """Return the student's rows at `places` with the store's signals; of the states how many are shared, and all."""
     encoded = texts.encoded.select(places)

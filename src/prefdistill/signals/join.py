@@ -12,7 +12,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say_once
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import NO_SIGNALS, Dropped, Truncation
-from prefdistill.signals.aligned import StudentTexts, align
+from prefdistill.signals.aligned import EncodedTexts, align
 from prefdistill.signals.ids import check_ids
 from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.needs import TEACHERS, Need
@@ -95,7 +95,7 @@ def join(
     aligned: list[Signals] = []
     across: dict[str, float] = {}
     for store in in_other_tokens:
-        texts = StudentTexts.of(data, tokenizer, truncation, store.responses)
+        texts = EncodedTexts.of(data, tokenizer, truncation, store.responses)
         projected = any(need.across for need in needs if (need.role, need.kind) == (store.role, "topk"))
         tokens = token_map(store, tokenizer, plain=isinstance(data[0]["prompt"], str)) if projected else None
         in_student_states, unserved = align(store, texts, tokenizer, truncation, tokens)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.data.columns import SIDES
-from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import NO_SIGNALS, Dropped
 from prefdistill.models.identity import tokenizer_identity
-from prefdistill.signals.aligned import StudentTexts, align, unserved
+from prefdistill.signals.aligned import EncodedTexts, align, unserved
 from prefdistill.signals.ids import Ids
 from prefdistill.signals.shards import ROW, memory_shard, response_columns
 from prefdistill.signals.store import Signals
@@ -57,23 +56,21 @@ class Overlap:
         Raises:
             UserError: if one of the two can encode no row.
         """
-        texts = StudentTexts.of(data, student, truncation, responses)
-        _, dropped = encode_pairs(data, student, truncation, responses=responses)
+        texts = EncodedTexts.of(data, student, truncation, responses)
         store = unscored(data, teacher, truncation, responses)
         reasons = unserved(store, texts)
         rows = texts.encoded["row"][:]
         lost = {row: reasons.get(row, (NO_SIGNALS, ""))[0] for row in sorted({*rows} - {*store.rows} | {*reasons})}
         left = len(rows) - len(lost)
         shared = align(store, texts, student, truncation)[0].manifest["aligned"]["shared"] if left else None
-        return cls(len(data), dropped.with_rows(lost), reasons, shared)
+        return cls(len(data), texts.dropped.with_rows(lost), reasons, shared)
 
 
 def unscored(
     data: Dataset, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, responses: tuple[str, ...]
 ) -> Signals:
     """Return a teacher's store, in memory, with the places of its tokens and no signals."""
-    texts = StudentTexts.of(data, tokenizer, truncation, responses)
-    _, dropped = encode_pairs(data, tokenizer, truncation, responses=responses)
+    texts = EncodedTexts.of(data, tokenizer, truncation, responses)
     ids = Ids.of(texts.encoded, responses)
     columns: dict[str, Any] = {"row": (ROW, ids.rows)}
     for name in responses:
@@ -86,6 +83,6 @@ def unscored(
         "responses": list(responses),
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"rows": len(data)},
-        "dropped": {"reasons": dropped.counts, "rows": sorted({*range(len(data))} - {*ids.rows.tolist()})},
+        "dropped": {"reasons": texts.dropped.counts, "rows": sorted({*range(len(data))} - {*ids.rows.tolist()})},
     }
     return Signals(manifest, [memory_shard(columns, {})])

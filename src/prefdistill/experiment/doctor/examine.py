@@ -265,16 +265,15 @@ def _check_machine(checkup: Checkup, recipe: Recipe | None, models: LoadedModels
     """Compare memory and disk with what the run needs; `out` is None if it is not writable."""
     if not models.shapes:
         return
-    lengths, teacher_lengths = (
-        {
-            name: machine.Lengths(kept["pairs"], kept["response_tokens"])
-            for name in ("train", "test")
-            if (kept := part(checkup.facts.get(name, {})).get("kept"))
-        }
-        for part in (lambda facts: facts, lambda facts: facts.get("teacher", facts))
-    )
-    others = {"reward_model": models.reward_model, WHOLE: models.whole}
-    shapes: Shapes = {**models.shapes, **{role: model for role, model in others.items() if model is not None}}
+    lengths: dict[str, machine.Lengths] = {}
+    teacher_lengths: dict[str, machine.Lengths] = {}
+    for name in ("train", "test"):
+        facts = checkup.facts.get(name, {})
+        for of_reader, read in ((lengths, facts), (teacher_lengths, facts.get("teacher", facts))):
+            if kept := read.get("kept"):
+                of_reader[name] = machine.Lengths(kept["pairs"], kept["response_tokens"])
+    optional = {"reward_model": models.reward_model, WHOLE: models.whole}
+    shapes: Shapes = {**models.shapes, **{role: model for role, model in optional.items() if model is not None}}
     needs = machine.needs_of(recipe, shapes, lengths, teacher_lengths)
     device, free, total = machine.available_memory()
     checkup.facts |= {"memory": needs.memory, "disk": needs.disk}
