@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -94,11 +95,11 @@ def join(
     reasons: dict[int, str] = {}
     aligned: list[Signals] = []
     across: dict[str, float] = {}
+    texts_of = functools.cache(lambda responses: EncodedTexts.of(data, tokenizer, truncation, responses))
     for store in in_other_tokens:
-        texts = EncodedTexts.of(data, tokenizer, truncation, store.responses)
         projected = any(need.across for need in needs if (need.role, need.kind) == (store.role, "topk"))
         tokens = token_map(store, tokenizer, plain=isinstance(data[0]["prompt"], str)) if projected else None
-        in_student_states, unserved = align(store, texts, tokenizer, truncation, tokens)
+        in_student_states, unserved = align(store, texts_of(store.responses), tokenizer, truncation, tokens)
         if (shared := in_student_states.manifest["aligned"]["shared"]) is not None:
             across["shared"] = shared
         if isinstance(in_student_states, ProjectedSignals):
