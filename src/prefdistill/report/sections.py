@@ -7,19 +7,18 @@ import math
 from functools import partial
 from typing import Any
 
-from prefdistill.core.text import size
 from prefdistill.evaluation.reliability import reward_model_sentence
-from prefdistill.evaluation.results import Column, Results, clean, mapping, number
+from prefdistill.evaluation.results import Column, Results, clean, number
 from prefdistill.evaluation.verdict import compare, noise_floor, verdict
 from prefdistill.report import figures, responses
-from prefdistill.report.format import cell_of, cut, duration, flat, form_text, interval_of, plural
+from prefdistill.report.format import cell_of, cut, flat, interval_of, plural
 from prefdistill.report.load import Run
+from prefdistill.report.stages import read_of, stages_of
 from prefdistill.report.svg import Style, styles_of
 from prefdistill.report.table import method_table
 from prefdistill.report.teacher import gauge_sentence, margin_accuracy_of, shaping_of
 from prefdistill.report.training import curves_of
 from prefdistill.report.warnings import warnings_of
-from prefdistill.signals.projection import SHARES, in_words
 
 View = dict[str, Any]
 
@@ -156,136 +155,6 @@ def _forest(results: Results, styles: dict[str, Style], key: str) -> View | None
         "over": _repeated(results),
         "floor": column.format(floor) if floor is not None else None,
     }
-
-
-def stages_of(results: Results) -> View | None:
-    """Return time, memory and disk by step of the run; all steps of one method and kind are one row."""
-    groups: dict[str, dict[str, float]] = {}
-    for about in map(mapping, results.items("stages")):
-        seconds = number(about.get("seconds"))
-        if "name" not in about or seconds is None:
-            continue
-        group = groups.setdefault(
-            _stage_name(about),
-            {"seconds": 0.0, "runs": 0, "reused": 0, "peak_memory": 0.0, "bytes": 0.0},
-        )
-        group["seconds"] += seconds
-        group["bytes"] += number(about.get("bytes")) or 0.0
-        group["peak_memory"] = max(group["peak_memory"], number(about.get("peak_memory")) or 0.0)
-        group["runs"] += 1
-        group["reused"] += bool(about.get("reused"))
-    if not groups:
-        return None
-    longest = max((g["seconds"] for g in groups.values() if math.isfinite(g["seconds"])), default=0.0)
-    rows = []
-    for name, g in groups.items():
-        runs, reused = int(g["runs"]), int(g["reused"])
-        share = g["seconds"] / longest if longest > 0 and math.isfinite(g["seconds"]) else 0.0
-        rows.append(
-            {
-                "name": name,
-                "runs": runs,
-                "time": duration(g["seconds"]),
-                "memory": size(g["peak_memory"]) if g["peak_memory"] else "",
-                "disk": size(g["bytes"]) if g["bytes"] else "",
-                "width": f"{100 * max(0.0, share):.1f}",
-                "reused": "" if not reused else "reused" if reused == runs else f"{reused} of {runs} reused",
-                "all_reused": reused == runs,
-            }
-        )
-    return {
-        "rows": rows,
-        "total": duration(math.fsum(g["seconds"] for g in groups.values())),
-        "disk": size(math.fsum(g["bytes"] for g in groups.values())),
-        "any_reused": any(g["reused"] for g in groups.values()),
-        "any_memory": any(g["peak_memory"] for g in groups.values()),
-        "any_disk": any(g["bytes"] for g in groups.values()),
-    }
-
-
-def read_of(results: Results) -> View | None:
-    """Return what was read: the data sets, the chat template, and how many rows of them each stage kept."""
-    counts = ("rows", "kept", "truncated_prompts", "truncated_responses")
-    stages: dict[tuple[str, ...], list[str]] = {}
-    across: dict[str, list[str]] = {}
-    shared: dict[str, list[str]] = {}
-    entries = [mapping(about) for about in results.items("stages")]
-    several = len({repr(about.get("seed")) for about in entries}) > 1
-    for about in entries:
-        if one := mapping(about.get("read")):
-            of_seed = f", seed {clean(about.get('seed'))}" if several else ""
-            reasons = mapping(one.get("dropped")).items()
-            dropped = "; ".join(f"{_count(rows)}: {clean(reason)}" for reason, rows in reasons) or "none"
-            numbers = [_count(one.get(key)) for key in counts]
-            key = (clean(one.get("data", "")) + of_seed, *numbers, dropped, clean(one.get("ids", "")))
-            stages.setdefault(key, []).append(_stage_name(about))
-            if words := _across(mapping(one.get("across"))):
-                across.setdefault(words, []).append(_stage_name(about))
-            share = number(mapping(one.get("across")).get("shared"))
-            if share is not None and math.isfinite(share):
-                shared.setdefault(f"{100 * share:.1f} %", []).append(_stage_name(about))
-    read = results.mapping("read")
-    sets, teachers = read.get("data"), mapping(read.get("teacher_tokenizer"))
-    templates = [mapping(one.get("template")) for one in (read, teachers)]
-    data = [
-        {
-            "name": clean(one.get("name", "")),
-            "source": clean(one.get("source", "")),
-            "rows": _count(one.get("rows")),
-            "unread": ", ".join(map(clean, one["unread"])) if isinstance(one.get("unread"), list) else "",
-        }
-        for one in map(mapping, sets if isinstance(sets, list) else [])
-    ]
-    if not (stages or data):
-        return None
-    names = ("data", *counts, "dropped", "ids")
-    limits = {name: _count(read.get(name)) for name in ("max_length", "max_prompt_length")}
-    return {
-        "data": data,
-        "stages": [
-            {**dict(zip(names, key, strict=True)), "names": ", ".join(dict.fromkeys(of))} for key, of in stages.items()
-        ],
-        "shared": "; ".join(
-            f"{share} of the student's states, for {', '.join(dict.fromkeys(of))}" for share, of in shared.items()
-        ),
-        "across": [f"{', '.join(dict.fromkeys(of))}: {words}" for words, of in across.items()],
-        "limits": ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit),
-        "teacher": {
-            "tokenizer": clean(teachers.get("tokenizer", "")),
-            "tokens": _count(teachers.get("tokens")),
-            "other": teachers.get("same_tokens") is False,
-            "form": form_text(mapping(teachers.get("form"))),
-        }
-        if teachers
-        else None,
-        "templates": [
-            {
-                "tokenizer": clean(template.get("tokenizer", "")),
-                "digest": clean(template.get("sha256", ""))[:12],
-                "start": cut(str(template.get("start", "")), 400),
-            }
-            for template in templates
-            if template
-        ],
-    }
-
-
-def _across(shares: dict[str, Any]) -> str:
-    """Return what the distributions of a teacher with other tokens lose; empty if a share is missing."""
-    numbers = {name: number(shares.get(name)) for name in SHARES}
-    known = {name: share for name, share in numbers.items() if share is not None and math.isfinite(share)}
-    return in_words(known) if len(known) == len(SHARES) else ""
-
-
-def _count(value: Any) -> str:
-    count = number(value)
-    return f"{count:,.0f}" if count is not None and math.isfinite(count) else ""
-
-
-def _stage_name(about: dict[str, Any]) -> str:
-    """Return the name of a stage, one for all data orders of a method."""
-    kind, method = about.get("kind"), about.get("method")
-    return clean(f"{kind} {method}" if kind and method else about.get("name", ""))
 
 
 def comparison_of(runs: list[Run]) -> list[View]:
