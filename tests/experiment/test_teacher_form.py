@@ -75,7 +75,7 @@ def test_the_template_of_a_teacher_is_part_of_the_keys_by_its_text(named, tmp_pa
     [
         (["model.teacher_chat_template=none.jinja"], "no chat template at 'none.jinja'"),
         (["model.teacher_template_kwargs={enable_thinking: false}"], "has no variable 'enable_thinking'"),
-        (["model.teacher_gguf_file=none.gguf"], r"no .* at .*teacher-dpo/none\.gguf"),
+        (["model.teacher_gguf_file=none.gguf"], r"no GGUF file none\.gguf in .*teacher-dpo"),
         (["model.teacher=null", PLAIN, "model.scratch={teacher: {}, student: {}}"], "name model.teacher or"),
         (["model.teacher=null", "model.teacher_gguf_file=a.gguf"], "is a file of model.teacher; name that too"),
     ],

@@ -9,7 +9,6 @@ from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import Overridable
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Options, Override
-from prefdistill.core.yaml import parse_value
 from prefdistill.data.options import Columns, Data, Lengths
 from prefdistill.models.options import Form, Models, Trust
 
@@ -44,6 +43,8 @@ def doctor(options: DoctorFlags) -> dict[str, Any]:
         raise UserError(f"{options.overrides[0]!r} is an override of a recipe; give --recipe with it")
     student: Any = options.student
     if student is not None and student.lstrip().startswith("{"):
+        from prefdistill.core.yaml import parse_value
+
         student = parse_value(student, "--student")
     form = Form(**{name: getattr(options, f"teacher_{name}") for name in Form.model_fields})
     if options.recipe is None:
