@@ -54,6 +54,7 @@ class Responses:
         references: the reference response of each prompt's text, where the data have one.
         rewards: the true reward of each, where it is known.
         scores: of each by a reward model.
+        log_ratios: log pi(y|x) - log pi_start(y|x) of each response, in nats.
         opponents: scores by the same reward model of other responses to the same prompts: "chosen" (the data's), or
             "against" (a file's).
     """
@@ -64,6 +65,7 @@ class Responses:
     references: list[str] | None = None
     rewards: Sequence[float] | None = None
     scores: Sequence[float] | np.ndarray | None = None
+    log_ratios: Sequence[float] | np.ndarray | None = None
     opponents: dict[str, Scores] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -109,7 +111,7 @@ class Responses:
 
     def first(self, count: int) -> "Responses":
         """Return the first `count` responses."""
-        columns = ("prompts", "texts", "tokens", "references", "rewards", "scores")
+        columns = ("prompts", "texts", "tokens", "references", "rewards", "scores", "log_ratios")
         values: dict[str, Any] = {name: getattr(self, name) for name in columns}
         cut: dict[str, Any] = {name: None if value is None else value[:count] for name, value in values.items()}
         return replace(self, **cut)

@@ -82,6 +82,12 @@ METRICS = Registry(
         "response_words": Metric(
             "words", lambda r: r.word_counts(), higher_is_better=None, format=".1f", by_length=True, in_table=False
         ),
+        "kl_start": Metric(
+            "KL from the start, nats per response",
+            lambda responses: responses.log_ratios,
+            higher_is_better=None,
+            format=".2f",
+        ),
         "reward_accuracy": Metric("implicit-reward accuracy", lambda pairs: pairs.wins(), source="pairs"),
         "chosen_logp": Metric(
             "log-prob of chosen, per token", lambda pairs: pairs.chosen_logp, source="pairs", higher_is_better=None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 from prefdistill.evaluation.metric_inputs import PairRewards
 
 SHAPING_TERMS = ("shaping return", "value after the end token")  # of `pair_terms`; the others are for comparison
+LENGTH_TERM = "longer is better"
 
 
 def implicit_rewards(
@@ -101,7 +102,7 @@ def evaluate_pairs(
     measured = Measured()
     measured.add_metrics("pairs", implicit_rewards(student, pairs, tokenizer, reference))
     if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]):
-        terms = {"longer is better": pair_wins(*(reference.scalar(f"{side}_tokens", signals.rows) for side in SIDES))}
+        terms = {LENGTH_TERM: pair_wins(*(reference.scalar(f"{side}_tokens", signals.rows) for side in SIDES))}
     else:
         terms = pair_terms(signals)
     terms["the start's log-prob"] = pair_wins(*(reference.scalar(f"{side}_logps", signals.rows) for side in SIDES))
@@ -137,7 +138,7 @@ def pair_terms(signals: SignalSet, *, discount: float = 1.0, terminal: str = "la
     if not signals.missing([Need("teacher_reference", "logps")]):
         reference = scalar("teacher_reference", "logps")
         terms["teacher implicit reward"] = [t - r for t, r in zip(logps, reference, strict=True)]
-    terms["longer is better"] = scalar("teacher", "logps", "tokens")
+    terms[LENGTH_TERM] = scalar("teacher", "logps", "tokens")
     return {name: pair_wins(*scores) for name, scores in terms.items()}
 
 

@@ -2,14 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from prefdistill.core.progress import Progress, say
+from prefdistill.data.encode import encode_pairs
 from prefdistill.data.prompts import prompt_text, prompts_of
+from prefdistill.data.truncation import Truncation
 from prefdistill.evaluation.measure import Measured
 from prefdistill.sampling.sampler import Response
+from prefdistill.signals.scoring import score_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefdistill.evaluation.reward_model import RewardModel
 
@@ -49,6 +57,40 @@ def measure_texts(measured: Measured, responses: Responses) -> None:
         measured.add("reference_words", words, responses.groups)
 
 
+def log_ratios(
+    student: "PreTrainedModel",
+    start: "PreTrainedModel",
+    responses: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    bf16: bool = False,
+) -> np.ndarray | None:
+    r"""Return how much likelier each response is under the student than under its start, in nats, [B].
+
+    .. math:: \log\pi_\theta(y|x) - \log\pi_{start}(y|x)
+
+    The mean over responses that the student sampled at temperature 1 is an unbiased estimate of the KL divergence of
+    the student from its start, per response of at most as many tokens as were sampled.
+
+    Args:
+        responses: prompts with the column `RESPONSE`, and its ids as sampled.
+        bf16: bfloat16 autocast.
+
+    Returns:
+        None, with a note, where the tokenizer cannot read some of the responses.
+    """
+    encoded, dropped = encode_pairs(responses, tokenizer, Truncation(None), responses=(RESPONSE,))
+    if dropped:
+        say(f"KL from the start: left out; {dropped}")
+        return None
+    sums = []
+    for model, name in ((student, "student"), (start, "start")):
+        with Progress(f"log-probs of responses, {name}", len(encoded), "response") as progress:
+            options: dict[str, Any] = {"responses": (RESPONSE,), "bf16": bf16, "progress": progress}
+            sums.append(score_pairs(model, encoded, tokenizer, ("logps",), **options)[f"{RESPONSE}_logps"])
+    return np.subtract(*np.array(sums, dtype=np.float64))
+
+
 def measure_responses(
     measured: Measured,
     rows: "Dataset",
@@ -57,6 +99,7 @@ def measure_responses(
     *,
     prompts: int,
     samples: int,
+    log_ratios: np.ndarray | None = None,
 ) -> None:
     """Add every metric of sampled responses, and the first of them for the report.
 
@@ -64,10 +107,11 @@ def measure_responses(
         rows: prompts with a column `RESPONSE`.
         data: with the reference responses.
         reward_model: None: no scores.
+        log_ratios: see `Responses`, [rows]; None: unknown.
         prompts: measure this many of the responses.
         samples: keep this many.
     """
-    responses = Responses.read(rows, RESPONSE, references_of(data))
+    responses = replace(Responses.read(rows, RESPONSE, references_of(data)), log_ratios=log_ratios)
     if prompts:
         counted = responses.first(prompts)
         measure_texts(measured, reward_model.scored(counted) if reward_model else counted)

@@ -311,13 +311,15 @@ class _Builder:
     def _evaluations(self, language: Language | None, teacher: Model, start: Model, reward_model: Model | None) -> None:
         """Evaluate teacher and start by their responses, then train and evaluate the students."""
         recipe, test = self.recipe, self.plan.test
+        samples = test is not None and max(recipe.evaluate.prompts, recipe.evaluate.samples) > 0
         common: dict[str, Any] = {"language": language, "reward_model": reward_model}
-        if language is not None or (test is not None and max(recipe.evaluate.prompts, recipe.evaluate.samples)):
+        if language is not None or samples:
+            common |= {"test": None if language else test, "start": None, "reference": None}
             for name, model in ((TEACHER, teacher), (START, start)):
-                common["test"] = None if language else test
-                step = self._add(Evaluate, f"evaluate-{name}", role=name, model=model, reference=None, **common)
+                step = self._add(Evaluate, f"evaluate-{name}", role=name, model=model, **common)
                 self.plan.evaluations[name] = [step]
-        reference = next((step for step in self.plan.test_signals if step.role == "reference"), None)
+        common["reference"] = next((step for step in self.plan.test_signals if step.role == "reference"), None)
+        common["start"] = start if samples and language is None else None
         for name, run in recipe.methods.items():
             self.plan.evaluations[name] = []
             for order in range(run.first_order, run.first_order + recipe.orders):
@@ -328,7 +330,6 @@ class _Builder:
                     method=name,
                     order=order,
                     model=self._add_distill(name, run, order),
-                    reference=reference,
                     **common | {"test": test},
                 )
                 self.plan.evaluations[name].append(step)

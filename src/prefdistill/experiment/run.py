@@ -31,7 +31,7 @@ from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.readings import read_of, unlike, warnings_of_trainings
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
-from prefdistill.experiment.summary import gauge, margin_accuracies, side_by_side, summarise
+from prefdistill.experiment.summary import gauge, length_controlled_margins, margin_accuracies, side_by_side, summarise
 from prefdistill.signals import SignalSet
 from prefdistill.signals.join import join
 
@@ -120,6 +120,7 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
     summary = summarise(recipe, measured)
     held_out = [signals for plan in plans if (signals := _held_out_signals(plan)) is not None]  # of all seeds, or none
     groups = numbered(prompt_texts(held_out[0].data, held_out[0].rows)) if held_out else None
+    terms = [pair_terms(signals) for signals in held_out]
     shaping = [
         shaping_of(plan.methods, signals, models)
         for plan, signals, models in zip(plans, held_out, measured, strict=False)
@@ -132,7 +133,8 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         "seeds": [plan.context.seed for plan in plans],
         "orders": recipe.orders,
         **summary,
-        "margin_accuracy": margin_accuracies([pair_terms(signals) for signals in held_out], groups),
+        "margin_accuracy": margin_accuracies(terms, groups),
+        "length_controlled_margins": length_controlled_margins(terms, groups),
         **({"reward_model": accuracy_of(_reward_model_name(plans[0]), reward_model)} if reward_model else {}),
         "gauge_flips": gauge([gauge_flips(signals.store("teacher", "values", "chosen")) for signals in held_out]),
         "shaping": shaping[0][0] if shaping else {},

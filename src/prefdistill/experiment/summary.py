@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from prefdistill.evaluation.length import length_balanced
 from prefdistill.evaluation.measure import Measured, add_win_rates, by_length, complete, difference_of, mean_of, points
 from prefdistill.evaluation.metrics import METRICS, headline_metric
-from prefdistill.evaluation.pairs import SHAPING_TERMS
+from prefdistill.evaluation.pairs import LENGTH_TERM, SHAPING_TERMS
 from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.roles import START, TEACHER
@@ -67,6 +68,19 @@ def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | No
     else:
         means = {name: estimate(wins, groups) | {"over": PROMPTS} for name, wins in terms[0].items()}
     return {name: mean | ({"shaping": True} if name in SHAPING_TERMS else {}) for name, mean in means.items()}
+
+
+def length_controlled_margins(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
+    """Return the accuracy of each term where length says nothing, see `length_balanced`; empty if it says all."""
+    longer = [seed[LENGTH_TERM] * 2 - 1 for seed in terms]
+    balanced = [
+        {name: length_balanced(wins, extra) for name, wins in seed.items() if name != LENGTH_TERM}
+        for seed, extra in zip(terms, longer, strict=True)
+    ]
+    if not all(len(numbers) for seed in balanced for numbers in seed.values()):
+        return {}
+    kept = None if groups is None else [group for group, extra in zip(groups, longer[0], strict=True) if extra]
+    return margin_accuracies(balanced, kept)
 
 
 def gauge(by_seed: list[dict[str, Any]]) -> dict[str, Any]:

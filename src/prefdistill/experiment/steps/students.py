@@ -14,7 +14,7 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metric_inputs import RESPONSE
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.pairs import implicit_rewards
-from prefdistill.evaluation.responses import measure_responses, measure_rewards, unique_prompts
+from prefdistill.evaluation.responses import log_ratios, measure_responses, measure_rewards, unique_prompts
 from prefdistill.experiment.step import Model, Rows, Step, Trained
 from prefdistill.experiment.steps.reward_model import load_reward_model
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
@@ -27,6 +27,7 @@ from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 
@@ -97,6 +98,7 @@ class Evaluate(Step):
 
     kind: ClassVar[str] = "evaluate"
     model: Model
+    start: Model | None  # of a student, to measure its KL divergence from
     language: Language | None  # of the built-in task, whose reward is known
     reference: ReadSignals | None  # of the start on the test pairs, to compare a student with
     test: Rows | None
@@ -125,7 +127,13 @@ class Evaluate(Step):
             responses = self._sample(self.test, out)
             reward_model = load_reward_model(self.context, self.reward_model) if self.reward_model else None
             measure_responses(
-                measured, responses, self.test.rows, reward_model, prompts=section.prompts, samples=section.samples
+                measured,
+                responses,
+                self.test.rows,
+                reward_model,
+                prompts=section.prompts,
+                samples=section.samples,
+                log_ratios=self._log_ratios(responses),
             )
         if self.reference is not None and self.test is not None:
             student = load_student(self.context, self.model)
@@ -133,6 +141,13 @@ class Evaluate(Step):
             rewards = implicit_rewards(student, self.test.rows, tokenizer, self.reference.store)
             measured.add_metrics("pairs", rewards)
         write_json(out / "evaluation.json", measured.__dict__)
+
+    def _log_ratios(self, responses: "Dataset") -> "np.ndarray | None":
+        if self.start is None:
+            return None
+        student, start = (load_student(self.context, model) for model in (self.model, self.start))
+        bf16 = self.reference is not None and self.reference.bf16
+        return log_ratios(student, start, responses, self.reads_with.tokenizer, bf16=bf16)
 
     def _sample(self, test: Rows, out: Path) -> "Dataset":
         section = self.context.recipe.evaluate
@@ -146,7 +161,6 @@ class Evaluate(Step):
             max_new_tokens=section.max_new_tokens,
             batch_size=section.batch_size,
             seed=self.context.seed,
-            keep_ids=False,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
             **self._loading,
         )

@@ -13,6 +13,7 @@ KEPT = (
     "roles",
     "display_names",
     "margin_accuracy",
+    "length_controlled_margins",
     "gauge_flips",
     "reward_model",
 )
