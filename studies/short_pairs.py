@@ -2,10 +2,10 @@
 
     python studies/short_pairs.py DIR PAIRS.jsonl.gz ... --tokenizer NAME --max-tokens 288
 
-DIR gets judge.jsonl, train.jsonl and test.jsonl. Every prompt, with all of its pairs, goes to one of them, by a digest of
-its text: a quarter to the judge, a quarter to the test. Pairs of which the prompt with either response takes more tokens
-than --max-tokens are left out, so that no response is cut: a cut response has not ended, and a value may see that. The
-order of the pairs follows a digest as well, so that the first rows are of many prompts.
+DIR gets judge.jsonl, train.jsonl and test.jsonl. Every prompt, with all of its pairs, goes to one of them, by a digest
+of its text: a quarter to the judge, a quarter to the test. Pairs of which the prompt with either response takes more
+tokens than --max-tokens are left out, so that no response is cut: a cut response has not ended, and a value may see
+that. The order of the pairs follows a digest as well, so that the first rows are of many prompts.
 """
 
 import argparse

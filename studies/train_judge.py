@@ -2,7 +2,8 @@
 
     python studies/train_judge.py DIR PAIRS.jsonl --model NAME
 
-`prefdistill run` trains one per seed on prompts that it holds back. PAIRS should be of prompts that no other model sees.
+`prefdistill run` trains one per seed on prompts that it holds back. PAIRS should be of prompts that no other model
+sees.
 """
 
 import argparse

@@ -17,10 +17,18 @@ from prefdistill.data.load import load_prompts
 from prefdistill.data.prompts import prompt_text
 from prefdistill.evaluation.measure import Measured, by_length, length_ranges, mean_of, points
 from prefdistill.evaluation.metric_inputs import Responses, rouge_l
-from prefdistill.evaluation.responses import measure_texts, references_of, scores_by_prompt, unique_prompts
+from prefdistill.evaluation.responses import (
+    log_ratios,
+    measure_responses,
+    measure_texts,
+    references_of,
+    scores_by_prompt,
+    unique_prompts,
+)
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of
 from prefdistill.evaluation.stats import estimate, mean_and_error, pair_wins
 from prefdistill.models.scratch import random_model
+from prefdistill.sampling.files import sample_responses
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -65,6 +73,28 @@ def test_texts_by_hand():
     alone = Measured()
     measure_texts(alone, Responses(["p"], ["text"]))
     assert alone.items.keys() == {"response_words"}
+
+
+def test_log_ratios_to_the_start_are_what_a_naive_forward_gives(tmp_path, pairs, make_model, tokenizer):
+    student, start = make_model(1), make_model(2)
+    prompts = unique_prompts(pairs, 6).select_columns(["prompt"])
+    sampled = sample_responses(student, prompts, tokenizer, tmp_path / "r.jsonl", column="response", max_new_tokens=9)
+    ratios = log_ratios(student, start, sampled, tokenizer)
+
+    @torch.no_grad()
+    def naive(model, row):
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        response = torch.tensor(row["response_ids"])
+        logits = model(torch.tensor([ids + row["response_ids"]])).logits[0, len(ids) - 1 : -1].double()
+        return float(logits.log_softmax(-1)[torch.arange(len(response)), response].sum())
+
+    expected = [naive(student, row) - naive(start, row) for row in sampled]
+    np.testing.assert_allclose(ratios, expected, rtol=1e-4, atol=1e-4)
+    assert np.mean(ratios) > 1  # two random models
+    np.testing.assert_array_equal(log_ratios(start, start, sampled, tokenizer), 0)
+    measured = Measured()
+    measure_responses(measured, sampled, pairs, None, prompts=4, samples=0, log_ratios=ratios)
+    np.testing.assert_array_equal(measured.items["kl_start"], ratios[:4])
 
 
 def test_prompts_are_unique_and_compared_with_their_first_reference():

@@ -61,6 +61,7 @@ def test_a_reward_model_is_trained_on_prompts_of_its_own_and_scores_every_model(
         assert sum(tokens for tokens, _ in points) / 10 == pytest.approx(scores["response_tokens"]["mean"])
     assert results["methods"]["start"]["reward_model_win_rate_start"]["mean"] == 0.5
     assert "reward_accuracy" not in results["methods"]["teacher"]
+    assert [name for name, scores in results["methods"].items() if "kl_start" in scores] == ["dpo"]
     assert results["metrics"]["reward_model_win_rate_start"]["label"] == "reward model: win rate against the start"
     judge = results["reward_model"]
     assert (judge["pairs"], judge["accuracy"]["n"]) == (12, 12)

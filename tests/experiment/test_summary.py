@@ -15,7 +15,7 @@ from prefdistill.evaluation.stats import estimate, mean_and_error
 from prefdistill.evaluation.verdict import verdict
 from prefdistill.experiment.readings import unlike
 from prefdistill.experiment.recipe import Recipe, load_recipe
-from prefdistill.experiment.summary import margin_accuracies, side_by_side, summarise
+from prefdistill.experiment.summary import length_controlled_margins, margin_accuracies, side_by_side, summarise
 from prefdistill.report import method_table, render_html
 
 QUICKSTART = Path(__file__).parents[2] / "src" / "prefdistill" / "experiment" / "recipes" / "quickstart.yaml"
@@ -49,6 +49,23 @@ def test_one_run_has_error_bars_over_test_prompts():
     assert results["differences"]["tvkd"]["reward"] == {**estimate([1, 2, 3]), "over": "test prompts"}
     assert results["differences"]["shuffled"]["reward"]["mean"] == -2
     assert results["differences"].keys() == {"tvkd", "shuffled"}
+
+
+def test_margins_where_length_says_nothing():
+    """A term that goes by length, in either direction, gets one half; another one the mean of its two accuracies."""
+    longer = np.array([1, 1, 1, 0, 0.5])  # the last pair is of equal length
+    terms = {"value": np.array([1, 1, 0, 1, 0]), "as long": longer, "shorter": 1 - longer, "longer is better": longer}
+    one = length_controlled_margins([terms], groups=[0, 0, 1, 1, 2])
+    assert {name: estimate["mean"] for name, estimate in one.items()} == pytest.approx(
+        {"value": (2 / 3 + 1) / 2, "as long": 0.5, "shorter": 0.5}
+    )
+    assert (one["value"]["n"], one["value"]["over"]) == (2, "test prompts")
+    assert margin_accuracies([terms])["value"]["mean"] == pytest.approx(3 / 5)
+    two = length_controlled_margins([terms, terms | {"value": np.array([0, 0, 0, 1, 1])}])
+    assert two["value"]["mean"] == pytest.approx((5 / 6 + 1 / 2) / 2)
+    assert two["value"]["over"] == "seeds"
+    assert length_controlled_margins([terms | {"longer is better": np.ones(5)}]) == {}  # length says all
+    assert length_controlled_margins([]) == {}
 
 
 def test_several_orders_have_error_bars_over_orders():

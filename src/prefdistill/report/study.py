@@ -97,6 +97,7 @@ class StudyView:
             ("Seed by seed", self.seed_by_seed() if len(self.results["seeds"]) > 1 else ([], [])),
             (f"Other metrics: differences to {self.baseline}", self.other_metrics()),
             ("Held-out pairs that each term of the teacher, alone, orders correctly", self.teacher_terms()),
+            ("The same where length says nothing", self.teacher_terms("length_controlled_margins")),
         ]
         return [(title, header, rows) for title, (header, rows) in shown if rows]
 
@@ -133,14 +134,14 @@ class StudyView:
         ]
         return ["cell", "method", *(metric.label for metric in others)], rows if others else []
 
-    def teacher_terms(self) -> Table:
+    def teacher_terms(self, part: str = "margin_accuracy") -> Table:
         """Return how well each term of the teacher, alone, orders the held-out pairs."""
-        terms = list(dict.fromkeys(term for cell in self.cells for term in cell["margin_accuracy"]))
+        terms = list(dict.fromkeys(term for cell in self.cells for term in cell[part]))
         metric = Column("accuracy", "margin accuracy")
         rows = [
-            [cell["cell"], *(_text(cell["margin_accuracy"].get(term), metric) for term in terms)]
+            [cell["cell"], *(_text(cell[part].get(term), metric) for term in terms)]
             for cell in self.cells
-            if cell["margin_accuracy"]
+            if cell[part]
         ]
         if len({tuple(row[1:]) for row in rows}) == 1:  # the same teacher throughout
             rows = [["every cell", *rows[0][1:]]]

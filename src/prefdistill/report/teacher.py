@@ -15,8 +15,10 @@ _MAX_SCATTERS = 6
 
 
 def margin_accuracy_of(results: Results, key: str) -> View | None:
-    """Return the share of held-out pairs that each term of the teacher orders correctly, as bars."""
+    """Return the share of held-out pairs that each term of the teacher orders correctly, as bars, and beside it the
+    share where length says nothing."""
     column, terms = Column("accuracy", "margin accuracy", True), results.mapping("margin_accuracy")
+    controlled = results.mapping("length_controlled_margins")
     bars = [
         (clean(term), e.mean, e.se, e.text(column), mapping(terms[term]).get("shaping") is True)
         for term, e in estimates(terms).items()
@@ -25,8 +27,13 @@ def margin_accuracy_of(results: Results, key: str) -> View | None:
         return None
     alt = "Fraction of held-out pairs that each term orders correctly; one half is chance. "
     alt += "; ".join(f"{term} {text}" for term, _, _, text, _ in bars) + "."
+    rows = [
+        {"name": clean(term), "cells": [cell_of(one, column) for one in (e, Estimate.parse(controlled.get(term)))]}
+        for term, e in estimates(terms).items()
+    ]
     return {
-        "rows": [{"name": clean(term), "cells": [cell_of(e, column)]} for term, e in estimates(terms).items()],
+        "columns": ["fraction of held-out pairs ordered correctly", "where length says nothing"],
+        "rows": rows,
         "svg": partial(figures.bars, bars, title="Margin accuracy", alt=alt, key=f"{key}-accuracy"),
     }
 

@@ -26,7 +26,10 @@ def without_points(shaping: dict[str, Any]) -> dict[str, Any]:
 
 def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the part of a cell in results.json, from its records."""
-    margins = [{"m": {"": record["margin_accuracy"]}} for record in records]
+    margins = {
+        part: over_seeds([{part: {"": record.get(part, {})}} for record in records], part).get("", {})
+        for part in ("margin_accuracy", "length_controlled_margins")
+    }
     return {
         "cell": cell.name,
         "group": cell.group,
@@ -36,7 +39,7 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [record["seed"] for record in records],
         "methods": over_seeds(records, "methods"),
         "differences": over_seeds(records, "differences"),
-        "margin_accuracy": over_seeds(margins, "m").get("", {}),
+        **margins,
         "shaping_std": {
             name: [record["shaping"][name]["std"] for record in records if name in record["shaping"]]
             for name in sorted({name for record in records for name in record["shaping"]})
