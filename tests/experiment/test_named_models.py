@@ -41,6 +41,26 @@ def test_a_named_teacher_and_its_reference(named, tmp_path, capsys):
     }
 
 
+def test_seeds_share_the_steps_that_draw_nothing(mine, tmp_path):
+    """The signals of a named teacher are the same for every seed; those of a start that each seed trains are not."""
+    recipe = load_recipe(mine / "recipe.yaml", ["seeds=2", "student.sft={max_steps: 1}"])
+    planned = plan_recipe(recipe, tmp_path / "run")["steps"]
+    reused = {step["name"] for step in planned if step["seed"] == 1 and step["action"] == "reuse"}
+    assert reused == {"signals-teacher-train", "signals-teacher-test", "signals-teacher_reference-test"}
+    assert {step["action"] for step in planned if step["seed"] == 0} == {"run"}
+    results = run_recipe(recipe, tmp_path / "run")
+    assert {stage["name"] for stage in results["stages"] if stage["reused"]} == reused
+    for name in ("signals-teacher-train", "signals-reference-train"):
+        first, second = (tmp_path / "run" / f"seed-{seed}" / name for seed in (0, 1))
+        same = {
+            file.relative_to(first)
+            for file in first.rglob("*.parquet")
+            if file.samefile(second / file.relative_to(first))
+        }
+        assert bool(same) == (name in reused)
+    assert set(stages(run_recipe(recipe, tmp_path / "run")).values()) == {True}
+
+
 def test_models_are_identified_by_content_not_by_place(mine, tmp_path):
     out = tmp_path / "run"
     run_recipe(load_recipe(mine / "recipe.yaml"), out)

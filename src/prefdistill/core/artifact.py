@@ -268,6 +268,7 @@ class DirectoryArtifact(Artifact):
     Args:
         pool: a directory that shares finished work between runs, by name and key. What is there already is taken from
             it, and what is finished here is put there (`share`), as hard links.
+        twin: another directory for the same request. Finished work there is taken as hard links.
     """
 
     NOTE: ClassVar[str] = "request.json"
@@ -275,10 +276,17 @@ class DirectoryArtifact(Artifact):
     passing: ClassVar[tuple[str, ...]] = ()  # what finished work has no use for
 
     def __init__(
-        self, name: str, place: Path, request: dict[str, Any], *, replace: bool = False, pool: Path | None = None
+        self,
+        name: str,
+        place: Path,
+        request: dict[str, Any],
+        *,
+        replace: bool = False,
+        pool: Path | None = None,
+        twin: Path | None = None,
     ) -> None:
         super().__init__(name, place, request, replace=replace)
-        self.pool = pool
+        self.pool, self.twin = pool, twin
 
     def read_note(self) -> dict[str, Any] | None:
         return read_json(self.place / self.NOTE) if (self.place / self.NOTE).is_file() else None
@@ -300,11 +308,12 @@ class DirectoryArtifact(Artifact):
         return elsewhere.inspect().state is State.FINISHED
 
     def fetch(self) -> bool:
-        if self.pooled is None or not self.is_whole_at(self.pooled):
+        source = next((place for place in (self.pooled, self.twin) if place and self.is_whole_at(place)), None)
+        if source is None:
             return False
         self.clear()
         shutil.rmtree(self.place, ignore_errors=True)
-        self._link(self.pooled, self.place)
+        self._link(source, self.place)
         return True
 
     def share(self) -> None:

@@ -57,6 +57,7 @@ def run_stage(
     *,
     replace: bool = False,
     pool: Path | None = None,
+    twin: Path | None = None,
 ) -> Stage:
     """Have `make(directory)` done for a request: reuse, resume, rebuild or refuse, see `prefdistill.core.artifact`.
 
@@ -67,11 +68,12 @@ def run_stage(
         request: with the keys of the stages it builds on.
         replace: rebuild a directory of another request: for the parts of a run.
         pool: a directory of finished stages that several runs share.
+        twin: another directory for the same request, to take a finished stage from.
 
     Raises:
         UserError: if the directory holds files that no stage has written, or (without `replace`) other work.
     """
-    stage = StageArtifact(name, directory, _versioned(request), replace=replace, pool=pool)
+    stage = StageArtifact(name, directory, _versioned(request), replace=replace, pool=pool, twin=twin)
     team, peak = processes(), PeakMemory()
     with stage.session(lock=False) as seal:
         if seal is None:

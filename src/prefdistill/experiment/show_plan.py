@@ -56,7 +56,7 @@ class Status:
     Args:
         action: reuse, resume, run, rebuild, or refuse for files of somebody else.
         changes: where the request differs from that of what is on disk.
-        reason: why, in words; empty for a step to reuse or run.
+        reason: why, in words; empty for a step to run, or to reuse from its own directory.
     """
 
     action: str
@@ -114,6 +114,7 @@ def plan_recipe(recipe: Recipe, out: Path, scale: Scale | None = None) -> dict[s
     elif recipe.data.synthetic:
         raise UserError("--pairs plans for pairs of yours; the built-in task has its own (data.synthetic)")
     steps: list[dict[str, Any]] = []
+    seeds: dict[str, int] = {}  # by key: the first seed with this step, of steps without draws
     scaled: dict[str, Any] = {}
     for plan in plans:
         if scale.pairs is not None:
@@ -128,7 +129,15 @@ def plan_recipe(recipe: Recipe, out: Path, scale: Scale | None = None) -> dict[s
         teacher_lengths = _lengths(plan, teachers, teachers_own) if teachers is not plan.context.tokenizer else None
         shapes = _shapes(plan, tokenizer, teachers_own)
         priced = costs(plan, shapes, lengths, teacher_lengths, peak=scale.is_set)
-        steps += [_entry(step, priced[step], status(step)) for step in plan.steps]
+        for step in plan.steps:
+            state, seed = status(step), plan.context.seed
+            if (
+                not step.draws
+                and seeds.setdefault(step.key, seed) < seed
+                and state.action in ("run", "resume", "rebuild")
+            ):
+                state = Status("reuse", reason=f"as seed {seeds[step.key]} makes it")
+            steps.append(_entry(step, priced[step], state))
         if scale.is_set and not scaled:
             scaled = {"scale": at_scale(plan, priced, shapes, lengths, scale)}
     largest = max(steps, key=lambda step: step["memory"])

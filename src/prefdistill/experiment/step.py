@@ -129,6 +129,7 @@ class Step:
     """One unit of work that ends in a directory. A step is identified by the object, not by its name or its place."""
 
     kind: ClassVar[str]
+    draws: ClassVar[bool] = True  # whether the result depends on the seed, beside the inputs
     context: Context
     name: str  # of its directory, unique in a plan
     role: str | None = None  # teacher, teacher_reference, reference, start or student
@@ -189,7 +190,7 @@ class Step:
     def request(self) -> dict[str, Any]:
         """Everything that the result depends on. Inputs are represented by their keys, so directories may be moved."""
         inputs = {one.name: one.key for one in self.inputs}
-        return {**self.options, "seed": self.context.seed, "inputs": inputs}
+        return {**self.options, **({"seed": self.context.seed} if self.draws else {}), "inputs": inputs}
 
     @property
     def key(self) -> str:

@@ -79,6 +79,7 @@ class Prune(Step):
     """Make the student of some of the decoder layers of a named model."""
 
     kind: ClassVar[str] = "prune"
+    draws: ClassVar[bool] = False
     whole: Model
     layers: int | list[int]
     tokenizer: Tokenizer

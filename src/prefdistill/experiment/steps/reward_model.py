@@ -65,6 +65,7 @@ class EvaluateRewardModel(Step):
     """Measure the accuracy of the reward model on the held-out pairs."""
 
     kind: ClassVar[str] = "evaluate_reward_model"
+    draws: ClassVar[bool] = False
     model: Model
     test: Rows
 

@@ -91,6 +91,7 @@ class ReadSignals(Step):
     """Score the responses of a data set with a model and store the signals."""
 
     kind: ClassVar[str] = "signals"
+    draws: ClassVar[bool] = False
     data: Rows | Sample
     model: Model
     kinds: tuple[str, ...]
