@@ -576,3 +576,52 @@ def test_what_the_value_sees(finished, capsys):
     shares = [float(cell) for cell in row.split("|")[2:-1]]
     assert len(shares) == header.count("|") - 2 == 3
     assert 0 <= shares[1] <= shares[0] <= 1
+
+
+def test_the_pairs_of_the_study_of_real_models(tmp_path, pairs, tokenizer):
+    """Every prompt is in one file, no pair is too long, and the files depend on the pairs alone."""
+    script = script_of("real_models")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = list(pairs)
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        write_jsonl(tmp_path / "pairs.jsonl", order)
+        (tmp_path / name).mkdir()
+        script.split_pairs(tmp_path / name, [str(tmp_path / "pairs.jsonl")], str(tmp_path / "model"), 24)
+    parts = {}
+    for name in ("judge", "test", "train"):
+        text = (tmp_path / "a" / f"{name}.jsonl").read_text()
+        assert text == (tmp_path / "b" / f"{name}.jsonl").read_text()
+        parts[name] = [json.loads(line) for line in text.splitlines()]
+    prompts = {name: {row["prompt"][0]["content"] for row in part} for name, part in parts.items()}
+    assert all(prompts.values())
+    assert len(set().union(*prompts.values())) == sum(map(len, prompts.values()))
+
+    def tokens(row, side):
+        return len(tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=False))
+
+    kept = [row for part in parts.values() for row in part]
+    fits = [row for row in rows if max(tokens(row, side) for side in ("chosen", "rejected")) <= 24]
+    assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, fits))
+    assert 0 < len(fits) < len(rows)
+
+
+@pytest.mark.slow
+def test_the_files_of_the_study_of_real_models(tmp_path, pairs, tokenizer, make_model, capfd):
+    make_model(scale=1.0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
+    place, data = tmp_path / "files", tmp_path / "pairs.jsonl"
+    for again in (False, True):
+        with patch("sys.argv", ["x", str(place), str(data), "--model", str(tmp_path / "model"), "--layers", "1"]):
+            script_of("real_models").main()
+        assert capfd.readouterr().err.count(": reused") == 5 * again
+    study = ROOT / "studies" / "real-models.yaml"
+    overrides = [f"data.{part}={place / part}.jsonl" for part in ("train", "test")]
+    overrides += [f"reward_model.name={place / 'judge'}", f"model.student={place / 'start'}"]
+    overrides += [f"model.teacher={place / 'teacher'}", f"model.teacher_reference={tmp_path / 'model'}"]
+    overrides += ["evaluate.max_new_tokens=4", "training.lora.r=2"]
+    results = run_study(study, tmp_path / "out", overrides=overrides, seeds=1)
+    assert not results["failed"]
+    measured = results["cells"][0]["differences"]["term"]
+    assert {"kl_start", "reward_accuracy", "reward_model_win_rate_start", "response_tokens"} <= measured.keys()
+    assert results["cells"][0]["length_controlled_margins"]
