@@ -4,7 +4,7 @@ import pytest
 
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.options import Training
-from support.methods import MODELS, NUMBERS, SAMPLED, SIDES, Stores
+from support.methods import Stores, role_model, with_responses
 
 
 @pytest.fixture(scope="session")
@@ -12,10 +12,7 @@ def model_of(make_model):
     """Models by role. The student starts as the reference; the others differ from it and are surer of themselves."""
 
     def make(role):
-        seed, sharpness = MODELS[role]
-        model = make_model(seed)
-        model.lm_head.weight.data *= sharpness
-        return model
+        return role_model(make_model, role)
 
     return make
 
@@ -23,13 +20,7 @@ def model_of(make_model):
 @pytest.fixture(scope="session")
 def rows(pairs):
     """The pairs, with what a teacher and a student might have answered; some of it was cut before its end."""
-    data = pairs
-    for name, numbers in NUMBERS.items():
-        data = data.add_column(name, numbers)
-    for n, name in enumerate(SAMPLED):
-        data = data.add_column(name, [pairs[(5 * i + 7 * n + 3) % 24][SIDES[n]] for i in range(24)])
-        data = data.add_column(f"{name}_ended", [(i + n) % 3 != 0 for i in range(24)])
-    return data
+    return with_responses(pairs)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,24 @@ NUMBERS = {"importance": [(i % 4) / 2 for i in range(24)], "gap": [0.3 * (i % 5)
 MODELS = {"student": (0, 2.0), "reference": (0, 2.0), "teacher": (5, 4.0), "teacher_reference": (6, 3.0)}
 
 
+def role_model(make_model, role):
+    seed, sharpness = MODELS[role]
+    model = make_model(seed)
+    model.lm_head.weight.data *= sharpness
+    return model
+
+
+def with_responses(pairs):
+    """The 24 pairs, with what a teacher and a student might have answered, and numbers that weigh them."""
+    data = pairs
+    for name, numbers in NUMBERS.items():
+        data = data.add_column(name, numbers)
+    for n, name in enumerate(SAMPLED):
+        data = data.add_column(name, [pairs[(5 * i + 7 * n + 3) % 24][SIDES[n]] for i in range(24)])
+        data = data.add_column(f"{name}_ended", [(i + n) % 3 != 0 for i in range(24)])
+    return data
+
+
 class Stores:
     """All signals that any method needs, as the command line extracts them, with top-k distributions."""
 

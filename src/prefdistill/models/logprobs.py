@@ -6,6 +6,7 @@ each tile is reduced before the next one is computed.
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prefdistill.models.backbone import backbone_of, causal_lm, model_inputs
+from prefdistill.models.sharded import gathers_its_weights, head_without_hooks, whole_shape
 
 # Logits in memory at once, as float32 numbers. On a CPU about as many as its caches hold (8 MiB was the fastest of
 # 2..128 MiB), elsewhere enough rows for the matrix product to run at full speed (256 MiB). In training every tile adds
@@ -193,7 +195,7 @@ def sum_by_response(per_state: Tensor, sizes: Tensor) -> Tensor:
 
 def vocabulary_rows(model: nn.Module) -> int:
     """Return the rows of a model's head, padding of the vocabulary included."""
-    return causal_lm(model).get_output_embeddings().weight.shape[0]
+    return whole_shape(causal_lm(model).get_output_embeddings().weight)[0]
 
 
 def reduce_logits(
@@ -210,7 +212,7 @@ def reduce_logits(
     The model is called as a whole, so wrappers (data parallel, PEFT) work; only its forward is replaced for the call.
     The new forward runs the backbone, then the model's *own* code from the last hidden state to the logits (with its
     soft-capping and scaling) tile by tile. With gradients, the first tiles stay in memory and the logits of the others
-    are recomputed in backward.
+    are recomputed in backward. Where the weights are sharded, those of the head are gathered once for all tiles.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
@@ -228,9 +230,11 @@ def reduce_logits(
     """
     lm = causal_lm(model)
     own_forward = type(lm).forward
-    backbone = backbone_of(lm)
+    backbone, head = backbone_of(lm), lm.get_output_embeddings()
+    gathers = gathers_its_weights(head)
     routed = {"output_router_logits": True} if balance else {}
-    columns = vocabulary_rows(lm) if emittable is None else int(emittable.sum())
+    rows = vocabulary_rows(lm)
+    columns = rows if emittable is None else int(emittable.sum())
     gaps = emittable is not None and not bool(emittable[:columns].all())
 
     def own_outputs(hidden: Tensor, outputs: Any, **inputs: Any) -> Any:
@@ -244,7 +248,7 @@ def reduce_logits(
             called = True
             return constant
 
-        with _forward(backbone, hidden_states):
+        with _forward(backbone, hidden_states), head_without_hooks(lm) if gathers else nullcontext():
             outputs_of_head = own_forward(lm, input_ids=ids, use_cache=False, **inputs)
         if not called:  # then the logits are not of these hidden states
             raise TypeError(f"{type(lm).__name__} does not run the backbone that it names")
@@ -265,18 +269,26 @@ def reduce_logits(
         def reduced(hidden: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
             return reduce(logits_of(hidden, slim), *slices)
 
-        training = torch.is_grad_enabled()
-        elements = TRAINING_TILE_ELEMENTS if training else TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["other"])
-        size = tile or max(1, elements // vocabulary_rows(lm))
-        stored = STORED_ELEMENTS // (size * vocabulary_rows(lm)) if training else len(hidden)
-        recomputed = functools.partial(checkpoint, reduced, use_reentrant=False)
-        tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
-        results = [(reduced if i < stored else recomputed)(*slices) for i, slices in enumerate(tiles)]
-        reductions = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-        if not balance:
-            return reductions
-        counts = batch.get("occurrences", batch.get("attention_mask"))
-        return *reductions, own_outputs(last[:1], outputs, attention_mask=counts, **routed).aux_loss
+        def all_tiles(hidden: Tensor) -> tuple[Tensor, ...]:
+            training = torch.is_grad_enabled()
+            device = hidden.device.type
+            elements = TRAINING_TILE_ELEMENTS if training else TILE_ELEMENTS.get(device, TILE_ELEMENTS["other"])
+            size = tile or max(1, elements // rows)
+            stored = STORED_ELEMENTS // (size * rows) if training else len(hidden)
+            recomputed = functools.partial(checkpoint, reduced, use_reentrant=False)
+            tiles = zip(*(x.split(size) for x in (hidden, *per_state)), strict=True)
+            results = [(reduced if i < stored else recomputed)(*slices) for i, slices in enumerate(tiles)]
+            reductions = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+            if not balance:
+                return reductions
+            counts = batch.get("occurrences", batch.get("attention_mask"))
+            return *reductions, own_outputs(last[:1], outputs, attention_mask=counts, **routed).aux_loss
+
+        if not gathers:
+            return all_tiles(hidden)
+        with _forward(head, all_tiles):  # one call of the head, so its hooks gather its weights once
+            results: tuple[Tensor, ...] = head(hidden)
+        return results
 
     with _forward(lm, forward):
         return model(**model_inputs(batch, model))

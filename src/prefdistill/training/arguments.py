@@ -12,6 +12,7 @@ from transformers.utils import is_liger_kernel_available
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Options, Section, validate
 from prefdistill.core.processes import processes
+from prefdistill.training.engines import check_engine, device_arguments
 from prefdistill.training.options import Training, argument_problems
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def training_arguments(
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "bf16": training.autocast,
-        "use_cpu": not accelerator,  # transformers refuses bf16 on a CPU otherwise
+        **device_arguments(accelerator),
         "gradient_checkpointing": training.gradient_checkpointing,
         "logging_steps": training.logging_steps,
         "save_steps": training.save_steps,
@@ -97,6 +98,7 @@ def training_arguments(
     _check_numbers(kind, training.arguments)
     try:
         arguments = kind(output_dir=str(out), **options)
+        check_engine(arguments)
         _check_late_arguments(arguments)
         _try_optimizer(arguments)
         _try_trackers(arguments)

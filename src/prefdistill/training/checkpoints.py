@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.files import first_lost, read_sealed, sizes, sync, write_sealed
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.core.stages import checkpoints_in
+from prefdistill.training.engines import DDP
 
 WHOLE = "whole.json"  # written last, with the size of each file: all parts of the checkpoint are on disk
 
@@ -39,6 +41,26 @@ def _first_damaged_file(checkpoint: Path) -> str | None:
     return first_lost(written_sizes, sizes(checkpoint))
 
 
+def check_engine_of(checkpoint: Path, engine: str) -> None:
+    """Check that a checkpoint was written by the engine that is to resume from it.
+
+    Raises:
+        UserError: if it was another one, or DeepSpeed on another number of processes: each has its part of the state.
+    """
+    mark, team = read_sealed(checkpoint / WHOLE) or {}, processes().num_processes
+    written, count = mark.get("engine", DDP), mark.get("processes", team)
+    delete = "or delete it to train anew"
+    if written != engine:
+        raise UserError(
+            f"{checkpoint} is of a training under {written}, this one is under {engine}; change it, {delete}"
+        )
+    if engine.startswith("zero") and count != team:
+        raise UserError(
+            f"{checkpoint} is of {count} processes under DeepSpeed: {count} can resume from it, {team} cannot; launch "
+            f"{count}, {delete}"
+        )
+
+
 def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
@@ -47,11 +69,11 @@ class SealCheckpoints(TrainerCallback):
     """Mark a checkpoint as complete when all of it is on disk, and only then remove old ones.
 
     Keeps the newest one, or `save_total_limit` of them. That option is taken from the Trainer, which would remove old
-    checkpoints before the new one is synced.
+    checkpoints before the new one is synced. The mark names the engine and the number of processes that wrote it.
     """
 
-    def __init__(self) -> None:
-        self.limit = 1
+    def __init__(self, engine: str = DDP) -> None:
+        self.limit, self.engine = 1, engine
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,7 +88,8 @@ class SealCheckpoints(TrainerCallback):
             return
         (checkpoint / WHOLE).unlink(missing_ok=True)  # the last step of an epoch may be saved twice
         sync(checkpoint)
-        write_sealed(checkpoint / WHOLE, {"files": sizes(checkpoint)})
+        mark = {"files": sizes(checkpoint), "engine": self.engine, "processes": team.num_processes}
+        write_sealed(checkpoint / WHOLE, mark)
         sync(directory, below=False)
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint)
         for path in sorted(checkpoints_in(directory), key=_step)[: -self.limit]:

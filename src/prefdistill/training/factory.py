@@ -13,6 +13,7 @@ from prefdistill.data.truncation import Truncation
 from prefdistill.methods import Method
 from prefdistill.signals.store import Signals
 from prefdistill.training.arguments import adapter_config, training_arguments
+from prefdistill.training.engines import check_trainable, load_whole_models, with_sharding
 from prefdistill.training.nan_guard import with_nan_guard
 from prefdistill.training.row_means import with_row_means
 from prefdistill.training.trainer import PrefDistillTrainer
@@ -60,11 +61,13 @@ def make_trainer(
         UserError: as `PrefDistillTrainer` does.
     """
     data_seed = seed if data_seed is None else data_seed
+    args = training_arguments(training, out / CHECKPOINTS, seed=seed, data_seed=data_seed)
+    load_whole_models()
     with _trainer_errors():
         return PrefDistillTrainer(
-            model=_plain(load()),
+            model=_plain(load(), args),
             method=method,
-            args=training_arguments(training, out / CHECKPOINTS, seed=seed, data_seed=data_seed),
+            args=args,
             train_dataset=pairs,
             signals=signals,
             processing_class=tokenizer,
@@ -98,19 +101,21 @@ def trl_trainer(
     args = training_arguments(
         training, out / CHECKPOINTS, seed=seed, data_seed=data_seed, kind=config_class, **arguments
     )
+    load_whole_models()
     with _trainer_errors():
-        loaded = {name: model and _plain(model) for name, model in models().items()}
-        return with_nan_guard(with_row_means(trainer_class))(
+        loaded = {name: model and _plain(model, args) for name, model in models().items()}
+        return with_nan_guard(with_row_means(with_sharding(trainer_class)))(
             **loaded, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter_config(training)
         )
 
 
-def _plain(model: Any) -> Any:
-    """Return the model if it has no unmerged adapter, whose base would not be trained.
+def _plain(model: Any, args: Any) -> Any:
+    """Return the model if it has no unmerged adapter, whose base would not be trained, and the engine can shard it.
 
     Raises:
-        UserError: if it has.
+        UserError: if not.
     """
+    check_trainable(model, args)
     if hasattr(model, "peft_config"):
         raise UserError(
             "a training cannot start from an adapter that is not merged into its base; train in dtype=float32, or save "

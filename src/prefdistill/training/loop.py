@@ -20,7 +20,9 @@ from prefdistill.core.stages import READING
 from prefdistill.data.encode import highest_token_id
 from prefdistill.data.truncation import Reading
 from prefdistill.models.vocabulary import check_ids
-from prefdistill.training.checkpoints import SealCheckpoints, last_checkpoint
+from prefdistill.training.checkpoints import SealCheckpoints, check_engine_of, last_checkpoint
+from prefdistill.training.engines import engine_of
+from prefdistill.training.gather import load_weights
 from prefdistill.training.nan_guard import check_weights
 from prefdistill.training.saved import save
 
@@ -43,23 +45,24 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
 
     check_ids(highest_token_id(trainer.train_dataset), trainer.model, trainer.processing_class)
     reading = reading or getattr(trainer, "reading", None)
-    last = last_checkpoint(Path(str(trainer.args.output_dir)))
+    last, engine = last_checkpoint(Path(str(trainer.args.output_dir))), engine_of(trainer)
     if reading is not None:
         _note_reading(reading, out, trainer, last)
     if last is not None:
+        check_engine_of(last, engine)
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             say(f"{what}: already trained, only saving")
             if trainer.is_world_process_zero():  # its last line may be incomplete
                 write_jsonl(out / "metrics.jsonl", [_resumable_logs(logs) for logs in state.log_history])
-            _load_weights(trainer.model, last)
+            load_weights(trainer.model, last, engine)
             _save(trainer, out, verify)
             return
         say(f"{what}: resuming from step {state.global_step}")
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
-    trainer.add_callback(SealCheckpoints())
+    trainer.add_callback(SealCheckpoints(engine))
     trainer.add_callback(stop)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -85,13 +88,6 @@ def _note_reading(reading: Reading, out: Path, trainer: Trainer, last: Path | No
         )
     if trainer.is_world_process_zero():
         write_json(file, reading.to_json())
-
-
-def _load_weights(model: Any, checkpoint: Path) -> None:
-    if hasattr(model, "peft_config"):
-        model.load_adapter(str(checkpoint), adapter_name="default")
-    else:
-        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
 
 def _save(trainer: Trainer, out: Path, verify: bool) -> None:

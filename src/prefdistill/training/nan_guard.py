@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from prefdistill.core.errors import UserError
+from prefdistill.models.sharded import local_part
 
 
 class NotFinite(UserError):
@@ -27,10 +29,12 @@ def check_loss(loss: Tensor, step: int, where: str) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise NotFinite if a weight is not finite: no loss is computed after the last step of a training."""
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            raise NotFinite(f"the trained weights are not finite, the first of them {name}: {TRY}")
+    """Raise NotFinite, on every process, if a weight is not finite: no loss is computed after the last step."""
+    parts = ((name, local_part(weight)) for name, weight in model.named_parameters())
+    damaged = [name for name, part in parts if part.is_floating_point() and not bool(torch.isfinite(part).all())]
+    names = gather_object(damaged[:1])  # each process looks at its part
+    if names:
+        raise NotFinite(f"the trained weights are not finite, the first of them {names[0]}: {TRY}")
 
 
 def with_nan_guard(trainer_class: type[Any]) -> type[Any]:

@@ -16,6 +16,9 @@ from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_ada
 from prefdistill.models.backbone import causal_lm
 from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base, gguf_parts
 from prefdistill.models.load import keep_packing
+from prefdistill.models.sharded import is_sharded, plain_class
+from prefdistill.training.engines import load_whole_models
+from prefdistill.training.gather import gathered_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,24 +48,33 @@ def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer: Any = trainer.processing_class
-    if verify and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        say("note: what is saved is not verified, because the weights are spread over several processes")
-        verify = False
-    verify = verify and trainer.is_world_process_zero()
-    rows = _rows(trainer.train_dataset, tokenizer) if verify else []
-    trained = _logits(model, rows)
-    set_generation_config(model, tokenizer)
-    adapted, kind, dtype = hasattr(model, "peft_config"), type(causal_lm(model)), model.dtype
+    main, sharded = trainer.is_world_process_zero(), is_sharded(model)
+    rows = _rows(trainer.train_dataset, tokenizer) if verify and (main or sharded) else []
+    # the weights of a sharded model are gathered by all processes together
+    trained = _logits(trainer.model_wrapped if sharded else model, rows)
+    load_whole_models()
+    verify = verify and main
+    adapted, kind, dtype = hasattr(model, "peft_config"), plain_class(causal_lm(model)), model.dtype
     quantised = bool(getattr(model, "is_quantized", False))
-    trainer.save_model(str(out / ADAPTER if adapted else out))
+    place = out / ADAPTER if adapted else out
+    if sharded:
+        model = gathered_model(trainer)
+        if main:
+            set_generation_config(model, tokenizer)
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+    else:
+        set_generation_config(model, tokenizer)
+        trainer.save_model(str(place))
     (out / ARGUMENTS).unlink(missing_ok=True)
     loaders = [(out, _loader(kind, out))]
-    if adapted and trainer.is_world_process_zero():
+    if adapted and main:
         (out / ADAPTER / ARGUMENTS).unlink(missing_ok=True)
         if _save_merged(model, tokenizer, out):  # a model from random weights has no name
             loaders.append((out / ADAPTER, _adapter_loader(kind, out / ADAPTER, "auto" if quantised else dtype)))
-    # products of quantised weights may be made in bfloat16
-    rounding = TOLERANCE[torch.bfloat16] if quantised else _tolerance(dtype)
+    # products of quantised weights may be made in bfloat16; DeepSpeed gathers weights in it where it autocasts
+    narrow = quantised or (sharded and trainer.is_deepspeed_enabled and trainer.args.bf16)
+    rounding = TOLERANCE[torch.bfloat16] if narrow else _tolerance(dtype)
     problem = [_difference(loaders, rows, trained, rounding) if verify else ""]
     broadcast_object_list(problem)
     if problem[0]:
@@ -149,14 +161,15 @@ def _rows(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> list[list
 
 @torch.no_grad()
 def _logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Return the logits of each row, without autocast."""
+    """Return the logits of each row, without autocast but DeepSpeed's."""
     if not rows:
         return []
-    forward = getattr(model, "_original_forward", model.forward)  # accelerate's autocast is around the other one
+    device = next(model.parameters()).device
+    # accelerate's autocast is around the other one; the hooks of a sharded model are around its call
+    forward = model if is_sharded(model) else getattr(model, "_original_forward", model.forward)
     with _evaluating(model):
         return [
-            forward(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits.float().cpu()
-            for row in rows
+            forward(input_ids=torch.tensor([row], device=device), use_cache=False).logits.float().cpu() for row in rows
         ]
 
 

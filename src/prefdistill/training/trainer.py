@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say, say_once
@@ -20,6 +20,7 @@ from prefdistill.models.logprobs import emittable_ids, vocabulary_rows
 from prefdistill.models.positions import check_positions
 from prefdistill.signals.live import LiveTeacher, bind_live
 from prefdistill.signals.store import Signals
+from prefdistill.training.engines import ShardingTrainer, check_engine
 from prefdistill.training.gradient import LEAST, gradient_share
 from prefdistill.training.nan_guard import check_loss
 from prefdistill.training.rows import SignalCollator, feature_tensors, prepare_rows
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 REFERENCE_GAP = 0.05
 
 
-class PrefDistillTrainer(Trainer):
+class PrefDistillTrainer(ShardingTrainer):
     """A `transformers.Trainer` for any method of `METHODS`. Only the student is in memory.
 
     Args:
@@ -89,6 +90,7 @@ class PrefDistillTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process: start one for each with `accelerate launch`, or show "
                 "it one with CUDA_VISIBLE_DEVICES=0"
             )
+        check_engine(args)
         student: nn.Module = load_model(model, dtype="float32") if isinstance(model, str) else model
         disable_dropout(student)
         self.method = method
@@ -175,7 +177,7 @@ class PrefDistillTrainer(Trainer):
             metrics = {**metrics, "aux_loss": student.balance.detach()}
         check_loss(loss, self.state.global_step + 1, f"rows {row_features['row']} of the data")
         if num_items_in_batch is not None:
-            weight = rows / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
+            weight = rows / num_items_in_batch * self.accelerator.num_processes  # every engine takes the mean
             loss = loss * weight
             for name, value in metrics.items():
                 self._sums[name].append(value * weight)

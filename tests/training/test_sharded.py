@@ -1,0 +1,236 @@
+"""Training with weights that are spread over processes follows the trajectory of one process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.files import write_jsonl
+from prefdistill.data.load import load_pairs
+from prefdistill.methods import METHODS
+from prefdistill.signals import extract_signals
+from prefdistill.training.factory import check_training
+from prefdistill.training.options import Training
+from support.methods import MODELS, NUMBERS, SAMPLED, SIDES, Stores, with_responses
+from support.train_sharded import OPTIONS, train
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "tests" / "support" / "train_sharded.py"
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ENGINES = {
+    "fsdp2": FSDP2,
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(REPOSITORY / "configs" / f"zero{stage}.json"),
+            "DS_ACCELERATOR": "cpu",
+        }
+        for stage in (2, 3)
+    },
+}
+NARROW = {"gradient_checkpointing": True, "bf16": True}
+LORA = {"lora": {"r": 4}}
+LOGGED = ("loss", "grad_norm", "rewards/margins", "kl/chosen")
+
+
+@pytest.fixture
+def start(tmp_path, make_model, pairs, tokenizer):
+    """A directory with a model and pairs."""
+    for name, tied in (("model", False), ("tied", True)):
+        make_model(tie_word_embeddings=tied).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    write_jsonl(tmp_path / "pairs.jsonl", list(with_responses(pairs)))
+    return tmp_path
+
+
+@pytest.fixture
+def with_two_stores(start, make_model, tokenizer):
+    """The directory with signals for TVKD and DCKD."""
+    rows, signals = load_pairs(str(start / "pairs.jsonl")), start / "signals"
+    extract_signals(make_model(5), rows, tokenizer, ("values", "topk"), signals / "teacher", k=7)
+    extract_signals(make_model(), rows, tokenizer, ("logps",), signals / "reference", role="reference")
+    return start
+
+
+def launch(start, trainings, variables, processes=2):
+    """Run trainings on several processes; return the results of each process and what they said."""
+    out = start / "sharded"
+    out.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+            *(str(SCRIPT), str(start), str(out), json.dumps(trainings)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"results-{rank}.json").read_text()) for rank in range(processes)], done.stderr
+
+
+def skip_without(engine):
+    if engine != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip('DeepSpeed is not installed: pip install "prefdistill[deepspeed]"')
+
+
+def check_trajectory(one, other, tolerance=2e-5):
+    """The logged numbers of each step agree."""
+    steps = [[entry for entry in run["history"] if "loss" in entry] for run in (one, other)]
+    assert len(steps[0]) == len(steps[1]) == 4
+    for name in LOGGED:
+        if name in steps[0][0]:
+            first, second = ([entry[name] for entry in log] for log in steps)
+            assert len(set(first)) == 4
+            np.testing.assert_allclose(first, second, atol=tolerance, err_msg=name)
+
+
+def check_saved(one: Path, other: Path, tolerance=2e-4):
+    """Both directories load in transformers and give the same logits."""
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        models = [AutoModelForCausalLM.from_pretrained(place, dtype="auto") for place in (one, other)]
+        expected, actual = (model(input_ids=ids).logits for model in models)
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    assert type(models[1]).__name__ == "LlamaForCausalLM" == models[1].config.architectures[0]
+    torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.std()), rtol=0)
+
+
+def test_fsdp2_follows_one_process_and_resumes(with_two_stores):
+    """All weights, interrupted by Ctrl-C after two of four steps; tied embeddings, bf16 and gradient checkpointing;
+    a LoRA."""
+    start = with_two_stores
+    trainings = {
+        "stopped": {"method": "tvkd", "out": "tvkd", "stop_after": 2},
+        "tvkd": {"method": "tvkd"},
+        "dckd": {"method": "dckd", "model": "tied", "stores": ["teacher"], **NARROW},
+        "lora": {"method": "vanillakd", **LORA},
+    }
+    results, said = launch(start, trainings, FSDP2)
+    one = {name: train(start, start / name, **trainings[name]) for name in ("tvkd", "dckd", "lora")}
+    assert said.count("here the weights are sharded by FSDP2") == 1
+    assert said.count("tvkd: resuming from step 2") == 2
+    assert not [line for line in said.splitlines() if "differ by" in line and "lora" not in line]  # what is saved
+    for name, run in one.items():
+        parts = [result[name] for result in results]
+        assert (run["engine"], run["sharded"]) == ("ddp", False)
+        for part in parts:
+            assert (part["engine"], part["sharded"], part["kinds"]) == ("fsdp2", True, ["DTensor"])
+            assert part["local"] < 0.6 * run["local"]
+        assert sum(part["local"] for part in parts) == run["local"]
+        check_trajectory(run, parts[0])
+        check_saved(start / name, start / "sharded" / name)
+    assert (start / "sharded" / "lora" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP1 is asked for; set fsdp_version: 2"):
+        check_training(Training())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_training(Training())
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(UserError, match="set fsdp_cpu_ram_efficient_loading: false"):
+        check_training(Training())
+
+
+KINDS = {
+    "tied": {"method": "sft", "model": "tied", "stores": []},
+    "checkpointing": {"method": "tvkd", "gradient_checkpointing": True},
+    "bf16": {"method": "tvkd", "bf16": True},
+    "lora": {"method": "tvkd", **LORA},
+    "lora-bf16-checkpointing": {"method": "dckd", **LORA, **NARROW},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_method_under_every_engine(engine, start, make_model, tokenizer):
+    """All weights of every method, and what else TVKD's student can be trained with; each interrupted and resumed."""
+    skip_without(engine)
+    rows = load_pairs(str(start / "pairs.jsonl"), responses=(*SIDES, *SAMPLED), reads=tuple(NUMBERS))
+    Stores(start / "signals", lambda role: make_model(MODELS[role][0]), rows, tokenizer)(k=7)
+    trainings = {name: {"method": name} for name in METHODS} | KINDS
+    stopped = {f"stopped-{name}": {**options, "out": name, "stop_after": 2} for name, options in trainings.items()}
+    results, said = launch(start, stopped | trainings, ENGINES[engine])
+    assert said.count("resuming from step 2") == 2 * len(trainings)
+    for name, settings in trainings.items():
+        run = train(start, start / name, **settings)
+        assert results[0][name]["engine"] == engine
+        assert results[0][name]["sharded"] == (engine != "zero2")
+        if engine == "fsdp2":
+            assert results[0][name]["local"] + results[1][name]["local"] == run["local"]
+        check_trajectory(run, results[0][name])
+        check_saved(start / name, start / "sharded" / name)
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_on_another_number_of_processes(with_two_stores):
+    start = with_two_stores
+    launch(start, {"tvkd": {"method": "tvkd", "stop_after": 2}}, FSDP2)
+    results, _ = launch(start, {"tvkd": {"method": "tvkd"}}, FSDP2, processes=3)
+    check_trajectory(train(start, start / "tvkd", "tvkd"), results[0]["tvkd"])
+    check_saved(start / "tvkd", start / "sharded" / "tvkd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_the_trainers_of_trl_under_every_engine(verb, engine, start):
+    """The same command on two processes and on one: the logs of the steps and the saved model."""
+    skip_without(engine)
+    options = [f"{name}={value}" for name, value in {**OPTIONS, "save_steps": 2}.items()]
+    call = ["prefdistill", verb, "--model", "model", "--data", "pairs.jsonl", *options, "--out"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    for prefix, out, variables in (([], "one", {}), (torchrun, "two", ENGINES[engine])):
+        done = subprocess.run(
+            [sys.executable, "-m", *prefix, *call, out],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            cwd=start,
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert ("here the weights are sharded by FSDP2" in done.stderr) == (engine == "fsdp2")
+    one, two = (
+        {"history": [json.loads(line) for line in (start / out / "metrics.jsonl").read_text().splitlines()]}
+        for out in ("one", "two")
+    )
+    check_trajectory(one, two)
+    check_saved(start / "one", start / "two")
+
+
+CONFIGS = {path.stem: path for path in (REPOSITORY / "configs").glob("*.yaml") if path.stem != "skypilot"}
+EXPECTED = {
+    "one-gpu": ("NO", 1, 1),
+    "fsdp2": ("FSDP", 8, 1),
+    "fsdp2-two-nodes": ("FSDP", 16, 2),
+    "zero2": ("DEEPSPEED", 8, 1),
+    "zero3": ("DEEPSPEED", 8, 1),
+}
+
+
+def test_configs_are_what_their_names_say():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert CONFIGS.keys() == EXPECTED.keys()
+    for name, path in CONFIGS.items():
+        config = load_config_from_file(str(path))
+        found = (config.distributed_type.value, config.num_processes, config.num_machines)
+        assert found == EXPECTED[name], name
+        if name.startswith("fsdp2"):
+            assert config.fsdp_config["fsdp_version"] == 2
+            assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+        if name.startswith("zero"):
+            file = REPOSITORY / config.deepspeed_config["deepspeed_config_file"]
+            assert json.loads(file.read_text())["zero_optimization"]["stage"] == int(name[-1])
