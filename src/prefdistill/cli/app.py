@@ -2,10 +2,7 @@
 
 import errno
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any
@@ -19,6 +16,7 @@ from prefdistill.cli.output import main_process
 from prefdistill.cli.verbs import GROUPS, ON_SEVERAL, VERBS
 from prefdistill.core.errors import UserError
 from prefdistill.core.processes import require_one_process
+from prefdistill.core.progress import quiet_libraries
 from prefdistill.core.text import printable, surrogate
 
 # Some typers carry their own click: this is the error of a bad command line in either.
@@ -94,7 +92,7 @@ def call(arguments: list[str]) -> int:
 
 def run(parsed: Call) -> int:
     """Run a verb and return its exit status."""
-    _quiet()
+    quiet_libraries()
     try:
         with redirect_stdout(sys.stderr) if parsed.as_json else nullcontext():
             options = parsed.options()
@@ -139,14 +137,3 @@ def _fail(message: str, status: int, debug: bool = False) -> int:
     lines = map(printable, message.split("\n"))  # names and text of files may hold control characters
     print("prefdistill:", "\n".join(lines), file=sys.stderr)
     return status
-
-
-def _quiet() -> None:
-    """Silence warnings that libraries address to their own developers, and progress bars in a log file."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        for library in ("HF_DATASETS", "HF_HUB"):
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a CPU does not have

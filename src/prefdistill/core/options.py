@@ -28,7 +28,9 @@ NOT_IN_KEY = "not in the cache key"  # it changes no result, or it is a name who
 NO_FLAG = "not on the command line"
 REPEATED = "one value per flag"  # `--signals A --signals B`; other lists are comma-separated
 # In pydantic's path to a value, but no key: the member of a union.
-UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|dict\[.*\]|str|int|float|bool|FromModel|Options")
+UNION_MEMBER = re.compile(
+    r"constrained-\w+|literal\[.*\]|list\[.*\]|dict\[.*\]|str|int|float|bool|FromModel|Options|Processes"
+)
 
 
 @dataclass(frozen=True)

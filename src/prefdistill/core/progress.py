@@ -1,7 +1,11 @@
 """Progress on stderr: a bar in a terminal, a line per minute in a log."""
 
+import logging
+import os
 import sys
 import time
+import warnings
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -62,3 +66,24 @@ def say_once(text: str) -> None:
     if text not in _SAID:
         _SAID.add(text)
         say(text)
+
+
+def said_once() -> list[str]:
+    """Return the lines that `say_once` has printed."""
+    return sorted(_SAID)
+
+
+def not_again(lines: Iterable[str]) -> None:
+    """Keep `say_once` from printing these lines, which another process of the same run has printed."""
+    _SAID.update(lines)
+
+
+def quiet_libraries() -> None:
+    """Silence warnings that libraries address to their own developers, and progress bars in a log file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a CPU does not have

@@ -17,6 +17,7 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 
 REQUEST, DONE, CHECKPOINTS = "stage-request.json", "stage.json", "checkpoints"
+Make = Callable[[Path], int | None]  # may return the peak memory of other processes that did the work, in bytes
 READING = "reading.json"  # how the rows were read, written before the work begins
 
 
@@ -53,7 +54,7 @@ def run_stage(
     name: str,
     directory: Path,
     request: dict[str, Any],
-    make: Callable[[Path], None],
+    make: Make,
     *,
     replace: bool = False,
     pool: Path | None = None,
@@ -105,13 +106,14 @@ class StageArtifact(DirectoryArtifact):
     passing = (CHECKPOINTS,)
     seconds = 0.0  # of all attempts so far
 
-    def attempt(self, make: Callable[[Path], None], peak: PeakMemory) -> None:
+    def attempt(self, make: Make, peak: PeakMemory) -> None:
         """Call `make`, and count its time and memory."""
         spent = (self.read_note() or {}).get("seconds", 0.0)
         start = time.monotonic()
         try:
             with peak:
-                make(self.place)
+                elsewhere = make(self.place)
+            peak.bytes = elsewhere or peak.bytes
         finally:
             self.seconds = round(spent + time.monotonic() - start, 3)
 

@@ -4,6 +4,7 @@ import reprlib
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say, say_once
@@ -14,6 +15,7 @@ from prefdistill.data.synthetic import build_tokenizer
 from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import check_prompts
 from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.launch.options import Launch, launcher_of
 from prefdistill.experiment.needs import of_own_tokens, reference_bf16
 from prefdistill.experiment.plan import Plan
 from prefdistill.experiment.recipe import Recipe
@@ -29,6 +31,7 @@ from prefdistill.models.token_map import token_bytes
 from prefdistill.sampling import ENGINES
 from prefdistill.sampling.options import SampleRequest
 from prefdistill.signals.join import ACROSS, INSTEAD, ONE_VOCABULARY
+from prefdistill.training.arguments import split_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +55,7 @@ def check_plan(plan: Plan) -> None:
     if section := recipe.reward_model:
         _check_reward_model(plan, section)
     check_trainings(plan)
+    check_launch(recipe)
     for name, method in plan.methods.items():
         _check_method(plan, f"methods.{name}", method)
     if len(reference_bf16(recipe, plan.methods)) > 1:
@@ -109,6 +113,35 @@ def check_trainings(plan: Plan) -> None:
         check_trl_training(training)
     if recipe.reward_model and not recipe.reward_model.name:
         training_arguments(recipe.reward_model.training, plan.context.root, seed=0, data_seed=0, kind=RewardConfig)
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Check what starts the processes of a recipe's stages, and that their trainings fit it.
+
+    Raises:
+        UserError: if a configuration is not valid, there are fewer accelerators than processes, a batch cannot be split
+            between them, or the configuration sets another precision than a training.
+    """
+    for kind in Launch.model_fields:
+        launcher = launcher_of(recipe.launch, kind)
+        if launcher is None:
+            continue
+        devices = torch.accelerator.device_count()
+        if 0 < devices < launcher.processes:
+            raise UserError(f"launch.{kind}: {launcher} on a machine with {devices} accelerators; each needs its own")
+        precision = launcher.config.get("mixed_precision") or "no"
+        for key, _, training in recipe.trainings():
+            if kind not in key.split(".") and not (kind == "distill" and key.startswith("methods.")):
+                continue
+            try:
+                split_batch(training, launcher.processes)
+            except UserError as error:
+                raise UserError(f"{key}: {error} (launch.{kind}: {launcher})") from error
+            if precision != "no" and precision != ("bf16" if training.autocast else "no"):
+                raise UserError(
+                    f"launch.{kind}: {launcher} sets mixed_precision {precision}, and {key} trains with "
+                    f"bf16={str(training.autocast).lower()}; set training.bf16, or mixed_precision to 'no'"
+                )
 
 
 def check_models(recipe: Recipe, sources: Sources, *, fetch: bool = True) -> None:

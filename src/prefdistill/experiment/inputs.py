@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import value_digest
 from prefdistill.core.processes import processes
-from prefdistill.core.stages import empty_stage
+from prefdistill.core.stages import Make, empty_stage
 from prefdistill.data.fingerprint import data_fingerprint, demonstrations_fingerprint
 from prefdistill.data.load import first_rows, load_messages, load_pairs
 from prefdistill.experiment.recipe import Recipe
@@ -58,12 +58,12 @@ class Sources:
             self._loaded[key] = load(name, **options)
         return self._loaded[key]
 
-    def unchanged(self, names: Collection[str], make: Callable[[Path], None]) -> Callable[[Path], None]:
-        """Wrap the `make` of a step so that it raises ModelChanged, and leaves no output, if these models change."""
+    def unchanged(self, names: Collection[str], make: Make) -> Make:
+        """Wrap the work of a step so that it raises ModelChanged, and leaves no output, if these models change."""
 
-        def checked(out: Path) -> None:
+        def checked(out: Path) -> int | None:
             self.check(names)
-            make(out)
+            peak_memory = make(out)
             processes().wait_for_everyone()
             try:
                 self.check(names)
@@ -71,6 +71,7 @@ class Sources:
                 if processes().is_main_process:
                     empty_stage(out)
                 raise
+            return peak_memory
 
         return checked
 

@@ -25,6 +25,7 @@ from prefdistill.core.progress import say_once
 from prefdistill.core.yaml import as_yaml, read_yaml
 from prefdistill.data.options import Data
 from prefdistill.evaluation.options import Evaluation, RewardModelOptions
+from prefdistill.experiment.launch.options import Launch
 from prefdistill.experiment.roles import START, TEACHER, Control, Headline, check_roles, refuse_flag
 from prefdistill.methods import METHODS, make_method
 from prefdistill.models.options import Models
@@ -112,6 +113,9 @@ class Recipe(Section):
     reward_model: RewardModelOptions | None = Field(None, description="Scores the responses to held-out prompts.")
     methods: dict[str, MethodRun] = Field(description="The methods by name.")
     evaluate: Evaluation = Field(Evaluation(), description="What is measured besides pair accuracies.")
+    launch: Annotated[Launch, NOT_IN_KEY] = Field(
+        Launch(), description="Kinds of stages that run on several processes, and what starts these."
+    )
     fast: Annotated[dict[str, Any], NOT_IN_KEY] = Field(
         default_factory=dict, description="Overrides of a quick run (--fast), by dotted key."
     )

@@ -96,7 +96,7 @@ def execute(
             compared = True
         while compared and to_compare:
             to_compare.pop(0).refresh()
-        make = sources.unchanged(step.models, step.make)
+        make = sources.unchanged(step.models, step.work)
         twin = None if step.draws else made.setdefault(step.key, step.directory)
         stage = run_stage(step.name, step.directory, step.request, make, replace=True, pool=pool, twin=twin)
         step.repair()

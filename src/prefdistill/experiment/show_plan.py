@@ -21,6 +21,7 @@ from prefdistill.experiment.check import check_models, check_plan
 from prefdistill.experiment.cost import WHOLE, Cost, Lengths, costs
 from prefdistill.experiment.hardware import Scale
 from prefdistill.experiment.inputs import Sources
+from prefdistill.experiment.launch.options import launcher_of
 from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.scale import assumed_lengths, at_scale
@@ -99,7 +100,8 @@ def plan_recipe(recipe: Recipe, out: Path, scale: Scale | None = None) -> dict[s
     Returns:
         `{"recipe", "out", "steps": [...], "totals": {...}}`. A step has its name, kind, seed, role, method, order,
         round, the names of the steps and other inputs that it reads, rows, tokens, `exact` (False: upper bounds),
-        memory, disk and checkpoints in bytes, its directory, its key, and action, reason and changes.
+        memory, disk and checkpoints in bytes, its directory, `launch` (what starts its processes), its key, and action,
+        reason and changes.
 
     Raises:
         UserError: on what a run of the recipe would refuse.
@@ -166,6 +168,7 @@ def _entry(step: Step, cost: Cost, state: Status | None) -> dict[str, Any]:
         "after": [other.name for other in step.after],
         "inputs": [one.name for one in step.inputs],
         **{name: getattr(cost, name) for name in ("memory", "disk", "checkpoints", "rows", "tokens", "exact")},
+        "launch": str(launcher) if (launcher := launcher_of(step.context.recipe.launch, step.kind)) else None,
         "key": step.key if known else None,
         "action": state.action,
         "reason": state.reason,
@@ -259,6 +262,7 @@ def as_text(plan: dict[str, Any]) -> str:
     summary = [
         f"{totals['steps']} steps: {counts}",
         f"memory: at least {size(totals['memory'])} ({totals['memory_step']}), activations on top",
+        *(f"launch: {kind} on {launcher}" for kind, launcher in _launchers(steps).items()),
         f"disk: up to {size(totals['disk'])} in {plan['out']}, and up to {size(totals['checkpoints'])} for checkpoints",
     ]
     bounds = (
@@ -270,6 +274,11 @@ def as_text(plan: dict[str, Any]) -> str:
 
 def _name(step: dict[str, Any], several: bool) -> str:
     return f"seed-{step['seed']}/{step['name']}" if several else str(step["name"])
+
+
+def _launchers(steps: list[dict[str, Any]]) -> dict[str, str]:
+    """What starts the processes of the kinds of steps that run on several."""
+    return {step["kind"]: step["launch"] for step in steps if step["launch"]}
 
 
 def _cells(step: dict[str, Any], several: bool) -> tuple[str, ...]:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prefdistill.core.files import read_json
+from prefdistill.core.progress import said_once
 from prefdistill.core.stages import READING, stage_key
 from prefdistill.data.truncation import Truncation
+from prefdistill.experiment.launch.options import launcher_of
+from prefdistill.experiment.launch.start import launch
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
 from prefdistill.models.vocabulary import token_conflicts
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ModelRole = Literal["teacher", "teacher_reference", "student", "reward_model"]
+WORKER = "prefdistill.experiment.launch.worker"
 
 
 @dataclass
@@ -158,6 +162,31 @@ class Step:
     def make(self, out: Path) -> None:
         """Do the work, or resume it, in the directory `out`."""
         raise NotImplementedError
+
+    def work(self, out: Path) -> int | None:
+        """Have the work of `make` done: here, or in the processes that the recipe names for this kind of step.
+
+        Returns:
+            The peak memory of these processes, in bytes, of the one with the most; None for work that was done here.
+        """
+        launcher = launcher_of(self.context.recipe.launch, self.kind)
+        if launcher is None:
+            self.make(out)
+            return None
+        request = {
+            "recipe": self.context.recipe.model_dump(mode="json"),
+            "out": str(self.context.root.parent),
+            "seed": self.context.seed,
+            "step": self.name,
+            "rows": self.row_keys,
+            "said": said_once(),
+        }
+        return max(process["peak_memory"] for process in launch(WORKER, request, launcher))
+
+    @property
+    def row_keys(self) -> dict[str, str]:
+        """The keys of the user's data that the step reads, by name."""
+        return {one.name: one.key for one in self.inputs if isinstance(one, Rows) and one.made_by is None}
 
     def read(self) -> dict[str, Any]:
         """Return how a finished step has read its rows, for results.json: `Reading.to_json`, with the name of the data

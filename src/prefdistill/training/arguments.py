@@ -60,20 +60,14 @@ def training_arguments(
     unused = UNUSED_IN_TRL | ({} if kind.__name__ == "SFTConfig" else UNUSED_BUT_IN_SFT)
     if clashes := argument_problems(training.arguments, more, unused):
         raise UserError(*clashes, where="training arguments")
-    team = processes().num_processes
     accelerator = torch.accelerator.is_available()
-    micro = min(training.micro_batch_size, training.batch_size)
-    if training.batch_size % (micro * team):
-        raise UserError(
-            f"batch_size={training.batch_size} is not a multiple of micro_batch_size x processes = "
-            f"{micro} x {team}; change one of them"
-        )
+    micro, accumulation = split_batch(training, processes().num_processes)
     options: dict[str, Any] = {
         "learning_rate": training.learning_rate,
         "num_train_epochs": training.epochs,
         "max_steps": training.max_steps or -1,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": training.batch_size // (micro * team),
+        "gradient_accumulation_steps": accumulation,
         "warmup_steps": training.warmup,
         "lr_scheduler_type": training.schedule,
         "weight_decay": training.weight_decay,
@@ -105,6 +99,21 @@ def training_arguments(
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training arguments: {error}".splitlines()[0]) from error
     return arguments
+
+
+def split_batch(training: Training, processes: int) -> tuple[int, int]:
+    """Return the rows of a micro-batch, and how many of these a process accumulates for a step.
+
+    Raises:
+        UserError: if the batch size does not fit the number of processes.
+    """
+    micro = min(training.micro_batch_size, training.batch_size)
+    if training.batch_size % (micro * processes):
+        raise UserError(
+            f"batch_size={training.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{micro} x {processes}; change one of them"
+        )
+    return micro, training.batch_size // (micro * processes)
 
 
 def _check_numbers(kind: type[Any], arguments: Options) -> None:

@@ -52,13 +52,14 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
         check_engine_of(last, engine)
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            say(f"{what}: already trained, only saving")
             if trainer.is_world_process_zero():  # its last line may be incomplete
+                say(f"{what}: already trained, only saving")
                 write_jsonl(out / "metrics.jsonl", [_resumable_logs(logs) for logs in state.log_history])
             load_weights(trainer.model, last, engine)
             _save(trainer, out, verify)
             return
-        say(f"{what}: resuming from step {state.global_step}")
+        if trainer.is_world_process_zero():
+            say(f"{what}: resuming from step {state.global_step}")
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
@@ -73,6 +74,7 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
     finally:
         stop.restore()
     if stop.requested:
+        processes().wait_for_everyone()  # the launcher ends the others when one has ended, and one seals the checkpoint
         raise KeyboardInterrupt
     _save(trainer, out, verify)
 

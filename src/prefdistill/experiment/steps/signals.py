@@ -73,7 +73,7 @@ class Sample(Step):
             for path in self.directory.glob("responses.jsonl*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             vars(self).pop("rows", None)
-            self.make(self.directory)
+            self.work(self.directory)
 
     def read(self) -> dict[str, Any]:
         about = read_json(sidecar(self.directory / "responses.jsonl"))
@@ -155,13 +155,13 @@ class ReadSignals(Step):
     def repair(self) -> None:
         store = self.directory / "store"
         if not (store / "manifest.json").is_file():
-            self.make(self.directory)  # an earlier repair was interrupted
+            self.work(self.directory)  # an earlier repair was interrupted
         try:
             _ = self.store
         except DamagedSignals as error:
             say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
             remove_damaged(store)
-            self.make(self.directory)
+            self.work(self.directory)
 
     def refresh(self) -> None:
         tokenizer = self.reads_with.tokenizer
@@ -172,4 +172,4 @@ class ReadSignals(Step):
             say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
             shutil.rmtree(self.directory / "store")
             vars(self).pop("store", None)
-            self.make(self.directory)
+            self.work(self.directory)
