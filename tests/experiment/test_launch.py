@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import disk_full
+from prefdistill.core.files import disk_full, write_json
 from prefdistill.core.options import validate
 from prefdistill.experiment.launch.options import Launch, launcher_of
 from prefdistill.experiment.launch.outcome import error_of, error_record
-from prefdistill.experiment.launch.start import ProcessLost, launch
+from prefdistill.experiment.launch.start import ProcessLost, _failure, launch
 from prefdistill.training.nan_guard import NotFinite
 
 SUPPORT = Path(__file__).parents[1]
@@ -125,6 +125,23 @@ def test_processes_return_results_or_their_first_error(tmp_path, importable, cap
     assert "in process 1 of 2 processes:\nTraceback" in refused.value.__notes__[0]
     assert gone(tmp_path)
     assert capfd.readouterr() == ("", "")  # the launcher's own report is not shown
+
+
+def test_a_killed_process_is_named_and_not_the_lost_connection_of_another(tmp_path):
+    launcher, lost = launcher_of(TWO, "distill"), error_record(RuntimeError("connection reset by peer"))
+    write_json(tmp_path / "error-0.json", lost)
+    write_json(tmp_path / "launcher.json", {"statuses": {"0": 1, "1": -signal.SIGKILL}})
+    assert str(_failure(tmp_path, launcher)).startswith("process 1 of 2 processes was killed by SIGKILL")
+    write_json(tmp_path / "error-0.json", error_record(UserError("refused")))
+    assert str(_failure(tmp_path, launcher)) == "refused"
+    write_json(tmp_path / "error-0.json", lost)
+    write_json(tmp_path / "launcher.json", {"statuses": {"0": 1, "1": -signal.SIGTERM}})
+    assert str(_failure(tmp_path, launcher)) == "connection reset by peer"
+    (tmp_path / "error-0.json").unlink()
+    write_json(tmp_path / "launcher.json", {"statuses": {"1": 3}})
+    assert str(_failure(tmp_path, launcher)).startswith("process 1 of 2 processes ended with status 3;")
+    (tmp_path / "launcher.json").unlink()
+    assert str(_failure(tmp_path, launcher)).startswith("the launcher of 2 processes was killed")
 
 
 def test_a_killed_process_ends_the_others(tmp_path, importable):

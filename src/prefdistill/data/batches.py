@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prefdistill.data.columns import SIDES
 from prefdistill.models.backbone import DOCUMENT, attention_of, backbone_of, causal_lm, model_inputs
+from prefdistill.models.placement import input_device
 
 PADDING = -1
 # Cost of a floating-point operation of masked attention, relative to one of the rest of a model. 1.5 was measured on a
@@ -216,7 +217,7 @@ def layout_for(model: Any, longest: int | None = None) -> Layout:
     heads = config.num_attention_heads
     inner = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     body = sum(p.numel() for name, p in lm.named_parameters() if p.dim() > 1) - _embeddings(lm)
-    ratio = MASKED_ATTENTION.get(lm.device.type, MASKED_ATTENTION["other"])
+    ratio = MASKED_ATTENTION.get(input_device(lm).type, MASKED_ATTENTION["other"])
     return Layout("masked", ratio * 2 * config.num_hidden_layers * inner / max(1, body))
 
 
@@ -235,7 +236,7 @@ def _agrees(lm: Any, kind: Literal["masked", "packed"]) -> bool:
 
     def hidden(rows: list[list[Document]], packed: bool) -> Tensor:
         batch = make_batch(rows, pad_token_id=0, packed=packed)
-        batch = {name: x.to(lm.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        batch = {name: x.to(input_device(lm)) if isinstance(x, Tensor) else x for name, x in batch.items()}
         states = backbone_of(lm)(**model_inputs(batch, lm), use_cache=False).last_hidden_state
         return states.flatten(0, 1)[batch["states"]].float()
 

@@ -126,6 +126,11 @@ def check_launch(recipe: Recipe) -> None:
         launcher = launcher_of(recipe.launch, kind)
         if launcher is None:
             continue
+        if kind == "signals" and recipe.signals.device_map:
+            raise UserError(
+                f"signals.device_map={recipe.signals.device_map} spreads the teacher over the devices of one process: "
+                "leave it out, or launch.signals"
+            )
         devices = torch.accelerator.device_count()
         if 0 < devices < launcher.processes:
             raise UserError(f"launch.{kind}: {launcher} on a machine with {devices} accelerators; each needs its own")

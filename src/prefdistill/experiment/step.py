@@ -75,6 +75,10 @@ class Context:
         signals = self.recipe.signals
         return {"dtype": signals.dtype or default_dtype(role), "quantization": signals.quantization}
 
+    def placement(self, role: ModelRole) -> dict[str, Any]:
+        """Return where the weights of a model of this role lie while it is read: a student's on one device."""
+        return {} if role == "student" else self.recipe.signals.placement
+
 
 @dataclass(eq=False, kw_only=True)
 class Input:

@@ -94,8 +94,10 @@ def weights_digest(model: "PreTrainedModel", dtype: str | None = None) -> str:
     """Return the SHA-256 of every weight; those in the model's own dtype are cast to `dtype` first if it is given."""
     import torch
 
+    from prefdistill.models.placement import state_entries
+
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in state_entries(model):
         for part, tensor in _parts(key, value):
             if isinstance(tensor, torch.Tensor):
                 if dtype is not None and tensor.dtype == model.dtype:

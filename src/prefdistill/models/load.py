@@ -25,9 +25,12 @@ from prefdistill.models.hub import (
     loading_place,
     model_file,
 )
+from prefdistill.models.placement import check_placement, is_spread, report_placement
 from prefdistill.models.quantize import (
     QUANTIZATIONS,
     bitsandbytes_config,
+    keep_packing,
+    repacking,
     report_unquantized_experts,
     stored_quantization,
 )
@@ -37,35 +40,21 @@ WITH_LOADING_INFO: dict[str, Any] = {"output_loading_info": True, "ignore_mismat
 
 
 def ready(model: Any) -> "PreTrainedModel":
-    """Return the model in eval mode on the accelerator if there is one; a quantised model stays where it was loaded.
+    """Return the model in eval mode on the accelerator if there is one; a quantised model, and one that is spread over
+    several devices, stays where it was loaded.
 
     Raises:
         UserError: if bitsandbytes has repacked a 4-bit model.
     """
-    for module in _repacking(model):
+    for module in repacking(model):
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise UserError(
                 "this 4-bit model has been run on the CPU, which repacks its weights in a way that cannot be read "
                 "back; load it again and pass it before its first forward, or pass its name"
             )
     keep_packing(model)
-    return (model if getattr(model, "is_quantized", False) else model.to(default_device())).eval()
-
-
-def _repacking(model: Any) -> Iterator[Any]:
-    """Yield the 4-bit layers whose weights bitsandbytes repacks in their first forward on a CPU.
-
-    They are then made for products of single tokens: slower for whole batches, always in bf16, and reading the state
-    dict afterwards corrupts them (as of 0.50.2).
-    """
-    return (module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
-
-
-def keep_packing(model: Any) -> Any:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model; return the model."""
-    for module in _repacking(model):
-        module.support_avx512bf16_for_cpu = False
-    return model
+    stays = getattr(model, "is_quantized", False) or is_spread(model)
+    return (model if stays else model.to(default_device())).eval()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -118,7 +107,13 @@ def _has_file(name: str, file: str) -> bool:
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
 ) -> "PreTrainedModel":
     """Return the causal language model of a Hub name or directory.
 
@@ -133,12 +128,18 @@ def load_model(
             float32. In 8 bits a large activation changes how its whole batch is rounded, so the outputs for a sequence
             depend a little on the others in its batch.
         trust_remote_code: let the model's repository run its own code.
+        device_map, max_memory: of `Placement`: spread the layers over devices, main memory and disk.
 
     Raises:
         UserError: if there is no such model, it cannot be loaded as a causal language model, it is an adapter that is
-            not one of weights, or a package or hardware that its quantisation needs is missing.
+            not one of weights, a package or hardware that its quantisation needs is missing, or it cannot be spread.
     """
-    return _load_model(name, dtype, quantization, trust_remote_code)
+    check_placement(name, device_map)
+    model = _load_model(
+        name, dtype, quantization, trust_remote_code, placement={"device_map": device_map, "max_memory": max_memory}
+    )
+    report_placement(name, model)
+    return model
 
 
 def _load_model(
@@ -148,6 +149,7 @@ def _load_model(
     trust_remote_code: bool,
     revision: str | None = None,
     replaced: frozenset[str] = frozenset(),
+    placement: dict[str, Any] | None = None,
 ) -> "PreTrainedModel":
     """Load a model of a revision; the weights that an adapter replaces may be missing."""
     import torch
@@ -178,6 +180,8 @@ def _load_model(
             options["quantization_config"] = bitsandbytes_config(quantization, dtype)
         if gguf:
             options |= dequantizing_config()
+        if placement and placement["device_map"] is not None:
+            options |= placement
         check_adapter(name)
         if adapter_root(name) != name:
             load_base = functools.partial(
@@ -365,6 +369,11 @@ def load_error(what: str, name: str, error: Exception) -> Exception:
 
     if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or disk_full(error):
         return error
+    if isinstance(error, ValueError) and "offload_folder" in str(error):
+        return UserError(
+            f"{name} does not fit on the devices and in main memory, and its files cannot stand in for the rest: it is "
+            "not stored as safetensors, or transformers changes its weights while loading; raise max_memory"
+        )
     if isinstance(error, ImportError) and "gguf" in str(error):
         return UserError(f'{name} needs gguf: pip install "prefdistill[gguf]"')
     readable = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))

@@ -267,7 +267,8 @@ def reduce_logits(
         slim = type(outputs)(**{k: v for k, v in outputs.items() if k not in ("past_key_values", "router_logits")})
 
         def reduced(hidden: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
-            return reduce(logits_of(hidden, slim), *slices)
+            logits = logits_of(hidden, slim)
+            return reduce(logits, *(part.to(logits.device) for part in slices))  # the head may have its own device
 
         def all_tiles(hidden: Tensor) -> tuple[Tensor, ...]:
             training = torch.is_grad_enabled()

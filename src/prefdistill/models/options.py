@@ -1,5 +1,6 @@
 """Options of models: names, dtype, quantization, random models of a given shape."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
@@ -8,6 +9,7 @@ from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["4bit", "8bit"]
+SIZE = r"\d+(\.\d+)?\s*([KMGT]i?B)?"
 
 
 class Trust(Section):
@@ -66,6 +68,43 @@ class ReadWith(Form):
     def form(self) -> Form:
         """The part of these options that is the form."""
         return Form(**self.part(Form))
+
+
+class Placement(Section):
+    """Where the weights of a model lie that is only read, and larger than one device."""
+
+    device_map: Annotated[Literal["auto", "balanced", "balanced_low_0", "sequential"] | None, NOT_IN_KEY] = Field(
+        None,
+        description="Spread the layers over the devices of this machine, then main memory, then disk, as transformers "
+        "does under this name; default: the whole model on one device.",
+    )
+    max_memory: Annotated[dict[int | str, int | str], NOT_IN_KEY] = Field(
+        default_factory=dict,
+        description="With device_map: the most that weights take of each device, such as {0: 70GiB, cpu: 400GiB}; a "
+        "device that is left out takes none. Default: what is free.",
+    )
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Placement":
+        if self.max_memory and self.device_map is None:
+            raise ValueError("max_memory says how device_map spreads a model; set that too, such as device_map=auto")
+        for device, most in self.max_memory.items():
+            if not re.fullmatch(SIZE, str(most)) or not re.fullmatch(r"\d+|cpu|disk|mps", str(device)):
+                raise ValueError(
+                    f"max_memory {device}={most}: write the number of a device, or cpu, and a size such as 70GiB"
+                )
+        return self
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """These options as `load_model` takes them."""
+        return {
+            "device_map": self.device_map,
+            "max_memory": {
+                int(device) if str(device).isdigit() else device: int(most) if str(most).isdigit() else most
+                for device, most in self.max_memory.items()
+            },
+        }
 
 
 class QuantizedLoading(Loading):

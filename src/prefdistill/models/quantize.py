@@ -1,5 +1,6 @@
 """Quantised models: detect a checkpoint that is stored quantised, quantise others with bitsandbytes."""
 
+from collections.abc import Iterator
 from typing import Any, get_args
 
 from prefdistill.core.progress import say
@@ -45,3 +46,19 @@ def report_unquantized_experts(model: Any, name: str) -> None:
     if experts:
         weights, dtype = sum(p.numel() for p in experts), str(model.dtype).removeprefix("torch.")
         say(f"{name}: its experts ({weights:,} weights) stay in {dtype}: bitsandbytes quantises linear layers only")
+
+
+def repacking(model: Any) -> Iterator[Any]:
+    """Yield the 4-bit layers whose weights bitsandbytes repacks in their first forward on a CPU.
+
+    They are then made for products of single tokens: slower for whole batches, always in bf16, and reading the state
+    dict afterwards corrupts them (as of 0.50.2).
+    """
+    return (module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
+
+
+def keep_packing(model: Any) -> Any:
+    """Keep bitsandbytes from repacking the 4-bit weights of a model; return the model."""
+    for module in repacking(model):
+        module.support_avx512bf16_for_cpu = False
+    return model

@@ -15,6 +15,7 @@ from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
 from prefdistill.models.hub import adapter_settings, gguf_parts
 from prefdistill.models.load import load_model, ready
+from prefdistill.models.placement import input_device
 from prefdistill.models.positions import check_positions, learned_positions
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.sampling.options import SampleRequest, Sampling
@@ -32,6 +33,8 @@ class Engine(ABC):
         """
         if options.quantization is not None and not isinstance(model, str):
             raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
+        if options.device_map is not None and not isinstance(model, str):
+            raise UserError("device_map applies to a model that is loaded by name; leave it out for one in memory")
 
     @classmethod
     @abstractmethod
@@ -84,6 +87,7 @@ class TransformersEngine(Engine):
                 model,
                 dtype=options.dtype,
                 quantization=options.quantization,
+                **options.placement,
                 trust_remote_code=options.trust_remote_code,
             )
         return cls(ready(model), tokenizer, options)
@@ -99,14 +103,15 @@ class TransformersEngine(Engine):
         check_positions(max(widths, default=0), model, "prompts with their responses")
         positions = learned_positions(model)
         draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
-        devices = [model.device] if model.device.type == "cuda" else []
+        device = input_device(model)
+        devices = [device] if device.type == "cuda" else []
         with _neutral_generation_config(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for places in _batches(by_length, sampling.batch_size, prompt_of, prompts, limits, positions):
                 ids = [prompts[prompt_of[place]] for place in places]
                 batch = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
                 out = model.generate(
-                    **batch.to(model.device),
+                    **batch.to(device),
                     **(draws if sampling.temperature > 0 else {"do_sample": False}),
                     max_new_tokens=max(limits[prompt_of[place]] for place in places),
                     eos_token_id=sorted(end_token_ids(self.tokenizer)),

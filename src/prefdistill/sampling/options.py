@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model
 
 from prefdistill.core.options import NO_FLAG, Section, Seeded
 from prefdistill.data.options import Columns
-from prefdistill.models.options import QuantizedLoading
+from prefdistill.models.options import Placement, QuantizedLoading
 from prefdistill.sampling import ENGINES
 
 
@@ -36,7 +36,7 @@ class Sampling(Section):
         return self
 
 
-class SampleRequest(Sampling, QuantizedLoading, Seeded, Columns):
+class SampleRequest(Sampling, QuantizedLoading, Placement, Seeded, Columns):
     """Options of `sample_responses`, without the model, the data and the file."""
 
     column: str = Field(
@@ -54,4 +54,6 @@ class SampleRequest(Sampling, QuantizedLoading, Seeded, Columns):
             raise ValueError(f"column={self.column!r}: use letters, digits and _, such as student_response")
         if self.quantization is not None and self.engine == "vllm":
             raise ValueError("quantization applies to the engine transformers; vLLM loads quantized checkpoints")
+        if self.device_map is not None and self.engine != "transformers":
+            raise ValueError(f"device_map applies to the engine transformers; {self.engine} places a model itself")
         return self

@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import NO_FLAG, Flag, Section
+from prefdistill.core.options import NO_FLAG, Flag
 from prefdistill.data.options import Columns
-from prefdistill.models.options import Dtype, Quantization, QuantizedLoading, Trust
+from prefdistill.models.options import Dtype, Placement, Quantization, QuantizedLoading, Trust
 from prefdistill.signals.kind_registry import KINDS, Settings
 
 Role = Literal["teacher", "teacher_reference", "reference", "student"]
 
 
-class SignalOptions(Section):
+class SignalOptions(Placement):
     """How the signals of a run are extracted."""
 
     dtype: Dtype | None = Field(

@@ -11,6 +11,7 @@ from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 from prefdistill.data.formats import suffixes
 from prefdistill.data.truncation import Truncation
+from prefdistill.models.options import Placement
 from prefdistill.models.vocabulary import stored_tokenizer
 from prefdistill.signals.extract import extract_signals
 from prefdistill.signals.request import IN_MEMORY
@@ -30,6 +31,7 @@ def repair_signals(
     chat_template: str | None = None,
     ids_from: Signals | None = None,
     trust_remote_code: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[Signals, list[str]]:
     """Rebuild the damaged files of a store, and no others, to the bytes they had.
 
@@ -42,6 +44,7 @@ def repair_signals(
         chat_template: the file of the store's chat template, if that has moved.
         ids_from: the teacher's store, if this one was scored at its token ids.
         trust_remote_code: let the model's repository run its own code.
+        placement: of a model that is larger than one device.
 
     Returns:
         The store, and the files that were damaged, relative to `out`.
@@ -102,6 +105,7 @@ def repair_signals(
         batch_tokens=request["batch_tokens"],
         shard_rows=request["shard_rows"],
         trust_remote_code=trust_remote_code,
+        **(placement or Placement()).placement,
         **options,
         **(request["data"].get("read_as", {}) if dataset is None or isinstance(dataset, str) else {}),
     )

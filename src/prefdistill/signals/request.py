@@ -48,6 +48,8 @@ def check_request(options: SignalRequest, ids_from: Signals | None, model: "PreT
         raise UserError("with ids_from, the other store defines which tokens are kept; leave k and p out")
     if options.quantization is not None and not isinstance(model, str):
         raise UserError("quantization applies to a model that is loaded by name; leave it out for one in memory")
+    if options.device_map is not None and not isinstance(model, str):
+        raise UserError("device_map applies to a model that is loaded by name; leave it out for one in memory")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Extraction:
                 model,
                 dtype=options.dtype or default_dtype(options.role),
                 quantization=options.quantization,
+                **options.placement,
                 trust_remote_code=options.trust_remote_code,
             )
         model = ready(model)

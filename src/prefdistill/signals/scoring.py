@@ -14,6 +14,7 @@ from prefdistill.data.batches import Document, Layout, layout_for, make_batch
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import highest_token_id, longest_text
 from prefdistill.models.logprobs import emittable_ids, reduce_logits, vocabulary_rows
+from prefdistill.models.placement import input_device
 from prefdistill.models.positions import check_positions
 from prefdistill.models.vocabulary import check_ids
 from prefdistill.signals.kinds import Kind, Settings, Tile, check_finite, make_kinds
@@ -147,7 +148,7 @@ class _Scorer:
         self, batch: dict[str, Any], ended: list[bool], places: list[tuple[int, str]]
     ) -> Iterator[dict[str, Any]]:
         """Yield the collected columns of each response of a batch; `places` are their rows and names."""
-        lengths, sizes, device = batch["lengths"].tolist(), batch["sizes"], self.model.device
+        lengths, sizes, device = batch["lengths"].tolist(), batch["sizes"], input_device(self.model)
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         last = torch.zeros(sum(sizes), dtype=torch.bool)
         if self.has_final_state:

@@ -15,7 +15,7 @@ from prefdistill.data.template import template_ending
 from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_adapter
 from prefdistill.models.backbone import causal_lm
 from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base, gguf_parts
-from prefdistill.models.load import keep_packing
+from prefdistill.models.quantize import keep_packing
 from prefdistill.models.sharded import is_sharded, plain_class
 from prefdistill.training.engines import load_whole_models
 from prefdistill.training.gather import gathered_model

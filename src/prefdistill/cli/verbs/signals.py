@@ -9,7 +9,7 @@ from prefdistill.cli.flags import flag_of
 from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import PAIRS
 from prefdistill.data.options import Lengths
-from prefdistill.models.options import ReadWith
+from prefdistill.models.options import Placement, ReadWith
 from prefdistill.signals.options import SignalRequest
 
 
@@ -27,7 +27,7 @@ class SignalFlags(SignalRequest, ReadWith, Lengths):
     @model_validator(mode="after")
     def _required(self) -> "SignalFlags":
         if self.repair:
-            moved = {"model", "gguf_file", "data", "tokenizer", "chat_template", "ids_from"}
+            moved = {"model", "gguf_file", "data", "tokenizer", "chat_template", "ids_from", *Placement.model_fields}
             allowed = {"repair", "out", *moved, "trust_remote_code"}
             if extra := sorted(self.model_fields_set - allowed):
                 raise ValueError(f"--repair uses the options of the store; leave {flag_of(SignalFlags, extra[0])} out")
@@ -59,6 +59,7 @@ def signals(options: SignalFlags) -> dict[str, Any]:
             chat_template=options.chat_template,
             ids_from=ids_from,
             trust_remote_code=trust,
+            placement=Placement(**options.part(Placement)),
         )
         show("\n".join([f"rebuilt: {name}" for name in damaged] or [f"{out} is whole"]))
         return {"out": str(out), "damaged": damaged, "pairs": len(store.rows), "rows": len(store)}

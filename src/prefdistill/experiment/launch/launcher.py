@@ -23,10 +23,9 @@ def main() -> int:
     try:
         launch_command(launch_command_parser().parse_args(sys.argv[2:]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        write_json(note, {"rank": rank, "status": failure.exitcode})
+        write_json(note, {"statuses": {rank: failure.exitcode for rank, failure in error.failures.items()}})
     except subprocess.CalledProcessError as error:  # of the only process
-        write_json(note, {"rank": 0, "status": error.returncode})
+        write_json(note, {"statuses": {0: error.returncode}})
     except Exception as error:  # the launcher's own
         write_json(note, {"error": error_record(error)})
     else:

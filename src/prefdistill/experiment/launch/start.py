@@ -16,6 +16,10 @@ from prefdistill.core.files import read_json, write_json
 from prefdistill.experiment.launch.options import Launcher
 from prefdistill.experiment.launch.outcome import CONFIG, LAUNCHER, REQUEST, error_of
 
+# Signals that end a process from outside, or in native code; SIGTERM is what the launcher ends the others with, and
+# SIGABRT what a library raises that has lost its connection to them.
+KILLED = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+
 
 class ProcessLost(RuntimeError):
     """A process ended without a message of its own, such as one that was killed."""
@@ -80,17 +84,21 @@ def _run(command: list[str]) -> int:
 
 
 def _failure(directory: Path, launcher: Launcher) -> BaseException:
-    """Return the error of the process that failed first."""
+    """Return the error of the process that failed first; where one was killed, the others have lost their connection."""
     errors = {path.stem.partition("-")[2]: read_json(path) for path in directory.glob("error-*.json")}
+    note = read_json(directory / LAUNCHER) if (directory / LAUNCHER).is_file() else {}
+    statuses: dict[str, int] = note.get("statuses", {})
+    killed = [rank for rank, status in statuses.items() if -status in KILLED]
     if errors:
         rank = min(errors, key=lambda name: errors[name]["time"])
-        return error_of(errors[rank], f"process {rank} of {launcher}")
-    note = read_json(directory / LAUNCHER) if (directory / LAUNCHER).is_file() else {}
+        if not killed or errors[rank]["kind"] != "other":
+            return error_of(errors[rank], f"process {rank} of {launcher}")
     if "error" in note:
         return UserError(f"accelerate cannot start {launcher}: {note['error']['name']}: {note['error']['text']}")
-    status = note.get("status")
-    if status is None:
+    if not statuses:
         return ProcessLost(f"the launcher of {launcher} was killed; the same command resumes")
+    rank = next(iter([*killed, *statuses]))
+    status = statuses[rank]
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     cause = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
-    return ProcessLost(f"process {note['rank']} of {launcher} {how}{cause}; the same command resumes")
+    return ProcessLost(f"process {rank} of {launcher} {how}{cause}; the same command resumes")

@@ -14,6 +14,7 @@ from prefdistill.data.encode import encode_pairs
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.step import Model, Rows, Step
 from prefdistill.models.device import default_dtype
+from prefdistill.models.options import Placement
 from prefdistill.sampling.files import OtherPrompts, check_prompts, sample_responses
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.ids import OtherIds, check_ids, reading_of_store
@@ -62,6 +63,7 @@ class Sample(Step):
             seed=self._seed,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
             **self.context.load_options(self.model.role, self.model),
+            **self.context.placement(self.model.role),
             **self.context.recipe.sampling.model_dump(),
         )
 
@@ -120,7 +122,7 @@ class ReadSignals(Step):
         rounds_values = any("value_dtype" in kind.uses for kind in make_kinds(kinds))
         unused |= {"value_dtype"} if endpoints or not rounds_values else set()
         unused |= set() if "topk" in kinds and self.ids_from is None else {"k", "p", "topk_coding"}
-        options: dict[str, Any] = section.model_dump(exclude=unused)
+        options: dict[str, Any] = section.model_dump(exclude={*unused, *Placement.model_fields})
         if self.role == "reference":  # read as the student is trained: same weights, same precision
             loading = self.context.load_options("student")
         else:
@@ -139,6 +141,7 @@ class ReadSignals(Step):
             truncation=self.context.truncation,
             ids_from=self.ids_from.store if self.ids_from else None,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
+            **self.context.placement("student" if self.role == "reference" else self.model.role),
             **self.reading,
         )
 

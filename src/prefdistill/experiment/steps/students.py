@@ -162,6 +162,7 @@ class Evaluate(Step):
             batch_size=section.batch_size,
             seed=self.context.seed,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
+            **self.context.placement(self.model.role),
             **self._loading,
         )
 
