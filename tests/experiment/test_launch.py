@@ -16,10 +16,11 @@ from prefdistill.core.files import disk_full, write_json
 from prefdistill.core.options import validate
 from prefdistill.experiment.launch.options import Launch, launcher_of
 from prefdistill.experiment.launch.outcome import error_of, error_record
-from prefdistill.experiment.launch.start import ProcessLost, _failure, launch
+from prefdistill.experiment.launch.start import ProcessLost, failure_of, launch
 from prefdistill.training.nan_guard import NotFinite
 
 SUPPORT = Path(__file__).parents[1]
+CONFIGS = SUPPORT.parent / "configs"
 TWO = Launch(distill={"processes": 2})
 
 
@@ -40,6 +41,17 @@ def test_a_launcher_is_a_file_or_a_number_of_processes(tmp_path):
     sharded = launcher_of(config(tmp_path, distributed_type="FSDP", num_processes=8), "distill")
     assert (sharded.processes, sharded.sharded) == (8, True)
     assert str(sharded) == f"{tmp_path / 'accelerate.yaml'} (8 processes)"
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "sharded"), [("fsdp2", 8, True), ("zero3", 8, True), ("one-gpu", 1, False)]
+)
+def test_the_shipped_configurations_are_launchers(name, processes, sharded, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: True)
+    launcher = launcher_of(Launch(distill=str(CONFIGS / f"{name}.yaml")), "distill")
+    assert (launcher.processes, launcher.sharded) == (processes, sharded)
+    with pytest.raises(UserError, match="num_machines is 2"):
+        launcher_of(Launch(distill=str(CONFIGS / "fsdp2-two-nodes.yaml")), "distill")
 
 
 @pytest.mark.parametrize(
@@ -131,17 +143,17 @@ def test_a_killed_process_is_named_and_not_the_lost_connection_of_another(tmp_pa
     launcher, lost = launcher_of(TWO, "distill"), error_record(RuntimeError("connection reset by peer"))
     write_json(tmp_path / "error-0.json", lost)
     write_json(tmp_path / "launcher.json", {"statuses": {"0": 1, "1": -signal.SIGKILL}})
-    assert str(_failure(tmp_path, launcher)).startswith("process 1 of 2 processes was killed by SIGKILL")
+    assert str(failure_of(tmp_path, launcher)).startswith("process 1 of 2 processes was killed by SIGKILL")
     write_json(tmp_path / "error-0.json", error_record(UserError("refused")))
-    assert str(_failure(tmp_path, launcher)) == "refused"
+    assert str(failure_of(tmp_path, launcher)) == "refused"
     write_json(tmp_path / "error-0.json", lost)
     write_json(tmp_path / "launcher.json", {"statuses": {"0": 1, "1": -signal.SIGTERM}})
-    assert str(_failure(tmp_path, launcher)) == "connection reset by peer"
+    assert str(failure_of(tmp_path, launcher)) == "connection reset by peer"
     (tmp_path / "error-0.json").unlink()
     write_json(tmp_path / "launcher.json", {"statuses": {"1": 3}})
-    assert str(_failure(tmp_path, launcher)).startswith("process 1 of 2 processes ended with status 3;")
+    assert str(failure_of(tmp_path, launcher)).startswith("process 1 of 2 processes ended with status 3;")
     (tmp_path / "launcher.json").unlink()
-    assert str(_failure(tmp_path, launcher)).startswith("the launcher of 2 processes was killed")
+    assert str(failure_of(tmp_path, launcher)).startswith("the launcher of 2 processes was killed")
 
 
 def test_a_killed_process_ends_the_others(tmp_path, importable):

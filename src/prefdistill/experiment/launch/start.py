@@ -53,7 +53,7 @@ def launch(module: str, request: dict[str, Any], launcher: Launcher) -> list[dic
         status = _run(command)
         results = [read_json(path) for path in sorted(directory.glob("done-*.json"))]
         if status or len(results) < launcher.processes:
-            raise _failure(directory, launcher)
+            raise failure_of(directory, launcher)
         return results
 
 
@@ -83,8 +83,8 @@ def _run(command: list[str]) -> int:
             process.wait()
 
 
-def _failure(directory: Path, launcher: Launcher) -> BaseException:
-    """Return the error of the process that failed first; where one was killed, the others have lost their connection."""
+def failure_of(directory: Path, launcher: Launcher) -> BaseException:
+    """Return the error of the process that failed first. Where one was killed, others have lost their connection."""
     errors = {path.stem.partition("-")[2]: read_json(path) for path in directory.glob("error-*.json")}
     note = read_json(directory / LAUNCHER) if (directory / LAUNCHER).is_file() else {}
     statuses: dict[str, int] = note.get("statuses", {})
