@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -107,6 +108,18 @@ def judge(monkeypatch):
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A local Ray cluster with room for two workers of one thread."""
+    ray = pytest.importorskip("ray", reason="workers run on a Ray cluster (extra ray)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # workers import what the tests import
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

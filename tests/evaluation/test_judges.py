@@ -13,7 +13,6 @@ import pytest
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
-from prefdistill.evaluation.judges import client
 from prefdistill.evaluation.judges.client import Endpoint
 from prefdistill.evaluation.judges.mt_bench import PROMPTS, comparisons, judge_mt_bench
 from support.judges import Handler, answers, completion, jsonl
@@ -354,7 +353,7 @@ def test_verdicts_of_another_url_are_reused_with_a_note(judge, bench, tmp_path, 
 # -- the key -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable", client.KEY_VARIABLES)
+@pytest.mark.parametrize("variable", Endpoint.key_variables)
 def test_the_key_is_sent_and_written_nowhere(variable, judge, bench, tmp_path, monkeypatch, capfd, caplog):
     caplog.set_level("DEBUG")
     monkeypatch.setenv(variable, KEY)

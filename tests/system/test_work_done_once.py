@@ -199,7 +199,7 @@ def study_cells(tmp_path, units, monkeypatch, **_):
 
 
 def signals(tmp_path, units, monkeypatch, make_model, tokenizer, pairs, **_):
-    import prefdistill.signals.extract as module
+    import prefdistill.signals.artifact as module
 
     out, rows = tmp_path / "store", pairs.select(range(4))
     counted(monkeypatch, units, module, "write_shard")

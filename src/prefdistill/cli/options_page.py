@@ -15,7 +15,7 @@ from prefdistill.core.options import NOT_IN_KEY
 from prefdistill.evaluation.options import EvaluateRequest
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.sampling.options import SampleRequest
-from prefdistill.signals.options import SignalRequest
+from prefdistill.signals.options import ExtractRequest
 
 HEAD = """# Options
 
@@ -26,7 +26,7 @@ content is in the key. [recipes.md](recipes.md) explains recipes; the options of
 page](methods.md).
 """
 REQUESTS: dict[str, type[BaseModel]] = {
-    "`prefdistill signals` and `extract_signals`": SignalRequest,
+    "`prefdistill signals` and `extract_signals`": ExtractRequest,
     "`prefdistill sample` and `sample_responses`": SampleRequest,
     "`prefdistill evaluate`": EvaluateRequest,
 }

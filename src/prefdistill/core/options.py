@@ -14,9 +14,18 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from prefdistill.core.errors import UserError
@@ -110,6 +119,14 @@ class Seeded(Section):
     """What has a seed."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order and sampling.")
+
+
+class OnWorkers(Section):
+    """What may run on a Ray cluster."""
+
+    workers: Annotated[PositiveInt | None, NOT_IN_KEY] = Field(
+        None, description="Most workers of the engine ray; default: as many as the cluster has room for."
+    )
 
 
 def _keyed(value: Any) -> Any:

@@ -16,17 +16,17 @@ _SAID: set[str] = set()  # by `say_once`
 
 
 class Progress:
-    """Counts `total` units of `what`, with rate and remaining time.
+    """Counts `total` units of `what`, with rate and remaining time; nothing is printed unless `shown`.
 
     Example:
         >>> with Progress("signals", total=3, unit="pair") as progress:
         ...     progress.update(3)
     """
 
-    def __init__(self, what: str, total: int, unit: str = "it", done: int = 0) -> None:
+    def __init__(self, what: str, total: int, unit: str = "it", done: int = 0, *, shown: bool = True) -> None:
         self.what, self.total, self.unit, self.initial, self.done = what, total, unit, done, done
-        self.bar = None
-        if sys.stderr.isatty():
+        self.bar, self.shown = None, shown
+        if shown and sys.stderr.isatty():
             self.bar = tqdm(desc=what, total=total, unit=unit, initial=done, dynamic_ncols=True, leave=False)
         self.start = self.last = time.monotonic()
 
@@ -34,7 +34,7 @@ class Progress:
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
-        elif time.monotonic() - self.last >= LINE_EVERY_SECONDS:
+        elif self.shown and time.monotonic() - self.last >= LINE_EVERY_SECONDS:
             self.last = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from prefdistill.core.options import NOT_IN_KEY, Options, Section
 
@@ -113,6 +113,14 @@ class QuantizedLoading(Loading):
     quantization: Quantization | None = Field(
         None, description="Quantize the weights while loading (bitsandbytes); a quantized checkpoint needs no option."
     )
+
+
+class Calling(Section):
+    """How an endpoint is called."""
+
+    timeout: float = Field(120.0, ge=0.1, description="Read timeout in seconds, then retry.")
+    retries: NonNegativeInt = Field(5, description="Retries after 429, 5xx, a timeout or a lost connection.")
+    concurrency: PositiveInt = Field(4, description="Requests at a time.")
 
 
 class Scratch(Section):

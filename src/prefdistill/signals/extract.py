@@ -1,31 +1,31 @@
 """Extract the signals of a data set from a model into a store: shard by shard, on any number of processes."""
 
-import shutil
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefdistill.core.artifact import DirectoryArtifact
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import read_sealed, write_sealed
 from prefdistill.core.lock import locked
 from prefdistill.core.options import takes
-from prefdistill.core.parts import Parts, read_checksum
+from prefdistill.core.parts import Parts
 from prefdistill.core.paths import check_place
-from prefdistill.core.processes import processes
-from prefdistill.core.progress import Progress, say
+from prefdistill.core.progress import Progress
 from prefdistill.data.truncation import Truncation
-from prefdistill.signals.options import SignalRequest
-from prefdistill.signals.request import DEFAULTS, Extraction, check_request, finished_manifest
-from prefdistill.signals.shards import Shard, write_shard
-from prefdistill.signals.store import DamagedSignals, Signals
+from prefdistill.signals.artifact import Shards, StoreArtifact, finish, write_part
+from prefdistill.signals.options import ExtractRequest
+from prefdistill.signals.ray_engine import ray_shards
+from prefdistill.signals.request import DEFAULTS, Encoding, Extraction, check_request
+from prefdistill.signals.served import ServedExtraction
+from prefdistill.signals.store import Signals
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@takes(SignalRequest)
+@takes(ExtractRequest)
 def extract_signals(
     model: "PreTrainedModel | str",
     dataset: "Dataset | str",
@@ -45,7 +45,8 @@ def extract_signals(
     one whose damaged shards `prefdistill.signals.repair` has removed.
     Under `accelerate launch` or torchrun every process extracts its share of the shards; the number of processes
     changes no byte (the number of a process's CPU threads may, by rounding). A process holds the tokens and signals of
-    one shard at a time.
+    one shard at a time. With `engine="ray"` workers on the machines of a Ray cluster extract the shards, see
+    `prefdistill.signals.ray_engine`.
 
     Args:
         model: a causal language model, or the Hub name or directory to load one from.
@@ -55,7 +56,7 @@ def extract_signals(
         out: directory of the store.
         truncation: see `prefdistill.data.truncation.Truncation`.
         ids_from: compute "topk" at the token ids of this teacher's store, so that the two can be compared.
-        options: fields of `prefdistill.signals.options.SignalRequest`, see docs/options.md.
+        options: fields of `prefdistill.signals.options.ExtractRequest`, see docs/options.md.
 
     Raises:
         UserError: on an unknown kind or role, data that cannot be read, a store of another request in `out`, another
@@ -64,95 +65,69 @@ def extract_signals(
     Example:
         >>> extract_signals("my/teacher", "pairs.jsonl", out="signals/teacher")       # doctest: +SKIP
     """
-    request = SignalRequest.checked("extract_signals", kinds=kinds, **options)
+    request = ExtractRequest.checked("extract_signals", kinds=kinds, **options)
     check_request(request, ids_from, model)
     out = Path(out)
     check_place(out)
     if out.is_file():
         raise UserError(f"{out} is not a directory; give another --out")
-    with locked(out, shared=True):  # before anything is loaded; it also gives each process its device
-        extraction = Extraction.load(model, dataset, tokenizer, request, truncation or Truncation(), ids_from)
-        store = StoreArtifact("signals", out, extraction.request)
+    with (
+        locked(out, shared=True),  # before anything is loaded; it also gives each process its device
+        ENGINES[request.engine](
+            out, model, dataset, tokenizer, request, truncation or Truncation(), ids_from
+        ) as shards,
+    ):
+        store = StoreArtifact("signals", out, shards.request)
         with store.session(lock=False) as seal:
             if seal is None:
-                _write_shards(store, replace(extraction, request=store.request))
+                shards.write(store)
+                finish(store)
         signals = Signals.open(out)
-        for number in store.shards(len(extraction.parts)).own() if seal is not None else ():
-            extraction.check(signals, extraction.parts[number])
+        if seal is not None:
+            shards.check(signals)
     return signals
 
 
-class StoreArtifact(DirectoryArtifact):
-    """A signal store as work that is done once: `request.json`, shards with their checksums, `manifest.json`."""
+@dataclass(frozen=True)
+class LocalShards:
+    """Writes and checks the shards of this process; the others of its launcher do theirs."""
 
-    SEAL = "manifest.json"
-    repair = "prefdistill signals --repair"
+    extraction: Encoding
 
-    def read_note(self) -> dict[str, Any] | None:
-        if not (self.place / self.NOTE).is_file():
-            return None
-        if (request := read_sealed(self.place / self.NOTE)) is None:
-            raise self.damaged(f"{self.place / self.NOTE} is damaged (its checksum differs)")
-        return {"request": request}
+    @property
+    def request(self) -> dict[str, Any]:
+        return self.extraction.request
 
-    def write_note(self, note: dict[str, Any]) -> None:
-        if not note:
-            write_sealed(self.place / self.NOTE, self.request)
+    def write(self, store: StoreArtifact) -> None:
+        """Write the missing shards of a store."""
+        extraction = replace(self.extraction, request=store.request)
+        rows, numbers = extraction.parts, store.shards(len(extraction.parts)).own()
+        total = len(extraction.responses) * sum(len(rows[number]) for number in numbers)
+        with Progress(f"signals ({extraction.request['role']})", total, "response") as progress:
+            for number in numbers:
+                write_part(store, extraction, number, progress)
 
-    def read_seal(self) -> dict[str, Any] | None:
-        if not (self.place / self.SEAL).is_file():
-            return None
-        if not (self.place / self.NOTE).is_file():
-            raise self.damaged(f"{self.place / self.NOTE} is missing")
-        return self.read_note()  # whether the manifest and the shards are whole is checked when the store is opened
-
-    def damaged(self, reason: str) -> UserError:
-        return DamagedSignals(reason, self.place)
-
-    def shards(self, count: int) -> Parts:
-        return Parts(self.place / "shards", count, ".parquet", checksums=True)
-
-    def withdraw(self) -> None:
-        if not any((self.place / "shards").glob("*.parquet")):
-            shutil.rmtree(self.place, ignore_errors=True)
-
-    def seal(self, about: dict[str, Any]) -> None:
-        write_sealed(self.place / self.SEAL, about)  # every shard is synced already
+    def check(self, signals: Signals) -> None:
+        """Check the token ids of a finished store."""
+        rows = self.extraction.parts
+        for number in Parts(Path(), len(rows)).own():
+            self.extraction.check(signals, rows[number])
 
 
-def _write_shards(store: StoreArtifact, extraction: Extraction) -> None:
-    """Write this process's missing shards, then the manifest over all."""
-    rows = extraction.parts
-    shards, responses = store.shards(len(rows)), len(extraction.responses)
-    total = responses * sum(len(rows[number]) for number in shards.own())
-    with Progress(f"signals ({extraction.request['role']})", total, "response") as progress:
-        for number in shards.own():
-            path = shards.path(number)
-            if shards.is_whole(number):
-                whole = Signals(extraction.request, [Shard(path)], str(store.place))
-                extraction.check(whole, rows[number])
-                progress.update(responses * len(rows[number]))
-                continue
-            earlier = read_checksum(path)
-            write_shard(path, *extraction.shard(rows[number], progress))
-            if earlier not in (None, read_checksum(path)):
-                say(f"warning: {path} differs from the shard that it replaces: other versions or hardware wrote that")
-    processes().wait_for_everyone()
-    _finish(store, [Shard(path) for path in shards.paths])
+@contextmanager
+def local_shards(out: Path, *arguments: Any) -> Iterator[LocalShards]:
+    """Load model and data into this process."""
+    yield LocalShards(Extraction.load(*arguments))
 
 
-def _finish(store: StoreArtifact, shards: list[Shard]) -> None:
-    """Write the manifest over the shards; if no pair is left in any of them, remove them and say why."""
-    team = processes()
-    try:
-        manifest, reading = finished_manifest(store.request, shards)
-    except UserError:
-        team.wait_for_everyone()
-        if team.is_main_process:
-            shutil.rmtree(store.place)
-        raise
-    if team.is_main_process:
-        if not reading.complete:
-            say(f"signals: {reading}")
-        store.seal(manifest)
-    team.wait_for_everyone()
+@contextmanager
+def served_shards(out: Path, *arguments: Any) -> Iterator[LocalShards]:
+    """Load the data into this process, and ask a server for the signals."""
+    yield LocalShards(ServedExtraction.load(*arguments))
+
+
+ENGINES: dict[str, Callable[..., AbstractContextManager[Shards]]] = {
+    "transformers": local_shards,
+    "ray": ray_shards,
+    "openai": served_shards,
+}

@@ -85,6 +85,12 @@ class Tile:
 
         return token_logps(self.logits, self.tokens)[0]
 
+    def likeliest(self, k: int, mass: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the k most likely tokens, their log-probabilities, and the log of the mass of the others."""
+        from prefdistill.models.logprobs import likeliest
+
+        return likeliest(self.logits, k, mass)
+
 
 class Kind:
     """Base of all signal kinds; one instance per extraction or store.
@@ -101,6 +107,7 @@ class Kind:
     has_final_state: bool = False  # whether s_T is read as well
     shares_start: bool = False  # whether the first number is of s_0, which all responses of a row share
     infinite: Collection[str] = ()  # collected columns in which -inf is a valid number
+    needs_logits: bool = True  # whether `reduce` reads the logits; else a served teacher can give it too
     in_batch: bool = False  # whether methods that need it get it for every token of a batch
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -265,6 +272,7 @@ class Logps(_Sum):
     name = "logps"
     description = "log-probability of the response"
     columns: ClassVar[Mapping[str, Column]] = {"logps": PER_RESPONSE}
+    needs_logits = False
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:
         return (tile.token_logps,)
@@ -283,6 +291,7 @@ class TokenLogps(Kind):
     name = "token_logps"
     description = "log-probability of each token of the response"
     columns: ClassVar[Mapping[str, Column]] = {"token_logps": replace(PER_TOKEN, across="sum")}
+    needs_logits = False
     in_batch = True
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:

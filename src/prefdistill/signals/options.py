@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.options import NO_FLAG, Flag
+from prefdistill.core.options import NO_FLAG, NOT_IN_KEY, Flag, OnWorkers
 from prefdistill.data.options import Columns
-from prefdistill.models.options import Dtype, Placement, Quantization, QuantizedLoading, Trust
+from prefdistill.models.options import Calling, Dtype, Placement, Quantization, QuantizedLoading, Trust
 from prefdistill.signals.kind_registry import KINDS, Settings
 
 Role = Literal["teacher", "teacher_reference", "reference", "student"]
@@ -45,7 +45,7 @@ class SignalOptions(Placement):
 
 
 class SignalRequest(SignalOptions, Trust, Columns):
-    """Everything that `extract_signals` takes but the model, the data and the output directory."""
+    """Which signals of a model are stored, and how; the same for stored and live ones."""
 
     kinds: Annotated[tuple[str, ...], Flag("--kind")] = Field(
         ("values", "logps"), strict=False, description=f"Comma-separated: {', '.join(KINDS)}."
@@ -91,3 +91,52 @@ class SignalRequest(SignalOptions, Trust, Columns):
         if self.quantization is not None and self.role == "reference":
             raise ValueError("a reference is scored as the student is trained; leave quantization out")
         return self
+
+
+class ExtractRequest(SignalRequest, OnWorkers, Calling):
+    """Everything that `extract_signals` takes but the model, the data and the output directory."""
+
+    engine: Annotated[Literal["transformers", "ray", "openai"], NOT_IN_KEY] = Field(
+        "transformers",
+        description="transformers, in this process and those of its launcher; ray, workers on the machines of a Ray "
+        "cluster, for which --out is on storage that all of them share; or openai, a teacher behind an endpoint that "
+        "returns log-probabilities of prompts, as vLLM does: logps, token_logps, topk.",
+    )
+    base_url: Annotated[str | None, NOT_IN_KEY] = Field(
+        None,
+        description="Base URL of the engine openai, e.g. http://localhost:8000/v1; --model is the model's name there. "
+        "Its key, if it needs one, is read from the environment: PREFDISTILL_TEACHER_KEY, else OPENAI_API_KEY.",
+    )
+
+    @model_validator(mode="after")
+    def _engine_uses(self) -> "ExtractRequest":
+        fields = type(self).model_fields
+        changed = {name for name in fields if getattr(self, name) != fields[name].default}
+        only = {"ray": {"workers"}, "openai": {"base_url", *Calling.model_fields}}
+        for engine, names in only.items():
+            if self.engine != engine and (wrong := sorted(names & changed)):
+                raise ValueError(f"{wrong[0]} applies to the engine {engine}; leave it out")
+        if self.engine == "openai":
+            self._check_served(changed)
+        return self
+
+    def _check_served(self, changed: set[str]) -> None:
+        from prefdistill.signals.kinds import make_kinds
+
+        if self.base_url is None:
+            raise ValueError("base_url is required by the engine openai, e.g. http://localhost:8000/v1")
+        kinds = make_kinds(KINDS, Settings(value_temperature=2.0))
+        if wrong := [kind.name for kind in kinds if kind.needs_logits and kind.name in self.kinds]:
+            given = ", ".join(kind.name for kind in kinds if not kind.needs_logits)
+            raise ValueError(
+                f"a server gives log-probabilities of tokens, and no logits, which {', '.join(wrong)} need; it can "
+                f"give {given}. Use the engine transformers for the others"
+            )
+        if self.role not in ("teacher", "teacher_reference"):
+            raise ValueError(
+                f"a {self.role} is compared by its weights, which a server does not show; use another engine"
+            )
+        if self.k == "vocab":
+            raise ValueError("k=vocab is more than a server returns; give a number")
+        if wrong := sorted({"dtype", "quantization", "bf16", "batch_tokens", *Placement.model_fields} & changed):
+            raise ValueError(f"{wrong[0]} is for the server to decide; leave it out with the engine openai")

@@ -30,6 +30,7 @@ def repair_signals(
     *,
     chat_template: str | None = None,
     ids_from: Signals | None = None,
+    base_url: str | None = None,
     trust_remote_code: bool = False,
     placement: Placement | None = None,
 ) -> tuple[Signals, list[str]]:
@@ -43,6 +44,7 @@ def repair_signals(
         model, dataset, tokenizer: if those that the store names have moved, or were in memory.
         chat_template: the file of the store's chat template, if that has moved.
         ids_from: the teacher's store, if this one was scored at its token ids.
+        base_url: of the server, if the store is of a served teacher. What it computes now may be rounded otherwise.
         trust_remote_code: let the model's repository run its own code.
         placement: of a model that is larger than one device.
 
@@ -69,6 +71,11 @@ def repair_signals(
         raise UserError(f"{out} was extracted from {IN_MEMORY}: give it as --data")
     if model is None and not request["model"]["name"]:
         raise UserError(f"{out} was extracted from a model in memory: give it as --model")
+    served = "served" in request["model"]
+    if served and base_url is None:
+        raise UserError(f"{out} was extracted from a served model: give --base-url")
+    if base_url is not None and not served:
+        raise UserError(f"{out} was not extracted from a served model; leave --base-url out")
     team = processes()
     with team.main_process_first():  # it removes what is damaged; the others then find nothing damaged
         damaged = remove_damaged(out) if team.is_main_process else []
@@ -86,6 +93,15 @@ def repair_signals(
     options = {name: topk[name] for name in ("k", "p") if name in topk} | (
         {"topk_coding": topk["coding"]} if topk else {}
     )
+    if served:
+        options |= {"engine": "openai", "base_url": base_url}
+    else:
+        options |= {
+            "dtype": request["model"]["dtype"],
+            "quantization": request["model"].get("read_in"),
+            "bf16": request["model"]["bf16"],
+            "batch_tokens": request["batch_tokens"],
+        }
     store = extract_signals(
         model if model is not None else request["model"]["name"],
         dataset if dataset is not None else request["data"]["name"],
@@ -99,10 +115,6 @@ def repair_signals(
         value_dtype=request["value_dtype"],
         value_temperature=request["value_temperature"],
         ids_from=ids_from,
-        dtype=request["model"]["dtype"],
-        quantization=request["model"].get("read_in"),
-        bf16=request["model"]["bf16"],
-        batch_tokens=request["batch_tokens"],
         shard_rows=request["shard_rows"],
         trust_remote_code=trust_remote_code,
         **(placement or Placement()).placement,

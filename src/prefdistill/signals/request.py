@@ -1,5 +1,6 @@
 """An extraction: the model, the data, and the request with everything that the signals depend on."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,17 +54,122 @@ def check_request(options: SignalRequest, ids_from: Signals | None, model: "PreT
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """Everything that is loaded to extract signals, and the request that goes into the manifest."""
+class Source:
+    """The data of an extraction, their name, and the options that they were read with."""
 
-    model: "PreTrainedModel"
+    data: "Dataset"
+    name: str
+    read_as: dict[str, Any]
+
+
+def read_data(data: "Dataset | str", options: SignalRequest) -> Source:
+    """Load the data, and check them.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    read_as = {name: value for name, value in options.loader_options(data).items() if value}
+    if isinstance(data, str):
+        return Source(load_pairs(data, responses=options.responses, **read_as), data, read_as)
+    check_pairs(data, "The data set", options.responses)
+    return Source(data, IN_MEMORY, read_as)
+
+
+def request_of(
+    options: SignalRequest,
+    settings: Settings,
+    model: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Source,
+    truncation: Truncation,
+) -> dict[str, Any]:
+    """Return the request of an extraction from a model with this identity."""
+    numbers = 1 + sum(kind.numbers_per_state for kind in make_kinds(options.kinds, settings))
+    return {
+        "schema": SCHEMA,
+        "role": options.role,
+        "kinds": sorted(options.kinds),
+        "responses": list(options.responses),
+        "positions": settings.positions,
+        "value_dtype": settings.value_dtype,
+        "value_temperature": settings.value_temperature,
+        "topk": settings.topk,
+        "model": model,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "data": {
+            "name": source.name,
+            "rows": len(source.data),
+            "fingerprint": data_fingerprint(source.data, options.responses),
+            **({"read_as": source.read_as} if source.read_as else {}),
+        },
+        "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
+        "shard_rows": min(options.shard_rows, _rows_in_memory(truncation, len(options.responses), numbers)),
+    }
+
+
+@dataclass(frozen=True)
+class Encoding(ABC):
+    """An extraction without the model: how rows become token ids, and what is stored of their scores."""
+
     tokenizer: "PreTrainedTokenizerBase"
     data: "Dataset"
     truncation: Truncation
-    layout: Layout
     settings: Settings
     ids_from: Signals | None
     request: dict[str, Any]
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return tuple(self.request["responses"])
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return make_kinds(self.request["kinds"], self.settings)
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows of the data in each shard."""
+        return parts_of(self.request)
+
+    def check(self, store: Signals, part: range) -> None:
+        """Raise a UserError if rows of a store are not of the ids that they are encoded into now."""
+        rows, _ = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
+        check_ids(store, rows, self.tokenizer, within=part)
+
+    @abstractmethod
+    def scores(self, rows: "Dataset", progress: Progress) -> dict[str, list[Any]]:
+        """Return the signals of encoded rows, see `score_pairs`."""
+
+    def shard(self, part: range, progress: Progress) -> tuple[ShardColumns, dict[str, Any]]:
+        """Extract one shard: its columns, and notes on rows that were dropped and on packing."""
+        rows, dropped = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
+        ids = Ids.of(rows, self.responses)
+        if self.ids_from is not None:
+            check_ids(self.ids_from, rows, self.tokenizer, ids)
+        scores = self.scores(rows, progress)
+        progress.update(len(self.responses) * len(dropped))
+        spans = read_spans(rows, self.data, self.tokenizer, self.responses)
+        columns, errors = shard_columns(rows, ids, spans, scores, self.kinds)
+        reading = reading_of(rows, dropped)
+        notes = {
+            "kept": len(rows),
+            "truncated": {"prompts": reading.prompts, "responses": reading.responses},
+            "rows": sorted(set(part).difference(rows["row"][:])),
+            "dropped": dropped.counts,
+            "first_rows": dropped.first_rows,
+            "ids_sha256": ids.sha256,
+            "example": example_ids(rows, self.responses),
+            "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
+        }
+        return columns, notes
+
+
+@dataclass(frozen=True)
+class Extraction(Encoding):
+    """Everything that is loaded to extract signals, and the request that goes into the manifest."""
+
+    model: "PreTrainedModel"
+    layout: Layout
 
     @classmethod
     def load(
@@ -81,15 +187,10 @@ class Extraction:
             UserError: on data or a model that cannot be loaded, or ids of a store of other states.
         """
         responses, model_name = options.responses, model if isinstance(model, str) else ""
-        data_name = data if isinstance(data, str) else IN_MEMORY
-        read_as = {name: value for name, value in options.loader_options(data).items() if value}
-        if isinstance(data, str):
-            data = load_pairs(data, responses=responses, **read_as)
-        else:
-            check_pairs(data, "The data set", responses)
+        source = read_data(data, options)
         if tokenizer is None:
-            source = model if isinstance(model, str) else model.name_or_path
-            tokenizer = load_tokenizer(str(source), trust_remote_code=options.trust_remote_code)
+            place = model if isinstance(model, str) else model.name_or_path
+            tokenizer = load_tokenizer(str(place), trust_remote_code=options.trust_remote_code)
         if isinstance(model, str):
             model = load_model(
                 model,
@@ -100,8 +201,10 @@ class Extraction:
             )
         model = ready(model)
         if ids_from is not None:
-            _check_ids(ids_from, options.role, data, tokenizer, truncation, responses)
-        encode_pairs(data, tokenizer, truncation, responses=responses, rows=range(1))  # fails early on unusable data
+            _check_ids(ids_from, options.role, source.data, tokenizer, truncation, responses)
+        encode_pairs(
+            source.data, tokenizer, truncation, responses=responses, rows=range(1)
+        )  # fails early on unusable data
         topk = TopKRequest(options.k, options.p, ids_from, options.topk_coding)
         settings = Settings(
             options.positions,
@@ -110,62 +213,18 @@ class Extraction:
             topk_manifest(topk, model, tokenizer) if "topk" in options.kinds else {},
             ids_from,
         )
-        numbers = 1 + sum(kind.numbers_per_state for kind in make_kinds(options.kinds, settings))
         layout = layout_for(model, truncation.max_length)
-        request = {
-            "schema": SCHEMA,
-            "role": options.role,
-            "kinds": sorted(options.kinds),
-            "responses": list(responses),
-            "positions": settings.positions,
-            "value_dtype": settings.value_dtype,
-            "value_temperature": settings.value_temperature,
-            "topk": settings.topk,
-            "model": {
-                **model_identity(model, model_name),
-                "bf16": options.bf16,
-                **({"read_in": options.quantization} if options.quantization else {}),
-            },
-            "tokenizer": tokenizer_identity(tokenizer),
-            "data": {
-                "name": data_name,
-                "rows": len(data),
-                "fingerprint": data_fingerprint(data, responses),
-                **({"read_as": read_as} if read_as else {}),
-            },
-            "truncation": {"max_length": truncation.max_length, "max_prompt_length": truncation.max_prompt_length},
-            "shard_rows": min(options.shard_rows, _rows_in_memory(truncation, len(responses), numbers)),
-            "batch_tokens": options.batch_tokens,
-            "layout": layout.kind,
+        identity = {
+            **model_identity(model, model_name),
+            "bf16": options.bf16,
+            **({"read_in": options.quantization} if options.quantization else {}),
         }
-        return cls(model, tokenizer, data, truncation, layout, settings, ids_from, request)
+        request = request_of(options, settings, identity, tokenizer, source, truncation)
+        request |= {"batch_tokens": options.batch_tokens, "layout": layout.kind}
+        return cls(tokenizer, source.data, truncation, settings, ids_from, request, model, layout)
 
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return tuple(self.request["responses"])
-
-    @property
-    def kinds(self) -> list[Kind]:
-        return make_kinds(self.request["kinds"], self.settings)
-
-    @property
-    def parts(self) -> list[range]:
-        """The rows of the data in each shard."""
-        count, size = self.request["data"]["rows"], self.request["shard_rows"]
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def check(self, store: Signals, part: range) -> None:
-        """Raise a UserError if rows of a store are not of the ids that they are encoded into now."""
-        rows, _ = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
-        check_ids(store, rows, self.tokenizer, within=part)
-
-    def shard(self, part: range, progress: Progress) -> tuple[ShardColumns, dict[str, Any]]:
-        """Extract one shard: its columns, and notes on rows that were dropped and on packing."""
-        rows, dropped = encode_pairs(self.data, self.tokenizer, self.truncation, responses=self.responses, rows=part)
-        ids = Ids.of(rows, self.responses)
-        if self.ids_from is not None:
-            check_ids(self.ids_from, rows, self.tokenizer, ids)
-        scores = score_pairs(
+    def scores(self, rows: "Dataset", progress: Progress) -> dict[str, list[Any]]:
+        return score_pairs(
             self.model,
             rows,
             self.tokenizer,
@@ -177,21 +236,6 @@ class Extraction:
             layout=self.layout,
             progress=progress,
         )
-        progress.update(len(self.responses) * len(dropped))
-        spans = read_spans(rows, self.data, self.tokenizer, self.responses)
-        columns, errors = shard_columns(rows, ids, spans, scores, self.kinds)
-        reading = reading_of(rows, dropped)
-        notes = {
-            "kept": len(rows),
-            "truncated": {"prompts": reading.prompts, "responses": reading.responses},
-            "rows": sorted(set(part).difference(rows["row"][:])),
-            "dropped": dropped.counts,
-            "first_rows": dropped.first_rows,
-            "ids_sha256": ids.sha256,
-            "example": example_ids(rows, self.responses),
-            "kl_error": {"sum": sum(errors), "max": max(errors, default=0.0), "states": len(errors)},
-        }
-        return columns, notes
 
 
 def shard_columns(
@@ -254,6 +298,12 @@ def finished_manifest(request: dict[str, Any], shards: Sequence[Shard]) -> tuple
         "versions": versions(),
     }
     return manifest, reading
+
+
+def parts_of(request: Mapping[str, Any]) -> list[range]:
+    """Return the rows of the data in each shard of a store."""
+    count, size = request["data"]["rows"], request["shard_rows"]
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def versions() -> dict[str, str]:

@@ -95,6 +95,7 @@ class TopKKind(Kind):
     description = "the k most likely tokens of s_0 .. s_{T-1}, and the mass of all others"
     uses = ("k", "p", "topk_coding", "ids_from")
     infinite = ("topk_rest",)
+    needs_logits = False
     in_batch = True
     needs_same_tokens = True
 
@@ -142,11 +143,11 @@ class TopKKind(Kind):
         )
 
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:
-        from prefdistill.models.logprobs import likeliest, topk_logps
+        from prefdistill.models.logprobs import topk_logps
 
         ids = tile.inputs.get(self.name)
         if ids is None:
-            return likeliest(tile.logits, self.k, self.settings.topk["p"])
+            return tile.likeliest(self.k, self.settings.topk["p"])
         return (ids, *topk_logps(tile.logits, ids)[:2])
 
     @property

@@ -9,7 +9,8 @@ from prefdistill.cli.flags import key_values
 from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import MODEL
 from prefdistill.core.options import Argument
-from prefdistill.evaluation.judges.options import AlpacaEval, Answering, Calling, Judging, MTBench
+from prefdistill.evaluation.judges.options import AlpacaEval, Answering, Judging, MTBench
+from prefdistill.models.options import Calling
 
 
 class AnswersFlags(Answering):

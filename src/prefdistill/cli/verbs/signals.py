@@ -8,12 +8,13 @@ from pydantic import Field, model_validator
 from prefdistill.cli.flags import flag_of
 from prefdistill.cli.output import show
 from prefdistill.cli.verbs.common import PAIRS
+from prefdistill.core.errors import UserError
 from prefdistill.data.options import Lengths
 from prefdistill.models.options import Placement, ReadWith
-from prefdistill.signals.options import SignalRequest
+from prefdistill.signals.options import ExtractRequest
 
 
-class SignalFlags(SignalRequest, ReadWith, Lengths):
+class SignalFlags(ExtractRequest, ReadWith, Lengths):
     out: Path = Field(description="Directory of the signal store.")
     model: str | None = Field(None, description="Hub name or directory of the model to compute signals with.")
     data: str | None = Field(None, description=PAIRS)
@@ -21,14 +22,20 @@ class SignalFlags(SignalRequest, ReadWith, Lengths):
     repair: bool = Field(
         False,
         description="Rebuild the damaged files of --out with the options of the store; --model, --data, --tokenizer "
-        "and --chat-template only if they have moved.",
+        "and --chat-template only if they have moved, --base-url for a served teacher.",
     )
+
+    @model_validator(mode="after")
+    def _engine_uses(self) -> "SignalFlags":
+        if not self.repair:  # which uses the options of the store
+            super()._engine_uses()
+        return self
 
     @model_validator(mode="after")
     def _required(self) -> "SignalFlags":
         if self.repair:
             moved = {"model", "gguf_file", "data", "tokenizer", "chat_template", "ids_from", *Placement.model_fields}
-            allowed = {"repair", "out", *moved, "trust_remote_code"}
+            allowed = {"repair", "out", *moved, "base_url", "trust_remote_code"}
             if extra := sorted(self.model_fields_set - allowed):
                 raise ValueError(f"--repair uses the options of the store; leave {flag_of(SignalFlags, extra[0])} out")
         elif self.model is None or self.data is None:
@@ -45,7 +52,6 @@ def signals(options: SignalFlags) -> dict[str, Any]:
     """
     from prefdistill.data.truncation import Truncation
     from prefdistill.evaluation.pairs import gauge_flips
-    from prefdistill.models.vocabulary import tokenizer_for
     from prefdistill.signals import Signals, extract_signals, repair_signals
 
     out, ids_from = options.out, Signals.open(options.ids_from) if options.ids_from else None
@@ -58,6 +64,7 @@ def signals(options: SignalFlags) -> dict[str, Any]:
             options.tokenizer,
             chat_template=options.chat_template,
             ids_from=ids_from,
+            base_url=options.base_url,
             trust_remote_code=trust,
             placement=Placement(**options.part(Placement)),
         )
@@ -68,11 +75,11 @@ def signals(options: SignalFlags) -> dict[str, Any]:
     store = extract_signals(
         model,
         options.data,
-        tokenizer_for(model, options.tokenizer, options.form, trust_remote_code=trust),
+        _tokenizer(options, model),
         out=out,
         truncation=Truncation(**options.part(Lengths)),
         ids_from=ids_from,
-        **options.part(SignalRequest),
+        **options.part(ExtractRequest),
     )
     size = sum(path.stat().st_size for path in (out / "shards").iterdir())
     show(f"{len(store.rows)} of {len(store)} rows, {', '.join(store.kinds)}, {size:,} bytes in {out}")
@@ -87,3 +94,14 @@ def signals(options: SignalFlags) -> dict[str, Any]:
             f"(± {flips['se']:.1%} over {flips['n']} random ones; 50% = V carries no policy information)"
         )
     return results
+
+
+def _tokenizer(options: SignalFlags, model: str) -> Any:
+    from prefdistill.models.vocabulary import tokenizer_for
+
+    try:
+        return tokenizer_for(model, options.tokenizer, options.form, trust_remote_code=options.trust_remote_code)
+    except UserError as error:
+        if options.engine == "openai" and options.tokenizer is None:
+            raise UserError(f"{error}; name the tokenizer of the served model with --tokenizer") from error
+        raise

@@ -10,7 +10,7 @@ from typing import Any
 from prefdistill.core.file_artifact import RecordArtifact
 from prefdistill.core.parts import RowLog
 from prefdistill.core.progress import Progress, say
-from prefdistill.evaluation.judges.client import Endpoint, Question, Reply, ask_all, judge_key
+from prefdistill.evaluation.judges.client import Endpoint, Question, Reply, ask_all
 from prefdistill.evaluation.judges.inputs import provenance
 from prefdistill.evaluation.judges.options import Judging
 from prefdistill.evaluation.judges.verdicts import CONTRADICTORY, OUTCOMES, PARSED, Verdict
@@ -98,7 +98,7 @@ class Ledger(RowLog):
                 "ones give another --out"
             )
         if missing:
-            variable, _ = judge_key()
+            variable, _ = endpoint.key()
             key_source = f"the key of {variable}" if variable else "no key"
             resumed = f", {done:,} reused" if done else ""
             say(f"{what}: {len(missing):,} questions to {endpoint.model} at {endpoint.url} with {key_source}{resumed}")

@@ -1,9 +1,9 @@
-"""Options of judging: how a model answers MT-Bench, how an endpoint is called, and what is judged."""
+"""Options of judging: how a model answers MT-Bench, and what is judged."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from prefdistill.core.options import Flag, Options, Section, Seeded
 from prefdistill.models.options import Loading
@@ -28,14 +28,6 @@ class Answering(Questions, Loading, Seeded):
     chat_template_kwargs: Options = Field(
         default_factory=dict, description="Variables of the chat template, such as {enable_thinking: false}."
     )
-
-
-class Calling(Section):
-    """How a judge's endpoint is called."""
-
-    timeout: float = Field(120.0, ge=0.1, description="Read timeout in seconds, then retry.")
-    retries: NonNegativeInt = Field(5, description="Retries after 429, 5xx, a timeout or a lost connection.")
-    concurrency: PositiveInt = Field(4, description="Requests at a time.")
 
 
 class Judging(Questions):

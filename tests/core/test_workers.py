@@ -1,0 +1,41 @@
+"""Workers on a Ray cluster: they load once, and the task of one that dies runs again."""
+
+import functools
+
+import pytest
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.workers import RETRIES, Workers
+from support.ray_work import Work, refuse
+
+pytestmark = pytest.mark.slow  # a cluster takes seconds to start, and each worker imports torch
+
+
+@pytest.fixture(autouse=True)
+def _on_cluster(ray_cluster):
+    pass
+
+
+def test_the_task_of_a_worker_that_dies_runs_again(tmp_path, capsys):
+    with Workers(functools.partial(Work, tmp_path), 2) as workers:
+        assert workers.call("double", 1) == 2
+        assert len(list(tmp_path.glob("loaded-*"))) == 1  # workers start when there is work for them
+        assert dict(workers.map("double", [0, 1, 2, 3, 4])) == {0: 0, 1: 2, 2: 4, 3: 6, 4: 8}
+        with pytest.raises(UserError, match=r"worker on .*: double: 5 is refused"):
+            list(workers.map("double", [4, 5]))
+    assert "a worker died" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("loaded-*"))) == 3  # two, and the one in place of the killed one
+
+
+def test_a_task_that_kills_every_worker_ends(tmp_path, capsys):
+    with (
+        Workers(functools.partial(Work, tmp_path), 1) as workers,
+        pytest.raises(UserError, match=rf"part 0 has lost its worker {RETRIES + 1} times .*memory"),
+    ):
+        list(workers.map("die", [0]))
+    assert capsys.readouterr().err.count("runs again") == RETRIES
+
+
+def test_what_workers_cannot_load_is_the_users_error():
+    with Workers(refuse, 1) as workers, pytest.raises(UserError, match=r"worker on .*: no model here"):
+        workers.call("double", 1)

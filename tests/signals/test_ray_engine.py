@@ -1,0 +1,95 @@
+"""Signals of workers on a Ray cluster: the bytes of an extraction without it, also when a worker is killed."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from prefdistill.core.errors import UserError
+from prefdistill.core.lock import locked
+from prefdistill.signals import Signals, extract_signals
+from prefdistill.signals.ray_engine import check_shared
+from support.pairs import write_jsonl
+
+OPTIONS = {"kinds": ("values", "logps", "topk"), "k": 5, "shard_rows": 1}
+
+
+@pytest.fixture
+def place(in_tmp_path, make_model, pairs, tokenizer):
+    """The working directory with 24 pairs, a model, and the store of an extraction without Ray in `one`."""
+    write_jsonl(in_tmp_path / "pairs.jsonl", pairs)
+    make_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    extract_signals("model", "pairs.jsonl", out="one", **OPTIONS)
+    return in_tmp_path
+
+
+def kill_a_worker(shards, killed):
+    """Kill a worker while it runs a task, once there are three shards."""
+    while not killed:
+        time.sleep(0.005)
+        running = [p for p in psutil.Process().children(recursive=True) if "_Worker.run" in "".join(p.cmdline())]
+        if running and len(list(shards.glob("*.parquet"))) >= 3:
+            os.kill(running[0].pid, signal.SIGKILL)
+            killed.append(running[0].pid)
+
+
+def contents(store):
+    """The files of a store; none is a worker's temporary file."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow  # a cluster takes seconds to start, and each worker imports torch and transformers
+def test_signals_of_two_workers_of_which_one_is_killed(place, ray_cluster, capsys):
+    """Afterwards a store that Ray has begun is finished without it, and the other way round."""
+    killed = []
+    killer = threading.Thread(target=kill_a_worker, args=(place / "two" / "shards", killed), daemon=True)
+    killer.start()
+    extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
+    killer.join(10)
+    assert len(killed) == 1
+    assert "runs again on another one" in capsys.readouterr().err
+    one = contents(place / "one")
+    assert contents(place / "two") == one
+
+    for name, engine in (("two", "transformers"), ("one", "ray")):
+        for lost in ("manifest.json", "shards/00003.parquet", "shards/00011.parquet"):
+            (place / name / lost).unlink()
+        extract_signals("model", "pairs.jsonl", out=name, engine=engine, **OPTIONS)
+        assert contents(place / name) == one
+    capsys.readouterr()
+    extract_signals("model", "pairs.jsonl", out="one", engine="ray", **OPTIONS)
+    assert "signals: reused" in capsys.readouterr().err
+
+    shutil.rmtree("two")
+    (place / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"worker on .*pairs\.jsonl"):
+        extract_signals("model", "pairs.jsonl", out="two", engine="ray", **OPTIONS)
+    assert not (place / "two").exists()
+
+
+def test_workers_refuse_a_directory_that_is_not_shared(tmp_path):
+    """On the driver's machine the directory is locked; on one that does not share it, it is not."""
+    with locked(tmp_path / "shared"):
+        check_shared(tmp_path / "shared")
+    with pytest.raises(UserError, match="storage that all machines share"):
+        check_shared(tmp_path / "own")
+
+
+def test_what_other_machines_cannot_read_is_refused(tmp_path, make_model, pairs, tokenizer):
+    ask = {"tokenizer": tokenizer, "out": tmp_path / "out", "engine": "ray"}
+    with pytest.raises(UserError, match="load the model themselves: give the name"):
+        extract_signals(make_model(), "pairs.jsonl", **ask)
+    with pytest.raises(UserError, match="load data themselves: give the name"):
+        extract_signals("model", pairs, **ask)
+    teacher = extract_signals(make_model(), pairs.select(range(2)), tokenizer, ("topk",), tmp_path / "teacher")
+    in_memory = Signals(teacher.manifest, teacher.shards)
+    with pytest.raises(UserError, match="open the store of ids_from themselves"):
+        extract_signals("model", "pairs.jsonl", kinds=("topk",), role="student", ids_from=in_memory, **ask)
+    with pytest.raises(UserError, match="workers applies to the engine ray"):
+        extract_signals("model", "pairs.jsonl", out=tmp_path / "out", workers=2)
+    assert not (tmp_path / "out").exists()
