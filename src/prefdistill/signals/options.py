@@ -110,8 +110,10 @@ class ExtractRequest(SignalRequest, OnWorkers, Calling):
 
     @model_validator(mode="after")
     def _engine_uses(self) -> "ExtractRequest":
-        fields = type(self).model_fields
-        changed = {name for name in fields if getattr(self, name) != fields[name].default}
+        fields = type(self).model_fields.items()
+        changed = {
+            name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
         only = {"ray": {"workers"}, "openai": {"base_url", *Calling.model_fields}}
         for engine, names in only.items():
             if self.engine != engine and (wrong := sorted(names & changed)):
