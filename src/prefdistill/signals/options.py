@@ -110,6 +110,11 @@ class ExtractRequest(SignalRequest, OnWorkers, Calling):
 
     @model_validator(mode="after")
     def _engine_uses(self) -> "ExtractRequest":
+        self.check_engine()
+        return self
+
+    def check_engine(self) -> None:
+        """Raise a ValueError if an option is of another engine, or one that a server cannot follow."""
         fields = type(self).model_fields.items()
         changed = {
             name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
@@ -120,7 +125,6 @@ class ExtractRequest(SignalRequest, OnWorkers, Calling):
                 raise ValueError(f"{wrong[0]} applies to the engine {engine}; leave it out")
         if self.engine == "openai":
             self._check_served(changed)
-        return self
 
     def _check_served(self, changed: set[str]) -> None:
         from prefdistill.signals.kinds import make_kinds

@@ -25,11 +25,9 @@ class SignalFlags(ExtractRequest, ReadWith, Lengths):
         "and --chat-template only if they have moved, --base-url for a served teacher.",
     )
 
-    @model_validator(mode="after")
-    def _engine_uses(self) -> "SignalFlags":
+    def check_engine(self) -> None:
         if not self.repair:  # which uses the options of the store
-            super()._engine_uses()
-        return self
+            super().check_engine()
 
     @model_validator(mode="after")
     def _required(self) -> "SignalFlags":
