@@ -175,14 +175,14 @@ def _serve(pipe: Any, variant: Variant, threads: int | None, timed_by: str) -> N
     try:
         module, _, function = variant.function.partition(":")
         run, facts = getattr(importlib.import_module(module), function)(**variant.arguments)
-        loaded = _settle()
+        loaded = settle()
         pipe.send(facts)
         while pipe.recv() == "round":
             start = clock()
             numbers = run()
             synchronize()
             pipe.send({"seconds": clock() - start, "units": 1} | numbers)
-        pipe.send({"loaded": loaded, "peak": _peak(), "of": "cuda" if torch.cuda.is_available() else "resident set"})
+        pipe.send({"loaded": loaded, "peak": peak(), "of": "cuda" if torch.cuda.is_available() else "resident set"})
     except Exception as error:
         traceback.print_exc()
         first_line = next(iter(str(error).splitlines()), "")
@@ -197,7 +197,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _settle() -> int:
+def settle() -> int:
     """Return the bytes in use after loading, and reset the peak.
 
     A resident set includes pages of libraries, so differences of tens of megabytes mean nothing.
@@ -210,14 +210,14 @@ def _settle() -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if sys.platform != "linux":
-        return _peak()
+        return peak()
     ctypes.CDLL(None).malloc_trim(0)  # return memory freed after loading
     Path("/proc/self/clear_refs").write_text("5")
     return _proc_status("VmRSS")
 
 
-def _peak() -> int:
-    """Return the peak of bytes in use since `_settle`: of CUDA if available, else of the resident set."""
+def peak() -> int:
+    """Return the peak of bytes in use since `settle`: of CUDA if available, else of the resident set."""
     import torch
 
     if torch.cuda.is_available():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import Numbers, Prepared
 from benchmarks.inputs import make_pairs, make_tokenizer
-from benchmarks.shapes import forward_flops, make_model
+from benchmarks.shapes import compile_layers, forward_flops, make_model
 from prefdistill.data.columns import SIDES
 
 
@@ -31,6 +31,8 @@ class Pass:
         dtype: str,
         batch: int,
         budget: int,
+        kernel: str = "sdpa",
+        compiled: str | None = None,
     ) -> None:
         from datasets import Dataset
 
@@ -44,6 +46,9 @@ class Pass:
         self.truncation = Truncation(max_length)
         self.rows, _ = encode_pairs(self.data, self.tokenizer, self.truncation)
         self.model = make_model(shape, self.tokenizer, 0, getattr(torch, dtype)).eval()
+        self.model.set_attn_implementation(kernel)
+        if compiled:
+            compile_layers(self.model, compiled)
 
     @property
     def facts(self) -> Numbers:
@@ -78,14 +83,14 @@ class Pass:
         return {name: x.to(self.model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def in_memory(kinds: list[str], positions: str = "all", **common: Any) -> Prepared:
+def in_memory(kinds: list[str], positions: str = "all", padded: bool = False, **common: Any) -> Prepared:
     """Extract signals in memory: everything but tokenizing and writing."""
-    from prefdistill.data.batches import layout_for
+    from prefdistill.data.batches import PADDED, layout_for
     from prefdistill.signals.kinds import Settings
     from prefdistill.signals.scoring import score_pairs
 
     task = Pass(**common)
-    layout = layout_for(task.model, task.truncation.max_length)
+    layout = PADDED if padded else layout_for(task.model, task.truncation.max_length)
     options = {"settings": Settings(positions=positions), "batch_tokens": task.budget, "layout": layout}
 
     def run() -> Numbers:

@@ -1,9 +1,9 @@
-"""What `prefdistill plan` says of a training against a real one: peak memory, and operations per CPU second.
+"""What `prefdistill plan` says of a training against a real one: peak memory, and operations per second.
 
     MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.plan --shape tiny --threads 1
 
-Every case trains in a process of its own, on pairs of one length, so that the longest row is every row. The allocator
-setting makes glibc return freed tiles, which would count as used.
+Every case trains in a process of its own, on pairs of one length, so that the longest row is every row. Seconds are CPU
+time, on a GPU wall time. The allocator setting makes glibc return freed tiles, which would count as used.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,15 @@ STEPS, PAIRS = 3, 2  # steps of a run, the first of which is not timed; pairs in
 
 
 def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: int, threads: int) -> dict[str, Any]:
-    """Train in this process; return planned and measured bytes, and operations per second of CPU time."""
+    """Train in this process; return planned and measured bytes, operations, and the seconds of a step: of CPU time, or
+    on a GPU of wall time."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
 
+    from benchmarks import harness
     from benchmarks.inputs import make_tokenizer
-    from benchmarks.shapes import make_model
+    from benchmarks.shapes import empty_model, make_model
     from prefdistill.experiment.flops import Text, training_flops
     from prefdistill.experiment.memory import training_memory
     from prefdistill.methods import METHODS
@@ -51,18 +52,21 @@ def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: 
     columns = {"prompt": ("user", prompt), "chosen": ("assistant", response), "rejected": ("assistant", response)}
     row = {name: [{"role": role, "content": " ".join(["w1"] * n)}] for name, (role, n) in columns.items()}
     rows = Dataset.from_list([row] * (2 * PAIRS * STEPS))
-    before = _status("VmRSS")
+    before = harness.settle()
+    clock = harness.CLOCKS["wall" if torch.cuda.is_available() else "cpu"]
     model = make_model(shape, tokenizer, 0)
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if not seconds:  # the reference has been read
-                Path("/proc/self/clear_refs").write_text("5")
-            seconds.append(time.process_time())
+                harness.settle()
+            harness.synchronize()
+            seconds.append(clock())
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.process_time())
+            harness.synchronize()
+            seconds.append(clock())
 
     with tempfile.TemporaryDirectory() as out:
         trainer = PrefDistillTrainer(
@@ -78,18 +82,12 @@ def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: 
         encoded = trainer.train_dataset[0]
         lengths = [len(encoded[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
         trainer.train()
-        peak = _status("VmHWM") - before
-    with torch.device("meta"):
-        empty = type(model)(model.config)
+        peak = harness.peak() - before
+    empty = empty_model(shape)
     held = training_memory(empty, options, "float32", sum(lengths), scored=sum(lengths[1:]) / sum(lengths))
     flops = 2 * PAIRS * training_flops(empty, options, Text(lengths[0], lengths[1], 2))
     step = (seconds[-1] - seconds[1]) / (STEPS - 1)
     return {"planned": held.parts(), "measured": peak, "flops": flops, "seconds": step}
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:
@@ -104,7 +102,7 @@ def main() -> None:
         quiet()
         print(json.dumps(run(SHAPES[args.shape], CASES[args.case], args.prompt, args.response, args.threads)))
         return
-    print("case           planned MiB  measured MiB  planned/measured  GFLOP/s of CPU time")
+    print("case           planned MiB  measured MiB  planned/measured  GFLOP/s")
     for case in CASES:
         command = [sys.executable, "-m", "benchmarks.plan", *sys.argv[1:], "--case", case]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -112,7 +110,7 @@ def main() -> None:
         planned, measured = sum(result["planned"].values()), result["measured"]
         speed = result["flops"] / result["seconds"] / 1e9
         print(
-            f"{case:14} {planned / 2**20:11,.0f}  {measured / 2**20:12,.0f}  {planned / measured:16.2f}  {speed:19.1f}",
+            f"{case:14} {planned / 2**20:11,.0f}  {measured / 2**20:12,.0f}  {planned / measured:16.2f}  {speed:7.1f}",
             flush=True,
         )
 

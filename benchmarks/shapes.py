@@ -67,6 +67,33 @@ def make_model(
         return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
 
 
+def empty_model(shape: dict[str, Any]) -> "PreTrainedModel":
+    """Create a model without weights, for what depends on its dimensions alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**shape))
+
+
+def compile_layers(model: "PreTrainedModel", backend: str) -> None:
+    """Have torch.compile compile the decoder layers, in place, when they are first called; "eager" only traces them."""
+    from prefdistill.models.backbone import backbone_of
+
+    for layer in backbone_of(model).layers:
+        layer.compile(backend=backend, dynamic=True)
+
+
+def make_head(shape: dict[str, Any], dtype: "torch.dtype") -> "torch.Tensor":
+    """Create a random head [vocabulary, hidden] on the accelerator if there is one."""
+    import torch
+
+    from prefdistill.models.device import default_device
+
+    torch.manual_seed(0)
+    return 0.02 * torch.randn(shape["vocab_size"], shape["hidden_size"], dtype=dtype, device=default_device())
+
+
 def forward_flops(shape: dict[str, Any], lengths: Iterable[int], head_states: int) -> int:
     """Return the FLOP of one forward pass: two per weight and token, plus attention.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
-from benchmarks.shapes import SHAPES, forward_flops, make_model, peak_flops
+from benchmarks.shapes import SHAPES, compile_layers, forward_flops, make_model, peak_flops
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -46,6 +46,7 @@ def prepare(
     max_length: int,
     bf16: bool,
     checkpointing: bool,
+    compiled: str | None = None,
 ) -> harness.Prepared:
     """Prepare a trainer; a round is a number of its steps."""
     import torch
@@ -55,6 +56,8 @@ def prepare(
 
     tokenizer = make_tokenizer(shape["vocab_size"])
     model = make_model(shape, tokenizer, 0)
+    if compiled:
+        compile_layers(model, compiled)
     options = {
         "output_dir": str(Path(directory) / variant),
         "per_device_train_batch_size": batch,

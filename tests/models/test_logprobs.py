@@ -17,10 +17,12 @@ from prefdistill.models import logprobs
 from prefdistill.models.logprobs import (
     emittable_ids,
     likeliest,
+    log_normaliser,
     reduce_logits,
     sum_by_response,
     token_and_topk_logps,
     token_logps,
+    top_of_blocks,
     topk_logps,
 )
 from prefdistill.training.student import read_student
@@ -336,6 +338,57 @@ def test_likeliest_is_what_sorting_the_float64_probabilities_gives(k, mass):
         assert (ours[len(named) :] == -math.inf).all()
         left = 1 - sum(sorted(chance[named])) if len(named) < len(np.flatnonzero(chance)) else 0.0
         assert float(others.exp()) == pytest.approx(left, abs=1e-6)
+
+
+@pytest.mark.parametrize("elements", [1, 3 * 60, 7 * 60, 2**17])
+def test_rows_are_reduced_together_or_a_few_at_a_time(monkeypatch, elements):
+    """To the same numbers, those of float64, and to the same gradient."""
+    monkeypatch.setattr(logprobs, "ROWS_ELEMENTS", elements)
+    logits = 4 * torch.randn(7, 60, generator=torch.Generator().manual_seed(0))
+    logits[:, ::7] = -math.inf
+    ids = torch.arange(1, 7).expand(7, -1)
+    tokens = torch.arange(1, 6).repeat(2)[:7]
+    exact = logits.double().requires_grad_()
+    total, leaf = torch.logsumexp(exact, -1), logits.clone().requires_grad_()
+    torch.testing.assert_close(log_normaliser(logits).double(), total.detach(), atol=1e-6, rtol=1e-6)
+    of_token, at_ids, rest = token_and_topk_logps(leaf, tokens, ids)
+    others = torch.logsumexp(exact[:, 8:], -1) - total  # column 0 and column 7 have no mass
+    (token_logps(leaf, tokens)[0].sum() + of_token.sum() + at_ids.sum() + 2 * rest.sum()).backward()
+    logps = exact.log_softmax(-1)
+    (2 * logps.gather(-1, tokens[:, None]).sum() + logps[:, 1:7].sum() + 2 * others.sum()).backward()
+    torch.testing.assert_close(rest.double(), others, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [64 * 40, 64 * 40 + 13])
+@pytest.mark.parametrize("k", [1, 7, 19, 50])
+def test_the_top_of_blocks_is_that_of_the_whole(k, columns):
+    """Also where the best are in one block, behind the last whole block, equal, or fewer than k are finite."""
+    logits = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    logits[0, 64:128] += 20
+    logits[1, -13:] += 20
+    logits[2] = logits[2].round()
+    logits[3] = 1.0
+    logits[4, 5:] = -math.inf
+    logits[5] = -math.inf
+    top, ids = top_of_blocks(logits, k)
+    assert torch.equal(top, logits.topk(k).values)
+    assert torch.equal(logits.gather(-1, ids), top)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tokens_that_cannot_be_emitted_have_no_probability(model, batch, grad):
+    """Their columns are in the middle and at the end; the model's own logits stay as they are."""
+    emittable = torch.ones(97, dtype=torch.bool)
+    emittable[[2, 50, 96]] = False
+    with torch.set_grad_enabled(grad):
+        (logits,) = reduce_logits(model, batch, lambda z, _: (z,), batch["tokens"], emittable=emittable, tile=7)
+    with torch.no_grad():
+        spans = zip(batch["prompt_lengths"].tolist(), batch["lengths"].tolist(), strict=True)
+        rows = zip(naive_logits(model, batch), spans, strict=True)
+        full = torch.cat([z[start - 1 : start + length - 1] for z, (start, length) in rows])
+    torch.testing.assert_close(logits.detach(), full.masked_fill(~emittable, -math.inf), atol=1e-4, rtol=1e-5)
 
 
 def test_log_probabilities_at_ids_by_hand():

@@ -117,5 +117,5 @@ def test_every_module_says_what_it_holds():
 
 def test_tests_stand_in_the_folders_of_what_they_test():
     folders = {path.parent.name for path in TESTS.glob("*/*.py")}
-    assert folders <= {*LAYERS, "support", "system"}
+    assert folders <= {*LAYERS, "support", "system", "gpu"}
     assert list(TESTS.glob("test_*.py")) == []

@@ -12,12 +12,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import gpu  # noqa: E402
 from benchmarks.harness import Measured, ratios, summary  # noqa: E402
 from benchmarks.inputs import LENGTHS, fitted_lengths, make_pairs, make_tokenizer  # noqa: E402
+from benchmarks.reduction import HEAD, measure_tile  # noqa: E402
 from benchmarks.shapes import SHAPES, forward_flops, make_model  # noqa: E402
 
 
-def run(*command):
+def run(*command, timeout=120):
     """Run Python in the root of the repository and return its stdout."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.run(
@@ -26,7 +28,7 @@ def run(*command):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
@@ -77,6 +79,60 @@ def test_extraction(tmp_path):
     work = [entries[name]["facts"] for name in variants]
     assert all(facts == work[0] for facts in work)
     assert entries["naive top-50 as JSON"]["rounds"][0]["disk"] > entries["values, stored"]["rounds"][0]["disk"]
+
+
+def test_reductions_are_timed_eagerly_and_compiled():
+    numbers = measure_tile(SHAPES["nano"], "bfloat16", 2**12, rounds=1, backend="eager")
+    assert {HEAD, "values", "top-50", "values, compiled", "token log-probs and gradient, compiled"} <= numbers.keys()
+    for one in numbers.values():
+        assert one["states"] == 2**12 // 512
+        assert 0 < one["least"] <= one["seconds"]
+
+
+def test_parity_of_a_gpu_script_on_the_cpu():
+    """In float32 the CPU agrees with itself to the bit; in bfloat16 it does not."""
+    rows = {row.pop("variant"): row for row in gpu.parity(gpu.TINY, "cpu")}
+    assert list(rows) == [
+        "signals, weights in float32",
+        "training step, float32",
+        "signals, weights in bfloat16",
+        "training step, autocast to bfloat16",
+    ]
+    assert not any("error" in row for row in rows.values()), rows
+    exact, step, rounded, rounded_step = rows.values()
+    assert set(exact.values()) | set(step.values()) == {0.0}
+    assert 0 < rounded["token_logps, mean"] < 0.1
+    assert 0 < rounded_step["gradient"] < 0.1
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_the_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    printed = run("-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--threads", "1", "--out", str(out), timeout=900)
+    report = json.loads(out.read_text())
+    assert list(report["sections"]) == list(gpu.SECTIONS)
+    for name, section in report["sections"].items():
+        assert f"### {name}" in printed
+        assert not any("error" in row for row in section["rows"]), section
+    steps = {row["variant"]: row for row in report["sections"]["steps"]["rows"]}
+    assert steps["TRL's dpo"]["largest gap of losses to dpo"] < 0.05  # in bfloat16
+    kernels = {row["variant"]: row for row in report["sections"]["kernels"]["rows"]}
+    assert kernels["sdpa, chosen layout"]["layout"] == "masked"
+
+
+@pytest.mark.parametrize("function", ["nothing", "broken"])
+def test_a_failed_variant_is_a_row_that_says_why(function):
+    def nothing():
+        return {"seconds": 1.0}
+
+    def broken():
+        raise RuntimeError("no memory\nleft")
+
+    row = gpu.attempt("variant", {"nothing": nothing, "broken": broken}[function])
+    assert row == {"variant": "variant"} | (
+        {"seconds": 1.0} if function == "nothing" else {"error": "RuntimeError: no memory"}
+    )
+    assert "| variant" in gpu.section_table([row])
 
 
 @pytest.mark.slow

@@ -79,11 +79,16 @@ class Tile:
         self.logits, self.tokens, self.last, self.inputs = logits, tokens, last, inputs
 
     @cached_property
+    def log_normaliser(self) -> Tensor:
+        """Log of the sum of the exponentials of the logits, [n]; computed once for all kinds."""
+        from prefdistill.models.logprobs import log_normaliser
+
+        return log_normaliser(self.logits)
+
+    @cached_property
     def token_logps(self) -> Tensor:
         """Log-probability of the realised token, [n]."""
-        from prefdistill.models.logprobs import token_logps
-
-        return token_logps(self.logits, self.tokens)[0]
+        return self.logits.gather(-1, self.tokens[:, None])[:, 0] - self.log_normaliser
 
     def likeliest(self, k: int, mass: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the k most likely tokens, their log-probabilities, and the log of the mass of the others."""
@@ -196,6 +201,8 @@ class Values(Kind):
     def reduce(self, tile: Tile) -> tuple[Tensor, ...]:
         from prefdistill.losses import soft_value
 
+        if self.settings.value_temperature == 1:
+            return (tile.log_normaliser,)
         return (soft_value(tile.logits, self.settings.value_temperature),)
 
     def collect(self, parts: Sequence[np.ndarray], ended: bool) -> dict[str, Any]:
