@@ -3,20 +3,25 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import write_jsonl
+from prefdistill.core.files import write_jsonl, write_sealed
 from prefdistill.data.load import load_pairs
 from prefdistill.methods import METHODS
 from prefdistill.signals import extract_signals
+from prefdistill.training.checkpoints import WHOLE, check_engine_of
+from prefdistill.training.engines import check_trainable
 from prefdistill.training.factory import check_training
 from prefdistill.training.options import Training
 from support.methods import MODELS, NUMBERS, SAMPLED, SIDES, Stores, with_responses
@@ -141,6 +146,21 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(monkeypatch
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(UserError, match="set fsdp_cpu_ram_efficient_loading: false"):
         check_training(Training())
+    two = SimpleNamespace(world_size=2, fsdp_plugin_args=None, deepspeed_plugin=None)
+    with pytest.raises(UserError, match="quantised weights are not sharded; train them under DDP"):
+        check_trainable(SimpleNamespace(is_quantized=True), two)
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
+    write_sealed(tmp_path / WHOLE, {"files": {}, "engine": "fsdp2", "processes": 2})
+    check_engine_of(tmp_path, "fsdp2")  # on one process as well
+    with pytest.raises(UserError, match="is of a training under fsdp2, this one is under ddp"):
+        check_engine_of(tmp_path, "ddp")
+    write_sealed(tmp_path / WHOLE, {"files": {}, "engine": "zero3", "processes": 2})
+    with pytest.raises(UserError, match="2 processes under DeepSpeed: 2 can resume from it, 1 cannot; launch 2"):
+        check_engine_of(tmp_path, "zero3")
+    write_sealed(tmp_path / WHOLE, {"files": {}})  # of an earlier version, which knew DDP only
+    check_engine_of(tmp_path, "ddp")
 
 
 KINDS = {
@@ -155,14 +175,15 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_method_under_every_engine(engine, start, make_model, tokenizer):
-    """All weights of every method, and what else TVKD's student can be trained with; each interrupted and resumed."""
+    """All weights of every method; TVKD and the other kinds of training are interrupted and resumed."""
     skip_without(engine)
     rows = load_pairs(str(start / "pairs.jsonl"), responses=(*SIDES, *SAMPLED), reads=tuple(NUMBERS))
     Stores(start / "signals", lambda role: make_model(MODELS[role][0]), rows, tokenizer)(k=7)
     trainings = {name: {"method": name} for name in METHODS} | KINDS
-    stopped = {f"stopped-{name}": {**options, "out": name, "stop_after": 2} for name, options in trainings.items()}
+    interrupted = ("tvkd", *KINDS)
+    stopped = {f"stopped-{name}": {**trainings[name], "out": name, "stop_after": 2} for name in interrupted}
     results, said = launch(start, stopped | trainings, ENGINES[engine])
-    assert said.count("resuming from step 2") == 2 * len(trainings)
+    assert said.count("resuming from step 2") == 2 * len(interrupted)
     for name, settings in trainings.items():
         run = train(start, start / name, **settings)
         assert results[0][name]["engine"] == engine
@@ -234,3 +255,14 @@ def test_configs_are_what_their_names_say():
         if name.startswith("zero"):
             file = REPOSITORY / config.deepspeed_config["deepspeed_config_file"]
             assert json.loads(file.read_text())["zero_optimization"]["stage"] == int(name[-1])
+
+
+def test_the_cluster_examples_start_the_configs_that_are_there():
+    script, sky = REPOSITORY / "configs" / "slurm.sbatch", REPOSITORY / "configs" / "skypilot.yaml"
+    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+    task = YAML(typ="safe").load(sky.read_text())
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H100:8")
+    for command in (script.read_text(), task["run"]):
+        (config,) = re.findall(r"--config_file (\S+)", command)
+        assert (REPOSITORY / config).is_file()
+        assert "-m prefdistill distill" in command

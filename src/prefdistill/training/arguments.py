@@ -72,8 +72,7 @@ def training_arguments(
         "lr_scheduler_type": training.schedule,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "bf16": training.autocast,
-        **device_arguments(accelerator),
+        **device_arguments(accelerator, training.autocast),
         "gradient_checkpointing": training.gradient_checkpointing,
         "logging_steps": training.logging_steps,
         "save_steps": training.save_steps,
@@ -92,6 +91,7 @@ def training_arguments(
     _check_numbers(kind, training.arguments)
     try:
         arguments = kind(output_dir=str(out), **options)
+        arguments.bf16 = training.autocast
         check_engine(arguments)
         _check_late_arguments(arguments)
         _try_optimizer(arguments)

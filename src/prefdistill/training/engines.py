@@ -24,11 +24,12 @@ def launched_deepspeed() -> bool:
     return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
-def device_arguments(accelerator: bool) -> dict[str, Any]:
+def device_arguments(accelerator: bool, bf16: bool) -> dict[str, Any]:
     """Return the `TrainingArguments` that say where to train: on the accelerator, or on the CPU without one."""
     if launched_deepspeed() and not accelerator:
-        return {"use_cpu": False, "ddp_backend": "gloo"}  # with use_cpu, accelerate would leave DeepSpeed out
-    return {"use_cpu": not accelerator}  # transformers refuses bf16 on a CPU otherwise
+        # with use_cpu accelerate leaves DeepSpeed out, and without it transformers refuses bf16, which DeepSpeed knows
+        return {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}
+    return {"use_cpu": not accelerator, "bf16": bf16}
 
 
 def check_engine(arguments: Any) -> None:
