@@ -3,17 +3,21 @@
 import functools
 
 import pytest
+import torch
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.workers import RETRIES, Workers
+from support import ray_stand_in
 from support.ray_work import Work, refuse
 
-pytestmark = pytest.mark.slow  # a cluster takes seconds to start, and each worker imports torch
 
-
-@pytest.fixture(autouse=True)
-def _on_cluster(ray_cluster):
-    pass
+@pytest.fixture(autouse=True, params=["stand-in", pytest.param("ray", marks=pytest.mark.slow)])
+def _cluster(request, monkeypatch):
+    """Ray itself takes seconds to start, and each of its workers imports torch."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
+    else:
+        ray_stand_in.install(monkeypatch)
 
 
 def test_the_task_of_a_worker_that_dies_runs_again(tmp_path, capsys):
@@ -39,3 +43,12 @@ def test_a_task_that_kills_every_worker_ends(tmp_path, capsys):
 def test_what_workers_cannot_load_is_the_users_error():
     with Workers(refuse, 1) as workers, pytest.raises(UserError, match=r"worker on .*: no model here"):
         workers.call("double", 1)
+
+
+def test_a_machine_without_enough_cpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1_000)
+    with (
+        pytest.raises(UserError, match=r"no machine of .* has 1000 CPUs.*OMP_NUM_THREADS"),
+        Workers(refuse),
+    ):
+        pass

@@ -1,7 +1,6 @@
 """Signals of workers on a Ray cluster: the bytes of an extraction without it, also when a worker is killed."""
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -10,9 +9,11 @@ import psutil
 import pytest
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.files import temporary_path
 from prefdistill.core.lock import locked
-from prefdistill.signals import Signals, extract_signals
+from prefdistill.signals import Signals, extract_signals, ray_engine
 from prefdistill.signals.ray_engine import check_shared
+from support import ray_stand_in
 from support.pairs import write_jsonl
 
 OPTIONS = {"kinds": ("values", "logps", "topk"), "k": 5, "shard_rows": 1}
@@ -43,19 +44,7 @@ def contents(store):
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow  # a cluster takes seconds to start, and each worker imports torch and transformers
-def test_signals_of_two_workers_of_which_one_is_killed(place, ray_cluster, capsys):
-    """Afterwards a store that Ray has begun is finished without it, and the other way round."""
-    killed = []
-    killer = threading.Thread(target=kill_a_worker, args=(place / "two" / "shards", killed), daemon=True)
-    killer.start()
-    extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
-    killer.join(10)
-    assert len(killed) == 1
-    assert "runs again on another one" in capsys.readouterr().err
-    one = contents(place / "one")
-    assert contents(place / "two") == one
-
+def check_that_either_engine_resumes_the_other(place, one, capsys):
     for name, engine in (("two", "transformers"), ("one", "ray")):
         for lost in ("manifest.json", "shards/00003.parquet", "shards/00011.parquet"):
             (place / name / lost).unlink()
@@ -65,11 +54,60 @@ def test_signals_of_two_workers_of_which_one_is_killed(place, ray_cluster, capsy
     extract_signals("model", "pairs.jsonl", out="one", engine="ray", **OPTIONS)
     assert "signals: reused" in capsys.readouterr().err
 
-    shutil.rmtree("two")
     (place / "pairs.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"worker on .*pairs\.jsonl"):
-        extract_signals("model", "pairs.jsonl", out="two", engine="ray", **OPTIONS)
-    assert not (place / "two").exists()
+        extract_signals("model", "pairs.jsonl", out="three", engine="ray", **OPTIONS)
+    assert not (place / "three").exists()
+
+
+def test_signals_of_workers_that_die(place, monkeypatch, capsys):
+    """With a stand-in for Ray: the first worker writes two shards and half of the third one, the next one others."""
+    ray_stand_in.install(monkeypatch)
+    write_part, numbers = ray_engine.write_part, []
+
+    def write(store, extraction, number, progress):
+        numbers.append(number)
+        if len(numbers) == 3:
+            temporary_path(store.shards(24).path(number)).write_bytes(b"half of a shard")
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_part(store, extraction, number, progress)
+
+    monkeypatch.setattr(ray_engine, "write_part", write)
+    extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
+    assert sorted(numbers) == sorted([*range(24), numbers[2]])
+    assert f"part {numbers[2]} runs again on another one" in capsys.readouterr().err
+    one = contents(place / "one")
+    assert contents(place / "two") == one
+    check_that_either_engine_resumes_the_other(place, one, capsys)
+
+
+@pytest.mark.slow  # a cluster takes seconds to start, and each worker imports torch and transformers
+def test_signals_of_two_workers_of_which_one_is_killed(place, ray_cluster, capsys):
+    killed = []
+    killer = threading.Thread(target=kill_a_worker, args=(place / "two" / "shards", killed), daemon=True)
+    killer.start()
+    extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
+    killer.join(10)
+    assert len(killed) == 1
+    assert "runs again on another one" in capsys.readouterr().err
+    one = contents(place / "one")
+    assert contents(place / "two") == one
+    check_that_either_engine_resumes_the_other(place, one, capsys)
+
+
+def test_workers_that_read_other_files_are_refused(place, monkeypatch):
+    ray_stand_in.install(monkeypatch)
+    load, loaded = ray_engine.Extraction.load, []
+
+    def load_other(*arguments):
+        loaded.append(load(*arguments))
+        if len(loaded) > 1:
+            loaded[-1].request["model"]["dtype"] = "bfloat16"
+        return loaded[-1]
+
+    monkeypatch.setattr(ray_engine.Extraction, "load", load_other)
+    with pytest.raises(UserError, match=r"of the other workers \(model\.dtype is 'bfloat16', was 'float32'\)"):
+        extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
 
 
 def test_workers_refuse_a_directory_that_is_not_shared(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ class Work:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        (directory / f"loaded-{os.getpid()}").touch()
+        (directory / f"loaded-{uuid.uuid4().hex}").touch()
 
     def double(self, number: int) -> int:
         """Return twice the number; the first one to get 3 is killed, and 5 is refused."""
