@@ -1,5 +1,6 @@
 """Random models of well-known shapes, and the FLOP of their forward pass."""
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -94,25 +95,28 @@ def make_head(shape: dict[str, Any], dtype: "torch.dtype") -> "torch.Tensor":
     return 0.02 * torch.randn(shape["vocab_size"], shape["hidden_size"], dtype=dtype, device=default_device())
 
 
-def forward_flops(shape: dict[str, Any], lengths: Iterable[int], head_states: int) -> int:
-    """Return the FLOP of one forward pass: two per weight and token, plus attention.
+def forward_flops(shape: dict[str, Any], lengths: Iterable[int], head_states: int) -> float:
+    """Return the FLOP of one forward pass, as `prefdistill plan` counts them (experiment/flops.py).
 
-    Only useful work counts: no padding and no recomputation. Attention counts as the full square, as usual, though a
-    causal one needs half. Training takes three times as many.
+    Only useful work counts: no padding and no recomputation, and of attention the half that is causal. Training takes
+    three times as many.
 
     Args:
         shape: of `SHAPES`.
         lengths: tokens of each sequence.
         head_states: states whose logits are computed.
     """
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    size = hidden // heads
-    attention = hidden * size * 2 * (heads + shape["num_key_value_heads"])
-    layer = attention + 3 * hidden * shape["intermediate_size"]
-    lengths = list(lengths)
-    scores = 4 * heads * size * sum(n * n for n in lengths)
-    body = shape["num_hidden_layers"] * (2 * layer * sum(lengths) + scores)
-    return body + 2 * hidden * shape["vocab_size"] * head_states
+    from prefdistill.experiment.flops import Text
+    from prefdistill.experiment.flops import forward_flops as flops_of
+
+    model = _empty_model(tuple(shape.items()))
+    layers = sum(flops_of(model, Text(0, n))[0] for n in lengths)
+    return layers + flops_of(model, Text(0, 1, scored=head_states))[1]
+
+
+@functools.lru_cache(maxsize=4)
+def _empty_model(shape: tuple[tuple[str, Any], ...]) -> "PreTrainedModel":
+    return empty_model(dict(shape))
 
 
 def peak_flops(device: str) -> float | None:
