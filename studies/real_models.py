@@ -8,7 +8,8 @@
   that. The order of the pairs follows a digest as well, so that the first rows are of many prompts.
 - judge: a reward model trained from the model, the same for every cell and seed (`reward_model.name`).
 - teacher: the model after DPO on the training pairs; the model itself is its reference.
-- start: some layers of the model, healed by SFT on the chosen responses.
+- start: some layers of the model, healed by SFT on the chosen responses of the judge's pairs: after SFT on those of the
+  training pairs, DPO would learn to tell the responses that the student has seen from those that it has not.
 
 What is finished stays: the same command goes on where it was interrupted.
 """
@@ -101,7 +102,8 @@ def main() -> None:
     dpo = ["--method=dpo", f"--signals={reference}", "beta=0.1"]
     verb("distill", f"--student={model}", train, *dpo, f"--out={out / 'teacher'}", *BATCHES, *LORA)
     stage("pruned", lambda place: save_pruned(model, arguments.layers, load_tokenizer(model), place), arguments.layers)
-    verb("sft", f"--model={pruned}", train, f"--out={out / 'start'}", *BATCHES, "training.learning_rate=1.5e-4")
+    sft = [f"--data={out / 'judge.jsonl'}", "training.learning_rate=1.5e-4", "training.epochs=1.5"]
+    verb("sft", f"--model={pruned}", f"--out={out / 'start'}", *sft, *BATCHES)
 
 
 if __name__ == "__main__":
