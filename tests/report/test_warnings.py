@@ -72,3 +72,13 @@ def test_a_shaping_return_at_chance_is_warned_of(tmp_path: Path, low: float, war
     results = make_results() | {"margin_accuracy": {"shaping return": term}}
     text = " ".join(warnings_of(load_run(write_run(tmp_path / "run", results))))
     assert ("not distinguishable from chance" in text) is warned
+
+
+@pytest.mark.parametrize(("high", "warned"), [(0.42, True), (0.53, False)])
+def test_a_student_worse_than_chance_on_held_out_pairs_is_warned_of(tmp_path: Path, high: float, warned: bool) -> None:
+    accuracy = {"mean": 0.35, "se": 0.03, "n": 50, "over": "test prompts", "low": 0.28, "high": high}
+    results = make_results()
+    results["methods"]["dpo"]["reward_accuracy"] = accuracy
+    texts = [w for w in warnings_of(load_run(write_run(tmp_path / "run", results))) if "less than chance" in w]
+    assert bool(texts) is warned
+    assert all(text.startswith("dpo: its implicit reward orders 0.350") and "data.sft" in text for text in texts)

@@ -17,7 +17,7 @@ def warnings_of(run: Run) -> list[str]:
         for name, scores in table.items():
             if bad := [clean(metric) for metric, estimate in scores.items() if not estimate.finite]:
                 warnings.append(f"{clean(name)}: {what}{', '.join(bad)} {NOT_FINITE}")
-    warnings += _collapses(run)
+    warnings += _collapses(run) + _worse_than_chance(results)
     warnings += [w for w in (_chance(results), reward_model_warning(results)) if w]
     warnings += run["problems"]
     shown = [cut(w, 600) for w in warnings[:40]]
@@ -54,6 +54,24 @@ def _fall(lines: list[Points]) -> tuple[float, float, float] | None:
     part = max(1, len(line) // 10)
     first, last = (statistics.fmean(y for _, y in points) for points in (line[:part], line[-part:]))
     return (first, last, last / first) if first < 0 else None
+
+
+def _worse_than_chance(results: Results) -> list[str]:
+    """Return a warning for each student that orders the held-out pairs worse than chance."""
+    warnings = []
+    for name, scores in results.methods.items():
+        accuracy = scores.get("reward_accuracy")
+        interval = accuracy.interval() if accuracy else None
+        if accuracy is None or interval is None or interval[1] >= 0.5:
+            continue
+        warnings.append(
+            f"{clean(name)}: its implicit reward orders {accuracy.mean:.3f} of the held-out pairs correctly, less than "
+            f"chance (95 % interval {interval[0]:.3f} to {interval[1]:.3f}): it has not learned a preference that "
+            "holds on other prompts. Where the student's start was fine-tuned on the chosen responses of the same "
+            "pairs, a method can learn which responses the start has seen; name other demonstrations with data.sft, "
+            "lower the learning rate, or take pairs of more prompts"
+        )
+    return warnings
 
 
 def _chance(results: Results) -> str | None:
