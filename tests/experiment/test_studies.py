@@ -82,11 +82,11 @@ def test_every_shipped_study_can_be_run(path, tmp_path, pairs, tokenizer, make_m
     mine: list[Override] = []
     if study.recipe not in BUILT_IN:  # of pairs and models on the Hub
         pairs.to_json(tmp_path / "pairs.jsonl")
-        for part in (make_model(num_hidden_layers=24), tokenizer):
+        for part in (make_model(), tokenizer):
             part.save_pretrained(tmp_path / "model")
-        keys = ("data.train", "data.test", "model.teacher", "model.student.from", "reward_model.model.from")
-        places = [tmp_path / name for name in ("pairs.jsonl", "pairs.jsonl", "model", "model", "model")]
-        mine = [Override(key, str(place)) for key, place in zip(keys, places, strict=True)]
+        models = ("model.teacher", "model.teacher_reference", "model.student", "reward_model.model.from")
+        mine = [Override(key, str(tmp_path / "pairs.jsonl")) for key in ("data.train", "data.test")]
+        mine += [Override(key, str(tmp_path / "model")) for key in models]
     assert study.name == path.stem
     assert study.question.endswith("?")
     assert path.read_text().startswith("# ")

@@ -123,7 +123,7 @@ def test_fsdp2_follows_one_process_and_resumes(with_two_stores):
     results, said = launch(start, trainings, FSDP2)
     one = {name: train(start, start / name, **trainings[name]) for name in ("tvkd", "dckd", "lora")}
     assert said.count("here the weights are sharded by FSDP2") == 1
-    assert said.count("tvkd: resuming from step 2") == 2
+    assert said.count("tvkd: resuming from step 2") == 1
     assert not [line for line in said.splitlines() if "differ by" in line and "lora" not in line]  # what is saved
     for name, run in one.items():
         parts = [result[name] for result in results]
@@ -183,7 +183,7 @@ def test_every_method_under_every_engine(engine, start, make_model, tokenizer):
     interrupted = ("tvkd", *KINDS)
     stopped = {f"stopped-{name}": {**trainings[name], "out": name, "stop_after": 2} for name in interrupted}
     results, said = launch(start, stopped | trainings, ENGINES[engine])
-    assert said.count("resuming from step 2") == 2 * len(interrupted)
+    assert said.count("resuming from step 2") == len(interrupted)
     for name, settings in trainings.items():
         run = train(start, start / name, **settings)
         assert results[0][name]["engine"] == engine

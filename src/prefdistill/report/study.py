@@ -136,12 +136,12 @@ class StudyView:
 
     def teacher_terms(self, part: str = "margin_accuracy") -> Table:
         """Return how well each term of the teacher, alone, orders the held-out pairs."""
-        terms = list(dict.fromkeys(term for cell in self.cells for term in cell[part]))
+        terms = list(dict.fromkeys(term for cell in self.cells for term in cell.get(part, {})))
         metric = Column("accuracy", "margin accuracy")
         rows = [
             [cell["cell"], *(_text(cell[part].get(term), metric) for term in terms)]
             for cell in self.cells
-            if cell[part]
+            if cell.get(part)
         ]
         if len({tuple(row[1:]) for row in rows}) == 1:  # the same teacher throughout
             rows = [["every cell", *rows[0][1:]]]
