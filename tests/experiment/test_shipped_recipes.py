@@ -51,7 +51,14 @@ def test_every_method_has_a_recipe_and_a_page():
         assert f"methods/{name}.md" in index, name
 
 
-@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
+LONG = {"all", "adpa-plus"}  # the others cover what they do
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ()) for path in LOCAL],
+    ids=lambda path: path.stem,
+)
 def test_every_recipe_from_real_pairs_to_the_report(shared_run, data_dir, path):
     recipe = load_recipe(path, fast(data_dir), fast=True)
     results = run_recipe(recipe, shared_run)

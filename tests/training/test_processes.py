@@ -17,6 +17,7 @@ from prefdistill.signals import extract_signals
 SCRIPT = Path(__file__).parents[1] / "support" / "train_in_processes.py"
 
 
+@pytest.mark.slow
 def test_any_split_of_a_batch_has_one_trajectory(tmp_path, make_model, pairs, tokenizer):
     """21 rows in batches of 8: the last one has 5, which neither micro-batches nor processes divide. SimPO is resumed
     after its first step with `ignore_data_skip`, which starts the epoch again."""
