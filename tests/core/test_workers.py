@@ -28,7 +28,8 @@ def test_the_task_of_a_worker_that_dies_runs_again(tmp_path, capsys):
         with pytest.raises(UserError, match=r"worker on .*: double: 5 is refused"):
             list(workers.map("double", [4, 5]))
     assert "a worker died" in capsys.readouterr().err
-    assert len(list(tmp_path.glob("loaded-*"))) == 3  # two, and the one in place of the killed one
+    loaded = len(list(tmp_path.glob("loaded-*")))
+    assert 2 <= loaded <= 3  # the killed one and the one in its place; the other may still be loading when all is done
 
 
 def test_a_task_that_kills_every_worker_ends(tmp_path, capsys):
