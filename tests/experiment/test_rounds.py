@@ -24,6 +24,7 @@ def keys(out, stage):
     return json.loads((out / "seed-0" / stage / "stage.json").read_text())["key"]
 
 
+@pytest.mark.slow
 def test_all_methods_on_the_quickstart(tmp_path):
     out = tmp_path / "run"
     recipe = load_recipe(QUICKSTART, SMALL, only=["all"])

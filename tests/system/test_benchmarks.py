@@ -34,7 +34,8 @@ def run(*command, timeout=120):
     return process.stdout
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["adpa", "adpa-dense"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["adpa", "adpa-dense"]])
 def test_training(tmp_path, more):
     out = tmp_path / "training.json"
     options = "--shape nano --batch 1 --steps 1 --rounds 2 --max-length 64 --k 512 --threads 1"
@@ -62,6 +63,7 @@ def test_training(tmp_path, more):
     assert report["agreement"]["trl-dpo - dpo"]["chosen_logps"] < 1e-2
 
 
+@pytest.mark.slow
 def test_extraction(tmp_path):
     out = tmp_path / "extraction.json"
     options = "--shape nano --pairs 6 --rounds 1 --max-length 64 --threads 1"

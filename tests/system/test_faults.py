@@ -57,9 +57,8 @@ def tidy(place):
     [
         "signals",
         "sample",
-        "distill",
         "evaluate",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "dpo", "run")),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "dpo", "distill", "run")),
     ],
 )
 def test_a_stage_killed_at_20_random_moments_gives_the_undisturbed_result(stage, place):
