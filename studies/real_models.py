@@ -52,9 +52,10 @@ def digest(text: str) -> int:
 def split_pairs(out: Path, names: list[str], model: str, max_tokens: int) -> None:
     """Write the files of pairs."""
     rows: list[tuple[str, dict[str, Any]]] = []
+    tokenizer = load_tokenizer(model)
     for name in names:
         pairs = load_pairs(name)
-        encoded, _ = encode_pairs(pairs, load_tokenizer(model), Truncation(None))
+        encoded, _ = encode_pairs(pairs, tokenizer, Truncation(None))
         texts = prompts_of(pairs)
         columns = (encoded[column][:] for column in ("row", "prompt_ids", *(f"{side}_ids" for side in SIDES)))
         for row, prompt, *sides in zip(*columns, strict=True):
@@ -62,9 +63,9 @@ def split_pairs(out: Path, names: list[str], model: str, max_tokens: int) -> Non
                 rows.append((prompt_text(texts[row]), pairs[row]))
     rows.sort(key=lambda one: digest(repr([one[1][side] for side in SIDES])))
     for file in dict.fromkeys(FILES):
-        kept = [(text, pair) for text, pair in rows if FILES[digest(text) % len(FILES)] == file]
-        write_jsonl(out / file, [pair for _, pair in kept])
-        print(f"{file}: {len(kept)} pairs of {len({text for text, _ in kept})} prompts")
+        in_file = [(text, pair) for text, pair in rows if FILES[digest(text) % len(FILES)] == file]
+        write_jsonl(out / file, [pair for _, pair in in_file])
+        print(f"{file}: {len(in_file)} pairs of {len({text for text, _ in in_file})} prompts")
 
 
 def train_judge(pairs: Path, model: str, out: Path) -> None:

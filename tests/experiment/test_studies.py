@@ -599,9 +599,9 @@ def test_the_pairs_of_the_study_of_real_models(tmp_path, pairs, tokenizer):
     def tokens(row, side):
         return len(tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=False))
 
-    kept = [row for part in parts.values() for row in part]
+    in_files = [row for part in parts.values() for row in part]
     fits = [row for row in rows if max(tokens(row, side) for side in ("chosen", "rejected")) <= 24]
-    assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, fits))
+    assert sorted(map(json.dumps, in_files)) == sorted(map(json.dumps, fits))
     assert 0 < len(fits) < len(rows)
 
 

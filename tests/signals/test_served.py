@@ -48,8 +48,8 @@ def extract(rows, tokenizer, tmp_path):
     """Extract the signals of the served teacher into `served`."""
 
     def run(server, kinds=KINDS, **options):
-        asked = {"engine": "openai", "base_url": server.url, "retries": 0, **options}
-        return extract_signals("served", rows, tokenizer, kinds, tmp_path / "served", **asked)
+        request = {"engine": "openai", "base_url": server.url, "retries": 0, **options}
+        return extract_signals("served", rows, tokenizer, kinds, tmp_path / "served", **request)
 
     return run
 
@@ -102,9 +102,9 @@ def test_an_extraction_resumes_after_a_failure_of_the_server(serve, extract, row
     with pytest.raises(RuntimeError, match=r"does not answer \(status 503: .*the same command resumes"):
         extract(server, **EXACT)
     assert [path.name for path in (tmp_path / "served" / "shards").iterdir()] == ["00000.parquet"]
-    server.answers, asked = 10**9, len(server.seen)
+    server.answers, answered_before = 10**9, len(server.seen)
     served = extract(server, **EXACT)
-    assert len(server.seen) - asked == 1 + 8
+    assert len(server.seen) - answered_before == 1 + 8
     assert len(served.rows) == 8
 
     other = serve()
@@ -146,7 +146,7 @@ def test_the_command_asks_with_the_key_of_the_environment(serve, workdir, monkey
     ],
 )
 def test_options_that_a_server_cannot_follow_are_refused(rows, tokenizer, tmp_path, options, words):
-    asked = {"kinds": ("logps",), "engine": "openai", "base_url": "http://127.0.0.1:9/v1"} | options
+    request = {"kinds": ("logps",), "engine": "openai", "base_url": "http://127.0.0.1:9/v1"} | options
     with pytest.raises(UserError, match=words):
-        extract_signals("served", rows, tokenizer, out=tmp_path / "out", **asked)
+        extract_signals("served", rows, tokenizer, out=tmp_path / "out", **request)
     assert not (tmp_path / "out").exists()

@@ -247,8 +247,8 @@ def test_configs_are_what_their_names_say():
     assert CONFIGS.keys() == EXPECTED.keys()
     for name, path in CONFIGS.items():
         config = load_config_from_file(str(path))
-        found = (config.distributed_type.value, config.num_processes, config.num_machines)
-        assert found == EXPECTED[name], name
+        configured = (config.distributed_type.value, config.num_processes, config.num_machines)
+        assert configured == EXPECTED[name], name
         if name.startswith("fsdp2"):
             assert config.fsdp_config["fsdp_version"] == 2
             assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False

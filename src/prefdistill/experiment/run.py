@@ -63,11 +63,12 @@ def run_recipe(
     with locked(out), _clean_if_refused(out):
         write_json(out / "environment.json", environment(command))
         _save_recipe(recipe, out)
-        stages, made = [], dict[str, Path]()
+        stages: list[dict[str, Any]] = []
+        shared: dict[str, Path] = {}
         for plan in plans:
             if len(plans) > 1:
                 say(f"seed {plan.context.seed}")
-            stages += execute(plan, out, sources, pool, made)
+            stages += execute(plan, out, sources, pool, shared)
         results = _results(recipe, plans, stages)
         write_json(out / "results.json", results)
         write_report([out], out / "report.html")
@@ -75,19 +76,18 @@ def run_recipe(
 
 
 def execute(
-    plan: Plan, out: Path, sources: Sources, pool: Path | None = None, made: dict[str, Path] | None = None
+    plan: Plan, out: Path, sources: Sources, pool: Path | None, shared: dict[str, Path]
 ) -> list[dict[str, Any]]:
     """Run the steps of a plan, reusing finished ones; return them as results.json lists them.
 
-    Args:
-        made: directories by key of the steps without draws that earlier seeds have run, to reuse. Those of this plan
-            are added.
-
     Before the first step that is not reused, results of an earlier run go: they would pass for those of the new one.
     From there on, steps are compared with the data as it is encoded now; if nothing is left to run, they stay.
+
+    Args:
+        shared: directories by key of the steps without draws that earlier seeds have run, to reuse. Those of this plan
+            are added.
     """
     stages: list[dict[str, Any]] = []
-    made = {} if made is None else made
     to_compare: list[Step] = []
     compared = False
     for step in plan.steps:
@@ -97,7 +97,7 @@ def execute(
         while compared and to_compare:
             to_compare.pop(0).refresh()
         make = sources.unchanged(step.models, step.work)
-        twin = None if step.draws else made.setdefault(step.key, step.directory)
+        twin = None if step.draws else shared.setdefault(step.key, step.directory)
         stage = run_stage(step.name, step.directory, step.request, make, replace=True, pool=pool, twin=twin)
         step.repair()
         to_compare.append(step)

@@ -79,8 +79,9 @@ def length_controlled_margins(terms: list[dict[str, np.ndarray]], groups: list[i
     ]
     if not all(len(numbers) for seed in balanced for numbers in seed.values()):
         return {}
-    kept = None if groups is None else [group for group, extra in zip(groups, longer[0], strict=True) if extra]
-    return margin_accuracies(balanced, kept)
+    if groups is not None:  # of the pairs that `length_balanced` keeps
+        groups = [group for group, extra in zip(groups, longer[0], strict=True) if extra]
+    return margin_accuracies(balanced, groups)
 
 
 def gauge(by_seed: list[dict[str, Any]]) -> dict[str, Any]:

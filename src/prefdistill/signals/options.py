@@ -133,10 +133,10 @@ class ExtractRequest(SignalRequest, OnWorkers, Calling):
             raise ValueError("base_url is required by the engine openai, e.g. http://localhost:8000/v1")
         kinds = make_kinds(KINDS, Settings(value_temperature=2.0))
         if wrong := [kind.name for kind in kinds if kind.needs_logits and kind.name in self.kinds]:
-            given = ", ".join(kind.name for kind in kinds if not kind.needs_logits)
+            available = ", ".join(kind.name for kind in kinds if not kind.needs_logits)
             raise ValueError(
                 f"a server gives log-probabilities of tokens, and no logits, which {', '.join(wrong)} need; it can "
-                f"give {given}. Use the engine transformers for the others"
+                f"give {available}. Use the engine transformers for the others"
             )
         if self.role not in ("teacher", "teacher_reference"):
             raise ValueError(

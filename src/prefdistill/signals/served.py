@@ -102,8 +102,8 @@ class ServedExtraction(Encoding):
         vocabulary = tokenizer.get_vocab().values()
         topk: dict[str, Any] = {}
         if "topk" in options.kinds:
-            request = TopKRequest(options.k, options.p, None, options.topk_coding)
-            topk = request.manifest(len(set(vocabulary)), max(vocabulary) + 1)
+            topk_request = TopKRequest(options.k, options.p, None, options.topk_coding)
+            topk = topk_request.manifest(len(set(vocabulary)), max(vocabulary) + 1)
         k = min(topk["k"], topk["vocabulary"]) if topk else 0
         most = (truncation.max_length or TOKENS_AT_MOST) * (k + 2) * BYTES_PER_TOKEN
         calling = options.part(Calling)
@@ -111,8 +111,8 @@ class ServedExtraction(Encoding):
         teacher = connect(endpoint, tokenizer, _text(first, options.responses), k)
         settings = Settings(options.positions, options.value_dtype, options.value_temperature, topk)
         identity = {"name": model, "served": {"model": model, "form": teacher.form.name}}
-        asked = request_of(options, settings, identity, tokenizer, source, truncation)
-        return cls(tokenizer, source.data, truncation, settings, None, asked, teacher)
+        request = request_of(options, settings, identity, tokenizer, source, truncation)
+        return cls(tokenizer, source.data, truncation, settings, None, request, teacher)
 
     def scores(self, rows: "Dataset", progress: Progress) -> dict[str, list[Any]]:
         kinds, responses = self.kinds, self.responses

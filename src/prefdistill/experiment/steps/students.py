@@ -116,15 +116,17 @@ class Evaluate(Step):
 
     def make(self, out: Path) -> None:
         measured, section = Measured(), self.context.recipe.evaluate
+        student = functools.cache(lambda: load_student(self.context, self.model))
         if self.language is not None:
-            model, prompts = load_student(self.context, self.model), self.language.prompts()["test"]
+            prompts = self.language.prompts()["test"]
 
             def answer(temperature: float, what: str) -> list[Response]:
-                return respond(self, model, prompts, temperature, self.context.seed, what)
+                return respond(self, student(), prompts, temperature, self.context.seed, what)
 
             measure_rewards(measured, prompts, answer, synthetic.reward, samples=section.samples)
         elif self.test is not None and max(section.prompts, section.samples):
             responses = self._sample(self.test, out)
+            ratios = self._log_ratios(student(), self.start, responses) if self.start else None
             reward_model = load_reward_model(self.context, self.reward_model) if self.reward_model else None
             measure_responses(
                 measured,
@@ -133,21 +135,17 @@ class Evaluate(Step):
                 reward_model,
                 prompts=section.prompts,
                 samples=section.samples,
-                log_ratios=self._log_ratios(responses),
+                log_ratios=ratios,
             )
         if self.reference is not None and self.test is not None:
-            student = load_student(self.context, self.model)
             tokenizer = self.reads_with.tokenizer
-            rewards = implicit_rewards(student, self.test.rows, tokenizer, self.reference.store)
+            rewards = implicit_rewards(student(), self.test.rows, tokenizer, self.reference.store)
             measured.add_metrics("pairs", rewards)
         write_json(out / "evaluation.json", measured.__dict__)
 
-    def _log_ratios(self, responses: "Dataset") -> "np.ndarray | None":
-        if self.start is None:
-            return None
-        student, start = (load_student(self.context, model) for model in (self.model, self.start))
+    def _log_ratios(self, student: Any, start: Model, responses: "Dataset") -> "np.ndarray | None":
         bf16 = self.reference is not None and self.reference.bf16
-        return log_ratios(student, start, responses, self.reads_with.tokenizer, bf16=bf16)
+        return log_ratios(student, load_student(self.context, start), responses, self.reads_with.tokenizer, bf16=bf16)
 
     def _sample(self, test: Rows, out: Path) -> "Dataset":
         section = self.context.recipe.evaluate
