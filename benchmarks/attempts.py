@@ -146,6 +146,7 @@ def attempt(
     def work(rank: int) -> int:
         os.setpgid(0, children[0] if children else 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         descriptor = os.open(logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)

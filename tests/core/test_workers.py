@@ -1,6 +1,8 @@
 """Workers on a Ray cluster: they load once, and the task of one that dies runs again."""
 
 import functools
+import signal
+import sys
 
 import pytest
 import torch
@@ -53,3 +55,26 @@ def test_a_machine_without_enough_cpus_is_refused(monkeypatch):
         Workers(refuse),
     ):
         pass
+
+
+@pytest.mark.parametrize("threads", [1, 1_000], ids=["used", "refused"])
+def test_a_cluster_of_the_workers_is_left_with_the_handler_that_ray_replaces(threads, monkeypatch):
+    ray_stand_in.install(monkeypatch)
+    ray, before, connected = sys.modules["ray"], signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        connected.append(True)
+
+    monkeypatch.setattr(ray, "init", init, raising=False)
+    monkeypatch.setattr(ray, "shutdown", lambda: connected.pop(), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    try:
+        with Workers(refuse, 1):
+            assert connected
+            assert signal.getsignal(signal.SIGTERM) != before
+    except UserError:
+        assert threads > 1
+    assert not connected
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -377,6 +377,15 @@ def test_a_kill_of_one_of_two_ranks_loses_nothing(stage, kills, place):
     assert tally.compared >= 1
 
 
+@pytest.fixture
+def _ignoring_sigterm():
+    """This process does not end at SIGTERM, as after `ray.init`."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_ignoring_sigterm")
 def test_a_rank_that_waits_for_a_killed_one_is_terminated(place):
     """As by the launcher; a rank that ignores the signal is detected."""
 

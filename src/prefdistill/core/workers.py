@@ -1,10 +1,12 @@
 """Workers on a Ray cluster: each loads its work once, then runs tasks. The task of a worker that dies runs again."""
 
 import os
+import signal
 import socket
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -41,31 +43,22 @@ class Workers:
         self.failed_starts = 0
 
     def __enter__(self) -> Self:
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError('the engine ray needs ray: pip install "prefdistill[ray]"') from error
         import torch
 
-        self.ray, self.owns_cluster = ray, not ray.is_initialized()
-        if self.owns_cluster:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            try:
-                ray.init(include_dashboard=False)
-            except ConnectionError as error:
-                address = os.environ.get("RAY_ADDRESS", "")
-                raise UserError(f"no Ray cluster at RAY_ADDRESS={address}; start one, or unset RAY_ADDRESS") from error
-        self.threads = torch.get_num_threads()
-        machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
-        gpus = sum(int(resources.get("GPU", 0)) for resources in machines)
-        self.resources = {"num_gpus": 1} if gpus else {"num_cpus": self.threads}
-        room = gpus or sum(int(resources.get("CPU", 0)) // self.threads for resources in machines)
-        if room == 0:
-            raise UserError(
-                f"no machine of the Ray cluster has {self.threads} CPUs, as many as this process has threads; set "
-                "OMP_NUM_THREADS to fewer"
-            )
-        self.count = self.count or room
+        with ExitStack() as stack:
+            self.ray = stack.enter_context(_cluster())
+            self.threads = torch.get_num_threads()
+            machines = [machine["Resources"] for machine in self.ray.nodes() if machine["Alive"]]
+            gpus = sum(int(resources.get("GPU", 0)) for resources in machines)
+            self.resources = {"num_gpus": 1} if gpus else {"num_cpus": self.threads}
+            room = gpus or sum(int(resources.get("CPU", 0)) // self.threads for resources in machines)
+            if room == 0:
+                raise UserError(
+                    f"no machine of the Ray cluster has {self.threads} CPUs, as many as this process has threads; set "
+                    "OMP_NUM_THREADS to fewer"
+                )
+            self.count = self.count or room
+            self.disconnect = stack.pop_all().close
         return self
 
     def __exit__(
@@ -74,8 +67,7 @@ class Workers:
         workers = [*self.idle, *self.starting.values(), *(worker for worker, _, _ in self.running.values())]
         for worker in workers:
             self.ray.kill(worker)
-        if self.owns_cluster:
-            self.ray.shutdown()
+        self.disconnect()
 
     def call(self, method: str, task: Any = None) -> Any:
         """Return what one worker's method returns."""
@@ -151,6 +143,31 @@ class Workers:
             raise error.cause from error
         except RayError as error:
             raise _Lost(str(error).strip().splitlines()[0]) from error
+
+
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """Yield the module ray, connected to a cluster: the program's own, or one that is left at the end."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError('the engine ray needs ray: pip install "prefdistill[ray]"') from error
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # which ray.init replaces, and ray.shutdown does not restore
+    try:
+        ray.init(include_dashboard=False)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS", "")
+        raise UserError(f"no Ray cluster at RAY_ADDRESS={address}; start one, or unset RAY_ADDRESS") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 class _Lost(Exception):
