@@ -544,7 +544,7 @@ def test_prompts_without_room_are_dropped_and_counted(model, tokenizer, rows, tm
         ({"column": "chosen"}, "a data set in memory has a column 'chosen' already; name another with --column"),
         ({"column": "prompt"}, "has a column 'prompt' already"),
         ({"column": "a b"}, "column='a b': use letters, digits and _"),
-        ({"engine": "magic"}, "unknown engine 'magic'; known: transformers, vllm"),
+        ({"engine": "magic"}, "unknown engine 'magic'; known: transformers, ray, vllm"),
         ({"engine": "vllm"}, "vLLM loads a model itself: give its Hub name or directory"),
         ({"shard_rows": 0}, "shard_rows must be greater than 0"),
         ({"top_p": 2}, "top_p must be less than or equal to 1"),

@@ -2,10 +2,7 @@
 
 import os
 import signal
-import threading
-import time
 
-import psutil
 import pytest
 
 from prefdistill.core.errors import UserError
@@ -15,6 +12,7 @@ from prefdistill.signals import Signals, extract_signals, ray_engine
 from prefdistill.signals.ray_engine import check_shared
 from support import ray_stand_in
 from support.pairs import write_jsonl
+from support.ray_work import killing_a_worker
 
 OPTIONS = {"kinds": ("values", "logps", "topk"), "k": 5, "shard_rows": 1}
 
@@ -27,16 +25,6 @@ def place(in_tmp_path, make_model, pairs, tokenizer):
     tokenizer.save_pretrained("model")
     extract_signals("model", "pairs.jsonl", out="one", **OPTIONS)
     return in_tmp_path
-
-
-def kill_a_worker(shards, killed):
-    """Kill a worker while it runs a task, once there are three shards."""
-    while not killed:
-        time.sleep(0.005)
-        running = [p for p in psutil.Process().children(recursive=True) if "_Worker.run" in "".join(p.cmdline())]
-        if running and len(list(shards.glob("*.parquet"))) >= 3:
-            os.kill(running[0].pid, signal.SIGKILL)
-            killed.append(running[0].pid)
 
 
 def contents(store):
@@ -83,12 +71,8 @@ def test_signals_of_workers_that_die(place, monkeypatch, capsys):
 
 @pytest.mark.slow  # a cluster takes seconds to start, and each worker imports torch and transformers
 def test_signals_of_two_workers_of_which_one_is_killed(place, ray_cluster, capsys):
-    killed = []
-    killer = threading.Thread(target=kill_a_worker, args=(place / "two" / "shards", killed), daemon=True)
-    killer.start()
-    extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
-    killer.join(10)
-    assert len(killed) == 1
+    with killing_a_worker(lambda: len(list((place / "two" / "shards").glob("*.parquet"))) >= 3):
+        extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
     assert "runs again on another one" in capsys.readouterr().err
     one = contents(place / "one")
     assert contents(place / "two") == one

@@ -2,9 +2,15 @@
 
 import os
 import signal
+import threading
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from prefdistill.core.errors import UserError
 
@@ -32,3 +38,23 @@ class Work:
 
 def refuse() -> Work:
     raise UserError("no model here")
+
+
+@contextmanager
+def killing_a_worker(begun: Callable[[], bool]) -> Iterator[None]:
+    """Kill a worker while it runs a task, once the work has begun; check that one was killed."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            time.sleep(0.005)
+            running = [p for p in psutil.Process().children(recursive=True) if "_Worker.run" in "".join(p.cmdline())]
+            if running and begun():
+                os.kill(running[0].pid, signal.SIGKILL)
+                killed.append(running[0].pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    yield
+    killer.join(10)
+    assert len(killed) == 1

@@ -7,6 +7,7 @@ ENGINES = Registry(
     "engines",
     {
         "transformers": "prefdistill.sampling.engines:TransformersEngine",
+        "ray": "prefdistill.sampling.ray_engine:RayEngine",
         "vllm": "prefdistill.sampling.engines:VLLMEngine",
     },
 )

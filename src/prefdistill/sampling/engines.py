@@ -1,11 +1,13 @@
 """Engines: what generates responses. A new engine is a class and its entry in `prefdistill.sampling.ENGINES`."""
 
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -21,8 +23,34 @@ from prefdistill.models.vocabulary import check_ids
 from prefdistill.sampling.options import SampleRequest, Sampling
 
 
+@dataclass(frozen=True)
+class Part:
+    """Prompts whose responses are drawn together.
+
+    Args:
+        prompts: token ids of each.
+        limits: maximum new tokens of each.
+        rows: of the prompts, for messages.
+        seed: of the draws.
+    """
+
+    prompts: list[list[int]]
+    limits: list[int]
+    rows: Sequence[int]
+    seed: int
+
+
+class Drawn(NamedTuple):
+    """The new tokens of n responses per prompt of a part, consecutive, and the seconds they took."""
+
+    tokens: list[list[int]]
+    seconds: float
+
+
 class Engine(ABC):
     """Generates the tokens of responses to tokenized prompts."""
+
+    same_draws_as: ClassVar[str | None] = None  # an engine with the same responses, whose files this one resumes
 
     @classmethod
     def check(cls, model: Any, options: SampleRequest) -> None:
@@ -54,6 +82,27 @@ class Engine(ABC):
         Raises:
             NotFiniteLogits: if nothing can be drawn.
         """
+
+    def draw(self, part: Part, progress: Progress) -> Drawn:
+        """Return responses to a part.
+
+        Raises:
+            UserError: if nothing can be drawn; it names the row.
+        """
+        start = time.monotonic()
+        try:
+            tokens = self.generate(part.prompts, part.limits, part.seed, progress)
+        except NotFiniteLogits as error:
+            raise UserError(
+                f"the model's logits are not finite after the prompt of row {part.rows[error.prompt]} of the data; its "
+                "weights may be damaged, or its dtype too narrow: try --dtype float32"
+            ) from error
+        return Drawn(tokens, round(time.monotonic() - start, 3))
+
+    def draw_all(self, parts: Sequence[Part], progress: Progress) -> Generator[tuple[int, Drawn], None, None]:
+        """Yield the index of each part with responses to it, in any order: here, one part after the other."""
+        for index, part in enumerate(parts):
+            yield index, self.draw(part, progress)
 
 
 class NotFiniteLogits(Exception):

@@ -10,8 +10,7 @@ import hashlib
 import io
 import json
 import sys
-import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +113,7 @@ def sample_responses(
     sampler = Sampler(tokenizer, settings, truncation)
     request = {
         "column": column,
-        "engine": settings.engine,
+        "engine": engine.same_draws_as or settings.engine,
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
         "dtype": settings.dtype,
         "quantization": settings.quantization,
@@ -200,18 +199,24 @@ def _sample_parts(
     n = sampler.sampling.n
     missing = parts.missing()
     done = n * sum(len(shard) for number, shard in enumerate(shards) if number not in missing)
-    with Progress("sampling", n * sum(map(len, shards)), "response", done) as progress:
-        for number in missing:
-            rows, start = shards[number], time.monotonic()
-            part_seed = int(value_digest([seed, number])[:15], 16)
-            responses = sampler.respond(engine, [encoded[row] for row in rows], rows, part_seed, progress)
-            seconds = round(time.monotonic() - start, 3)
-            part_prompts = [prompts[row] for row in rows for _ in range(n)]
-            part = [
+    to_draw = [
+        sampler.part(
+            [encoded[row] for row in shards[number]], shards[number], int(value_digest([seed, number])[:15], 16)
+        )
+        for number in missing
+    ]
+    with (
+        Progress("sampling", n * sum(map(len, shards)), "response", done) as progress,
+        closing(engine.draw_all(to_draw, progress)) as drawn,
+    ):
+        for index, (tokens, seconds) in drawn:
+            part = to_draw[index]
+            part_prompts = [prompts[row] for row in part.rows for _ in range(n)]
+            responses = [
                 [response.text, response.ids, response.ended, sampler.check(prompt, response.ids, response.text)]
-                for prompt, response in zip(part_prompts, responses, strict=True)
+                for prompt, response in zip(part_prompts, sampler.responses(part, tokens), strict=True)
             ]
-            write_json(parts.path(number), {"seconds": seconds, "responses": part})
+            write_json(parts.path(missing[index]), {"seconds": seconds, "responses": responses})
 
 
 def _read_parts(parts: Parts) -> tuple[list[list[Any]], float]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from prefdistill.core.options import NO_FLAG, Section, Seeded
+from prefdistill.core.options import NO_FLAG, OnWorkers, Section, Seeded
 from prefdistill.data.options import Columns
 from prefdistill.models.options import Placement, QuantizedLoading
 from prefdistill.sampling import ENGINES
@@ -27,7 +27,11 @@ class Sampling(Section):
     n: PositiveInt = Field(1, description="Responses per prompt.")
     max_new_tokens: PositiveInt = Field(256, description="Maximum tokens of a response.")
     batch_size: PositiveInt = Field(64, description="Responses generated together; vLLM makes its own batches.")
-    engine: Engine = Field("transformers", description="transformers, or vllm where it is installed.")
+    engine: Engine = Field(
+        "transformers",
+        description="transformers, in this process; ray, transformers on the workers of a Ray cluster; or vllm, where "
+        "it is installed.",
+    )
 
     @model_validator(mode="after")
     def _draws(self) -> "Sampling":
@@ -36,7 +40,7 @@ class Sampling(Section):
         return self
 
 
-class SampleRequest(Sampling, QuantizedLoading, Placement, Seeded, Columns):
+class SampleRequest(Sampling, QuantizedLoading, Placement, OnWorkers, Seeded, Columns):
     """Options of `sample_responses`, without the model, the data and the file."""
 
     column: str = Field(
@@ -56,4 +60,6 @@ class SampleRequest(Sampling, QuantizedLoading, Placement, Seeded, Columns):
             raise ValueError("quantization applies to the engine transformers; vLLM loads quantized checkpoints")
         if self.device_map is not None and self.engine != "transformers":
             raise ValueError(f"device_map applies to the engine transformers; {self.engine} places a model itself")
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError("workers applies to the engine ray; leave it out")
         return self

@@ -9,7 +9,7 @@ from prefdistill.core.progress import Progress
 from prefdistill.data.encoder import Encoder
 from prefdistill.data.template import end_token_ids
 from prefdistill.data.truncation import PROMPT_EMPTY, PROMPT_TOO_LONG, TEMPLATE_FAILED, Dropped, Truncation
-from prefdistill.sampling.engines import Engine, NotFiniteLogits, TransformersEngine
+from prefdistill.sampling.engines import Part, TransformersEngine
 from prefdistill.sampling.options import Sampling
 
 
@@ -74,9 +74,10 @@ def sample(
     encoded, dropped = sampler.encode_all(prompts)
     for reason, first in dropped.first_rows.items():
         raise UserError(f"prompt {first}: {reason}. Leave such prompts out, or change the template or the lengths.")
-    engine = TransformersEngine(model, tokenizer, sampling)
+    part = sampler.part(encoded, range(len(prompts)), seed)
     with Progress(what, n * len(prompts), "response") as progress:
-        return sampler.respond(engine, encoded, range(len(prompts)), seed, progress)
+        drawn = TransformersEngine(model, tokenizer, sampling).draw(part, progress)
+    return sampler.responses(part, drawn.tokens)
 
 
 class Sampler:
@@ -106,21 +107,15 @@ class Sampler:
             reasons.append(reason or ("" if ids else PROMPT_EMPTY))
         return encoded, Dropped.from_reasons(reasons)
 
-    def respond(
-        self, engine: Engine, encoded: list[list[int]], rows: Sequence[int], seed: int, progress: Progress
-    ) -> list[Response]:
-        """Return a response to each prompt, or several; `rows` number the prompts in messages."""
+    def part(self, encoded: list[list[int]], rows: Sequence[int], seed: int) -> Part:
+        """Return prompts with their limits; `rows` number them in messages."""
         most = self.sampling.max_new_tokens
         rooms = [self.truncation.room_after(ids) for ids in encoded]
-        limits = [most if room is None else min(most, room) for room in rooms]
-        try:
-            new_tokens = engine.generate(encoded, limits, seed, progress)
-        except NotFiniteLogits as error:
-            raise UserError(
-                f"the model's logits are not finite after the prompt of row {rows[error.prompt]} of the data; its "
-                "weights may be damaged, or its dtype too narrow: try --dtype float32"
-            ) from error
-        return [self._response(new[: limits[place // self.sampling.n]]) for place, new in enumerate(new_tokens)]
+        return Part(encoded, [most if room is None else min(most, room) for room in rooms], rows, seed)
+
+    def responses(self, part: Part, tokens: list[list[int]]) -> list[Response]:
+        """Return a response to each prompt of a part, or several, from the tokens that an engine has drawn."""
+        return [self._response(new[: part.limits[place // self.sampling.n]]) for place, new in enumerate(tokens)]
 
     def _response(self, new: list[int]) -> Response:
         stop = next((place for place, token in enumerate(new) if token in self.ends), None)
