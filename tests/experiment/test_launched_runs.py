@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
 from prefdistill.core.errors import UserError
@@ -18,6 +19,7 @@ from prefdistill.experiment.show_plan import as_text, plan_recipe
 from prefdistill.models.load import load_model
 
 SUPPORT = Path(__file__).parents[1]
+CONFIGS = SUPPORT.parent / "configs"
 KINDS = ("sft", "dpo", "distill", "signals")
 LAUNCH = f"launch={{{', '.join(f'{kind}: {{processes: 2}}' for kind in KINDS)}}}"
 
@@ -98,6 +100,32 @@ def test_a_run_on_two_processes_has_the_results_of_one(place):
     assert all(stage["peak_memory"] for stage in results["two"]["stages"])
     again = run_recipe(load_recipe("recipe.yaml"), place / "two")  # in one process: it has nothing to do
     assert all(stage["reused"] for stage in again["stages"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "said"), [("fsdp2", "the weights are sharded by FSDP2"), ("zero2", ""), ("zero3", "")]
+)
+def test_a_run_shards_the_trainings_whose_launcher_is_a_file(engine, said, place, monkeypatch, capfd):
+    """The file of configs/, with two processes instead of eight."""
+    if engine != "fsdp2":
+        pytest.importorskip("deepspeed", reason='DeepSpeed is not installed: pip install "prefdistill[deepspeed]"')
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = YAML(typ="safe").load(CONFIGS / f"{engine}.yaml") | {"num_processes": 2}
+    if "deepspeed_config" in config:
+        config["deepspeed_config"]["deepspeed_config_file"] = str(CONFIGS / f"{engine}.json")
+    Path("engine.yaml").write_text(json.dumps(config))
+    changes = ["teacher.dpo=null", "student.sft=null", "model.teacher_reference=null", "methods={dpo: {}}"]
+    for name, more in (("one", []), ("sharded", ["launch.distill=engine.yaml"])):
+        run_recipe(load_recipe("recipe.yaml", [*changes, *more]), place / name)
+    assert said in capfd.readouterr().err
+    one, sharded = (place / name / "seed-0" / "distill-dpo-0" for name in ("one", "sharded"))
+    for line, other in zip(*(read_lines(root / "metrics.jsonl") for root in (one, sharded)), strict=True):
+        assert line.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), abs=2e-5)
+    weights, others = (load_file(root / "model.safetensors") for root in (one, sharded))
+    for key, weight in weights.items():
+        np.testing.assert_allclose(weight, others[key], atol=1e-4, err_msg=key)
+    assert load_model(str(sharded))
 
 
 def read_lines(path):
