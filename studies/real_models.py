@@ -11,7 +11,7 @@
 - start: some layers of the model, healed by SFT on the chosen responses of the judge's pairs: after SFT on those of the
   training pairs, DPO would learn to tell the responses that the student has seen from those that it has not.
 
-What is finished stays: the same command goes on where it was interrupted.
+Finished files are reused: after an interruption the same command resumes.
 """
 
 import argparse

@@ -96,13 +96,22 @@ def test_70b_to_8b_by_hand(models, pairs):
     assert steps["signals-teacher-train"]["memory"]["one"]["weights"] == 2 * BIG_WEIGHTS
     assert steps["distill-tvkd-0"]["fits"] == {"one": None, "ddp": None, "zero2": 8, "fsdp2": 4}
     assert steps["signals-teacher-train"]["fits"] == {"one": None, "ddp": None, "zero2": None, "fsdp2": 4}
-    assert not plan["advice"]
+    # each process of signals holds the whole model
+    assert [line.partition(" ")[0] for line in plan["advice"]] == ["signals-teacher-test", "evaluate-teacher"]
+    assert steps["signals-teacher-train"]["per_device"] > 2 * BIG_WEIGHTS
+    # or its layers are spread over devices, which take turns
+    options = {"pairs": pairs, "tokens_per_pair": 600, "gpu": "H100", "devices": 8}
+    spread = planned(models, "signals.device_map=auto", **options)["scale"]
+    assert not spread["advice"]
+    reading = next(step for step in spread["steps"] if step["name"] == "signals-teacher-train")
+    assert reading["hours"] == pytest.approx(8 * steps["signals-teacher-train"]["hours"])
+    assert reading["per_device"] < 2 * BIG_WEIGHTS / 4
 
 
 def test_what_does_not_fit_says_what_to_change(models):
     plan = planned(models, "training.gradient_checkpointing=false", "training.micro_batch_size=2", pairs=1000)
     advice = {line.partition(" ")[0]: line for line in plan["scale"]["advice"]}
-    assert "--strategy fsdp2 --devices 4, or signals.quantization=4bit" in advice["signals-teacher-test"]
+    assert "signals.device_map=auto --devices 4, or signals.quantization=4bit" in advice["signals-teacher-test"]
     trained = advice["distill-dpo-0"]
     assert trained.endswith("training.gradient_checkpointing=true training.micro_batch_size=1 training.lora.r=16")
     assert "step" in as_text(plan)

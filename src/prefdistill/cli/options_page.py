@@ -83,7 +83,7 @@ def _type(field: FieldInfo) -> str:
     if next(_inner(field.annotation, ""), None):
         union = isinstance(field.annotation, types.UnionType)
         return "text or section" if union and str in typing.get_args(field.annotation) else "section"
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         return "boolean"
     if is_mapping(field):
         return "mapping"
@@ -95,7 +95,7 @@ def _default(field: FieldInfo) -> str:
         return ""
     if field.is_required():
         return "required"
-    text = "false" if field.default is False else default_text(field)
+    text = str(field.default).lower() if isinstance(field.default, bool) else default_text(field)
     return f"`{_escaped(text)}`" if text else ""
 
 

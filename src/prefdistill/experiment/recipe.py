@@ -82,7 +82,9 @@ class MethodRun(Section):
     rounds: PositiveInt = Field(
         1, description="Rounds of sampling, signals and training; each starts from the student of the one before."
     )
-    first_order: NonNegativeInt = Field(0, description="Number of its first order of the pairs.")
+    first_order: NonNegativeInt = Field(
+        0, description="Index of its first order of the pairs; a repeat in other orders sets 100."
+    )
     training: Training = Field(description="Its training, over the defaults of the recipe.")
 
 
@@ -109,7 +111,9 @@ class Recipe(Section):
     student: StudentStart = Field(StudentStart(), description="How the student's start is trained.")
     signals: SignalOptions = Field(SignalOptions(), description="How signals are extracted.")
     sampling: Sampling = Field(Sampling(), description="How responses are sampled to learn from.")
-    training: Options = Field(default_factory=dict, description="Defaults of every training.")
+    training: Options = Field(
+        default_factory=dict, description="Defaults of every training: the options of `teacher.sft`."
+    )
     reward_model: RewardModelOptions | None = Field(None, description="Scores the responses to held-out prompts.")
     methods: dict[str, MethodRun] = Field(description="The methods by name.")
     evaluate: Evaluation = Field(Evaluation(), description="What is measured besides pair accuracies.")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from prefdistill.core.options import validate
 from prefdistill.experiment.cost import Cost, Lengths, Shapes, costs
 from prefdistill.experiment.hardware import GPUS, Scale
+from prefdistill.experiment.launch.options import Launch
 from prefdistill.experiment.memory import Memory, Strategy
-from prefdistill.experiment.step import Input, Rows, Step
+from prefdistill.experiment.step import Input, Model, Rows, Step
 from prefdistill.experiment.steps.models import Sft
 from prefdistill.experiment.steps.students import Distill
 
@@ -89,7 +90,8 @@ def at_scale(
     for step, cost in priced.items():
         if cost.held is None:
             continue
-        seconds = max(cost.flops / gpu.flops, cost.moved / gpu.bandwidth) / utilisation / devices
+        at_work = _devices_at_work(plan, step, devices)
+        seconds = max(cost.flops / gpu.flops, cost.moved / gpu.bandwidth) / utilisation / at_work
         steps.append(
             {
                 "name": step.name,
@@ -99,7 +101,7 @@ def at_scale(
                 "signals": dict(cost.kinds),
                 "memory": {one: cost.held.parts(one, max(devices, 2)) for one in STRATEGIES},
                 "fits": {one: fewest(cost.held, one, gpu.memory) for one in STRATEGIES},
-                "per_device": machine.per_device(cost.held),
+                "per_device": _of_step(plan, step, cost.held, machine).per_device(cost.held),
             }
         )
     return {
@@ -133,18 +135,39 @@ def _advice(
     seen = set()
     for step, cost in priced.items():
         held = cost.held
-        if held is None or held in seen or machine.fits(held):
+        if held is None or held in seen or _of_step(plan, step, held, machine).fits(held):
             continue
         seen.add(held)
         sharded = fewest(held, "fsdp2", machine.memory)
-        more = [f"--strategy fsdp2 --devices {sharded}"] if sharded else []
         if held.gradients:
+            more = [f"--strategy fsdp2 --devices {sharded}"] if sharded else []
             more += _remedies(plan, step, shapes, lengths, machine)
         else:
+            more = [f"signals.device_map=auto --devices {sharded}"] if sharded else []
             more += ["signals.quantization=4bit"] if held.weights > USABLE * machine.memory / 2 else []
             more += [] if sharded else ["smaller batches: signals.batch_tokens, sampling.batch_size"]
         changes = ", or ".join(more) or "take shorter texts (data.max_length), or fewer layers"
         yield f"{step.name} does not fit: {changes}"
+
+
+def _of_step(plan: Plan, step: Step, held: Memory, machine: Machine) -> Machine:
+    """Return how the devices share a step. A model that is only read is whole on each of them, or spread over them."""
+    if held.gradients:
+        return machine
+    return replace(machine, strategy="fsdp2" if _is_spread(plan, step) else "one")
+
+
+def _is_spread(plan: Plan, step: Step) -> bool:
+    """Return whether the layers of the model that a step reads lie on several devices, which take turns."""
+    model = getattr(step, "model", None)
+    return isinstance(model, Model) and plan.context.placement(model.role).get("device_map") is not None
+
+
+def _devices_at_work(plan: Plan, step: Step, devices: int) -> int:
+    """Return how many devices compute at a time: those of a launcher, or of Ray's workers, else one."""
+    launched = step.kind in Launch.model_fields
+    on_workers = step.kind == "sample" and plan.context.recipe.sampling.engine == "ray"
+    return devices if (launched or on_workers) and not _is_spread(plan, step) else 1
 
 
 def _remedies(plan: Plan, step: Step, shapes: Shapes, lengths: Mapping[Input, Lengths], machine: Machine) -> list[str]:

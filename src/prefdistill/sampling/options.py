@@ -20,7 +20,7 @@ Engine = Annotated[str, AfterValidator(_check_engine)]
 
 
 class Sampling(Section):
-    """How responses are sampled for methods that learn from the teacher's or the student's own."""
+    """How responses of the teacher or the student are sampled, for methods that learn from them."""
 
     temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: draw from the top-p tokens; 1 keeps all.")

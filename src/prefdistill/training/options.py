@@ -56,7 +56,7 @@ UNUSED = {
         ),
         _NO_EVALUATION,
     ),
-    "dataset_text_field": "rows have the columns of docs/stages.md",
+    "dataset_text_field": "rows have the columns of docs/data.md",
     "is_encoder_decoder": "models are decoders",
     "label_names": "a trainer knows its labels",
     "model_init_kwargs": "the model is loaded before; see dtype and trust_remote_code",

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from prefdistill.core.options import Argument, Section
 
-PAIRS = "Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz or .parquet."
+PAIRS = "Preference pairs: Hub name (org/name#split), directory, .jsonl, .jsonl.gz, .parquet, .csv or .json."
 MODEL = "Hub name or directory of the model."
 
 

@@ -82,7 +82,8 @@ def distill(options: DistillFlags) -> dict[str, Any]:
     """Train the student with a method. KEY=VALUE sets the method's options and the training's.
 
     Example: prefdistill distill --student my/student --data pairs.jsonl --signals signals/teacher --signals
-    signals/reference --method tvkd --out models/tvkd alpha=0.7 beta=0.1 training.learning_rate=1e-6
+    signals/reference --method tvkd --out models/tvkd alpha=-0.4 standardize=true beta=0.1
+    training.learning_rate=1e-6
     """
     name, method, training = method_and_training(options)
     from prefdistill.core.files import file_digest
