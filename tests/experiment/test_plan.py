@@ -259,3 +259,11 @@ def test_the_plan_of_a_small_recipe_is_a_table(tmp_path):
     assert lines[1].split()[:3] == ["seed-0/data", "data", "run"]
     assert f"{len(plan['steps'])} steps: {len(plan['steps'])} to run" in lines
     assert sum(line.startswith("seed-1/") for line in lines) == len(plan["steps"]) / 2
+
+
+def test_engines_with_the_same_responses_share_a_key(tmp_path):
+    keys = []
+    for engine in ("transformers", "ray"):
+        recipe = load_recipe(QUICKSTART, [*SMALL, f"sampling.engine={engine}"], only=["seqkd"])
+        keys.append([step["key"] for step in plan_recipe(recipe, tmp_path / "run")["steps"]])
+    assert keys[0] == keys[1]

@@ -112,3 +112,12 @@ def test_models_that_cannot_be_spread_are_refused(workdir, make_model, pairs, to
     Path("model/model.safetensors").unlink()
     with pytest.raises(UserError, match="its files cannot stand in for the rest"):
         load_model("model", device_map="auto", max_memory={"cpu": 1000})
+
+
+def test_a_model_that_fits_in_one_place_stays_there(place, monkeypatch):
+    """As with a device that `max_memory` leaves out, which would otherwise take the whole model."""
+    monkeypatch.setattr("prefdistill.models.load.default_device", lambda: torch.device("meta"))
+    spread = ready(load_model("model", device_map="auto", max_memory={"cpu": 10**9}))
+    assert spread.hf_device_map == {"": "cpu"}
+    assert {weight.device.type for weight in spread.parameters()} == {"cpu"}
+    assert {weight.device.type for weight in ready(load_model("model")).parameters()} == {"meta"}

@@ -53,11 +53,15 @@ class _Result:
         self.value, self.error = value, error
 
 
+_asked: list[dict[str, Any]] = []  # resources of each worker
+
+
 class _Remote:
     def __init__(self, kind: type) -> None:
         self.kind = kind
 
     def options(self, **resources: Any) -> "_Remote":
+        _asked.append(resources)
         return self
 
     def remote(self) -> _Actor:
@@ -74,14 +78,25 @@ def _kill_process(*_: Any) -> None:
     raise Killed
 
 
-def install(monkeypatch: Any) -> None:
-    """Make `import ray` import the stand-in, with a cluster of two CPUs, and `os.kill` the death of a worker."""
+def install(monkeypatch: Any, **resources: float) -> list[dict[str, Any]]:
+    """Make `import ray` import the stand-in, with a cluster of two CPUs, and `os.kill` the death of a worker.
+
+    Args:
+        resources: more of what the machine has, such as GPU=2.0.
+
+    Returns:
+        What workers are started with from now on, one entry each.
+    """
+    _asked.clear()
     ray, exceptions = ModuleType("ray"), ModuleType("ray.exceptions")
     exceptions.RayError, exceptions.RayTaskError = RayError, RayTaskError  # type: ignore[attr-defined]
     names = {
         "exceptions": exceptions,
         "is_initialized": lambda: True,
-        "nodes": lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}],
+        "nodes": lambda: [
+            {"Alive": True, "Resources": {"CPU": 2.0, **resources}},
+            {"Alive": False, "Resources": {"CPU": 8.0}},
+        ],
         "remote": _Remote,
         "wait": lambda results, num_returns: (results[:num_returns], results[num_returns:]),
         "get": _get,
@@ -92,3 +107,4 @@ def install(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
     monkeypatch.setattr(os, "kill", _kill_process)
+    return _asked

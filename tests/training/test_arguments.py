@@ -138,3 +138,31 @@ def test_a_tracker_may_be_written_without_brackets(tmp_path):
     assert arguments(tmp_path, report_to="none").report_to == []
     assert arguments(tmp_path, report_to="tensorboard").report_to == ["tensorboard"]
     assert list(tmp_path.iterdir()) == []
+
+
+class SeveralGPUs(TrainingArguments):
+    """As on a machine with four GPUs, on a process that nothing has launched."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._n_gpu = 4
+
+
+def test_one_process_trains_on_the_first_of_several_gpus(tmp_path, capsys):
+    found = training_arguments(Training(batch_size=8), tmp_path, seed=0, data_seed=0, kind=SeveralGPUs)
+    assert found.n_gpu == 1
+    assert found.train_batch_size == found.per_device_train_batch_size
+    assert "note: training on the first of 4 GPUs; to use all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launched", "bf16", "refused"), [("bf16", False, True), ("bf16", True, False), ("no", True, False)]
+)
+def test_the_precision_of_the_launcher_is_that_of_the_training(launched, bf16, refused, tmp_path, monkeypatch):
+    """accelerate would train in the launcher's."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    if refused:
+        with pytest.raises(UserError, match="the launcher sets mixed_precision bf16, and this training has bf16=false"):
+            arguments(tmp_path, bf16=bf16)
+    else:
+        assert arguments(tmp_path, bf16=bf16).bf16 == bf16

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl, write_sealed
 from prefdistill.data.load import load_pairs
 from prefdistill.methods import METHODS
+from prefdistill.models.sharded import local_part
 from prefdistill.signals import extract_signals
 from prefdistill.training.checkpoints import WHOLE, check_engine_of
 from prefdistill.training.engines import check_trainable
@@ -266,3 +268,30 @@ def test_the_cluster_examples_start_the_configs_that_are_there():
         (config,) = re.findall(r"--config_file (\S+)", command)
         assert (REPOSITORY / config).is_file()
         assert "-m prefdistill distill" in command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_finished_training_is_saved_from_its_checkpoint(engine, with_two_stores):
+    """As after a kill while it was saved: no weights are there, and nothing is trained again."""
+    skip_without(engine)
+    start, trainings = with_two_stores, {"tvkd": {"method": "tvkd"}, "lora": {"method": "tvkd", **LORA}}
+    launch(start, trainings, ENGINES[engine])
+    for name in trainings:
+        shutil.copytree(start / "sharded" / name, start / name)
+        for path in (start / "sharded" / name).rglob("*.safetensors"):
+            if "checkpoints" not in path.parts:
+                path.unlink()
+    _, said = launch(start, trainings, ENGINES[engine])
+    assert said.count("already trained, only saving") == len(trainings)
+    for name in trainings:
+        check_saved(start / name, start / "sharded" / name, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, 4), (1, 1), (2, 0)])
+def test_padding_of_zero3_is_no_weight(rank, own):
+    """Five weights on three processes of four: nobody has written the rest."""
+    part = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    part[own:] = torch.nan
+    weight = SimpleNamespace(ds_tensor=part, ds_numel=5, ds_zero_partition_rank=rank)
+    assert torch.equal(local_part(weight), part[:own])

@@ -1,5 +1,6 @@
 """Peak memory of a block, and bytes of a directory on disk."""
 
+import gc
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,13 @@ class PeakMemory:
         self._done.set()
         self._sampler.join()
         self._sample()
+
+
+def free_devices() -> None:
+    """Give device memory that torch has cached after earlier work back, for other processes on the same devices."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def bytes_on_disk(directory: Path) -> int:

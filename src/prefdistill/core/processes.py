@@ -1,6 +1,7 @@
 """The processes of a run."""
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from prefdistill.core.errors import UserError
@@ -8,13 +9,15 @@ from prefdistill.core.errors import UserError
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+WAIT = timedelta(hours=3)  # for each other: one process may save, merge and verify a large model while the others wait
+
 
 def processes() -> "PartialState":
     """Return the state of this run's processes: one, or those that accelerate or torchrun has started."""
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
 
 
 def require_one_process(what: str, count: int | None = None) -> None:

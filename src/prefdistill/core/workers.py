@@ -3,10 +3,12 @@
 import os
 import signal
 import socket
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -45,6 +47,9 @@ class Workers:
     def __enter__(self) -> Self:
         import torch
 
+        from prefdistill.core.memory import free_devices
+
+        free_devices()
         with ExitStack() as stack:
             self.ray = stack.enter_context(_cluster())
             self.threads = torch.get_num_threads()
@@ -55,7 +60,7 @@ class Workers:
             if room == 0:
                 raise UserError(
                     f"no machine of the Ray cluster has {self.threads} CPUs, as many as this process has threads; set "
-                    "OMP_NUM_THREADS to fewer"
+                    "OMP_NUM_THREADS, or threads in a recipe, to fewer"
                 )
             self.count = self.count or room
             self.disconnect = stack.pop_all().close
@@ -148,26 +153,48 @@ class Workers:
 @contextmanager
 def _cluster() -> Iterator[Any]:
     """Yield the module ray, connected to a cluster: the program's own, or one that is left at the end."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError('the engine ray needs ray: pip install "prefdistill[ray]"') from error
+    check_ray()
+    import ray
+
     if ray.is_initialized():
         yield ray
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)  # which ray.init replaces, and ray.shutdown does not restore
     try:
-        ray.init(include_dashboard=False)
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS", "")
-        raise UserError(f"no Ray cluster at RAY_ADDRESS={address}; start one, or unset RAY_ADDRESS") from error
-    try:
+        try:
+            ray.init(include_dashboard=False)
+        except ConnectionError as error:
+            address = os.environ.get("RAY_ADDRESS", "")
+            raise UserError(f"no Ray cluster at RAY_ADDRESS={address}; start one, or unset RAY_ADDRESS") from error
         yield ray
     finally:
         ray.shutdown()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def check_ray() -> None:
+    """Check that Ray is installed, without importing it.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if sys.modules.get("ray") is None and find_spec("ray") is None:
+        raise UserError('the engine ray needs ray: pip install "prefdistill[ray]"')
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Check that a tokenizer can be sent to workers.
+
+    Raises:
+        UserError: if its class is code of its repository, which workers do not have.
+    """
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        raise UserError(
+            "the tokenizer's class is code of its own repository, which workers of Ray do not have; use the engine "
+            "transformers"
+        )
 
 
 class _Lost(Exception):

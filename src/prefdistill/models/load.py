@@ -202,6 +202,8 @@ def _load_model(
             raise UserError(f'{name} needs bitsandbytes: pip install "prefdistill[quantized]"') from error
         raise UserError(f"{name} cannot be loaded quantised ({method}) here: {_first_line(error)}") from error
     model, loading_info = loaded
+    if placement and placement["device_map"] is not None and not is_spread(model):
+        model.hf_device_map = {"": str(model.device)}  # transformers notes it only of several places
     check_weights("model", name, loading_info, replaced)
     if gguf:
         model.name_or_path = model.config.name_or_path = name

@@ -19,9 +19,8 @@ from prefdistill.models.hub import adapter_root, gguf_parts
 
 
 def is_spread(model: Any) -> bool:
-    """Return whether the layers of a model are on several devices, or outside of them."""
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    return len(places) > 1 or "disk" in places
+    """Return whether `device_map` has placed the layers of a model: they stay there."""
+    return bool(getattr(model, "hf_device_map", None))
 
 
 def input_device(model: Any) -> torch.device:

@@ -43,8 +43,12 @@ def local_part(weight: Tensor) -> Tensor:
 
     if isinstance(weight, DTensor):
         return weight.to_local()
-    part: Tensor = getattr(weight, "ds_tensor", weight)
-    return part
+    part: Tensor | None = getattr(weight, "ds_tensor", None)
+    if part is None:
+        return weight
+    details: Any = weight
+    own = details.ds_numel - details.ds_zero_partition_rank * part.numel()  # the rest is padding, with any content
+    return part.flatten()[: max(own, 0)]
 
 
 def plain_class(model: nn.Module) -> type[Any]:

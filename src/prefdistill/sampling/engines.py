@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.memory import free_devices
 from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
 from prefdistill.models.hub import adapter_settings, gguf_parts
@@ -240,6 +241,7 @@ class VLLMEngine(Engine):
     def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
         from vllm import LLM
 
+        free_devices()
         llm = LLM(
             model=model,
             tokenizer=tokenizer.name_or_path or model,

@@ -113,7 +113,7 @@ def sample_responses(
     sampler = Sampler(tokenizer, settings, truncation)
     request = {
         "column": column,
-        "engine": engine.same_draws_as or settings.engine,
+        "engine": settings.draws,
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
         "dtype": settings.dtype,
         "quantization": settings.quantization,

@@ -33,6 +33,12 @@ class Sampling(Section):
         "it is installed.",
     )
 
+    @property
+    def draws(self) -> str:
+        """The engine's name, or that of an engine with the same responses, for requests."""
+        same: str | None = ENGINES.find(self.engine).same_draws_as
+        return same or self.engine
+
     @model_validator(mode="after")
     def _draws(self) -> "Sampling":
         if self.temperature == 0 and self.n > 1:

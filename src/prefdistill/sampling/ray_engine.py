@@ -5,6 +5,7 @@ Parts, seeds and draws are those of the engine transformers, so either engine re
 part of a worker that dies is drawn again by another one.
 """
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, Self
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
-from prefdistill.core.workers import Workers
+from prefdistill.core.workers import Workers, check_ray, check_tokenizer
 from prefdistill.models.identity import model_key
 from prefdistill.sampling.engines import Drawn, Engine, Part, TransformersEngine
 from prefdistill.sampling.options import SampleRequest
@@ -57,9 +58,11 @@ class RayEngine(Engine):
     def check(cls, model: Any, options: SampleRequest) -> None:
         if not isinstance(model, str):
             raise UserError("the workers of the engine ray load the model themselves: give its Hub name or directory")
+        check_ray()
 
     @classmethod
     def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
+        check_tokenizer(tokenizer)
         return cls(partial(load_worker, model, model_key(model), tokenizer, options), options.workers)
 
     def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
@@ -67,7 +70,10 @@ class RayEngine(Engine):
         return drawn.tokens
 
     def draw_all(self, parts: Sequence[Part], progress: Progress) -> Generator[tuple[int, Drawn], None, None]:
+        before = time.monotonic()
         with Workers(self.load, self.count) as workers:
             for index, drawn in workers.map("draw", parts):
                 progress.update(len(drawn.tokens))
-                yield index, drawn
+                now = time.monotonic()
+                yield index, drawn._replace(seconds=round(now - before, 3))  # workers draw at the same time
+                before = now

@@ -20,7 +20,7 @@ from prefdistill.core.lock import LOCK
 from prefdistill.core.parts import read_checksum
 from prefdistill.core.processes import processes, require_one_process
 from prefdistill.core.progress import Progress
-from prefdistill.core.workers import Workers
+from prefdistill.core.workers import Workers, check_tokenizer
 from prefdistill.data.truncation import Truncation
 from prefdistill.signals.artifact import StoreArtifact, write_part
 from prefdistill.signals.options import ExtractRequest
@@ -145,6 +145,7 @@ def ray_shards(
         raise UserError(f"the workers of the engine ray load {what} themselves: give the name, not what is in memory")
     if ids_from is not None and not Path(ids_from.place).is_dir():
         raise UserError("the workers of the engine ray open the store of ids_from themselves: give one on disk")
+    check_tokenizer(tokenizer)
     place = str(Path(ids_from.place).absolute()) if ids_from else None
     load = functools.partial(load_worker, out.absolute(), model, dataset, tokenizer, options, truncation, place)
     with Workers(load, options.workers) as workers:

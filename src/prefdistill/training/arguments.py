@@ -1,5 +1,6 @@
 """Convert training options to `TrainingArguments` and `LoraConfig`."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -12,6 +13,7 @@ from transformers.utils import is_liger_kernel_available
 from prefdistill.core.errors import UserError
 from prefdistill.core.options import Options, Section, validate
 from prefdistill.core.processes import processes
+from prefdistill.core.progress import say_once
 from prefdistill.training.engines import check_engine, device_arguments
 from prefdistill.training.options import Training, argument_problems
 
@@ -92,6 +94,8 @@ def training_arguments(
     try:
         arguments = kind(output_dir=str(out), **options)
         arguments.bf16 = training.autocast
+        _check_launched_precision(arguments)
+        _use_one_device(arguments)
         check_engine(arguments)
         _check_late_arguments(arguments)
         _try_optimizer(arguments)
@@ -99,6 +103,27 @@ def training_arguments(
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training arguments: {error}".splitlines()[0]) from error
     return arguments
+
+
+def _check_launched_precision(arguments: TrainingArguments) -> None:
+    """Check that the launcher asks for no other precision: accelerate would train in the launcher's."""
+    wanted = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", wanted):
+        raise ValueError(
+            f"the launcher sets mixed_precision {launched}, and this training has bf16={str(arguments.bf16).lower()}; "
+            f"set bf16, or launch it with --mixed_precision no"
+        )
+
+
+def _use_one_device(arguments: TrainingArguments) -> None:
+    """Train on the first device if a single process sees several: DataParallel would multiply the batch."""
+    if arguments.n_gpu > 1:
+        say_once(
+            f"note: training on the first of {arguments.n_gpu} GPUs; to use all, start it with `accelerate launch`, or "
+            "name it under `launch` in a recipe"
+        )
+        arguments._n_gpu = 1  # transformers has no public name for it
 
 
 def split_batch(training: Training, processes: int) -> tuple[int, int]:

@@ -57,6 +57,7 @@ UNUSED = {
         _NO_EVALUATION,
     ),
     "dataset_text_field": "rows have the columns of docs/data.md",
+    "ddp_timeout": "the processes have met before the training; they wait for each other for three hours",
     "is_encoder_decoder": "models are decoders",
     "label_names": "a trainer knows its labels",
     "model_init_kwargs": "the model is loaded before; see dtype and trust_remote_code",

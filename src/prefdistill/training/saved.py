@@ -57,8 +57,9 @@ def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
     adapted, kind, dtype = hasattr(model, "peft_config"), plain_class(causal_lm(model)), model.dtype
     quantised = bool(getattr(model, "is_quantized", False))
     place = out / ADAPTER if adapted else out
-    if sharded:
-        model = gathered_model(trainer)
+    if sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # a Trainer with such an engine saves only what it has trained itself, not what was read from a checkpoint
+        model = gathered_model(trainer) if sharded else model
         if main:
             set_generation_config(model, tokenizer)
             model.save_pretrained(place)

@@ -13,6 +13,7 @@ import psutil
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_json
+from prefdistill.core.memory import free_devices
 from prefdistill.experiment.launch.options import Launcher
 from prefdistill.experiment.launch.outcome import CONFIG, LAUNCHER, REQUEST, error_of
 
@@ -40,6 +41,7 @@ def launch(module: str, request: dict[str, Any], launcher: Launcher) -> list[dic
         UserError, OSError, KeyboardInterrupt, ...: the first error of a process, with its traceback as a note.
         ProcessLost: if one was killed.
     """
+    free_devices()
     with TemporaryDirectory(prefix="prefdistill-") as place:
         directory = Path(place)
         write_json(directory / REQUEST, request)

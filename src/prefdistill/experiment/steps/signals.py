@@ -43,9 +43,10 @@ class Sample(Step):
 
     @property
     def options(self) -> dict[str, Any]:
+        sampling = self.context.recipe.sampling
         return {
             "truncation": str(self.context.truncation),
-            "sampling": self.context.recipe.sampling.model_dump(),
+            "sampling": sampling.model_dump() | {"engine": sampling.draws},
             "sampling_seed": self._seed,
             **self.context.load_options(self.model.role, self.model),
         }
