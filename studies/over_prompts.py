@@ -49,12 +49,12 @@ def shown(values: dict[str, float | None], sign: str) -> str:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="+", type=Path)
     parser.add_argument("--baseline", default="dpo")
     parser.add_argument("--metrics", default="", help="comma-separated; default: all that were measured")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     of_cells: dict[tuple[str, str], Trainings] = defaultdict(lambda: defaultdict(list))
     levels: Trainings = defaultdict(list)
     seen: set[str] = set()

@@ -578,6 +578,26 @@ def test_what_the_value_sees(finished, capsys):
     assert 0 <= shares[1] <= shares[0] <= 1
 
 
+def test_differences_over_prompts(finished, capsys):
+    """The script beside the studies: of one training they are those of the study, of two the mean of both."""
+    _, out, results = finished
+    script = script_of("over_prompts")
+
+    def row(*outs):
+        script.main([*map(str, outs), "--metrics", "reward"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| alpha=0.5: tvkd |")]
+        return lines[0].split("|")[2:6]
+
+    (cell,) = (cell for cell in results["cells"] if cell["cell"] == "alpha=0.5")
+    told = cell["differences"]["tvkd"]["reward"]
+    trainings, _, difference, spread = row(out)
+    assert trainings.strip() == "1"
+    assert difference.strip() == f"{told['mean']:+.3f} ± {told['se']:.3f} [{told['low']:+.3f}, {told['high']:+.3f}]"
+    assert spread.strip() == f"{told['mean']:+.3f} .. {told['mean']:+.3f}"
+    assert row(out, out)[0].strip() == "2"
+    assert row(out, out)[2] == difference
+
+
 def test_the_pairs_of_the_study_of_real_models(tmp_path, pairs, tokenizer):
     """Every prompt is in one file, no pair is too long, and the files depend on the pairs alone."""
     script = script_of("real_models")
