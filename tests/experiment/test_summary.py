@@ -130,6 +130,7 @@ def test_margin_accuracies_over_pairs_or_seeds():
     assert grouped == {**estimate([1, 0, 0.5, 1], [0, 0, 1, 1]), "over": "test prompts"}
     assert grouped["n"] == 2
     assert margin_accuracies([one, two]) == {"return": {**mean_and_error([0.625, 0.25]), "over": "seeds"}}
+    assert margin_accuracies([one, one]) == margin_accuracies([one])  # seeds that share their teacher
     assert margin_accuracies([]) == margin_accuracies([{}]) == {}
 
 

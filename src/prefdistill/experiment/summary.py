@@ -60,10 +60,13 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
 
 
 def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
-    """Return the accuracy of each term of the teacher on the held-out pairs, over seeds or over prompts."""
+    """Return the accuracy of each term of the teacher on the held-out pairs, over seeds or over prompts.
+
+    Where all seeds have the same teacher, nothing varies between them: then over prompts.
+    """
     if not terms:
         return {}
-    if len(terms) > 1:
+    if any(not np.array_equal(seed[name], wins) for seed in terms[1:] for name, wins in terms[0].items()):
         means = {name: mean_and_error([seed[name].mean() for seed in terms]) | {"over": "seeds"} for name in terms[0]}
     else:
         means = {name: estimate(wins, groups) | {"over": PROMPTS} for name, wins in terms[0].items()}
@@ -86,7 +89,7 @@ def length_controlled_margins(terms: list[dict[str, np.ndarray]], groups: list[i
 
 def gauge(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
     """Return `gauge_flips` of the teacher's values on the held-out pairs, over seeds or over directions."""
-    if len(by_seed) < 2:
+    if len({flips["mean"] for flips in by_seed}) < 2:
         return by_seed[0] | {"over": "directions"} if by_seed else {}
     return mean_and_error([flips["mean"] for flips in by_seed]) | {"over": "seeds"}
 

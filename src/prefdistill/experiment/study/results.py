@@ -49,7 +49,11 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
-    """Return mean, standard error and 95 % interval over the seeds, by method and metric; of one seed, its own."""
+    """Return mean, standard error and 95 % interval over the seeds, by method and metric.
+
+    Those of the first seed's own run where there is no other seed, or where seeds do not vary the number, as how a
+    teacher that all of them share orders the pairs.
+    """
     from prefdistill.evaluation.stats import mean_and_error
 
     table: dict[str, dict[str, Any]] = {}
@@ -58,7 +62,7 @@ def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, 
         for metric, first in records[0][part][name].items():
             by_seed = [record[part][name][metric] for record in records if metric in record[part].get(name, {})]
             values = [one["mean"] for one in by_seed]
-            estimate = {**mean_and_error(values), "over": "seeds"} if len(values) > 1 else dict(first)
+            estimate = {**mean_and_error(values), "over": "seeds"} if len(set(values)) > 1 else dict(first)
             table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
     return table
 
