@@ -43,7 +43,7 @@ MISTAKES = [
     ([*SAMPLE, "out.jsonl", "--n", "2", "--temperature", "0"], "temperature=0 gives the same response 2 times"),
     ([*SAMPLE, "out.jsonl", "--top-p", "0"], "--top-p must be greater than 0"),
     ([*SAMPLE, "out.jsonl", "--column", "chosen"], "pairs.jsonl has a column 'chosen' already; name another"),
-    ([*SAMPLE, "out.jsonl", "--engine", "magic"], "unknown engine 'magic'; known: transformers, vllm"),
+    ([*SAMPLE, "out.jsonl", "--engine", "magic"], "unknown engine 'magic'; known: transformers, ray, vllm"),
     ([*SAMPLE, "out.jsonl", "--max-length", "3"], "No prompt is left: dropped 24 rows: the prompt leaves no room"),
     ([*SAMPLE, "pairs.jsonl"], "pairs.jsonl is not as `prefdistill sample` wrote it; delete it"),
     ([*SIGNALS, "--kind", "values,hopes"], "unknown signal kind 'hopes'"),

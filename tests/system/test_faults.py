@@ -179,8 +179,7 @@ def disk(place):
     [
         ("signals", 5),
         ("sample", 5),
-        ("distill", 5),
-        *(pytest.param(s, 20, marks=pytest.mark.slow) for s in ("sft", "dpo", "evaluate", "run")),
+        *(pytest.param(s, 20, marks=pytest.mark.slow) for s in ("distill", "sft", "dpo", "evaluate", "run")),
     ],
 )
 def test_a_small_file_system_that_fills_up_loses_nothing(stage, kills, place, disk):

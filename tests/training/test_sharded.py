@@ -112,6 +112,7 @@ def check_saved(one: Path, other: Path, tolerance=2e-4):
     torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.std()), rtol=0)
 
 
+@pytest.mark.slow
 def test_fsdp2_follows_one_process_and_resumes(with_two_stores):
     """All weights, interrupted by Ctrl-C after two of four steps; tied embeddings, bf16 and gradient checkpointing;
     a LoRA."""
