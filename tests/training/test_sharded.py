@@ -193,8 +193,10 @@ def test_every_method_under_every_engine(engine, start, make_model, tokenizer):
         assert results[0][name]["sharded"] == (engine != "zero2")
         if engine == "fsdp2":
             assert results[0][name]["local"] + results[1][name]["local"] == run["local"]
-        check_trajectory(run, results[0][name])
-        check_saved(start / name, start / "sharded" / name)
+        # with bf16, DeepSpeed also gathers weights and reduces gradients of linear layers in bfloat16
+        rounded = settings.get("bf16", False) and engine != "fsdp2"
+        check_trajectory(run, results[0][name], tolerance=2e-2 if rounded else 2e-5)
+        check_saved(start / name, start / "sharded" / name, tolerance=5e-2 if rounded else 2e-4)
 
 
 @pytest.mark.slow

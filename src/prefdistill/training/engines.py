@@ -95,7 +95,11 @@ class ShardingTrainer(Trainer):
                 "sync_each_batch": True,
                 **(config.gradient_accumulation_kwargs or {}),
             }
+        bf16 = self.args.bf16
+        if launched_deepspeed():  # its configuration must say the same, and on CPUs the arguments are made without bf16
+            self.args.bf16 = self.args.mixed_precision == "bf16"
         super().create_accelerator_and_postprocess()
+        self.args.bf16 = bf16
         state = self.accelerator.state
         if self.is_deepspeed_enabled:
             config = state.deepspeed_plugin.deepspeed_config
