@@ -24,8 +24,8 @@ from prefdistill.report.format import markdown_table
 Trainings = dict[str, list[Measured]]  # by name, in the same order of seeds and data orders as the baseline's
 
 
-def runs_of(out: Path) -> Iterator[tuple[str, Trainings]]:
-    """Yield the name of each finished cell with the measurements of one seed, by model."""
+def runs_of(out: Path) -> Iterator[tuple[str, int, Trainings]]:
+    """Yield the name of each finished cell and its seed with the measurements, by model."""
     for record in sorted((out / "cells").glob("*.json")):
         models: Trainings = defaultdict(list)
         for file in sorted((out / "work" / record.stem).glob("seed-*/evaluate-*/evaluation.json")):
@@ -35,7 +35,8 @@ def runs_of(out: Path) -> Iterator[tuple[str, Trainings]]:
             models[name].append(Measured(**read_json(file)))
         models.pop("reward-model", None)
         add_win_rates(models, START)
-        yield read_json(record)["cell"], models
+        about = read_json(record)
+        yield about["cell"], about["seed"], models
 
 
 def mean_items(runs: list[Measured], metric: str) -> np.ndarray:
@@ -55,24 +56,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--baseline", default="dpo")
     parser.add_argument("--metrics", default="", help="comma-separated; default: all that were measured")
     arguments = parser.parse_args(argv)
+    shared = {arguments.baseline, START, TEACHER}
     of_cells: dict[tuple[str, str], Trainings] = defaultdict(lambda: defaultdict(list))
-    levels: Trainings = defaultdict(list)
-    seen: set[str] = set()
+    of_seeds: dict[tuple[Path, int], Trainings] = {}  # of each directory and seed what all of its cells share
     for out in arguments.out:
-        for cell, models in runs_of(out):
-            for name in set(models) - {arguments.baseline, START, TEACHER}:
+        for cell, seed, models in runs_of(out):
+            of_seeds[out, seed] = models
+            for name in set(models) - shared:
                 of_cells[cell, name][name] += models[name]
                 of_cells[cell, name][arguments.baseline] += models[arguments.baseline]
-            for name in {arguments.baseline, START, TEACHER} & set(models):
-                key = f"{out} {name} {[run.metrics for run in models[name]]}"
-                levels[name] += [] if key in seen else models[name]  # every cell has them
-                seen.add(key)
+    levels = {name: [run for models in of_seeds.values() for run in models.get(name, [])] for name in sorted(shared)}
     measured = next(iter(of_cells.values()))[arguments.baseline][0].items
     metrics = arguments.metrics.split(",") if arguments.metrics else [name for name in METRICS if name in measured]
     for metric in metrics:
         rows = []
         for name, runs in levels.items():
-            if metric in runs[0].items:
+            if runs and metric in runs[0].items:
                 level = estimate(mean_items(runs, metric), runs[0].groups.get(metric))
                 rows.append([name, str(len(runs)), shown(level, ""), "", ""])
         for (cell, name), trainings in of_cells.items():

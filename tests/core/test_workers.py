@@ -81,19 +81,19 @@ def test_a_cluster_of_the_workers_is_left_with_the_handler_that_ray_replaces(thr
 
 
 def test_on_a_cluster_with_gpus_each_worker_has_one(tmp_path, monkeypatch):
-    asked = ray_stand_in.install(monkeypatch, GPU=2.0)
+    worker_resources = ray_stand_in.install(monkeypatch, GPU=2.0)
     with Workers(functools.partial(Work, tmp_path)) as workers:
         assert dict(workers.map("double", [0, 1, 2, 4])) == {0: 0, 1: 2, 2: 4, 3: 8}
-    assert asked == [{"num_gpus": 1}] * 2
-    asked = ray_stand_in.install(monkeypatch)
+    assert worker_resources == [{"num_gpus": 1}] * 2
+    worker_resources = ray_stand_in.install(monkeypatch)
     with Workers(functools.partial(Work, tmp_path), 1) as workers:
         assert workers.call("double", 1) == 2
-    assert asked == [{"num_cpus": torch.get_num_threads()}]
+    assert worker_resources == [{"num_cpus": torch.get_num_threads()}]
 
 
 def test_what_workers_need_is_checked_without_importing_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr("prefdistill.core.workers.find_spec", lambda name: None)
+    monkeypatch.setattr("prefdistill.core.lazy.find_spec", lambda name: None)
     with pytest.raises(UserError, match="the engine ray needs ray: pip install"):
         check_ray()
     of_a_repository = type("Tokenizer", (), {"__module__": "transformers_modules.org.model.tokenization"})()

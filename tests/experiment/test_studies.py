@@ -589,11 +589,12 @@ def test_differences_over_prompts(finished, capsys):
         return lines[0].split("|")[2:6]
 
     (cell,) = (cell for cell in results["cells"] if cell["cell"] == "alpha=0.5")
-    told = cell["differences"]["tvkd"]["reward"]
+    expected = cell["differences"]["tvkd"]["reward"]
+    interval = f"[{expected['low']:+.3f}, {expected['high']:+.3f}]"
     trainings, _, difference, spread = row(out)
     assert trainings.strip() == "1"
-    assert difference.strip() == f"{told['mean']:+.3f} ± {told['se']:.3f} [{told['low']:+.3f}, {told['high']:+.3f}]"
-    assert spread.strip() == f"{told['mean']:+.3f} .. {told['mean']:+.3f}"
+    assert difference.strip() == f"{expected['mean']:+.3f} ± {expected['se']:.3f} {interval}"
+    assert spread.strip() == f"{expected['mean']:+.3f} .. {expected['mean']:+.3f}"
     assert row(out, out)[0].strip() == "2"
     assert row(out, out)[2] == difference
 

@@ -53,7 +53,7 @@ class _Result:
         self.value, self.error = value, error
 
 
-_asked: list[dict[str, Any]] = []  # resources of each worker
+_worker_resources: list[dict[str, Any]] = []  # resources of each worker
 
 
 class _Remote:
@@ -61,7 +61,7 @@ class _Remote:
         self.kind = kind
 
     def options(self, **resources: Any) -> "_Remote":
-        _asked.append(resources)
+        _worker_resources.append(resources)
         return self
 
     def remote(self) -> _Actor:
@@ -85,9 +85,9 @@ def install(monkeypatch: Any, **resources: float) -> list[dict[str, Any]]:
         resources: more of what the machine has, such as GPU=2.0.
 
     Returns:
-        What workers are started with from now on, one entry each.
+        The resources that each worker from now on is started with.
     """
-    _asked.clear()
+    _worker_resources.clear()
     ray, exceptions = ModuleType("ray"), ModuleType("ray.exceptions")
     exceptions.RayError, exceptions.RayTaskError = RayError, RayTaskError  # type: ignore[attr-defined]
     names = {
@@ -107,4 +107,4 @@ def install(monkeypatch: Any, **resources: float) -> list[dict[str, Any]]:
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
     monkeypatch.setattr(os, "kill", _kill_process)
-    return _asked
+    return _worker_resources

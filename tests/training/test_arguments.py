@@ -149,9 +149,9 @@ class SeveralGPUs(TrainingArguments):
 
 
 def test_one_process_trains_on_the_first_of_several_gpus(tmp_path, capsys):
-    found = training_arguments(Training(batch_size=8), tmp_path, seed=0, data_seed=0, kind=SeveralGPUs)
-    assert found.n_gpu == 1
-    assert found.train_batch_size == found.per_device_train_batch_size
+    single_gpu_arguments = training_arguments(Training(batch_size=8), tmp_path, seed=0, data_seed=0, kind=SeveralGPUs)
+    assert single_gpu_arguments.n_gpu == 1
+    assert single_gpu_arguments.train_batch_size == single_gpu_arguments.per_device_train_batch_size
     assert "note: training on the first of 4 GPUs; to use all" in capsys.readouterr().err
 
 

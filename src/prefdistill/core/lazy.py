@@ -1,11 +1,22 @@
-"""Names of a package that are imported on first use, so that importing the package stays fast."""
+"""Names of a package that are imported on first use, so that importing the package stays fast; optional packages."""
 
 import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it.
+
+    Example:
+        >>> is_installed("torch"), is_installed("no_such_package")
+        (True, False)
+    """
+    return sys.modules.get(package) is not None or find_spec(package) is not None
 
 
 def lazy_imports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:

@@ -3,17 +3,16 @@
 import os
 import signal
 import socket
-import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.lazy import is_installed
 from prefdistill.core.progress import say
 
 RETRIES = 3  # times that a task, or the start of workers, is tried again after its worker died
@@ -180,7 +179,7 @@ def check_ray() -> None:
     Raises:
         UserError: if it is not.
     """
-    if sys.modules.get("ray") is None and find_spec("ray") is None:
+    if not is_installed("ray"):
         raise UserError('the engine ray needs ray: pip install "prefdistill[ray]"')
 
 

@@ -1,18 +1,17 @@
 """Engines: what generates responses. A new engine is a class and its entry in `prefdistill.sampling.ENGINES`."""
 
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.lazy import is_installed
 from prefdistill.core.memory import free_devices
 from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
@@ -228,7 +227,7 @@ class VLLMEngine(Engine):
     def check(cls, model: Any, options: SampleRequest) -> None:
         if not isinstance(model, str):
             raise UserError("vLLM loads a model itself: give its Hub name or directory, or use the engine transformers")
-        if sys.modules.get("vllm") is None and find_spec("vllm") is None:
+        if not is_installed("vllm"):
             raise UserError("vLLM is not installed: `pip install vllm`, or use the engine transformers")
         if adapter_settings(model) is not None:
             raise UserError(

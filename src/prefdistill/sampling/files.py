@@ -113,7 +113,7 @@ def sample_responses(
     sampler = Sampler(tokenizer, settings, truncation)
     request = {
         "column": column,
-        "engine": settings.draws,
+        "engine": settings.engine_in_request,
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
         "dtype": settings.dtype,
         "quantization": settings.quantization,

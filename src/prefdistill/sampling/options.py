@@ -34,7 +34,7 @@ class Sampling(Section):
     )
 
     @property
-    def draws(self) -> str:
+    def engine_in_request(self) -> str:
         """The engine's name, or that of an engine with the same responses, for requests."""
         same: str | None = ENGINES.find(self.engine).same_draws_as
         return same or self.engine

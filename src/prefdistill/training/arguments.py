@@ -112,7 +112,7 @@ def _check_launched_precision(arguments: TrainingArguments) -> None:
     if launched not in ("no", wanted):
         raise ValueError(
             f"the launcher sets mixed_precision {launched}, and this training has bf16={str(arguments.bf16).lower()}; "
-            f"set bf16, or launch it with --mixed_precision no"
+            "set bf16, or launch it with --mixed_precision no"
         )
 
 

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_json
+from prefdistill.core.memory import free_devices
 from prefdistill.core.progress import say
 from prefdistill.data.template import template_ending
 from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_adapter
@@ -242,7 +243,7 @@ def _adapter_loader(kind: Any, place: Path, dtype: torch.dtype | str) -> Callabl
 def _placed(model: Any) -> Any:
     """Return the model on the accelerator if it fits beside the trained one, else where it is."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        free_devices()
         size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         if torch.cuda.mem_get_info()[0] > 1.5 * size:
             return model.cuda()

@@ -46,7 +46,7 @@ class Sample(Step):
         sampling = self.context.recipe.sampling
         return {
             "truncation": str(self.context.truncation),
-            "sampling": sampling.model_dump() | {"engine": sampling.draws},
+            "sampling": sampling.model_dump() | {"engine": sampling.engine_in_request},
             "sampling_seed": self._seed,
             **self.context.load_options(self.model.role, self.model),
         }
