@@ -1,4 +1,4 @@
-"""All that needs a GPU, by one command: parity, kernels, tiles, compiling, memory, MFU, and TRL side by side.
+"""All that needs a GPU, by one command: tests, parity, kernels, tiles, compiling, memory, MFU, and TRL side by side.
 
     python -m benchmarks.gpu                        # one GPU, a model of the shape of Llama-3.2-1B
     python -m benchmarks.gpu --device cpu --tiny    # the same code at the smallest size
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from benchmarks.harness import Numbers, device_name, table, write_report
 from benchmarks.shapes import SHAPES, peak_flops
 
 GIB = 2**30
+ROOT = Path(__file__).parents[1]
 REASONS = ("not run", "error")  # keys of a row without numbers
 
 
@@ -125,6 +127,24 @@ def mfu(flops: float, seconds: float) -> float | None:
 
 
 # ---- Sections ---------------------------------------
+
+
+def tests(size: Size, device: str) -> Iterator[Numbers]:
+    """`pytest -m gpu tests/gpu`: numbers of the card against those of the CPU."""
+
+    def row() -> Numbers:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "gpu")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        last = next(reversed(done.stdout.strip().splitlines()), done.stderr[-200:])
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)
+            raise RuntimeError(last)
+        return {"result": last}
+
+    if device == "cuda":
+        yield attempt("pytest", row)
+    else:
+        yield {"variant": "pytest", "not run": "`pytest -m slow tests/gpu` runs these tests on a CPU"}
 
 
 def parity(size: Size, device: str) -> Iterator[Numbers]:
@@ -324,7 +344,7 @@ def _training_inputs(size: Size) -> Iterator[str]:
 
 
 SECTIONS: dict[str, Callable[[Size, str], Iterator[Numbers]]] = {
-    section.__name__: section for section in (parity, kernels, extraction, reductions, tiles, steps, memory)
+    section.__name__: section for section in (tests, parity, kernels, extraction, reductions, tiles, steps, memory)
 }
 
 

@@ -8,6 +8,8 @@
   that. The order of the pairs follows a digest as well, so that the first rows are of many prompts.
 - judge: a reward model trained from the model, the same for every cell and seed (`reward_model.name`).
 - teacher: the model after DPO on the training pairs; the model itself is its reference.
+- other-teacher: with --other-model, that model after DPO on the first --other-pairs of them, for
+  studies/other-family.yaml. Conversations need a chat template in its tokenizer.
 - start: some layers of the model, healed by SFT on the chosen responses of the judge's pairs: after SFT on those of the
   training pairs, DPO would learn to tell the responses that the student has seen from those that it has not.
 
@@ -83,11 +85,12 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--max-tokens", type=int, default=288)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--other-model")
+    parser.add_argument("--other-pairs", type=int, help="default: all")
     arguments = parser.parse_args()
     out, model = arguments.out, arguments.model
     out.mkdir(parents=True, exist_ok=True)
     split_pairs(out, arguments.pairs, model, arguments.max_tokens)
-    train = f"--data={out / 'train.jsonl'}"
 
     def stage(name: str, make: Any, *request: Any) -> None:
         run_stage(name, out / name, {"model": model, "of": list(request)}, make)
@@ -96,12 +99,20 @@ def main() -> None:
         if status := prefdistill(list(words)):
             raise SystemExit(status)
 
+    def train_teacher(name: str, model: str, pairs: str) -> None:
+        data, reference = f"--data={out / pairs}", f"{out / name}-reference"
+        read = ["--role=reference", "--kind=logps", "--dtype=float32", "--bf16"]
+        verb("signals", f"--model={model}", data, *read, f"--out={reference}")
+        dpo = ["--method=dpo", f"--signals={reference}", "beta=0.1"]
+        verb("distill", f"--student={model}", data, *dpo, f"--out={out / name}", *BATCHES, *LORA)
+
     stage("judge", lambda place: train_judge(out / "judge.jsonl", model, place), arguments.pairs, arguments.max_tokens)
-    reference, pruned = f"{out / 'reference'}", f"{out / 'pruned'}"
-    read = ["--role=reference", "--kind=logps", "--dtype=float32", "--bf16"]
-    verb("signals", f"--model={model}", train, *read, f"--out={reference}")
-    dpo = ["--method=dpo", f"--signals={reference}", "beta=0.1"]
-    verb("distill", f"--student={model}", train, *dpo, f"--out={out / 'teacher'}", *BATCHES, *LORA)
+    train_teacher("teacher", model, "train.jsonl")
+    if arguments.other_model:
+        rows = (out / "train.jsonl").read_text().splitlines(keepends=True)
+        (out / "other-train.jsonl").write_text("".join(rows[: arguments.other_pairs]))
+        train_teacher("other-teacher", arguments.other_model, "other-train.jsonl")
+    pruned = f"{out / 'pruned'}"
     stage("pruned", lambda place: save_pruned(model, arguments.layers, load_tokenizer(model), place), arguments.layers)
     sft = [f"--data={out / 'judge.jsonl'}", "training.learning_rate=1.5e-4", "training.epochs=1.5"]
     verb("sft", f"--model={pruned}", f"--out={out / 'start'}", *sft, *BATCHES)

@@ -53,7 +53,7 @@ RATINGS = [
 
 @pytest.mark.parametrize(("reply", "value"), RATINGS)
 def test_ratings(reply, value):
-    assert verdicts.rating(reply) == value
+    assert verdicts.read_rating(reply).value == value
 
 
 @pytest.mark.parametrize("reply", [reply for reply, value in RATINGS if value is not None and "*" not in reply])
@@ -91,7 +91,7 @@ def test_ratings_match_the_published_rule(reply):
     ],
 )
 def test_winners(reply, letter):
-    assert verdicts.winner(reply) == letter
+    assert verdicts.read_winner(reply).value == letter
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_winners(reply, letter):
     ],
 )
 def test_labels(reply, labels, value):
-    assert verdicts.label(reply, labels) == value
+    assert verdicts.read_label(reply, labels).value == value
 
 
 @pytest.mark.parametrize(

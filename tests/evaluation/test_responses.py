@@ -26,7 +26,7 @@ from prefdistill.evaluation.responses import (
     unique_prompts,
 )
 from prefdistill.evaluation.reward_model import RewardModel, accuracy_of
-from prefdistill.evaluation.stats import estimate, mean_and_error, pair_wins
+from prefdistill.evaluation.stats import crossed, estimate, pair_wins
 from prefdistill.models.scratch import random_model
 from prefdistill.sampling.files import sample_responses
 
@@ -148,7 +148,7 @@ def test_metrics_by_range():
     assert results["rouge_l"][1]["methods"]["first"] == {"mean": 0.5, "se": None, "n": 1, "over": "test prompts"}
     assert results["rouge_l"][2]["methods"]["second"]["mean"] == 1
     orders = by_length({"first": [[run([0, 1, 0.5, 0.25]), run([0, 0, 0, 0])]]}, [5])
-    assert orders["rouge_l"][0]["methods"]["first"] == mean_and_error([0.5, 0]) | {"over": "data orders"}
+    assert orders["rouge_l"][0]["methods"]["first"] == crossed([[0, 1], [0, 0]]) | {"over": "data orders"}
     assert by_length({"silent": [[Measured()]]}) == {}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from prefdistill.evaluation.stats import estimate, mean_and_error, paired_difference
+from prefdistill.evaluation.stats import crossed, estimate, mean_and_error
 
 
 def test_mean_and_error_by_hand():
@@ -86,12 +86,64 @@ def test_coverage_of_the_interval():
     assert alone / runs < 0.75
 
 
-def test_shared_variation_cancels_in_a_paired_difference():
-    shared = np.array([100.0, -50.0, 7.0, 0.0])
-    result = paired_difference(shared + np.arange(1, 5), shared)
-    assert result == pytest.approx(estimate([1, 2, 3, 4]))
-    assert result["se"] < 1
-    grouped = paired_difference([3.0, 1.0, 5.0], [1.0, 1.0, 1.0], ["a", "a", "b"])
-    assert grouped == estimate([2.0, 0.0, 4.0], ["a", "a", "b"])
-    with pytest.raises(ValueError, match="paired values must be as many on both sides"):
-        paired_difference([1.0, 2.0], [1.0])
+def test_crossed_by_the_textbook():
+    """The mean squares of a two-way layout, in loops."""
+    x = np.random.default_rng(0).normal(size=(3, 8)) + np.arange(3)[:, None] / 4 + np.arange(8)
+    (repeats, items), mean = x.shape, x.mean()
+    of_repeats = sum(items * (row.mean() - mean) ** 2 for row in x) / (repeats - 1)
+    of_items = sum(repeats * (column.mean() - mean) ** 2 for column in x.T) / (items - 1)
+    rest = sum((x[r, i] - x[r].mean() - x[:, i].mean() + mean) ** 2 for r in range(repeats) for i in range(items)) / (
+        (repeats - 1) * (items - 1)
+    )
+    result = crossed(x)
+    assert result["se"] ** 2 == pytest.approx((of_repeats + of_items - rest) / (repeats * items))
+    assert (result["mean"], result["n"], result["prompts"]) == (pytest.approx(mean), 3, 8)
+    half = result["high"] - mean
+    assert mean - result["low"] == pytest.approx(half)
+    assert 1.96 * result["se"] < half < 4.31 * result["se"]  # between infinitely many degrees of freedom and two
+
+
+def test_crossed_is_never_surer_than_over_repeats_or_over_items_alone():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        x = rng.normal(size=(3, 1)) * rng.random() + rng.normal(size=6) * rng.random() + rng.normal(size=(3, 6))
+        se = crossed(x)["se"]
+        assert se >= mean_and_error(x.mean(axis=1))["se"] - 1e-12
+        assert se >= mean_and_error(x.mean(axis=0))["se"] - 1e-12
+
+
+def test_crossed_where_only_repeats_or_only_items_vary():
+    same_repeats, same_items = np.tile([1.0, 2.0, 6.0], (2, 1)), np.tile([[1.0], [2.0], [6.0]], 5)
+    over_items, over_repeats = crossed(same_repeats), crossed(same_items)
+    for key in ("mean", "se", "low", "high"):
+        assert over_items[key] == pytest.approx(mean_and_error([1, 2, 6])[key])
+        assert over_repeats[key] == pytest.approx(mean_and_error([1, 2, 6])[key])
+    assert crossed(np.ones((2, 3))) == {"mean": 1.0, "se": 0.0, "n": 2, "low": 1.0, "high": 1.0, "prompts": 3}
+
+
+def test_crossed_weighs_every_item_alike_whatever_its_group():
+    groups = ["a", "b", "a", "c", "a"]
+    values = np.array([[1.0, 0, 1, 0, 1], [1, 1, 1, 0, 1]])
+    result = crossed(values, groups)
+    assert (result["mean"], result["prompts"]) == (pytest.approx(0.7), 3)
+    in_groups = np.tile(np.random.default_rng(2).normal(size=(2, 6)), 2)  # every item twice: nothing new
+    assert crossed(in_groups, [*range(6), *range(6)]) == pytest.approx(crossed(in_groups[:, :6]))
+
+
+def test_crossed_without_repeats_groups_or_finite_values():
+    assert crossed([[1.0, 3.0]]) == {"mean": 2.0, "se": None, "n": 1}
+    assert crossed([[1.0, 3.0], [3.0, 5.0]], ["a", "a"]) == mean_and_error([2.0, 4.0])
+    assert crossed([[1.0, math.inf], [1.0, 1.0]]) == {"mean": math.inf, "se": None, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("of_repeats", "of_items", "rest"), [(0.0, 0.5, 1.0), (0.3, 0.5, 1.0), (0.1, 1.0, 0.3), (0.0, 0.0, 1.0)]
+)
+def test_coverage_of_the_crossed_interval(of_repeats, of_items, rest):
+    """New repeats and new items: the error over either alone would be too small."""
+    rng, runs, inside = np.random.default_rng(3), 400, 0
+    for _ in range(runs):
+        x = of_repeats * rng.normal(size=(3, 1)) + of_items * rng.normal(size=40) + rest * rng.normal(size=(3, 40))
+        result = crossed(x)
+        inside += result["low"] <= 0 <= result["high"]
+    assert 0.91 < inside / runs <= 1

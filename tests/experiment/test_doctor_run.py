@@ -214,6 +214,19 @@ def test_the_usual_scale_of_a_named_teacher_is_a_finding(tmp_path, tokenizer):
     assert "recipe.method" not in checks_found(examine(recipe=unnamed))
 
 
+def test_a_start_that_has_seen_the_chosen_responses_of_few_prompts_is_a_finding(tmp_path, tokenizer, monkeypatch):
+    heal = "student.sft={learning_rate: 1e-4}"
+    recipe = recipe_for(tmp_path, tokenizer, heal)
+    finding = finding_of(examine(recipe=recipe), "recipe.start")
+    prompts = len(clean())
+    assert finding.message.startswith(f"student.sft learns the chosen responses of the {prompts} prompts")
+    demonstrations = write(tmp_path / "sft.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(4)])
+    for other in ([heal, f"data.sft={demonstrations}"], [heal, FROM_SCRATCH], []):
+        assert "recipe.start" not in checks_found(examine(recipe=recipe_for(tmp_path, tokenizer, *other)))
+    monkeypatch.setattr("prefdistill.experiment.check.FEW_PROMPTS", prompts)
+    assert "recipe.start" not in checks_found(examine(recipe=recipe))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -108,6 +108,19 @@ def test_70b_to_8b_by_hand(models, pairs):
     assert reading["per_device"] < 2 * BIG_WEIGHTS / 4
 
 
+def test_bytes_of_each_kind_by_hand(models):
+    """For a million pairs: a number a response, a number a state, or 50 log-probs and ids of 17 bits a state."""
+    stored = {}
+    for method in ("tvkd", "dckd", "dadpo"):
+        recipe = load_recipe(ROOT / "recipes" / "papers" / f"{method}.yaml", [*models, *TRAINED])
+        plan = plan_recipe(recipe, ROOT / "nowhere", Scale(pairs=1e6, tokens_per_pair=600))
+        step = next(step for step in plan["scale"]["steps"] if step["name"] == "signals-teacher-train")
+        stored |= step["signals"]
+    assert stored["logps"] == 1e6 * 2 * 4
+    assert stored["values"] == pytest.approx(1e6 * 402 * 4, rel=0.1)
+    assert stored["topk"] == pytest.approx(1e6 * 400 * 126, rel=0.01)
+
+
 def test_what_does_not_fit_says_what_to_change(models):
     plan = planned(models, "training.gradient_checkpointing=false", "training.micro_batch_size=2", pairs=1000)
     advice = {line.partition(" ")[0]: line for line in plan["scale"]["advice"]}

@@ -280,3 +280,23 @@ def test_wrong_reward_models_are_refused(judged, tmp_path, override, message):
     with pytest.raises(UserError, match=re.escape(message)):
         run_recipe(load_recipe(judged, overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_models_are_compared_on_the_prompts_that_both_chat_templates_accept(judged, tmp_path):
+    """Else the teacher's responses would stand beside the student's to other prompts."""
+    recipe = json.loads(judged.read_text())
+    del recipe["model"]["teacher_reference"]
+    refuse_system(recipe["model"]["teacher"])
+    recipe["model"]["teacher_chat_template"] = str(Path(recipe["model"]["teacher"]) / "chat_template.jinja")
+    judged.write_text(json.dumps(recipe))
+    add_system(recipe["data"]["train"], 1, 5)
+    results = run_recipe(load_recipe(judged), tmp_path / "run")
+    for name in ("teacher", "start", "dpo"):
+        assert results["methods"][name]["response_tokens"]["n"] == 8
+        assert "reward_model_win_rate_start" in results["methods"][name]
+        rows = (tmp_path / "run" / "seed-0" / ("evaluate-dpo-0" if name == "dpo" else f"evaluate-{name}")).glob(
+            "*.jsonl"
+        )
+        prompts = [json.loads(line)["prompt"] for file in rows for line in file.read_text().splitlines()]
+        assert len(prompts) == 8
+        assert all(prompt[0]["role"] != "system" for prompt in prompts)

@@ -99,7 +99,7 @@ def test_every_shipped_study_can_be_run(path, tmp_path, pairs, tokenizer, make_m
 
 def test_each_question_of_the_paper_has_a_study():
     asked = {"alpha", "shaping", "value-temperature", "noise", "teachers", "teacher-training", "student-size", "pairs"}
-    assert {path.stem for path in FILES} == asked | {"real-models", "tokenizers"}
+    assert {path.stem for path in FILES} == asked | {"real-models", "other-family", "tokenizers"}
 
 
 def test_cells_are_names_times_grid(tmp_path):
@@ -479,6 +479,38 @@ def test_over_seeds_is_students_t(three_seeds):
     assert (estimate["n"], estimate["over"], estimate["values"]) == (3, "seeds", [0.3, 0.31, 0.32])
 
 
+def test_seeds_that_share_their_test_prompts_are_compared_as_in_one_run(tmp_path, make_model, tokenizer, pairs):
+    """A study's error over seeds and prompts is that of a run of these seeds, and of its own records alone."""
+    write_jsonl(tmp_path / "pairs.jsonl", pairs.to_list())
+    make_model(scale=1.0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({
+        "name": "shared", "data": {part: str(tmp_path / "pairs.jsonl") for part in ("train", "test")},
+        "model": {role: str(tmp_path / "model") for role in ("teacher", "student")},
+        "methods": {"dpo": {"beta": 0.1}, "sft": {}}, "evaluate": {"prompts": 4, "max_new_tokens": 4}, "orders": 2,
+        "training": {"max_steps": 2, "learning_rate": 0.01, "batch_size": 4, "micro_batch_size": 4},
+    }))  # fmt: skip
+    path = write(tmp_path / "study.yaml", recipe=str(recipe), overrides={}, grid=..., x=..., methods=["sft"],
+                 cells={"only": {}}, seeds=2, metric="reward_accuracy")  # fmt: skip
+    out = tmp_path / "out"
+    results = run_study(path, out)
+    run = run_recipe(load_recipe(recipe, [Override.parse("seed=1"), Override.parse("seeds=2")]), tmp_path / "run")
+    (cell,) = results["cells"]
+    for part in ("methods", "differences"):
+        for name, estimates in run[part].items():
+            for metric, expected in estimates.items():
+                told = cell[part][name][metric]
+                assert {key: told[key] for key in expected} == pytest.approx(expected), (part, name, metric)
+                assert (told["n"], told["over"], len(told["values"])) == (2, "seeds", 2)
+    accuracy = cell["differences"]["sft"]["reward_accuracy"]
+    assert accuracy["prompts"] == len({str(row["prompt"]) for row in pairs})
+    assert f"over 2 seeds and {accuracy['prompts']} test prompts" in render_markdown(results)
+    shutil.rmtree(out / "work")
+    shutil.rmtree(out / "stages")
+    assert run_study(path, out) == results
+
+
 def test_one_seed_shows_its_own_error(finished):
     _, out, results = finished
     alone = read_json(out / "cells" / "alpha=0.5-seed-1.json")["differences"]["tvkd"]["reward"]
@@ -576,27 +608,6 @@ def test_what_the_value_sees(finished, capsys):
     shares = [float(cell) for cell in row.split("|")[2:-1]]
     assert len(shares) == header.count("|") - 2 == 3
     assert 0 <= shares[1] <= shares[0] <= 1
-
-
-def test_differences_over_prompts(finished, capsys):
-    """The script beside the studies: of one training they are those of the study, of two the mean of both."""
-    _, out, results = finished
-    script = script_of("over_prompts")
-
-    def row(*outs):
-        script.main([*map(str, outs), "--metrics", "reward"])
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| alpha=0.5: tvkd |")]
-        return lines[0].split("|")[2:6]
-
-    (cell,) = (cell for cell in results["cells"] if cell["cell"] == "alpha=0.5")
-    expected = cell["differences"]["tvkd"]["reward"]
-    interval = f"[{expected['low']:+.3f}, {expected['high']:+.3f}]"
-    trainings, _, difference, spread = row(out)
-    assert trainings.strip() == "1"
-    assert difference.strip() == f"{expected['mean']:+.3f} ± {expected['se']:.3f} {interval}"
-    assert spread.strip() == f"{expected['mean']:+.3f} .. {expected['mean']:+.3f}"
-    assert row(out, out)[0].strip() == "2"
-    assert row(out, out)[2] == difference
 
 
 def test_the_pairs_of_the_study_of_real_models(tmp_path, pairs, tokenizer):

@@ -11,8 +11,8 @@ from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metric_inputs import Responses
 from prefdistill.evaluation.metrics import METRICS, Metric, headline_metric
 from prefdistill.evaluation.responses import measure_texts
-from prefdistill.evaluation.stats import estimate, mean_and_error
-from prefdistill.evaluation.verdict import verdict
+from prefdistill.evaluation.stats import crossed, estimate, mean_and_error
+from prefdistill.evaluation.verdict import verdict, verdict_of
 from prefdistill.experiment.readings import unlike
 from prefdistill.experiment.recipe import Recipe, load_recipe
 from prefdistill.experiment.summary import length_controlled_margins, margin_accuracies, side_by_side, summarise
@@ -68,24 +68,42 @@ def test_margins_where_length_says_nothing():
     assert length_controlled_margins([]) == {}
 
 
-def test_several_orders_have_error_bars_over_orders():
+def test_several_orders_have_error_bars_over_orders_and_prompts():
     """Order k is paired with order k: the difference is far surer than either mean."""
     dpo, tvkd = measured([0, 2], [10, 12], [20, 22]), measured([1, 3], [11, 14], [21, 23])
     results = summarise(recipe(), [{"dpo": dpo, "tvkd": tvkd}])
-    assert results["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11, 21]), "over": "data orders"}
-    assert results["differences"]["tvkd"]["reward"] == {**mean_and_error([1, 1.5, 1]), "over": "data orders"}
+    level, difference = results["methods"]["dpo"]["reward"], results["differences"]["tvkd"]["reward"]
+    assert level == {**crossed([[0, 2], [10, 12], [20, 22]]), "over": "data orders"}
+    assert difference == {**crossed([[1, 1], [1, 2], [1, 1]]), "over": "data orders"}
+    assert (difference["n"], difference["prompts"]) == (3, 2)
+    assert difference["se"] < level["se"] / 10
 
 
-def test_several_seeds_have_error_bars_over_seeds():
+def test_several_seeds_have_error_bars_over_seeds_and_the_prompts_that_they_share():
     """The orders of a seed are averaged first: they share its models and data."""
     by_seed = [
-        {"dpo": measured([0], [2]), "tvkd": measured([3], [5])},
-        {"dpo": measured([10], [12]), "tvkd": measured([11], [12])},
+        {"dpo": measured([0, 1], [2, 3]), "tvkd": measured([3, 0], [5, 4])},
+        {"dpo": measured([10, 9], [12, 9]), "tvkd": measured([11, 9], [12, 10])},
     ]
     results = summarise(recipe(), by_seed)
-    assert results["methods"]["dpo"]["reward"] == {**mean_and_error([1, 11]), "over": "seeds"}
-    assert results["methods"]["tvkd"]["reward"] == {**mean_and_error([4, 11.5]), "over": "seeds"}
-    assert results["differences"]["tvkd"]["reward"] == {**mean_and_error([3, 0.5]), "over": "seeds"}
+    assert results["methods"]["dpo"]["reward"] == {**crossed([[1, 2], [11, 9]]), "over": "seeds"}
+    assert results["differences"]["tvkd"]["reward"] == {**crossed([[3, 0], [0.5, 0.5]]), "over": "seeds"}
+    synthetic = load_recipe(QUICKSTART, only=["dpo", "tvkd"])
+    results = summarise(synthetic, by_seed)  # every seed has prompts of its own
+    assert results["methods"]["dpo"]["reward"] == {**mean_and_error([1.5, 10]), "over": "seeds"}
+    assert results["differences"]["tvkd"]["reward"] == {**mean_and_error([1.5, 0.5]), "over": "seeds"}
+
+
+def test_a_method_is_compared_with_its_control_item_by_item():
+    """Both share the baseline's noise, so the gap is far surer than the two differences to the baseline."""
+    noise = np.array([0, 8, 1, 5])
+    models = {"dpo": measured(noise), "tvkd": measured([3, 4, 3, 4]), "shuffled": measured([2, 3, 2, 3])}
+    results = summarise(recipe(), [models])
+    assert results["gaps"] == {"shuffled": {"reward": {**estimate([1, 1, 1, 1]), "over": "test prompts"}}}
+    raw = results | {"headline": {"metric": "reward", "method": "tvkd"}}
+    placebos = verdict_of(raw)["runs"]["tvkd"]["placebos"]
+    assert placebos == {"shuffled": False}
+    assert verdict_of({**raw, "gaps": {}})["runs"]["tvkd"]["placebos"] == {"shuffled": True}  # as if independent
 
 
 def test_differences_are_to_the_declared_baseline():
@@ -103,8 +121,9 @@ def test_win_rates_are_against_the_start_on_the_same_prompts():
     }
     results = summarise(recipe(), [runs])
     assert results["methods"]["start"]["win_rate_start"] == {**estimate([0.5] * 4), "over": "test prompts"}
-    assert results["methods"]["dpo"]["win_rate_start"] == {**mean_and_error([0.625, 0]), "over": "data orders"}
-    assert results["differences"]["tvkd"]["win_rate_start"] == {**mean_and_error([0.375, 1]), "over": "data orders"}
+    wins = np.array([[1, 0.5, 0, 1], [0, 0, 0, 0]])
+    assert results["methods"]["dpo"]["win_rate_start"] == {**crossed(wins), "over": "data orders"}
+    assert results["differences"]["tvkd"]["win_rate_start"] == {**crossed(1 - wins), "over": "data orders"}
     assert runs["dpo"][0].items["win_rate_start"] == [1, 0.5, 0, 1]
     assert "start" not in results["differences"]
 
@@ -130,7 +149,8 @@ def test_margin_accuracies_over_pairs_or_seeds():
     assert grouped == {**estimate([1, 0, 0.5, 1], [0, 0, 1, 1]), "over": "test prompts"}
     assert grouped["n"] == 2
     assert margin_accuracies([one, two]) == {"return": {**mean_and_error([0.625, 0.25]), "over": "seeds"}}
-    assert margin_accuracies([one, one]) == margin_accuracies([one])  # seeds that share their teacher
+    shared = margin_accuracies([one, two], [0, 0, 1, 1], same_items=True)
+    assert shared == {"return": {**crossed([one["return"], two["return"]], [0, 0, 1, 1]), "over": "seeds"}}
     assert margin_accuracies([]) == margin_accuracies([{}]) == {}
 
 
@@ -261,5 +281,5 @@ def test_stages_that_read_other_tokens_of_the_same_data_are_named():
     alike = [stage("teacher-dpo", "a"), stage("distill-dpo-0", "a"), stage("distill-dpo-0", "b", seed=1)]
     assert unlike([*alike, stage("sample", "c", "test"), {"name": "init", "seed": 0, "read": {}}]) == []
     assert unlike([*alike, stage("distill-tvkd-0", "b")]) == [
-        "stages have read other rows or tokens of train: teacher-dpo, distill-dpo-0, unlike distill-tvkd-0"
+        "stages have encoded train into different rows or tokens: teacher-dpo, distill-dpo-0, unlike distill-tvkd-0"
     ]

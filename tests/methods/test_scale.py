@@ -20,9 +20,9 @@ def row_signals(spread):
         ({"alpha": 0.7}, 7.0, True),
         ({"alpha": -0.7}, 7.0, True),
         ({"alpha": 0.1}, 7.0, False),
-        ({"alpha": 0.7, "beta": 0.3}, 7.0, False),
-        ({"alpha": 0.4, "standardize": True}, 1.4, False),
-        ({"alpha": 3.0, "standardize": True}, 1.4, True),
+        ({"alpha": 0.7, "beta": 0.4}, 7.0, False),
+        ({"alpha": 0.4, "standardize": True}, 2**0.5, False),
+        ({"alpha": 3.0, "standardize": True}, 2**0.5, True),
         ({"alpha": 0.7, "potential": "shuffled"}, 7.0, True),
         ({"alpha": 0.0}, 1000.0, False),
     ],
@@ -39,7 +39,7 @@ def test_the_scale_is_known_before_and_after_the_teacher_is_read(options, spread
             fixed = make_method(
                 "tvkd", options | {"alpha": alpha, "standardize": "standardize" in text or method.standardize}
             )
-            assert not fixed.disproportion(row_signals(1.4 if fixed.standardize else spread))
+            assert not fixed.disproportion(row_signals(2**0.5 if fixed.standardize else spread))
             assert np.sign(alpha) == np.sign(method.alpha)
 
 

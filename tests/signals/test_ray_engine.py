@@ -7,9 +7,7 @@ import pytest
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import temporary_path
-from prefdistill.core.lock import locked
 from prefdistill.signals import Signals, extract_signals, ray_engine
-from prefdistill.signals.ray_engine import check_shared
 from support import ray_stand_in
 from support.pairs import write_jsonl
 from support.ray_work import killing_a_worker
@@ -92,14 +90,6 @@ def test_workers_that_read_other_files_are_refused(place, monkeypatch):
     monkeypatch.setattr(ray_engine.Extraction, "load", load_other)
     with pytest.raises(UserError, match=r"of the other workers \(model\.dtype is 'bfloat16', was 'float32'\)"):
         extract_signals("model", "pairs.jsonl", out="two", engine="ray", workers=2, **OPTIONS)
-
-
-def test_workers_refuse_a_directory_that_is_not_shared(tmp_path):
-    """On the driver's machine the directory is locked; on one that does not share it, it is not."""
-    with locked(tmp_path / "shared"):
-        check_shared(tmp_path / "shared")
-    with pytest.raises(UserError, match="storage that all machines share"):
-        check_shared(tmp_path / "own")
 
 
 def test_what_other_machines_cannot_read_is_refused(tmp_path, make_model, pairs, tokenizer):

@@ -11,6 +11,7 @@ from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json
 from prefdistill.methods import METHODS
+from prefdistill.methods.base import LOG_RATIO
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.nan_guard import check_weights, quote_texts
@@ -70,7 +71,7 @@ def test_shaping_larger_than_the_margin_warns_with_numbers(workdir, capsys):
         f"tvkd: the shaping margin of the pairs has a spread of about {spread:.2g} nats (alpha=1000)"
     )
     fit = float(before.partition("Use alpha=")[2].partition(",")[0])
-    assert fit * spread / 1000 == pytest.approx(0.1 * 10, rel=0.1)
+    assert fit * spread / 1000 == pytest.approx(0.1 * LOG_RATIO, rel=0.1)
     log = capsys.readouterr().err
     assert f"warning: {warning}" in log
     assert log.count(f"warning: TVKD: {before.removeprefix('tvkd: ')}") == 1

@@ -39,7 +39,7 @@ from prefdistill.core.files import (
     value_digest,
     write_json,
 )
-from prefdistill.core.lock import LOCK, locked
+from prefdistill.core.lock import LOCK, locked, locked_together
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import say
 
@@ -124,7 +124,7 @@ class Artifact(ABC):
 
     def lock(self) -> Any:
         """Keep other processes out."""
-        return locked(self.place, shared=True)
+        return locked_together(self.place)
 
     def sweep(self) -> None:  # noqa: B027
         """Remove the temporary files of killed processes."""

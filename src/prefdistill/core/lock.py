@@ -1,5 +1,8 @@
 """Lock a directory against other processes."""
 
+import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +14,7 @@ from prefdistill.core.files import disk_full, sweep
 from prefdistill.core.processes import processes, require_one_process
 
 LOCK = ".lock"
+APPEARS = 60.0  # seconds after which a file that one machine has written shows on all, on slow network storage
 
 
 @contextmanager
@@ -58,3 +62,37 @@ def locked(directory: Path, name: str = LOCK, *, wait: bool = False, shared: boo
         if not was_empty:
             with suppress(OSError):  # not empty
                 directory.rmdir()
+
+
+@contextmanager
+def locked_together(directory: Path) -> Iterator[None]:
+    """Lock a directory for work that all processes of a run share, see `locked`; every process must come here.
+
+    Raises:
+        UserError: if another run holds the lock, or the directory of a process is not that of the main process.
+    """
+    with locked(directory, shared=True):
+        processes().wait_for_everyone()  # the main process has the lock
+        if not processes().is_main_process:
+            check_shared(directory)
+        yield
+
+
+def check_shared(directory: Path) -> None:
+    """Check that a directory is the one in which the main process works, by its lock.
+
+    Raises:
+        UserError: if it is another one, of this machine alone.
+    """
+    end = time.monotonic() + APPEARS
+    while not (directory.is_dir() and LOCK in os.listdir(directory)):  # a look at the file alone may be cached
+        if time.monotonic() >= end:
+            raise not_shared(directory)
+        time.sleep(1)
+
+
+def not_shared(directory: Path) -> UserError:
+    return UserError(
+        f"{directory} on {socket.gethostname()} is not the directory that the other machines have under this name; "
+        "several machines need --out on storage that all of them share, such as NFS or Lustre"
+    )

@@ -244,6 +244,8 @@ def _agrees(lm: Any, kind: Literal["masked", "packed"]) -> bool:
     lm.eval()
     try:
         expected, actual = hidden(separate, False), hidden(together, kind == "packed")
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # the model refuses such inputs, with any error
         return False
     finally:

@@ -8,7 +8,7 @@ import numpy as np
 
 from prefdistill.evaluation.length import length_controlled_wins
 from prefdistill.evaluation.metrics import METRICS
-from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error, pair_wins, paired_difference
+from prefdistill.evaluation.stats import PROMPTS, crossed, estimate, mean_and_error, pair_wins
 
 POINT_SCORES = ("reward", "reward_model_score")  # what the report plots against length: the first that was measured
 
@@ -30,13 +30,13 @@ class Measured:
         if groups is not None:
             self.groups[metric] = groups
 
-    def add_metrics(self, source: str, evidence: Any) -> None:
+    def add_metrics(self, source: str, measurements: Any) -> None:
         """Add every registered metric that is computed from this source, such as `Responses` for "responses"."""
         for name, metric in METRICS.items():
             if metric.source == source and metric.compute is not None:
-                values = metric.compute(evidence)
+                values = metric.compute(measurements)
                 if values is not None:
-                    self.add(name, values, evidence.groups)
+                    self.add(name, values, measurements.groups)
 
     def among(self, metrics: Sequence[str], low: int, high: int | None) -> "Measured":
         """Return these metrics on the items whose reference has `low` to `high` words."""
@@ -48,6 +48,15 @@ class Measured:
                 groups = self.groups.get(metric)
                 subset.add(metric, [self.items[metric][row] for row in rows], groups and [groups[row] for row in rows])
         return subset
+
+
+def mean_over(runs: list[Measured]) -> Measured:
+    """Return the mean of runs on the same test items: of every metric that all have, item by item."""
+    first, mean = runs[0], Measured()
+    for metric in first.items:
+        if complete([runs], metric):
+            mean.add(metric, np.mean([run.items[metric] for run in runs], axis=0), first.groups.get(metric))
+    return mean
 
 
 def complete(by_seed: list[list[Measured]], metric: str) -> bool:
@@ -76,40 +85,51 @@ def add_win_rates(models: dict[str, list[Measured]], start: str) -> None:
                 run.add(name, wins, run.groups.get(score))
 
 
-def mean_of(by_seed: list[list[Measured]], metric: str) -> dict[str, Any]:
-    """Return a metric's mean, with its error over the widest variation there is: seeds, data orders or test prompts.
+def mean_of(by_seed: list[list[Measured]], metric: str, *, same_items: bool = False) -> dict[str, Any]:
+    """Return a metric's mean, with its error over all variation there is, see `over_repeats`.
 
     Args:
         by_seed: for each seed, one entry per data order.
+        same_items: whether the seeds share their test items; data orders always do.
     """
-    means = [[run.metrics[metric] for run in runs] for runs in by_seed]
-    first = by_seed[0][0]
-    return _over_repeats(means) or estimate(first.items[metric], first.groups.get(metric)) | {"over": PROMPTS}
+    values = [[run.items[metric] for run in runs] for runs in by_seed]
+    return over_repeats(values, by_seed[0][0].groups.get(metric), same_items=same_items)
 
 
-def difference_of(runs: list[list[Measured]], baseline: list[list[Measured]], metric: str) -> dict[str, Any]:
+def difference_of(
+    runs: list[list[Measured]], baseline: list[list[Measured]], metric: str, *, same_items: bool = False
+) -> dict[str, Any]:
     """Return a metric's mean paired difference to the baseline, with its error over the same variation as `mean_of`.
 
     Order k is paired with order k of the baseline: same start, same pairs, same test prompts.
     """
     differences = [
-        [run.metrics[metric] - base.metrics[metric] for run, base in zip(orders, base_orders, strict=True)]
+        [np.subtract(run.items[metric], base.items[metric]) for run, base in zip(orders, base_orders, strict=True)]
         for orders, base_orders in zip(runs, baseline, strict=True)
     ]
-    run, base = runs[0][0], baseline[0][0]
-    return _over_repeats(differences) or (
-        paired_difference(run.items[metric], base.items[metric], run.groups.get(metric)) | {"over": PROMPTS}
-    )
+    return over_repeats(differences, runs[0][0].groups.get(metric), same_items=same_items)
 
 
-def _over_repeats(values: list[list[float]]) -> dict[str, Any] | None:
-    """Return the mean of numbers by seed and data order, with its error; None for a single run."""
+def over_repeats(values: Sequence[Sequence[Any]], groups: list[int] | None, *, same_items: bool) -> dict[str, Any]:
+    """Return the mean of numbers by seed, data order and test item, with its error.
+
+    The error is over the seeds (each the mean of its data orders) where there are several, else over data orders, and
+    over the test prompts as well where the repeats share them; for a single training over the test prompts alone.
+    """
     if len(values) > 1:
-        return mean_and_error([float(np.mean(orders)) for orders in values]) | {"over": "seeds"}
-    return mean_and_error(values[0]) | {"over": "data orders"} if len(values[0]) > 1 else None
+        over, repeats = "seeds", [np.asarray(orders, dtype=np.float64).mean(axis=0) for orders in values]
+    else:
+        over, repeats = "data orders", [np.asarray(items, dtype=np.float64) for items in values[0]]
+    if len(repeats) == 1:
+        return estimate(repeats[0], groups) | {"over": PROMPTS}
+    if len(values) == 1 or same_items:
+        return crossed(np.stack(repeats), groups) | {"over": over}
+    return mean_and_error([float(items.mean()) for items in repeats]) | {"over": over}
 
 
-def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None) -> dict[str, Any]:
+def by_length(
+    models: dict[str, list[list[Measured]]], edges: Sequence[int] | None = None, *, same_items: bool = False
+) -> dict[str, Any]:
     """Return the metrics of each model's responses by range of the reference's length in words.
 
     Args:
@@ -129,7 +149,9 @@ def by_length(models: dict[str, list[list[Measured]]], edges: Sequence[int] | No
     for low, high in length_ranges(first.items["reference_words"], edges):
         subsets = {n: [[run.among(metrics, low, high) for run in runs] for runs in s] for n, s in models.items()}
         for metric in metrics:
-            means = {name: mean_of(s, metric) for name, s in subsets.items() if complete(s, metric)}
+            means = {
+                name: mean_of(s, metric, same_items=same_items) for name, s in subsets.items() if complete(s, metric)
+            }
             if means:
                 sample = next(s[0][0] for s in subsets.values() if metric in s[0][0].items)
                 n = len(set(sample.groups.get(metric) or range(len(sample.items[metric]))))

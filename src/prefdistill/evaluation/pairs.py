@@ -95,13 +95,19 @@ def evaluate_pairs(
         `{"metrics": {name: estimate}, "margin_accuracy": {term: estimate}, "pairs": k}`, errors over prompts.
 
     Raises:
-        UserError: see `signals_for`.
+        UserError: see `signals_for`; or if the teacher's signals lack values of all states or logps.
     """
     signals = signals_for(pairs, tokenizer, stores)
     reference = signals.store("reference", "logps", "chosen")
     measured = Measured()
     measured.add_metrics("pairs", implicit_rewards(student, pairs, tokenizer, reference))
-    if signals.missing([Need("teacher", "values"), Need("teacher", "logps")]):
+    missing = signals.missing([Need("teacher", "values"), Need("teacher", "logps")])
+    if missing and any(store.role == "teacher" for store in stores):
+        raise UserError(
+            f"the teacher's signals lack {', '.join(need.kind for need in missing)}, without which its terms cannot be "
+            "compared; extract them with --kind values,logps, or leave the teacher's signals out"
+        )
+    if missing:
         terms = {LENGTH_TERM: pair_wins(*(reference.scalar(f"{side}_tokens", signals.rows) for side in SIDES))}
     else:
         terms = pair_terms(signals)

@@ -62,7 +62,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` repeats with its standard error and 95 % interval, each None where there is none."""
+    """A mean over `n` repeats with its standard error and 95 % interval, each None where there is none.
+
+    Where the error is also over the test prompts that all repeats share, `prompts` is their number.
+    """
 
     mean: float
     se: float | None = None
@@ -70,10 +73,11 @@ class Estimate:
     over: str = ""
     low: float | None = None
     high: float | None = None
+    prompts: int | None = None
 
     @classmethod
     def parse(cls, value: Any) -> "Estimate | None":
-        """Read a number or {"mean", "se", "n", "over", "low", "high"}; return None where there is no mean."""
+        """Read a number or {"mean", "se", "n", "over", "low", "high", "prompts"}; return None without a mean."""
         if not isinstance(value, dict):
             value = {"mean": value}
         mean, se, n, low, high = (number(value.get(key)) for key in ("mean", "se", "n", "low", "high"))
@@ -83,8 +87,10 @@ class Estimate:
             se = None
         if low is None or high is None or not low <= high:
             low = high = None
-        count = int(n) if n is not None and math.isfinite(n) else None
-        return cls(mean, se, count, clean(value.get("over") or ""), low, high)
+        count, prompts = (
+            int(x) if x is not None and math.isfinite(x) else None for x in (n, number(value.get("prompts")))
+        )
+        return cls(mean, se, count, clean(value.get("over") or ""), low, high, prompts)
 
     @property
     def finite(self) -> bool:
@@ -148,6 +154,7 @@ class Results:
         self.raw: dict[str, Any] = raw.raw if isinstance(raw, Results) else raw
         self.methods = {name: estimates(scores) for name, scores in self.mapping("methods").items()}
         self.differences = {name: estimates(scores) for name, scores in self.mapping("differences").items()}
+        self.gaps = {name: estimates(scores) for name, scores in self.mapping("gaps").items()}
         self.declared_metric: str | None = _text(self.mapping("headline").get("metric"))
 
     def mapping(self, key: str) -> dict[str, Any]:
@@ -220,13 +227,38 @@ class Results:
         column = column or self.headline
         return self.differences.get(name, {}).get(column.key) if column else None
 
+    def gap(self, control: str) -> Estimate | None:
+        """Return the paired difference, on the headline metric, of a run to its control.
+
+        Where it was not recorded, that of their differences to the baseline, with an error as if these were
+        independent.
+        """
+        if self.headline is None:
+            return None
+        recorded = self.gaps.get(control, {}).get(self.headline.key)
+        if recorded is not None:
+            return recorded
+        name, other = self.roles[control].of, self.difference(control)
+        own = Estimate(0.0, 0.0) if name in (None, self.baseline) else self.difference(name)
+        if own is None or other is None:
+            return None
+        return Estimate(own.mean - other.mean, math.hypot(own.se or 0.0, other.se or 0.0), other.n, other.over)
+
     def repeats(self, estimate: Estimate) -> str:
         """Return what an estimate is over: "seeds", "data orders" or "test prompts"."""
         return estimate.over or ("seeds" if len(self.items("seeds")) > 1 else "data orders")
 
+    def repeated(self, estimate: Estimate) -> str:
+        """Return what an estimate is over, as "3 seeds and 50 test prompts"; "" where the number is not known."""
+        if not estimate.n:
+            return ""
+        prompts = f" and {estimate.prompts} test prompts" if estimate.prompts else ""
+        return f"{estimate.n} {self.repeats(estimate)}{prompts}"
+
     def over(self, estimate: Estimate) -> str:
-        """Return " over 3 seeds", or "" where the number is not known."""
-        return f" over {estimate.n} {self.repeats(estimate)}" if estimate.n else ""
+        """Return " over 3 seeds and 50 test prompts", or "" where the number is not known."""
+        repeated = self.repeated(estimate)
+        return repeated and f" over {repeated}"
 
     def display_name(self, name: str) -> str:
         """Return a run's name as sentences write it."""

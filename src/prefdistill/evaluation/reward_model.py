@@ -146,12 +146,12 @@ def check_prompts(
                 raise UserError(f"{where}, row {row}: {error}") from error
 
 
-def accuracy_of(name: str, measured: list[Measured]) -> dict[str, Any]:
+def accuracy_of(name: str, measured: list[Measured], *, same_items: bool = False) -> dict[str, Any]:
     """Return `reward_model` of the results: its accuracy on held-out pairs, from `score_pairs` of each seed."""
     by_seed = [[seed] for seed in measured]
     terms = [name for name in ("accuracy", "longer_is_better", "length_controlled") if complete(by_seed, name)]
     return {
         "name": name,
         "pairs": len(measured[0].items["accuracy"]),
-        **{term: mean_of(by_seed, term) for term in terms},
+        **{term: mean_of(by_seed, term, same_items=same_items) for term in terms},
     }

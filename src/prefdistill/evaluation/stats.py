@@ -47,6 +47,61 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     return result | {"low": low, "high": high}
 
 
+def crossed(values: Sequence[Sequence[float]] | np.ndarray, groups: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    r"""Return the mean over repeats on the same items, with standard error and 95 % interval over repeats and items.
+
+    A two-way analysis of variance: with :math:`t_{rg}` the deviations from the mean, summed over the items of group g
+    and scaled so that their mean is that of the items, R repeats and G groups,
+
+    .. math:: se^2 = \max(MS_R + MS_G - MS_E, MS_R, MS_G) / RG
+
+    What repeats and items do not explain, :math:`MS_E`, is in both other mean squares and counts once. The interval is
+    Student's t with the degrees of freedom of Welch and Satterthwaite. Repeats that vary little leave the error over
+    the items, as in `estimate`; items that vary little leave that over the repeats, as in `mean_and_error`.
+
+    Args:
+        values: a number per repeat (such as a seed) and item, array-like of shape [R, B].
+        groups: the group of each item, such as the text of its prompt; default: every item is its own.
+
+    Returns:
+        `{"mean", "se", "n": R, "prompts": G, "low", "high"}`; without "prompts" and items in the error where there is
+        only one group, and without an error where there is only one repeat or a value is not finite.
+
+    Source:
+        Cornfield and Tukey, Average values of mean squares in factorials, 1956; Satterthwaite, An approximate
+        distribution of estimates of variance components, 1946.
+
+    Example:
+        >>> result = crossed([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])                    # the repeats do not differ
+        >>> result["mean"], round(result["se"], 3), result["n"], result["prompts"]
+        (2.0, 0.577, 2, 3)
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, dtype=np.float64)
+    group_of = np.arange(x.shape[1]) if groups is None else np.array(numbered(groups))
+    repeats, count = len(x), int(group_of.max()) + 1
+    if not np.isfinite(x).all():
+        return {"mean": float(x.mean()), "se": None, "n": repeats}
+    result = mean_and_error(x.mean(axis=1))
+    if repeats < 2 or count < 2:
+        return result
+    mean = result["mean"]
+    totals = np.array([np.bincount(group_of, weights=row) for row in x - mean]) * (count / x.shape[1])
+    of_repeats, of_groups = totals.mean(axis=1), totals.mean(axis=0)
+    rest = totals - of_repeats[:, None] - of_groups
+    between_repeats = (of_repeats**2).sum() / (repeats - 1) / repeats
+    between_groups = (of_groups**2).sum() / (count - 1) / count
+    unexplained = (rest**2).sum() / ((repeats - 1) * (count - 1)) / (repeats * count)
+    variance = max(between_repeats + between_groups - unexplained, between_repeats, between_groups)
+    if variance == 0:
+        return result | {"se": 0.0, "prompts": count, "low": mean, "high": mean}
+    items = variance - between_repeats
+    freedom = variance**2 / (between_repeats**2 / (repeats - 1) + items**2 / (count - 1))
+    half = float(t.ppf(0.975, freedom) * math.sqrt(variance))
+    return result | {"se": math.sqrt(variance), "prompts": count, "low": mean - half, "high": mean + half}
+
+
 def estimate(
     values: Sequence[float] | np.ndarray,
     groups: Sequence[Hashable] | None = None,
@@ -106,23 +161,6 @@ def estimate(
     )
     low, high = resampled.confidence_interval
     return result | {"se": float(resampled.standard_error), "low": float(low), "high": float(high)}
-
-
-def paired_difference(
-    values: Sequence[float] | np.ndarray,
-    baseline: Sequence[float] | np.ndarray,
-    groups: Sequence[Hashable] | None = None,
-) -> dict[str, Any]:
-    """Return the `estimate` of `values - baseline`, item by item. Variation that both share cancels.
-
-    Example:
-        >>> paired_difference([2.0, 12.0], [1.0, 10.0])["mean"]
-        1.5
-    """
-    values, baseline = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    if values.shape != baseline.shape:
-        raise ValueError(f"paired values must be as many on both sides, got {values.shape} and {baseline.shape}")
-    return estimate(values - baseline, groups)
 
 
 def pair_wins(chosen: Any, rejected: Any) -> np.ndarray:

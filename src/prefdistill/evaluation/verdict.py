@@ -3,7 +3,6 @@
 All of it follows from the numbers, roles and headline of results.json; nothing depends on what a run is called.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +16,10 @@ VARIANCE = {
     "seeds": "seed-to-seed variance",
     "data orders": "order-to-order variance",
     "test prompts": "the variance between test prompts",
+}
+VARIANCE_WITH_PROMPTS = {
+    "seeds": "the variance between seeds and test prompts",
+    "data orders": "the variance between data orders and test prompts",
 }
 
 
@@ -50,19 +53,9 @@ def noise_floors(results: Results) -> dict[str, float]:
     The difference of two runs of the same method should be zero. Its size, or twice its standard error where that is
     larger, is what a difference between two methods has to exceed before it means anything.
     """
-    floors = {}
-    for name, role in results.roles.items():
-        repeat = results.difference(name) if role.kind == "noise_floor" else None
-        if repeat is None or not repeat.finite:
-            continue
-        mean, se = repeat.mean, repeat.se or 0.0
-        if role.of is not None and role.of != results.baseline:
-            repeated = results.difference(role.of)
-            if repeated is None or not repeated.finite:
-                continue
-            mean, se = mean - repeated.mean, math.hypot(se, repeated.se or 0.0)
-        floors[name] = max(abs(mean), 2 * se)
-    return floors
+    repeats = [name for name, role in results.roles.items() if role.kind == "noise_floor"]
+    gaps = {name: gap for name in repeats if (gap := results.gap(name)) is not None and gap.finite}
+    return {name: max(abs(gap.mean), 2 * (gap.se or 0.0)) for name, gap in gaps.items()}
 
 
 def noise_floor(results: Results) -> float | None:
@@ -105,12 +98,12 @@ def compare(results: Results, name: str) -> Comparison:
 def placebos(results: Results, name: str) -> dict[str, tuple[Estimate, bool]]:
     """Return the differences of a method's declared placebos, and whether each did as well: within two standard errors
     of their gap. None where either was not compared or no direction is better."""
-    own, direction, compared = results.difference(name), _direction(results), {}
+    direction, compared = _direction(results), {}
     for control, role in results.roles.items():
-        estimate = results.difference(control) if role.kind == "placebo" and role.of == name else None
-        if own is not None and own.finite and estimate is not None and estimate.finite and direction:
-            gap = direction * (own.mean - estimate.mean)
-            compared[control] = estimate, gap <= 2 * math.hypot(own.se or 0.0, estimate.se or 0.0)
+        if role.kind == "placebo" and role.of == name and direction:
+            estimate, gap = results.difference(control), results.gap(control)
+            if estimate is not None and estimate.finite and gap is not None and gap.finite:
+                compared[control] = estimate, direction * gap.mean <= 2 * (gap.se or 0.0)
     return compared
 
 
@@ -244,7 +237,7 @@ def _list(results: Results, names: list[str], baseline: str, column: Column) -> 
     text += ", ".join(_part(results, name) for name in names)
     if not measured:
         return f"{text}; without repeats this may be noise."
-    same = len({(e.n, results.repeats(e)) for e in measured}) == 1
+    same = len(set(map(results.repeated, measured))) == 1
     weakest = min(measured, key=lambda e: ("order" not in results.repeats(e), e.n or 0))
     return f"{text} (mean ± s.e.{results.over(weakest) if same else ''}){_caveat(results, weakest)}."
 
@@ -281,7 +274,8 @@ def _placebos(results: Results, name: str, column: Column, own: Comparison) -> s
 
 
 def _variance(results: Results, estimate: Estimate) -> str:
-    return VARIANCE.get(results.repeats(estimate), "noise")
+    known = VARIANCE_WITH_PROMPTS if estimate.prompts else VARIANCE
+    return known.get(results.repeats(estimate), "noise")
 
 
 def _caveat(results: Results, estimate: Estimate) -> str:
@@ -289,7 +283,10 @@ def _caveat(results: Results, estimate: Estimate) -> str:
     if "test" in results.repeats(estimate):
         return "; this covers the choice of test prompts only: another training run or seed may differ"
     if "order" in results.repeats(estimate):
-        return "; this covers training-order noise only, another seed may differ"
+        noise = (
+            "training-order noise and the choice of test prompts" if estimate.prompts else "training-order noise only"
+        )
+        return f"; this covers {noise}, another seed may differ"
     if estimate.n is not None and estimate.n < 3:
         return f"; {estimate.n} seeds are too few to cover much more than training-order noise"
     return ""

@@ -10,7 +10,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say, say_once
 from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.numbers import numeric_column
-from prefdistill.data.prompts import prompt_of, prompt_text
+from prefdistill.data.prompts import prompt_of, prompt_text, prompts_of
 from prefdistill.data.synthetic import build_tokenizer
 from prefdistill.evaluation.options import RewardModelOptions
 from prefdistill.evaluation.reward_model import check_prompts
@@ -36,6 +36,8 @@ from prefdistill.training.arguments import split_batch
 if TYPE_CHECKING:
     from datasets import Dataset
 
+FEW_PROMPTS = 500
+
 
 def check_plan(plan: Plan) -> None:
     """Check everything that can be wrong with a recipe besides the weights of its models.
@@ -56,6 +58,8 @@ def check_plan(plan: Plan) -> None:
         _check_reward_model(plan, section)
     check_trainings(plan)
     check_launch(recipe)
+    if warning := seen_by_the_start(plan):
+        say_once(f"warning: {warning}")
     for name, method in plan.methods.items():
         _check_method(plan, f"methods.{name}", method)
     if len(reference_bf16(recipe, plan.methods)) > 1:
@@ -63,6 +67,24 @@ def check_plan(plan: Plan) -> None:
     for name, run in recipe.methods.items():
         if run.rounds > 1 and "student_response" not in plan.methods[name].responses:
             raise UserError(f"methods.{name}.rounds: {run.method} does not learn from the student's own responses")
+
+
+def seen_by_the_start(plan: Plan) -> str:
+    """Return a warning where SFT shows a named student the chosen responses of few prompts, on which DPO then trains.
+
+    DPO then learns to tell the responses that the start has seen from those that it has not.
+    """
+    recipe, data = plan.context.recipe, plan.user_data
+    if recipe.model.student is None or recipe.student.sft is None or recipe.data.sft is not None or data is None:
+        return ""
+    prompts = len({prompt_text(prompt) for prompt in prompts_of(data.train)})
+    if prompts >= FEW_PROMPTS:
+        return ""
+    return (
+        f"student.sft learns the chosen responses of the {prompts} prompts that the methods train on. With so few, a "
+        "student may learn which responses it has seen, and order other pairs worse than chance: name other "
+        "demonstrations (data.sft), use more prompts, or read the accuracy on held-out pairs"
+    )
 
 
 def _check_tokenizers(plan: Plan) -> None:
@@ -231,11 +253,11 @@ def _check_tokens(plan: Plan, where: str, method: Method) -> None:
 
 
 def _check_numbers(where: str, method: Method, column: str, data: UserData) -> None:
-    """Check that a column has a number for every pair: of the training data, and scores of the test data too."""
+    """Check that a column has a number for every pair: of the training data, and of the test data where it has it."""
     if column not in data.train.column_names:
         raise UserError(f"{where} needs a column {column!r}, a number for every pair; the data has none")
     parts: list[tuple[str, Dataset]] = [("train", data.train)]
-    parts += [("test", data.test)] if column in SCORES and data.recipe.data.test is not None else []
+    parts += [("test", data.test)] if data.recipe.data.test is not None else []
     for part, pairs in parts:
         if column not in pairs.column_names:
             continue

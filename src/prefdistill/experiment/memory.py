@@ -84,7 +84,7 @@ class Memory:
 
     Args:
         weights: of the trained model, or of one that is read, with its adapter.
-        frozen: of a copy of the model beside the trained one: the reference of a teacher's DPO.
+        frozen: of a model beside it: the reference of a teacher's DPO, or what an evaluated model is compared with.
         gradients, optimizer: of the trained weights; 0 for a model that is read.
         copies: 16-bit copies of the weights that autocast keeps for a pass.
         activations: that the longest micro-batch saves for backward, or the largest that a reading pass holds.

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prefdistill.data.columns import SIDES
 from prefdistill.experiment.recipe import Recipe
-from prefdistill.methods import Method, make_method
+from prefdistill.methods import Method
 from prefdistill.signals import Need
 from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.needs import TEACHERS
@@ -22,9 +22,8 @@ def reference_bf16(recipe: Recipe, methods: dict[str, Method]) -> set[bool]:
     }
 
 
-def columns_of(recipe: Recipe) -> set[str]:
-    """Return the numeric columns of the data that the methods of a recipe read, besides the scores."""
-    methods = (make_method(run.method, run.options) for run in recipe.methods.values())
+def columns_of(methods: Iterable[Method]) -> set[str]:
+    """Return the numeric columns of the data that methods read, besides the scores."""
     return {column for method in methods for column in method.columns}
 
 

@@ -44,7 +44,7 @@ AnyStep = TypeVar("AnyStep", bound=Step)
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A model that students start from, with what is made of it alone."""
+    """A model that students start from, and the steps that depend on it alone."""
 
     name: str  # part of the names of these steps
     model: Model
@@ -96,7 +96,7 @@ class _Builder:
         self.context, self.recipe, self.sources = context, context.recipe, sources
         self.user_models = UserModels(self.recipe, sources)
         self.methods = {name: make_method(run.method, run.options) for name, run in self.recipe.methods.items()}
-        self.sources.reads |= columns_of(self.recipe)
+        self.sources.reads |= columns_of(self.methods.values())
         self.users = {
             name: frozenset(other for other, run in self.recipe.methods.items() if run.start == name)
             for name in (None, *self.recipe.methods)

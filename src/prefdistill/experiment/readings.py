@@ -72,7 +72,7 @@ def unlike(stages: list[dict[str, Any]]) -> list[str]:
             same = stage["seed"], read["data"], tuple(read["responses"]), read.get("tokenizer")
             by_rows[same][read["ids"]].append(stage["name"])
     return [
-        f"stages have read other rows or tokens of {data}: " + ", unlike ".join(", ".join(names) for names in parts)
+        f"stages have encoded {data} into different rows or tokens: " + ", unlike ".join(map(", ".join, parts))
         for (_, data, *_), digests in by_rows.items()
         if len(parts := list(digests.values())) > 1
     ]

@@ -31,7 +31,14 @@ from prefdistill.experiment.plan import Plan, build_plans
 from prefdistill.experiment.readings import read_of, unlike, warnings_of_trainings
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Step
-from prefdistill.experiment.summary import gauge, length_controlled_margins, margin_accuracies, side_by_side, summarise
+from prefdistill.experiment.summary import (
+    gauge,
+    length_controlled_margins,
+    margin_accuracies,
+    share_tests,
+    side_by_side,
+    summarise,
+)
 from prefdistill.signals import SignalSet
 from prefdistill.signals.join import join
 
@@ -133,7 +140,9 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         shaping_of(plan.methods, signals, models)
         for plan, signals, models in zip(plans, held_out, measured, strict=False)
     ]
-    reward_model = [plan.reward_model.measured() for plan in plans if plan.reward_model]
+    same_items = share_tests(recipe)
+    scored = [plan.reward_model.measured() for plan in plans if plan.reward_model]
+    judge = accuracy_of(_reward_model_name(plans[0]), scored, same_items=same_items) if scored else None
     results: dict[str, Any] = {
         "recipe": recipe.name,
         "task": recipe.task,
@@ -141,9 +150,9 @@ def _results(recipe: Recipe, plans: list[Plan], stages: list[dict[str, Any]]) ->
         "seeds": [plan.context.seed for plan in plans],
         "orders": recipe.orders,
         **summary,
-        "margin_accuracy": margin_accuracies(terms, groups),
-        "length_controlled_margins": length_controlled_margins(terms, groups),
-        **({"reward_model": accuracy_of(_reward_model_name(plans[0]), reward_model)} if reward_model else {}),
+        "margin_accuracy": margin_accuracies(terms, groups, same_items=same_items),
+        "length_controlled_margins": length_controlled_margins(terms, groups, same_items=same_items),
+        **({"reward_model": judge} if judge else {}),
         "gauge_flips": gauge([gauge_flips(signals.store("teacher", "values", "chosen")) for signals in held_out]),
         "shaping": shaping[0][0] if shaping else {},
         "samples": side_by_side(measured[0]),

@@ -1,7 +1,7 @@
 """Results from measurements: means over data orders and seeds, paired differences to the baseline, and roles.
 
-Errors are over the widest source of variation the run has: seeds (each a whole pipeline) if there are several, else
-data orders, else test prompts, with a bootstrap.
+Errors are over all variation the run has: seeds (each a whole pipeline) if there are several, else data orders, and the
+test prompts, which all seeds share unless the data are synthetic.
 """
 
 from typing import Any
@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 
 from prefdistill.evaluation.length import length_balanced
-from prefdistill.evaluation.measure import Measured, add_win_rates, by_length, complete, difference_of, mean_of, points
+from prefdistill.evaluation.measure import (
+    Measured,
+    add_win_rates,
+    by_length,
+    complete,
+    difference_of,
+    mean_of,
+    over_repeats,
+    points,
+)
 from prefdistill.evaluation.metrics import METRICS, headline_metric
 from prefdistill.evaluation.pairs import LENGTH_TERM, SHAPING_TERMS
-from prefdistill.evaluation.stats import PROMPTS, estimate, mean_and_error
+from prefdistill.evaluation.stats import mean_and_error
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.roles import START, TEACHER
 from prefdistill.methods import METHODS as METHOD_CLASSES
@@ -28,6 +37,7 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
     """
     for models in by_seed:
         add_win_rates(models, START)
+    same_items = share_tests(recipe)
     names = list(by_seed[0])
     measured = {metric for name in names for metric in by_seed[0][name][0].metrics}
     metrics = [metric for metric in METRICS if metric in measured]
@@ -36,13 +46,24 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
     baseline = [models[recipe.baseline] for models in by_seed]
     for name in names:
         runs = [models[name] for models in by_seed]
-        methods[name] = {metric: mean_of(runs, metric) for metric in metrics if complete(runs, metric)}
+        methods[name] = {
+            metric: mean_of(runs, metric, same_items=same_items) for metric in metrics if complete(runs, metric)
+        }
         if name != recipe.baseline and name in recipe.methods:
             shared = [metric for metric in methods[name] if complete(baseline, metric)]
-            differences[name] = {metric: difference_of(runs, baseline, metric) for metric in shared}
+            differences[name] = {
+                metric: difference_of(runs, baseline, metric, same_items=same_items) for metric in shared
+            }
+    gaps: dict[str, Any] = {}
+    for control, run in recipe.methods.items():
+        if run.control is not None and {control, run.control.of} <= methods.keys():
+            ours, theirs = ([models[name] for models in by_seed] for name in (run.control.of, control))
+            shared = [metric for metric in methods[control] if metric in methods[run.control.of]]
+            gaps[control] = {metric: difference_of(ours, theirs, metric, same_items=same_items) for metric in shared}
     return {
         "methods": methods,
         "differences": differences,
+        "gaps": gaps,
         "roles": roles_of(recipe, names),
         "headline": {"metric": recipe.headline.metric or headline_metric(metrics), "method": recipe.headline.method},
         "metrics": {metric: METRICS[metric].describe() for metric in metrics},
@@ -54,26 +75,42 @@ def summarise(recipe: Recipe, by_seed: list[dict[str, list[Measured]]]) -> dict[
         "display_names": display_names(recipe),
         "responses": {name: {"points": shown} for name in names if (shown := points(by_seed[0][name][0]))},
         "by_length": by_length(
-            {name: [models[name] for models in by_seed] for name in names}, recipe.evaluate.length_ranges
+            {name: [models[name] for models in by_seed] for name in names},
+            recipe.evaluate.length_ranges,
+            same_items=same_items,
         ),
     }
 
 
-def margin_accuracies(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
-    """Return the accuracy of each term of the teacher on the held-out pairs, over seeds or over prompts.
+def share_tests(recipe: Recipe) -> bool:
+    """Return whether all seeds have the same test pairs and prompts, in the same tokens.
 
-    Where all seeds have the same teacher, nothing varies between them: then over prompts.
+    A synthetic task draws them anew, and a tokenizer that is trained, which is where neither model is named, drops and
+    orders other ones.
     """
-    if not terms:
-        return {}
-    if any(not np.array_equal(seed[name], wins) for seed in terms[1:] for name, wins in terms[0].items()):
-        means = {name: mean_and_error([seed[name].mean() for seed in terms]) | {"over": "seeds"} for name in terms[0]}
-    else:
-        means = {name: estimate(wins, groups) | {"over": PROMPTS} for name, wins in terms[0].items()}
+    return recipe.data.synthetic is None and bool(recipe.model.name_of("student") or recipe.model.teacher)
+
+
+def margin_accuracies(
+    terms: list[dict[str, np.ndarray]], groups: list[int] | None = None, *, same_items: bool = False
+) -> dict[str, Any]:
+    """Return the accuracy of each term of the teacher on the held-out pairs, with its error, see `over_repeats`.
+
+    Args:
+        terms: for each seed, `pair_wins` by term.
+        groups: the number of each pair's prompt.
+        same_items: whether the seeds share the pairs.
+    """
+    means = {
+        name: over_repeats([[seed[name]] for seed in terms], groups, same_items=same_items)
+        for name in (terms[0] if terms else {})
+    }
     return {name: mean | ({"shaping": True} if name in SHAPING_TERMS else {}) for name, mean in means.items()}
 
 
-def length_controlled_margins(terms: list[dict[str, np.ndarray]], groups: list[int] | None = None) -> dict[str, Any]:
+def length_controlled_margins(
+    terms: list[dict[str, np.ndarray]], groups: list[int] | None = None, *, same_items: bool = False
+) -> dict[str, Any]:
     """Return the accuracy of each term where length says nothing, see `length_balanced`; empty if it says all."""
     longer = [seed[LENGTH_TERM] * 2 - 1 for seed in terms]
     balanced = [
@@ -84,7 +121,7 @@ def length_controlled_margins(terms: list[dict[str, np.ndarray]], groups: list[i
         return {}
     if groups is not None:  # of the pairs that `length_balanced` keeps
         groups = [group for group, extra in zip(groups, longer[0], strict=True) if extra]
-    return margin_accuracies(balanced, groups)
+    return margin_accuracies(balanced, groups, same_items=same_items)
 
 
 def gauge(by_seed: list[dict[str, Any]]) -> dict[str, Any]:

@@ -152,7 +152,8 @@ class TVKD(DPO):
         return (
             f"the shaping margin of the pairs {has} a spread of about {spread:.2g} nats (alpha={self.alpha:g}), and "
             f"beta={self.beta:g} times the {LOG_RATIO:g} nats of log-ratio that a training may reach is {reach:.2g}: "
-            f"it decides what is learnt, not the pairs. Use {', or '.join(fixes)}, or a higher beta"
+            "the teacher decides what is learnt, not the labels of the pairs. "
+            f"Use {', or '.join(fixes)}, or a higher beta"
         )
 
     def _check_values(self, signals: SignalSet) -> None:

@@ -3,14 +3,14 @@
 from prefdistill.report.load import Run
 
 GLOSSARY = {
-    "±": "the standard error of the mean over the repeats: how far the mean would move if all of it were repeated. "
-    "It is not the spread of single runs.",
+    "±": "the standard error of the mean over the repeats, and over the test prompts where the repeats share them: how "
+    "far the mean would move if all of it were repeated. It is not the spread of single runs.",
     "Difference": "paired: within each repeat a method and the baseline share the student's start, the pairs and the "
     "test prompts, so what varies between starts cancels. Compare differences, not levels.",
     "Ahead, behind": "the difference is larger than two standard errors and than the noise floor, and its 95 % "
     "interval (Student's t, wide where repeats are few) excludes zero. “Leans”: the interval still includes zero. "
     "“Within noise”: anything smaller. Nothing is corrected for comparing many methods.",
-    "Data orders": "the repeats differ only in the order of the training data. They say nothing about another seed, "
+    "Data orders": "the trainings differ only in the order of the training data. They say nothing about another seed, "
     "that is another teacher, other pairs and another start.",
     "Noise floor": "a repeat of a method, usually the baseline with another data order. Its difference should be zero; "
     "a method has to differ by more than this to have had an effect.",

@@ -106,7 +106,7 @@ def table_of(results: Results, styles: dict[str, Style]) -> View:
 def _repeated(results: Results) -> str:
     """Return what the paired differences were repeated over: "3 seeds"."""
     estimates = [d for d in map(results.difference, results.differences) if d and d.n and d.repeated]
-    return " or ".join(dict.fromkeys(f"{d.n} {results.repeats(d)}" for d in estimates))
+    return " or ".join(dict.fromkeys(map(results.repeated, estimates)))
 
 
 def _all_differences(results: Results) -> View | None:

@@ -79,9 +79,12 @@ class StudyView:
     def caveat(self) -> str:
         """Return what the errors are over, and how many intervals would exclude zero by chance."""
         seeds, count = self.results["seeds"], len(self.cells) * len(self.methods)
+        estimates = [e for cell in self.cells for name in self.methods if (e := self.difference(cell, name))]
+        prompts = max((e.get("prompts") or 0 for e in estimates), default=0)
         over = (
-            f"Mean paired difference to {self.baseline} ± standard error over {len(seeds)} seeds, each a whole "
-            "pipeline, and the 95 % interval by Student's t."
+            f"Mean paired difference to {self.baseline} ± standard error over {len(seeds)} seeds"
+            + (f" and {prompts} test prompts, which all seeds share" if prompts else ", each a whole pipeline")
+            + ", and the 95 % interval by Student's t."
             if len(seeds) > 1
             else f"One seed, {seeds[0]}: errors are within a run, and say nothing about other seeds."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.lock import locked
+from prefdistill.core.lock import locked_together
 from prefdistill.core.options import takes
 from prefdistill.core.parts import Parts
 from prefdistill.core.paths import check_place
@@ -72,7 +72,7 @@ def extract_signals(
     if out.is_file():
         raise UserError(f"{out} is not a directory; give another --out")
     with (
-        locked(out, shared=True),  # before anything is loaded; it also gives each process its device
+        locked_together(out),  # before anything is loaded; it also gives each process its device
         ENGINES[request.engine](
             out, model, dataset, tokenizer, request, truncation or Truncation(), ids_from
         ) as shards,

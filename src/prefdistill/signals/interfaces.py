@@ -1,4 +1,4 @@
-"""What a signal kind asks of stored signals: the store and the set of stores have this, and kinds need know no more."""
+"""The interface of stored signals that signal kinds rely on: the store and the set of stores implement it."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 

@@ -14,7 +14,7 @@ from prefdistill.core.progress import say_once
 from prefdistill.data.encode import encode_pairs
 from prefdistill.data.truncation import NO_SIGNALS, Dropped, Truncation
 from prefdistill.signals.aligned import EncodedTexts, align
-from prefdistill.signals.ids import check_ids
+from prefdistill.signals.ids import Ids, check_ids
 from prefdistill.signals.kinds import make_kinds
 from prefdistill.signals.needs import TEACHERS, Need
 from prefdistill.signals.projected import ProjectedSignals, token_map
@@ -108,8 +108,9 @@ def join(
         reasons = unserved | reasons
         say_once(_about(in_student_states))
     signals = SignalSet.of([*in_student_tokens, *aligned], data)
+    ids = Ids.of(encoded, responses) if in_student_tokens else None
     for store in in_student_tokens:
-        check_ids(store, encoded, tokenizer)
+        check_ids(store, encoded, tokenizer, ids)
     rows = np.asarray(encoded["row"][:])
     has_signals = np.isin(rows, signals.rows)
     if not has_signals.any():

@@ -6,7 +6,6 @@ resumes the other. The shard of a worker that dies is written again by another o
 """
 
 import functools
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.differences import compare, listed
 from prefdistill.core.errors import UserError
-from prefdistill.core.lock import LOCK
+from prefdistill.core.lock import check_shared, not_shared
 from prefdistill.core.parts import read_checksum
 from prefdistill.core.processes import processes, require_one_process
 from prefdistill.core.progress import Progress
@@ -79,23 +78,6 @@ def load_worker(
     return ShardWorker(Extraction.load(model, data, tokenizer, options, truncation, other), out)
 
 
-def check_shared(out: Path) -> None:
-    """Check that a directory is the one in which the driver works, by its lock.
-
-    Raises:
-        UserError: if it is another one, of this machine alone.
-    """
-    if not (out / LOCK).is_file():
-        raise _not_shared(out, socket.gethostname())
-
-
-def _not_shared(out: Path, host: str) -> UserError:
-    return UserError(
-        f"{out} on {host} is not the directory that the other machines have under this name; the engine ray needs "
-        "--out on storage that all machines share, such as NFS or Lustre"
-    )
-
-
 @dataclass(frozen=True)
 class RayShards:
     """Has workers write and check the shards."""
@@ -113,7 +95,7 @@ class RayShards:
         ) as progress:
             for number, checksum in self.workers.map("write", tasks):
                 if not shards.path(number).is_file() or read_checksum(shards.path(number)) != checksum:
-                    raise _not_shared(store.place, socket.gethostname())
+                    raise not_shared(store.place)
                 progress.update(responses * len(rows[number]))
         store.sweep()  # what workers that were killed have left; nobody writes now
 

@@ -182,12 +182,12 @@ def _teach(kind: str, options: Any, rows: Any, fingerprint: str, training: Train
 
 def _stage(name: str, out: Path, model: str, request: dict[str, Any], make: Any) -> dict[str, Any]:
     """Run a training of `model` as a stage: reused if finished, resumed if interrupted."""
-    from prefdistill.core.lock import locked
+    from prefdistill.core.lock import locked_together
     from prefdistill.core.stages import run_stage
     from prefdistill.experiment.inputs import Sources
 
     sources = Sources()
-    with locked(out, shared=True):
+    with locked_together(out):
         stage = run_stage(name, out, {"model": sources.model_key(model), **request}, sources.unchanged([model], make))
     show(f"{name}: {out}")
     return {"out": str(out), "seconds": stage.seconds, "reused": stage.reused}

@@ -27,7 +27,7 @@ def judge(
     answers: Mapping[str, Path],
     work: Callable[["Ledger", dict[str, Any]], tuple[dict[str, Any], list[dict[str, Any]]]],
 ) -> dict[str, Any]:
-    """Have a task judged and write `OUT/results.json`, which is derived from the verdicts and replaced by each call.
+    """Run a judging task and write `OUT/results.json`, which is derived from the verdicts and replaced by each call.
 
     Args:
         task: "mt-bench" or "alpaca-eval".

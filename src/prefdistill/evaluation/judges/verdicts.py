@@ -131,21 +131,6 @@ def read_ranking(reply: str, first: str = "model_1") -> Verdict:
     return _read(reply, lambda _: [] if value is None else [value])
 
 
-def rating(reply: str) -> float | None:
-    """Return the value of `read_rating`: None if a reply states no rating, or two that differ."""
-    return read_rating(reply).value
-
-
-def winner(reply: str) -> str | None:
-    """Return the value of `read_winner`: None if a reply states no letter, or two that differ."""
-    return read_winner(reply).value
-
-
-def label(reply: str, labels: Sequence[str]) -> float | None:
-    """Return the value of `read_label`: None if a reply states no label, or two that differ."""
-    return read_label(reply, labels).value
-
-
 def _read(reply: str, read: Callable[[str], list[Any]]) -> Verdict:
     """Return the verdict of a reply; `read` lists the verdicts that the reply without its reasoning states."""
     answer = without_reasoning(reply)

@@ -14,7 +14,7 @@ from prefdistill.core.progress import Progress
 from prefdistill.data.options import Columns
 from prefdistill.data.prompts import prompt_of
 from prefdistill.data.truncation import Truncation
-from prefdistill.experiment.check import check_plan, check_trainings
+from prefdistill.experiment.check import check_plan, check_trainings, seen_by_the_start
 from prefdistill.experiment.cost import WHOLE, Shapes
 from prefdistill.experiment.doctor import across, machine, template, vocabulary
 from prefdistill.experiment.doctor.data import DATA_CHECKS, leak
@@ -110,7 +110,7 @@ def examine(
     with suppress(UserError):  # of a method's options, which the plan reports
         if recipe is not None:
             methods = {name: make_method(run.method, run.options) for name, run in recipe.methods.items()}
-            reads = columns_of(recipe)
+            reads = columns_of(methods.values())
     for name, source in (("train", data), ("test", test)):
         if source is not None:
             sets[name], findings = read_pairs(source, name, limits[name], read_as, reads)
@@ -137,6 +137,8 @@ def examine(
                 for problem in (method.weakness, method.disproportion() if recipe.model.teacher else "")
                 if problem
             ]
+            if warning := seen_by_the_start(plan):
+                checkup.findings.append(Finding("recipe.start", "warning", warning, "Set data.sft."))
             for where, role, training in recipe.trainings():
                 if role in models.shapes:
                     checkup.findings += vocabulary.adapted_head(where, training, models.shapes[role])

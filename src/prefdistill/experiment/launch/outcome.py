@@ -1,4 +1,4 @@
-"""What became of a process: its result or its error, in a file, for the run that has started it."""
+"""Write the result or the error of a worker process to a file, for the run that has started it."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def end_with_run() -> None:
 
 
 def process_main(work: Work) -> None:
-    """Be one of the processes of a launch: do `work(request)`, write its result or its error, and exit."""
+    """Do the work of one process of a launch: call `work(request)`, write its result or its error, and exit."""
     end_with_run()
     directory, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
     try:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.files import read_json, write_json
 from prefdistill.data import synthetic
+from prefdistill.data.encoder import accepts_prompt
 from prefdistill.data.numbers import columns_digest
-from prefdistill.data.prompts import prompt_columns
+from prefdistill.data.prompts import prompt_columns, prompts_of
 from prefdistill.evaluation.measure import Measured
 from prefdistill.evaluation.metric_inputs import RESPONSE
 from prefdistill.evaluation.metrics import METRICS
@@ -126,7 +127,8 @@ class Evaluate(Step):
             measure_rewards(measured, prompts, answer, synthetic.reward, samples=section.samples)
         elif self.test is not None and max(section.prompts, section.samples):
             responses = self._sample(self.test, out)
-            ratios = self._log_ratios(student(), self.start, responses) if self.start else None
+            scored = responses.select(range(min(section.prompts, len(responses))))
+            ratios = self._log_ratios(student(), self.start, scored) if self.start and len(scored) else None
             reward_model = load_reward_model(self.context, self.reward_model) if self.reward_model else None
             measure_responses(
                 measured,
@@ -150,9 +152,14 @@ class Evaluate(Step):
     def _sample(self, test: Rows, out: Path) -> "Dataset":
         section = self.context.recipe.evaluate
         prompts = unique_prompts(test.rows, max(section.prompts, section.samples))
+        prompts = prompts.select_columns(prompt_columns(prompts.column_names))
+        if self.context.two_tokenizers:  # models are compared on prompts that both templates accept
+            both = [self.context.tokenizer.tokenizer, self.context.teacher_tokenizer.tokenizer]
+            texts = enumerate(prompts_of(prompts))
+            prompts = prompts.select([row for row, text in texts if all(accepts_prompt(one, text) for one in both)])
         return sample_responses(
             self.model.place,
-            prompts.select_columns(prompt_columns(prompts.column_names)),
+            prompts,
             self.reads_with.tokenizer,
             out / "responses.jsonl",
             column=RESPONSE,

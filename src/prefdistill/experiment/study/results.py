@@ -1,7 +1,12 @@
 """What a study writes of a cell: a record per seed, and its part of results.json over all of them."""
 
+from pathlib import Path
 from typing import Any
 
+from prefdistill.core.files import read_json
+from prefdistill.evaluation.measure import Measured, add_win_rates, complete, difference_of, mean_of, mean_over
+from prefdistill.evaluation.stats import mean_and_error
+from prefdistill.experiment.roles import START
 from prefdistill.experiment.study.options import Cell
 
 # what a cell keeps of the results of its run
@@ -24,12 +29,29 @@ def without_points(shaping: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in row.items() if key != "points"} for name, row in shaping.items()}
 
 
+def items_of(run: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the measurements of each model in a run directory, test item by test item: the mean of its data orders.
+
+    Args:
+        stages: those of the run's results.
+    """
+    models: dict[str, list[Measured]] = {}
+    for stage in stages:
+        if stage["kind"] == "evaluate":
+            measured = Measured(**read_json(run / stage["directory"] / "evaluation.json"))
+            models.setdefault(stage["method"] or stage["role"], []).append(measured)
+    add_win_rates(models, START)
+    means = {name: mean_over(runs) for name, runs in models.items()}
+    return {name: {"items": mean.items, "groups": mean.groups} for name, mean in means.items()}
+
+
 def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the part of a cell in results.json, from its records."""
     margins = {
         part: over_seeds([{part: {"": record.get(part, {})}} for record in records], part).get("", {})
         for part in ("margin_accuracy", "length_controlled_margins")
     }
+    shared = len(records) > 1 and all(record["items"] for record in records)
     return {
         "cell": cell.name,
         "group": cell.group,
@@ -37,8 +59,9 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
         "overrides": cell.overrides,
         "files": [f"cells/{cell.file(record['seed'])}.json" for record in records],
         "seeds": [record["seed"] for record in records],
-        "methods": over_seeds(records, "methods"),
-        "differences": over_seeds(records, "differences"),
+        **{
+            part: (over_seeds_and_items if shared else over_seeds)(records, part) for part in ("methods", "differences")
+        },
         **margins,
         "shaping_std": {
             name: [record["shaping"][name]["std"] for record in records if name in record["shaping"]]
@@ -48,14 +71,30 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def over_seeds_and_items(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
+    """Return the estimates of `over_seeds` with the error over seeds and the test items that they share."""
+    models = {name: [[Measured(**record["items"][name])] for record in records] for name in records[0]["items"]}
+    baseline = next(name for name, role in records[0]["roles"].items() if role["kind"] == "baseline")
+    table: dict[str, dict[str, Any]] = {}
+    for name in records[0][part]:
+        table[name] = {}
+        for metric in records[0][part][name]:
+            if complete(models[name], metric):
+                if part == "methods":
+                    estimate = mean_of(models[name], metric, same_items=True)
+                else:
+                    estimate = difference_of(models[name], models[baseline], metric, same_items=True)
+                values = [record[part][name][metric]["mean"] for record in records]
+                table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
+    return table
+
+
 def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
     """Return mean, standard error and 95 % interval over the seeds, by method and metric.
 
     Those of the first seed's own run where there is no other seed, or where seeds do not vary the number, as how a
     teacher that all of them share orders the pairs.
     """
-    from prefdistill.evaluation.stats import mean_and_error
-
     table: dict[str, dict[str, Any]] = {}
     for name in records[0][part] if records else []:
         table[name] = {}

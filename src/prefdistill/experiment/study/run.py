@@ -20,9 +20,10 @@ from prefdistill.experiment.inputs import ModelChanged, Sources, source_fingerpr
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.study.load import load_study, recipe_of
 from prefdistill.experiment.study.options import Cell, Study, cells_of
-from prefdistill.experiment.study.results import KEPT, distinct, over_records, without_points
+from prefdistill.experiment.study.results import KEPT, distinct, items_of, over_records, without_points
 from prefdistill.training.nan_guard import NotFinite
 
+RECORD = 2  # changes with what a record holds
 SYNTHETIC_FILES = ("pairs/train.jsonl", "pairs/test.jsonl", "data/demonstrations.jsonl")  # of a seed
 
 
@@ -72,7 +73,9 @@ class StudyRun:
             sources = source_fingerprints(recipe, self.sources)
             options = {key: value for key, value in recipe.cache_key().items() if key != "seed"}
             for seed in self.seeds:
-                request = {"recipe": options, "sources": sources, "seed": seed, "version": __version__}
+                request = {
+                    "recipe": options, "sources": sources, "seed": seed, "version": __version__, "record": RECORD,
+                }  # fmt: skip
                 place = self.out / "cells" / f"{cell.file(seed)}.json"
                 self.artifacts[cell.name, seed] = RecordArtifact(
                     f"cell {cell.name}, seed {seed}", place, request, "study"
@@ -145,6 +148,7 @@ class StudyRun:
     def run_cell(self, cell: Cell, seed: int, command: str) -> None:
         """Run the recipe of a cell, and write the record."""
         from prefdistill.experiment.run import environment, run_recipe
+        from prefdistill.experiment.summary import share_tests
 
         artifact = self.artifacts[cell.name, seed]
         with artifact.session(lock=False):
@@ -160,6 +164,7 @@ class StudyRun:
                     "seed": seed,
                     "overrides": overrides,
                     **{name: results[name] for name in KEPT if name in results},
+                    "items": items_of(work, results["stages"]) if share_tests(recipe) else {},
                     "shaping": without_points(results["shaping"]),
                     "warnings": results["warnings"],
                     "seconds": round(time.monotonic() - start, 3),
