@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from prefdistill.core import lock
 from prefdistill.core.errors import UserError
-from prefdistill.core.lock import check_shared, locked, locked_together
+from prefdistill.core.lock import locked
 
 # Holds a lock as `locked` does, without waiting for torch to be imported.
 HOLDER = """
@@ -105,33 +105,33 @@ def test_an_empty_directory_that_was_there_stays(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_machines_that_do_not_share_a_directory_are_refused(tmp_path, monkeypatch):
-    """Where the main process works, the directory is locked; on a machine that has another one, it is not."""
+def test_a_file_of_another_machine_may_take_a_while_to_show(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "APPEARS", 0.0)
-    with locked(tmp_path / "shared"):
-        check_shared(tmp_path / "shared")
-    for other in ("missing", "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="storage that all of them share"):
-            check_shared(tmp_path / other)
-
-
-def test_a_lock_may_take_a_while_to_show(tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(lock.time, "sleep", lambda _: waits.append(1) or (tmp_path / ".lock").touch())
-    check_shared(tmp_path)
-    assert waits == [1]
+    assert not lock.appears(tmp_path / "missing" / "file")
+    assert not lock.appears(tmp_path / "file")
+    monkeypatch.setattr(lock, "APPEARS", 60.0)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: (tmp_path / "file").touch())
+    assert lock.appears(tmp_path / "file")
 
 
 @pytest.mark.parametrize("shares", [True, False])
-def test_the_other_processes_of_a_run_look_for_the_lock_of_the_main_one(tmp_path, monkeypatch, shares):
-    team = SimpleNamespace(is_main_process=False, num_processes=2, wait_for_everyone=lambda: None)
+@pytest.mark.parametrize("main", [True, False])
+def test_all_processes_of_a_run_must_see_one_directory(tmp_path, monkeypatch, main, shares):
+    """The main process makes a file whose name the others cannot guess; if one does not see it, all stop."""
+    team = SimpleNamespace(is_main_process=main, num_processes=2, wait_for_everyone=lambda: None)
     monkeypatch.setattr(lock, "processes", lambda: team)
     monkeypatch.setattr(lock, "APPEARS", 0.0)
+
+    def broadcast(names):
+        if not main and shares:
+            (tmp_path / names[0]).touch()
+        return names
+
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", broadcast)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda seen: [*seen, None if shares or not main else "other"])
     if shares:
-        (tmp_path / ".lock").touch()
-        with locked_together(tmp_path):
+        with lock.locked_together(tmp_path):
             pass
     else:
         with pytest.raises(UserError, match="is not the directory that the other machines have"):
-            locked_together(tmp_path).__enter__()
+            lock.locked_together(tmp_path).__enter__()

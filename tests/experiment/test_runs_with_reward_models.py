@@ -282,7 +282,7 @@ def test_wrong_reward_models_are_refused(judged, tmp_path, override, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_models_are_compared_on_the_prompts_that_both_chat_templates_accept(judged, tmp_path):
+def test_models_are_compared_on_the_prompts_that_both_chat_templates_accept(judged, tmp_path, capfd):
     """Else the teacher's responses would stand beside the student's to other prompts."""
     recipe = json.loads(judged.read_text())
     del recipe["model"]["teacher_reference"]
@@ -290,13 +290,16 @@ def test_models_are_compared_on_the_prompts_that_both_chat_templates_accept(judg
     recipe["model"]["teacher_chat_template"] = str(Path(recipe["model"]["teacher"]) / "chat_template.jinja")
     judged.write_text(json.dumps(recipe))
     add_system(recipe["data"]["train"], 1, 5)
-    results = run_recipe(load_recipe(judged), tmp_path / "run")
-    for name in ("teacher", "start", "dpo"):
-        assert results["methods"][name]["response_tokens"]["n"] == 8
-        assert "reward_model_win_rate_start" in results["methods"][name]
-        rows = (tmp_path / "run" / "seed-0" / ("evaluate-dpo-0" if name == "dpo" else f"evaluate-{name}")).glob(
-            "*.jsonl"
-        )
-        prompts = [json.loads(line)["prompt"] for file in rows for line in file.read_text().splitlines()]
-        assert len(prompts) == 8
+    out = tmp_path / "run"
+    results = run_recipe(load_recipe(judged), out)
+    assert "evaluate: no response to 2 test prompts, which a chat template refuses" in capfd.readouterr().err
+    for name, step in (("teacher", "evaluate-teacher"), ("start", "evaluate-start"), ("dpo", "evaluate-dpo-0")):
+        lines = (out / "seed-0" / step / "responses.jsonl").read_text().splitlines()
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        assert len(prompts) == results["methods"][name]["response_tokens"]["n"] == 10
         assert all(prompt[0]["role"] != "system" for prompt in prompts)
+        assert "reward_model_win_rate_start" in results["methods"][name]
+    # a student's evaluation is not reused where the teacher accepts all
+    again = run_recipe(load_recipe(judged, ["model.teacher_chat_template=null"]), out)
+    assert not stages(again)["evaluate-start"]
+    assert again["methods"]["start"]["response_tokens"]["n"] == 10

@@ -643,17 +643,29 @@ def test_the_files_of_the_study_of_real_models(tmp_path, pairs, tokenizer, make_
     tokenizer.save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
     place, data = tmp_path / "files", tmp_path / "pairs.jsonl"
+    model = str(tmp_path / "model")
+    arguments = ["--model", model, "--layers", "1", "--other-model", model, "--other-pairs", "6"]
     for again in (False, True):
-        with patch("sys.argv", ["x", str(place), str(data), "--model", str(tmp_path / "model"), "--layers", "1"]):
+        with patch("sys.argv", ["x", str(place), str(data), *arguments]):
             script_of("real_models").main()
-        assert capfd.readouterr().err.count(": reused") == 5 * again
-    study = ROOT / "studies" / "real-models.yaml"
+        assert capfd.readouterr().err.count(": reused") == 7 * again
+    assert len((place / "other-train.jsonl").read_text().splitlines()) == 6
     overrides = [f"data.{part}={place / part}.jsonl" for part in ("train", "test")]
     overrides += [f"reward_model.name={place / 'judge'}", f"model.student={place / 'start'}"]
     overrides += [f"model.teacher={place / 'teacher'}", f"model.teacher_reference={tmp_path / 'model'}"]
     overrides += ["evaluate.max_new_tokens=4", "training.lora.r=2"]
-    results = run_study(study, tmp_path / "out", overrides=overrides, seeds=1)
+    stages = tmp_path / "stages"
+    results = run_study(
+        ROOT / "studies" / "real-models.yaml", tmp_path / "out", overrides=overrides, seeds=1, stages=stages
+    )
     assert not results["failed"]
+    other = [*overrides, f"model.teacher={place / 'other-teacher'}"]
+    family = run_study(
+        ROOT / "studies" / "other-family.yaml", tmp_path / "other", overrides=other, seeds=1, stages=stages
+    )
+    assert not family["failed"]
+    assert family["cells"][0]["methods"]["dpo"] == results["cells"][0]["methods"]["dpo"]
+    assert family["cells"][0]["methods"]["term"] != results["cells"][0]["methods"]["term"]
     measured = results["cells"][0]["differences"]["term"]
     assert {"kl_start", "reward_accuracy", "reward_model_win_rate_start", "response_tokens"} <= measured.keys()
     assert results["cells"][0]["length_controlled_margins"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from prefdistill.core.errors import UserError
-from prefdistill.core.files import disk_full, sweep
+from prefdistill.core.files import disk_full, sweep, temporary_path
 from prefdistill.core.processes import processes, require_one_process
 
 LOCK = ".lock"
@@ -69,30 +69,46 @@ def locked_together(directory: Path) -> Iterator[None]:
     """Lock a directory for work that all processes of a run share, see `locked`; every process must come here.
 
     Raises:
-        UserError: if another run holds the lock, or the directory of a process is not that of the main process.
+        UserError: if another run holds the lock; in all processes, if some have another directory under this name.
     """
     with locked(directory, shared=True):
-        processes().wait_for_everyone()  # the main process has the lock
-        if not processes().is_main_process:
-            check_shared(directory)
+        if processes().num_processes > 1:
+            _check_one_directory(directory)
         yield
 
 
-def check_shared(directory: Path) -> None:
-    """Check that a directory is the one in which the main process works, by its lock.
+def _check_one_directory(directory: Path) -> None:
+    """Check that all processes see a file that the main one makes."""
+    from accelerate.utils import broadcast_object_list, gather_object
 
-    Raises:
-        UserError: if it is another one, of this machine alone.
-    """
+    team = processes()
+    (marker,) = broadcast_object_list([temporary_path(directory / "shared").name])
+    if team.is_main_process:
+        (directory / marker).touch()
+    team.wait_for_everyone()
+    hosts = gather_object([None if appears(directory / marker) else socket.gethostname()])
+    if team.is_main_process:
+        (directory / marker).unlink(missing_ok=True)
+    if others := sorted({host for host in hosts if host is not None}):
+        raise not_shared(directory, *others)
+
+
+def appears(path: Path) -> bool:
+    """Return whether a file shows within `APPEARS` seconds, on storage that several machines share."""
     end = time.monotonic() + APPEARS
-    while not (directory.is_dir() and LOCK in os.listdir(directory)):  # a look at the file alone may be cached
+    while True:
+        with suppress(OSError):  # no such directory
+            if path.name in os.listdir(path.parent):  # a look at the file alone may be answered from a cache
+                return True
         if time.monotonic() >= end:
-            raise not_shared(directory)
+            return False
         time.sleep(1)
 
 
-def not_shared(directory: Path) -> UserError:
+def not_shared(directory: Path, *hosts: str) -> UserError:
+    """Return the error of machines, by default this one, that have another directory under a name."""
+    where = ", ".join(hosts) or socket.gethostname()
     return UserError(
-        f"{directory} on {socket.gethostname()} is not the directory that the other machines have under this name; "
-        "several machines need --out on storage that all of them share, such as NFS or Lustre"
+        f"{directory} on {where} is not the directory that the other machines have under this name; several machines "
+        "need --out on storage that all of them share, such as NFS or Lustre"
     )

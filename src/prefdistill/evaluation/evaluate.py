@@ -97,7 +97,7 @@ def _evaluate_responses(request: EvaluateRequest, data: "Dataset | None", out: P
             request.reward_model,
             rows,
             str(request.generations or request.data),
-            tokenizer,
+            [tokenizer] if tokenizer else [],
             limit=request.prompts,
             trust_remote_code=request.trust_remote_code,
         )

@@ -104,7 +104,10 @@ def difference_of(
     Order k is paired with order k of the baseline: same start, same pairs, same test prompts.
     """
     differences = [
-        [np.subtract(run.items[metric], base.items[metric]) for run, base in zip(orders, base_orders, strict=True)]
+        [
+            [value - other for value, other in zip(run.items[metric], base.items[metric], strict=True)]
+            for run, base in zip(orders, base_orders, strict=True)
+        ]
         for orders, base_orders in zip(runs, baseline, strict=True)
     ]
     return over_repeats(differences, runs[0][0].groups.get(metric), same_items=same_items)
@@ -116,6 +119,9 @@ def over_repeats(values: Sequence[Sequence[Any]], groups: list[int] | None, *, s
     The error is over the seeds (each the mean of its data orders) where there are several, else over data orders, and
     over the test prompts as well where the repeats share them; for a single training over the test prompts alone.
     """
+    counts = {len(items) for orders in (values if same_items else values[:1]) for items in orders}
+    if len(counts) > 1:
+        raise ValueError(f"the repeats have different numbers of test items, {sorted(counts)}; they cannot be compared")
     if len(values) > 1:
         over, repeats = "seeds", [np.asarray(orders, dtype=np.float64).mean(axis=0) for orders in values]
     else:

@@ -18,6 +18,8 @@ from prefdistill.evaluation.stats import numbered, pair_wins
 from prefdistill.models.load import load_reward_model, load_tokenizer, ready
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -121,7 +123,7 @@ def check_prompts(
     name: str,
     rows: "Dataset",
     where: str,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizers: "Sequence[PreTrainedTokenizerBase]" = (),
     *,
     limit: int | None = None,
     trust_remote_code: bool = False,
@@ -132,7 +134,7 @@ def check_prompts(
         name: the reward model.
         rows: with the prompts, of which the first `limit` different ones get a response.
         where: the source of the rows, for messages.
-        tokenizer: of the model that responds; prompts that its template refuses get no response. None: it refuses none.
+        tokenizers: of the models that respond; a prompt that the template of one refuses gets no response.
 
     Raises:
         UserError: if the template refuses one, or there is none for messages.
@@ -142,7 +144,7 @@ def check_prompts(
         try:
             reward_model_ids(reward_tokenizer, prompts[row], "a response")
         except UserError as error:
-            if tokenizer is None or accepts_prompt(tokenizer, prompts[row]):
+            if all(accepts_prompt(tokenizer, prompts[row]) for tokenizer in tokenizers):
                 raise UserError(f"{where}, row {row}: {error}") from error
 
 

@@ -93,11 +93,18 @@ def crossed(values: Sequence[Sequence[float]] | np.ndarray, groups: Sequence[Has
     between_repeats = (of_repeats**2).sum() / (repeats - 1) / repeats
     between_groups = (of_groups**2).sum() / (count - 1) / count
     unexplained = (rest**2).sum() / ((repeats - 1) * (count - 1)) / (repeats * count)
-    variance = max(between_repeats + between_groups - unexplained, between_repeats, between_groups)
-    if variance == 0:
-        return result | {"se": 0.0, "prompts": count, "low": mean, "high": mean}
-    items = variance - between_repeats
-    freedom = variance**2 / (between_repeats**2 / (repeats - 1) + items**2 / (count - 1))
+    freedom_of_repeats, freedom_of_groups = repeats - 1, count - 1
+    both = between_repeats + between_groups - unexplained
+    if both >= max(between_repeats, between_groups):
+        variance = both
+        parts = (
+            between_repeats**2 / freedom_of_repeats
+            + between_groups**2 / freedom_of_groups
+            + unexplained**2 / (freedom_of_repeats * freedom_of_groups)
+        )
+        freedom = variance**2 / parts if parts else 1.0
+    else:
+        variance, freedom = max((between_repeats, freedom_of_repeats), (between_groups, freedom_of_groups))
     half = float(t.ppf(0.975, freedom) * math.sqrt(variance))
     return result | {"se": math.sqrt(variance), "prompts": count, "low": mean - half, "high": mean + half}
 

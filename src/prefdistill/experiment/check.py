@@ -101,7 +101,7 @@ def _check_tokenizers(plan: Plan) -> None:
 
 
 def _check_reward_model(plan: Plan, section: RewardModelOptions) -> None:
-    recipe, tokenizer = plan.context.recipe, plan.context.tokenizer
+    recipe = plan.context.recipe
     trust = recipe.model.trust_remote_code
     if section.start:
         empty_classifier(section.start, trust_remote_code=trust)
@@ -114,7 +114,7 @@ def _check_reward_model(plan: Plan, section: RewardModelOptions) -> None:
             section.source,
             plan.reward_model.test.rows,
             str(recipe.data.test),
-            tokenizer.tokenizer if tokenizer.made_by is None else None,
+            plan.context.chat_templates,
             limit=recipe.evaluate.prompts,
             trust_remote_code=trust,
         )

@@ -337,18 +337,22 @@ class _Pricing:
         pairs = self._of(step.test, role) if step.test else None
         generated = self._generation(step.model, role, prompts, recipe.evaluate, pairs)
         read = self._reading(step.model, role, pairs, 2) if step.reference and pairs else Cost()
-        beside = 0  # the start that it is compared with, or the reward model: not both at once
-        if step.test is not None and recipe.evaluate.prompts:
-            start = self._weights(step.start, "student") if step.start else 0
-            beside = max(start, self._weights(step.reward_model, "reward_model") if step.reward_model else 0)
+        # the sampler is freed first; then the student is beside its start, and after that beside the reward model
+        scored = step.test is not None and recipe.evaluate.prompts > 0
+        judge = self._weights(step.reward_model, "reward_model") if scored and step.reward_model else 0
+        start = self._weights(step.start, "student") if scored and step.start else 0
+        own = self._weights(step.model, role) if step.start or step.reference else 0
+        held = generated.held or read.held
+        if held is not None:
+            held = replace(held, frozen=max(0, own + max(start, judge) - held.weights))
         return replace(
             generated,
-            memory=generated.memory + beside,
+            memory=max(generated.memory, own + max(start, judge)),
             disk=generated.disk if step.language is None else 0,
             rows=prompts + (read.rows or 0),
             tokens=(generated.tokens or 0) + (read.tokens or 0),
             exact=not prompts and read.exact,
-            held=(held := generated.held or read.held) and replace(held, frozen=beside),
+            held=held,
             flops=generated.flops + read.flops,
         )
 

@@ -49,6 +49,12 @@ class Context:
         """Whether the teacher has another tokenizer or chat template than the student."""
         return self.teacher_tokenizer is not self.tokenizer and self.teacher_tokenizer.key != self.tokenizer.key
 
+    @property
+    def chat_templates(self) -> "list[PreTrainedTokenizerBase]":
+        """The tokenizers whose chat templates may refuse a prompt: not those that a step has yet to train."""
+        named = (one for one in (self.tokenizer, self.teacher_tokenizer) if one.made_by is None)
+        return [one.tokenizer for one in dict.fromkeys(named)]
+
     @functools.cached_property
     def two_vocabularies(self) -> bool:
         """Whether a token id stands for other tokens in the teacher than in the student."""

@@ -35,7 +35,7 @@ PANELS = {
 
 # Optional sections of results.json and their types; one of another type counts as missing, with a warning.
 _SECTIONS: dict[type | tuple[type, ...], str] = {
-    dict: "differences labels metrics margin_accuracy shaping gauge_flips responses by_length reward_model roles "
+    dict: "differences gaps labels metrics margin_accuracy shaping gauge_flips responses by_length reward_model roles "
     "headline display_names read",
     list: "samples stages warnings notes seeds",
     str: "recipe task",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefdistill.core.differences import compare, listed
 from prefdistill.core.errors import UserError
-from prefdistill.core.lock import check_shared, not_shared
+from prefdistill.core.lock import LOCK, appears, not_shared
 from prefdistill.core.parts import read_checksum
 from prefdistill.core.processes import processes, require_one_process
 from prefdistill.core.progress import Progress
@@ -73,7 +73,8 @@ def load_worker(
     ids_from: str | None,
 ) -> ShardWorker:
     """Load model and data in a worker, see `Extraction.load`; `ids_from` is the directory of a store."""
-    check_shared(out)
+    if not appears(out / LOCK):
+        raise not_shared(out)
     other = Signals.open(ids_from) if ids_from else None
     return ShardWorker(Extraction.load(model, data, tokenizer, options, truncation, other), out)
 

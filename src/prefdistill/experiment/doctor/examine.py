@@ -137,14 +137,14 @@ def examine(
                 for problem in (method.weakness, method.disproportion() if recipe.model.teacher else "")
                 if problem
             ]
-            if warning := seen_by_the_start(plan):
-                checkup.findings.append(Finding("recipe.start", "warning", warning, "Set data.sft."))
             for where, role, training in recipe.trainings():
                 if role in models.shapes:
                     checkup.findings += vocabulary.adapted_head(where, training, models.shapes[role])
         _check_machine(checkup, recipe, models, None if unwritable else Path(out))
         if plan is not None and checkup.ok:
             check_plan(plan)
+            if warning := seen_by_the_start(plan):
+                checkup.findings.append(Finding("recipe.start", "warning", warning, "Set data.sft."))
     checkup.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return checkup
 

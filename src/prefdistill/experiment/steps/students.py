@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.files import read_json, write_json
+from prefdistill.core.progress import say_once
 from prefdistill.data import synthetic
 from prefdistill.data.encoder import accepts_prompt
 from prefdistill.data.numbers import columns_digest
 from prefdistill.data.prompts import prompt_columns, prompts_of
 from prefdistill.evaluation.measure import Measured
-from prefdistill.evaluation.metric_inputs import RESPONSE
+from prefdistill.evaluation.metric_inputs import RESPONSE, first_rows
 from prefdistill.evaluation.metrics import METRICS
 from prefdistill.evaluation.pairs import implicit_rewards
-from prefdistill.evaluation.responses import log_ratios, measure_responses, measure_rewards, unique_prompts
+from prefdistill.evaluation.responses import log_ratios, measure_responses, measure_rewards
 from prefdistill.experiment.step import Model, Rows, Step, Trained
 from prefdistill.experiment.steps.reward_model import load_reward_model
 from prefdistill.experiment.steps.signals import ReadSignals, Sample
@@ -108,7 +110,10 @@ class Evaluate(Step):
     @property
     def options(self) -> dict[str, Any]:
         section = self.context.recipe.evaluate.model_dump(exclude={"length_ranges"})
-        return self._loading | section | {"metrics": list(METRICS)}  # a new metric makes the evaluation stale
+        options = self._loading | section | {"metrics": list(METRICS)}  # a new metric makes the evaluation stale
+        if self.context.two_tokenizers and self.test is not None and self._prompts[1]:
+            options["prompts_refused"] = self._prompts[1]
+        return options
 
     @property
     def _loading(self) -> dict[str, Any]:
@@ -149,17 +154,36 @@ class Evaluate(Step):
         bf16 = self.reference is not None and self.reference.bf16
         return log_ratios(student, load_student(self.context, start), responses, self.reads_with.tokenizer, bf16=bf16)
 
+    @functools.cached_property
+    def _prompts(self) -> tuple[list[int], list[int]]:
+        """The rows of the test prompts that get a response, and of those before them that do not.
+
+        Where teacher and student have chat templates of their own, a prompt counts that both accept: all models are
+        compared on the same prompts.
+        """
+        assert self.test is not None
+        section, prompts = self.context.recipe.evaluate, prompts_of(self.test.rows)
+        wanted, rows = max(section.prompts, section.samples), first_rows(prompts)
+        if not self.context.two_tokenizers:
+            return rows[:wanted], []
+        kept: list[int] = []
+        refused: list[int] = []
+        for row in rows:
+            if len(kept) < wanted:
+                accepted = all(accepts_prompt(one, prompts[row]) for one in self.context.chat_templates)
+                (kept if accepted else refused).append(row)
+        return kept, refused
+
     def _sample(self, test: Rows, out: Path) -> "Dataset":
         section = self.context.recipe.evaluate
-        prompts = unique_prompts(test.rows, max(section.prompts, section.samples))
-        prompts = prompts.select_columns(prompt_columns(prompts.column_names))
-        if self.context.two_tokenizers:  # models are compared on prompts that both templates accept
-            both = [self.context.tokenizer.tokenizer, self.context.teacher_tokenizer.tokenizer]
-            texts = enumerate(prompts_of(prompts))
-            prompts = prompts.select([row for row, text in texts if all(accepts_prompt(one, text) for one in both)])
+        kept, refused = self._prompts
+        if refused:
+            say_once(f"evaluate: no response to {len(refused)} test prompts, which a chat template refuses")
+        if not kept:
+            raise UserError("there is no test prompt that the chat templates of teacher and student both accept")
         return sample_responses(
             self.model.place,
-            prompts,
+            test.rows.select(kept).select_columns(prompt_columns(test.rows.column_names)),
             self.reads_with.tokenizer,
             out / "responses.jsonl",
             column=RESPONSE,

@@ -74,18 +74,19 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
 def over_seeds_and_items(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
     """Return the estimates of `over_seeds` with the error over seeds and the test items that they share."""
     models = {name: [[Measured(**record["items"][name])] for record in records] for name in records[0]["items"]}
-    baseline = next(name for name, role in records[0]["roles"].items() if role["kind"] == "baseline")
+    baseline = models[next(name for name, role in records[0]["roles"].items() if role["kind"] == "baseline")]
     table: dict[str, dict[str, Any]] = {}
     for name in records[0][part]:
         table[name] = {}
         for metric in records[0][part][name]:
-            if complete(models[name], metric):
-                if part == "methods":
-                    estimate = mean_of(models[name], metric, same_items=True)
-                else:
-                    estimate = difference_of(models[name], models[baseline], metric, same_items=True)
-                values = [record[part][name][metric]["mean"] for record in records]
-                table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
+            if not complete(models[name], metric) or (part == "differences" and not complete(baseline, metric)):
+                continue
+            if part == "methods":
+                estimate = mean_of(models[name], metric, same_items=True)
+            else:
+                estimate = difference_of(models[name], baseline, metric, same_items=True)
+            values = [record[part][name][metric]["mean"] for record in records]
+            table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
     return table
 
 
