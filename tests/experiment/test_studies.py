@@ -644,12 +644,12 @@ def test_the_files_of_the_study_of_real_models(tmp_path, pairs, tokenizer, make_
     write_jsonl(tmp_path / "pairs.jsonl", list(pairs))
     place, data = tmp_path / "files", tmp_path / "pairs.jsonl"
     model = str(tmp_path / "model")
-    arguments = ["--model", model, "--layers", "1", "--other-model", model, "--other-pairs", "6"]
+    arguments = ["--model", model, "--layers", "1", "--other-model", model, "--other-pairs", "12"]
     for again in (False, True):
         with patch("sys.argv", ["x", str(place), str(data), *arguments]):
             script_of("real_models").main()
         assert capfd.readouterr().err.count(": reused") == 7 * again
-    assert len((place / "other-train.jsonl").read_text().splitlines()) == 6
+    assert len((place / "other-train.jsonl").read_text().splitlines()) == 12
     overrides = [f"data.{part}={place / part}.jsonl" for part in ("train", "test")]
     overrides += [f"reward_model.name={place / 'judge'}", f"model.student={place / 'start'}"]
     overrides += [f"model.teacher={place / 'teacher'}", f"model.teacher_reference={tmp_path / 'model'}"]
