@@ -111,7 +111,8 @@ class Evaluate(Step):
     def options(self) -> dict[str, Any]:
         section = self.context.recipe.evaluate.model_dump(exclude={"length_ranges"})
         options = self._loading | section | {"metrics": list(METRICS)}  # a new metric makes the evaluation stale
-        if self.context.two_tokenizers and self.test is not None and self._prompts[1]:
+        responds = self.language is None and self.test is not None  # to prompts of the user's data
+        if self.context.two_tokenizers and responds and self._prompts[1]:
             options["prompts_refused"] = self._prompts[1]
         return options
 
