@@ -500,9 +500,9 @@ def test_seeds_that_share_their_test_prompts_are_compared_as_in_one_run(tmp_path
     for part in ("methods", "differences"):
         for name, estimates in run[part].items():
             for metric, expected in estimates.items():
-                told = cell[part][name][metric]
-                assert {key: told[key] for key in expected} == pytest.approx(expected), (part, name, metric)
-                assert (told["n"], told["over"], len(told["values"])) == (2, "seeds", 2)
+                in_study = cell[part][name][metric]
+                assert {key: in_study[key] for key in expected} == pytest.approx(expected), (part, name, metric)
+                assert (in_study["n"], in_study["over"], len(in_study["values"])) == (2, "seeds", 2)
     accuracy = cell["differences"]["sft"]["reward_accuracy"]
     assert accuracy["prompts"] == len({str(row["prompt"]) for row in pairs})
     assert f"over 2 seeds and {accuracy['prompts']} test prompts" in render_markdown(results)

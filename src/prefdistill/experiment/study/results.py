@@ -59,9 +59,11 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
         "overrides": cell.overrides,
         "files": [f"cells/{cell.file(record['seed'])}.json" for record in records],
         "seeds": [record["seed"] for record in records],
-        **{
-            part: (over_seeds_and_items if shared else over_seeds)(records, part) for part in ("methods", "differences")
-        },
+        **(
+            over_seeds_and_items(records)
+            if shared
+            else {part: over_seeds(records, part) for part in ("methods", "differences")}
+        ),
         **margins,
         "shaping_std": {
             name: [record["shaping"][name]["std"] for record in records if name in record["shaping"]]
@@ -71,23 +73,25 @@ def over_records(cell: Cell, records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def over_seeds_and_items(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
-    """Return the estimates of `over_seeds` with the error over seeds and the test items that they share."""
+def over_seeds_and_items(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return "methods" and "differences" as `over_seeds` does, with the error over seeds and the items they share."""
     models = {name: [[Measured(**record["items"][name])] for record in records] for name in records[0]["items"]}
     baseline = models[next(name for name, role in records[0]["roles"].items() if role["kind"] == "baseline")]
-    table: dict[str, dict[str, Any]] = {}
-    for name in records[0][part]:
-        table[name] = {}
-        for metric in records[0][part][name]:
-            if not complete(models[name], metric) or (part == "differences" and not complete(baseline, metric)):
-                continue
-            if part == "methods":
-                estimate = mean_of(models[name], metric, same_items=True)
-            else:
-                estimate = difference_of(models[name], baseline, metric, same_items=True)
-            values = [record[part][name][metric]["mean"] for record in records]
-            table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
-    return table
+    tables: dict[str, dict[str, dict[str, Any]]] = {"methods": {}, "differences": {}}
+    for part, table in tables.items():
+        for name in records[0][part]:
+            table[name] = {}
+            compared = [models[name]] if part == "methods" else [models[name], baseline]
+            for metric in records[0][part][name]:
+                if not all(complete(by_seed, metric) for by_seed in compared):
+                    continue
+                if part == "methods":
+                    estimate = mean_of(models[name], metric, same_items=True)
+                else:
+                    estimate = difference_of(models[name], baseline, metric, same_items=True)
+                values = [record[part][name][metric]["mean"] for record in records]
+                table[name][metric] = {"low": None, "high": None, **estimate, "values": values}
+    return tables
 
 
 def over_seeds(records: list[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
