@@ -17,6 +17,7 @@ from prefdistill.experiment.recipe import Recipe, load_recipe
 from prefdistill.experiment.run import run_recipe
 from prefdistill.experiment.show_plan import as_text, plan_recipe
 from prefdistill.models.load import load_model
+from support import ray_stand_in
 
 SUPPORT = Path(__file__).parents[1]
 CONFIGS = SUPPORT.parent / "configs"
@@ -65,19 +66,40 @@ def test_the_recipe_that_processes_get_is_the_same(place):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        ("launch.distill={processes: 3}", "methods.dpo.training: batch_size=8 is not a multiple of micro_batch_size x"),
-        ("launch.sft=none.yaml", "no configuration of accelerate at none.yaml"),
-        ("launch.dpo=bf16.yaml", "sets mixed_precision bf16, and teacher.dpo trains with bf16=false"),
-        ("launch.evaluate={processes: 2}", "unknown key 'launch.evaluate'; known there: sft, dpo, distill, signals"),
+        (
+            ["launch.distill={processes: 3}"],
+            "methods.dpo.training: batch_size=8 is not a multiple of micro_batch_size x",
+        ),
+        (["launch.sft=none.yaml"], "no configuration of accelerate at none.yaml"),
+        (["launch.dpo=bf16.yaml"], "sets mixed_precision bf16, and teacher.dpo trains with bf16=false"),
+        (["launch.signals={processes: 2}", "signals.engine=ray"], "signals.engine=ray and launch.signals each start"),
+        (["launch.evaluate={processes: 2}"], "unknown key 'launch.evaluate'; known there: sft, dpo, distill, signals"),
     ],
 )
-def test_a_launcher_is_refused_before_anything_runs(place, change, message):
+def test_a_launcher_is_refused_before_anything_runs(place, changes, message):
     Path("bf16.yaml").write_text("{distributed_type: MULTI_GPU, num_processes: 2, mixed_precision: bf16}")
     with pytest.raises(UserError, match=message):
-        run_recipe(load_recipe("recipe.yaml", [change]), place / "run")
+        run_recipe(load_recipe("recipe.yaml", changes), place / "run")
     assert not (place / "run").exists()
+
+
+def test_the_workers_of_a_run_write_the_signals_of_a_run_without_them(place, monkeypatch):
+    results = {}
+    for name, more in (("alone", []), ("workers", ["signals.engine=ray", "signals.workers=2"])):
+        if more:
+            resources = ray_stand_in.install(monkeypatch)
+        results[name] = run_recipe(
+            load_recipe("recipe.yaml", [*more, "baseline=tvkd", "methods={tvkd: {}}"]), place / name
+        )
+    assert resources == [{"num_cpus": 1}] * 2  # one for the shard of the teacher, one for that of the reference
+    alone, workers = (sorted((place / name).glob("seed-0/*/store/shards/*.parquet")) for name in results)
+    assert len(alone) == 2
+    assert [path.read_bytes() for path in alone] == [path.read_bytes() for path in workers]
+    assert [step["key"] for step in results["alone"]["stages"]] == [
+        step["key"] for step in results["workers"]["stages"]
+    ]
 
 
 @pytest.mark.slow

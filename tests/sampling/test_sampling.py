@@ -5,6 +5,7 @@ import copy
 import gzip
 import json
 import sys
+import weakref
 from dataclasses import dataclass
 from datetime import datetime
 from types import ModuleType, SimpleNamespace
@@ -619,6 +620,7 @@ def vllm(model, tokenizer, monkeypatch):
     class LLM:
         def __init__(self, **options):
             package.options.append(options)
+            package.alive.add(self)
 
         def generate(self, prompts, sampling_params, use_tqdm=True):
             assert not use_tqdm
@@ -638,7 +640,7 @@ def vllm(model, tokenizer, monkeypatch):
 
     package = ModuleType("vllm")
     package.LLM, package.SamplingParams, package.__version__ = LLM, SamplingParams, "0.0-stand-in"
-    package.options, package.asked, package.said = [], [], []
+    package.options, package.asked, package.said, package.alive = [], [], [], weakref.WeakSet()
     monkeypatch.setitem(sys.modules, "vllm", package)
     return package
 
@@ -665,8 +667,9 @@ def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tm
     theirs = sample_responses(saved, rows, out=tmp_path / "theirs.jsonl", engine="vllm", dtype="float32", **ask)
     assert theirs[:] == ours[:]
     (options,) = vllm.options  # loaded once
-    expected = {"model": saved, "tokenizer": saved, "dtype": "float32", "trust_remote_code": False, "seed": 5}
-    assert options == expected | {"generation_config": "vllm"}
+    expected = {"model": saved, "skip_tokenizer_init": True, "dtype": "float32", "trust_remote_code": False, "seed": 5}
+    assert options == expected | {"generation_config": "vllm", "max_model_len": -1}
+    assert not vllm.alive
     lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]
     assert [params.max_tokens for params in vllm.asked] == [min(6, 14 - length) for length in lengths if length < 14]
     for params in vllm.asked:
@@ -676,6 +679,19 @@ def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tm
         assert not params.detokenize
     meta = json.loads(sidecar(tmp_path / "theirs.jsonl").read_text())
     assert (meta["request"]["engine"], meta["versions"]["vllm"]) == ("vllm", "0.0-stand-in")
+
+
+def test_arguments_of_vllm_are_part_of_the_request(vllm, saved, rows, tmp_path):
+    ask = {"out": tmp_path / "a.jsonl", "engine": "vllm", "max_new_tokens": 1}
+    sample_responses(saved, rows, vllm={"tensor_parallel_size": 2, "max_model_len": 64}, **ask)
+    (options,) = vllm.options
+    assert (options["tensor_parallel_size"], options["max_model_len"]) == (2, 64)
+    with pytest.raises(UserError, match="vllm is unset, was {'tensor_parallel_size': 2"):
+        sample_responses(saved, rows, **ask)
+    with pytest.raises(UserError, match=r"vllm=\{dtype: ...\}: that is decided by prefdistill's own options"):
+        sample_responses(saved, rows, vllm={"dtype": "float32"}, **ask)
+    with pytest.raises(UserError, match="vllm has arguments of the engine vllm; leave it out"):
+        sample_responses(saved, rows, out=tmp_path / "b.jsonl", vllm={"max_model_len": 64})
 
 
 def test_each_response_of_a_vllm_stand_in_has_its_own_seed(vllm, saved, rows, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,16 @@ def test_signals_of_two_workers_of_which_one_is_killed(place, ray_cluster, capsy
     check_that_either_engine_resumes_the_other(place, one, capsys)
 
 
+def test_data_in_memory_are_sent_to_the_workers(place, pairs, monkeypatch):
+    ray_stand_in.install(monkeypatch)
+    some = pairs.select(range(3, 9))  # not the first rows, and not those of a file
+    one = extract_signals("model", some, out="some", **OPTIONS)
+    assert contents(place / "some") == contents(
+        Path(extract_signals("model", some, out="sent", engine="ray", workers=2, **OPTIONS).place)
+    )
+    assert len(one) == 6
+
+
 def test_workers_that_read_other_files_are_refused(place, monkeypatch):
     ray_stand_in.install(monkeypatch)
     load, loaded = ray_engine.Extraction.load, []
@@ -94,10 +105,8 @@ def test_workers_that_read_other_files_are_refused(place, monkeypatch):
 
 def test_what_other_machines_cannot_read_is_refused(tmp_path, make_model, pairs, tokenizer):
     ask = {"tokenizer": tokenizer, "out": tmp_path / "out", "engine": "ray"}
-    with pytest.raises(UserError, match="load the model themselves: give the name"):
+    with pytest.raises(UserError, match="load the model themselves: give its Hub name"):
         extract_signals(make_model(), "pairs.jsonl", **ask)
-    with pytest.raises(UserError, match="load data themselves: give the name"):
-        extract_signals("model", pairs, **ask)
     teacher = extract_signals(make_model(), pairs.select(range(2)), tokenizer, ("topk",), tmp_path / "teacher")
     in_memory = Signals(teacher.manifest, teacher.shards)
     with pytest.raises(UserError, match="open the store of ids_from themselves"):

@@ -97,6 +97,7 @@ def install(monkeypatch: Any, **resources: float) -> list[dict[str, Any]]:
             {"Alive": True, "Resources": {"CPU": 2.0, **resources}},
             {"Alive": False, "Resources": {"CPU": 8.0}},
         ],
+        "put": lambda value: value,
         "remote": _Remote,
         "wait": lambda results, num_returns: (results[:num_returns], results[num_returns:]),
         "get": _get,

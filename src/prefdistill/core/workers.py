@@ -51,6 +51,7 @@ class Workers:
         free_devices()
         with ExitStack() as stack:
             self.ray = stack.enter_context(_cluster())
+            self.work = self.ray.put(self.load)
             self.threads = torch.get_num_threads()
             machines = [machine["Resources"] for machine in self.ray.nodes() if machine["Alive"]]
             gpus = sum(int(resources.get("GPU", 0)) for resources in machines)
@@ -116,7 +117,7 @@ class Workers:
     def _start(self) -> None:
         actor = cast(Any, self.ray.remote(_Worker))
         worker = actor.options(**self.resources).remote()
-        self.starting[worker.start.remote(self.load, os.getcwd(), self.threads)] = worker
+        self.starting[worker.start.remote(self.work, os.getcwd(), self.threads)] = worker
 
     def _started(self, done: Any) -> None:
         worker = self.starting.pop(done)

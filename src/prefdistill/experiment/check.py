@@ -8,6 +8,7 @@ import torch
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say, say_once
+from prefdistill.core.workers import check_ray
 from prefdistill.data.columns import SCORES, SIDES
 from prefdistill.data.numbers import numeric_column
 from prefdistill.data.prompts import prompt_of, prompt_text, prompts_of
@@ -50,7 +51,7 @@ def check_plan(plan: Plan) -> None:
         _check_data(plan.user_data, recipe)
     _check_tokenizers(plan)
     _ = plan.context.truncation
-    _check_samples(plan)
+    _check_engines(plan)
     if recipe.model.scratch:
         check_shape(recipe.model.scratch.teacher)
         check_shape(recipe.model.scratch.student)
@@ -148,6 +149,10 @@ def check_launch(recipe: Recipe) -> None:
         launcher = launcher_of(recipe.launch, kind)
         if launcher is None:
             continue
+        if kind == "signals" and recipe.signals.engine == "ray":
+            raise UserError(
+                "signals.engine=ray and launch.signals each start the processes that extract signals: leave one out"
+            )
         if kind == "signals" and recipe.signals.device_map:
             raise UserError(
                 f"signals.device_map={recipe.signals.device_map} spreads the teacher over the devices of one process: "
@@ -191,8 +196,10 @@ def _check_data(data: UserData, recipe: Recipe) -> None:
         say("note: without data.test there are no responses to score: reward_model is not used")
 
 
-def _check_samples(plan: Plan) -> None:
+def _check_engines(plan: Plan) -> None:
     recipe = plan.context.recipe
+    if recipe.signals.engine == "ray":
+        check_ray()
     columns = {response for method in plan.methods.values() for response in sampled(method)}
     request = SampleRequest(**recipe.sampling.model_dump())
     for step in plan.steps:

@@ -30,7 +30,7 @@ from prefdistill.experiment.roles import START, TEACHER, Control, Headline, chec
 from prefdistill.methods import METHODS, make_method
 from prefdistill.models.options import Models
 from prefdistill.sampling.options import Sampling
-from prefdistill.signals.options import SignalOptions
+from prefdistill.signals.options import RecipeSignals
 from prefdistill.training.options import DPOTraining, Training
 
 # Settings that depend on the size of the models.
@@ -109,7 +109,7 @@ class Recipe(Section):
     model: Models = Field(Models(), description="Teacher and student.")
     teacher: Teacher = Field(Teacher(), description="How the teacher is trained.")
     student: StudentStart = Field(StudentStart(), description="How the student's start is trained.")
-    signals: SignalOptions = Field(SignalOptions(), description="How signals are extracted.")
+    signals: RecipeSignals = Field(RecipeSignals(), description="How signals are extracted.")
     sampling: Sampling = Field(Sampling(), description="How responses are sampled to learn from.")
     training: Options = Field(
         default_factory=dict, description="Defaults of every training: the options of `teacher.sft`."

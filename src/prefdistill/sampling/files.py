@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-DRAWING = ("n", "temperature", "top_p", "max_new_tokens", "batch_size")  # options of the draws
 
 
 class OtherPrompts(UserError):
@@ -113,14 +112,13 @@ def sample_responses(
     sampler = Sampler(tokenizer, settings, truncation)
     request = {
         "column": column,
-        "engine": settings.engine_in_request,
         "model": {"name": model, "key": model_key(model)} if isinstance(model, str) else model_identity(model),
         "dtype": settings.dtype,
         "quantization": settings.quantization,
         "trust_remote_code": settings.trust_remote_code,
         "tokenizer": tokenizer_identity(tokenizer),
         "data": {"name": data_name, "rows": len(dataset), "fingerprint": _fingerprint(dataset, out)},
-        **{name: getattr(settings, name) for name in DRAWING},
+        **settings.drawing,
         **asdict(sampler.truncation),
         "seed": settings.seed,
         "shard_rows": settings.shard_rows,
@@ -142,8 +140,8 @@ def sample_responses(
             size = settings.shard_rows
             shards = [rows[start : start + size] for start in range(0, len(rows), size)]
             parts = Parts(artifact.parts, len(shards))
-            opened = engine.open(model, tokenizer, settings)
-            _sample_parts(parts, shards, sampler, opened, prompts, encoded, settings.seed)
+            with closing(engine.open(model, tokenizer, settings)) as opened:
+                _sample_parts(parts, shards, sampler, opened, prompts, encoded, settings.seed)
             responses, seconds = _read_parts(parts)
             counts = _counts(responses, len(rows), seconds)
             full = _with_responses(dataset, rows, column, responses, settings.keep_ids)

@@ -1,10 +1,10 @@
 """Options of sampling: how responses are drawn from a model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from prefdistill.core.options import NO_FLAG, OnWorkers, Section, Seeded
+from prefdistill.core.options import NO_FLAG, OnWorkers, Options, Section, Seeded
 from prefdistill.data.options import Columns
 from prefdistill.models.options import Placement, QuantizedLoading
 from prefdistill.sampling import ENGINES
@@ -32,17 +32,24 @@ class Sampling(Section):
         description="transformers, in this process; ray, transformers on the workers of a Ray cluster; or vllm, where "
         "it is installed.",
     )
+    vllm: Options = Field(
+        default_factory=dict,
+        description="Arguments of vLLM's LLM for the engine vllm, such as {tensor_parallel_size: 8, max_model_len: "
+        "4096, gpu_memory_utilization: 0.8}.",
+    )
 
     @property
-    def engine_in_request(self) -> str:
-        """The engine's name, or that of an engine with the same responses, for requests."""
-        same: str | None = ENGINES.find(self.engine).same_draws_as
-        return same or self.engine
+    def drawing(self) -> dict[str, Any]:
+        """The options that responses depend on, for requests. Engines with the same responses have one name."""
+        options = self.part(Sampling) | {"engine": ENGINES.find(self.engine).same_draws_as or self.engine}
+        return {name: value for name, value in options.items() if name != "vllm" or value}
 
     @model_validator(mode="after")
     def _draws(self) -> "Sampling":
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"temperature=0 gives the same response {self.n} times; use n=1 or a temperature above 0")
+        if self.vllm and self.engine != "vllm":
+            raise ValueError("vllm has arguments of the engine vllm; leave it out, or set engine=vllm")
         return self
 
 

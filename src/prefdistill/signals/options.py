@@ -44,6 +44,22 @@ class SignalOptions(Placement):
     batch_tokens: PositiveInt = Field(16_384, description="Padded tokens per forward pass.")
 
 
+class RecipeSignals(SignalOptions, OnWorkers):
+    """How a recipe extracts signals, and where."""
+
+    engine: Annotated[Literal["transformers", "ray"], NOT_IN_KEY] = Field(
+        "transformers",
+        description="transformers, in the process of the run or those that launch.signals starts; or ray, workers on "
+        "the machines of a Ray cluster, for which the run's directory is on storage that all of them share.",
+    )
+
+    @model_validator(mode="after")
+    def _workers_of_ray(self) -> "RecipeSignals":
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError("workers applies to the engine ray; leave it out, or set engine=ray")
+        return self
+
+
 class SignalRequest(SignalOptions, Trust, Columns):
     """Which signals of a model are stored, and how; the same for stored and live ones."""
 

@@ -66,7 +66,7 @@ class ShardWorker:
 def load_worker(
     out: Path,
     model: str,
-    data: str,
+    data: "Dataset | str",
     tokenizer: "PreTrainedTokenizerBase | None",
     options: ExtractRequest,
     truncation: Truncation,
@@ -116,16 +116,17 @@ def ray_shards(
     truncation: Truncation,
     ids_from: Signals | None,
 ) -> Iterator[RayShards]:
-    """Start workers that load model and data.
+    """Start workers that load the model, and the data unless these are in memory: then they are sent.
 
     Raises:
-        UserError: if model, data or the store of `ids_from` are in memory, where other machines cannot read them, the
+        UserError: if the model or the store of `ids_from` is in memory, where other machines cannot read it, the
             launcher has several processes, or Ray is missing.
     """
     require_one_process("the engine ray", processes().num_processes)
-    if not isinstance(model, str) or not isinstance(dataset, str):
-        what = "data" if isinstance(model, str) else "the model"
-        raise UserError(f"the workers of the engine ray load {what} themselves: give the name, not what is in memory")
+    if not isinstance(model, str):
+        raise UserError("the workers of the engine ray load the model themselves: give its Hub name or directory")
+    if not isinstance(dataset, str):
+        dataset = type(dataset)(dataset.with_format("arrow")[:])  # its rows, not the files that they are mapped from
     if ids_from is not None and not Path(ids_from.place).is_dir():
         raise UserError("the workers of the engine ray open the store of ids_from themselves: give one on disk")
     check_tokenizer(tokenizer)

@@ -19,12 +19,14 @@ from prefdistill.sampling.files import OtherPrompts, check_prompts, sample_respo
 from prefdistill.signals import Signals, extract_signals
 from prefdistill.signals.ids import OtherIds, check_ids, reading_of_store
 from prefdistill.signals.kinds import make_kinds
+from prefdistill.signals.options import RecipeSignals, SignalOptions
 from prefdistill.signals.repair import remove_damaged
 from prefdistill.signals.store import DamagedSignals
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+RUN_ON = RecipeSignals.model_fields.keys() - SignalOptions.model_fields.keys()  # options of where signals are extracted
 SAMPLING_SEED = 7_001  # of a student's first round; later rounds use multiples of it
 
 
@@ -43,10 +45,9 @@ class Sample(Step):
 
     @property
     def options(self) -> dict[str, Any]:
-        sampling = self.context.recipe.sampling
         return {
             "truncation": str(self.context.truncation),
-            "sampling": sampling.model_dump() | {"engine": sampling.engine_in_request},
+            "sampling": self.context.recipe.sampling.drawing,
             "sampling_seed": self._seed,
             **self.context.load_options(self.model.role, self.model),
         }
@@ -123,7 +124,8 @@ class ReadSignals(Step):
         rounds_values = any("value_dtype" in kind.uses for kind in make_kinds(kinds))
         unused |= {"value_dtype"} if endpoints or not rounds_values else set()
         unused |= set() if "topk" in kinds and self.ids_from is None else {"k", "p", "topk_coding"}
-        options: dict[str, Any] = section.model_dump(exclude={*unused, *Placement.model_fields})
+        unused |= Placement.model_fields.keys() | RUN_ON
+        options: dict[str, Any] = section.model_dump(exclude=unused)
         if self.role == "reference":  # read as the student is trained: same weights, same precision
             loading = self.context.load_options("student")
         else:
@@ -143,6 +145,7 @@ class ReadSignals(Step):
             ids_from=self.ids_from.store if self.ids_from else None,
             trust_remote_code=self.context.recipe.model.trust_remote_code,
             **self.context.placement("student" if self.role == "reference" else self.model.role),
+            **self.context.recipe.signals.model_dump(include=RUN_ON),
             **self.reading,
         )
 
