@@ -686,7 +686,7 @@ def test_arguments_of_vllm_are_part_of_the_request(vllm, saved, rows, tmp_path):
     sample_responses(saved, rows, vllm={"tensor_parallel_size": 2, "max_model_len": 64}, **ask)
     (options,) = vllm.options
     assert (options["tensor_parallel_size"], options["max_model_len"]) == (2, 64)
-    with pytest.raises(UserError, match="vllm is unset, was {'tensor_parallel_size': 2"):
+    with pytest.raises(UserError, match=r"vllm is unset, was \{'tensor_parallel_size': 2"):
         sample_responses(saved, rows, **ask)
     with pytest.raises(UserError, match=r"vllm=\{dtype: ...\}: that is decided by prefdistill's own options"):
         sample_responses(saved, rows, vllm={"dtype": "float32"}, **ask)
