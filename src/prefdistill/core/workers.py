@@ -1,4 +1,8 @@
-"""Workers on a Ray cluster: each loads its work once, then runs tasks. The task of a worker that dies runs again."""
+"""Workers on a Ray cluster: each loads its work once, then runs tasks. The task of a worker that dies runs again.
+
+These are actors, not a Ray Data job: one load serves several calls (the request, then the shards), a result is yielded
+as soon as it is there, and a task that kills its workers ends the run after a few retries.
+"""
 
 import os
 import signal
