@@ -235,7 +235,8 @@ def test_activations_are_what_a_pass_saves(config, bf16):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        backbone_of(model)(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False)
+        mask = torch.ones(2, 1, 256, 256, dtype=torch.bool)
+        backbone_of(model)(input_ids=torch.zeros(2, 256, dtype=torch.long), attention_mask=mask, use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
     matrices = {weight.shape for weight in model.parameters()}
     copies = [t for t in saved.values() if bf16 and t.dtype is torch.bfloat16 and {t.shape, t.shape[::-1]} & matrices]

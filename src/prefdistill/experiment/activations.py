@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def activation_bytes(model: PreTrainedModel, rows: int, tokens: int, bf16: bool, dtype: torch.dtype) -> tuple[int, int]:
     """Return the bytes that a decoder layer saves for backward, and those saved around the layers.
 
-    Counted by autograd, in passes of one and of two layers. A model that cannot run without data, such as a mixture of
-    experts, is counted as 34 bytes for each element of its hidden states in 16 bits (arXiv 2205.05198).
+    Counted by autograd, in passes of one and of two layers, each of which saves the mask of its rows as numbers. A
+    model that cannot run without data, such as a mixture of experts, is counted as 34 bytes for each element of its
+    hidden states in 16 bits (arXiv 2205.05198).
 
     Args:
         rows, tokens: of the micro-batch.
@@ -76,6 +77,11 @@ def _shallow(kind: Any, config: str, layers: int, dtype: torch.dtype) -> Any:
     return kind._from_config(settings, dtype=dtype)  # what every AutoModel's from_config calls
 
 
+def _inputs(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids, and the mask that hides responses from each other, or padding."""
+    return torch.zeros(rows, tokens, dtype=torch.long), torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
+
+
 @functools.lru_cache(maxsize=256)
 def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf16: bool, dtype: torch.dtype) -> int:
     """Return the bytes that a pass of a model of some layers saves for backward, but for its weights."""
@@ -93,10 +99,10 @@ def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf
         model = _shallow(kind, config, layers, dtype).train()
         disable_dropout_in_model(model)
         of_weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        ids, mask = _inputs(rows, tokens)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            backbone_of(model)(input_ids=ids, use_cache=False)
+            backbone_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
         return sum(storage.nbytes() for key, storage in storages.items() if key not in of_weights)
 
 
@@ -109,8 +115,7 @@ def _held_bytes(kind: Any, config: str, rows: int, tokens: int, bf16: bool, dtyp
         model = _shallow(kind, config, 2, dtype).eval()
         held = Held(model)
         with held, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            ids = torch.zeros(rows, tokens, dtype=torch.long)
-            mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
+            ids, mask = _inputs(rows, tokens)
             backbone_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
         return held.peak
 
