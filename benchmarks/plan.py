@@ -119,8 +119,7 @@ def read(
     from benchmarks import harness
     from benchmarks.inputs import make_tokenizer
     from benchmarks.shapes import make_model
-    from prefdistill.experiment.dimensions import head_dim
-    from prefdistill.experiment.flops import forward_flops
+    from prefdistill.experiment.flops import attention_flops, forward_flops
     from prefdistill.models import logprobs
 
     torch.set_num_threads(threads)
@@ -141,14 +140,13 @@ def read(
         once()
         harness.synchronize()
         seconds = clock() - start
-        config, flops = model.config, rows * sum(forward_flops(model, text))
-        attention = rows * 4 * config.num_hidden_layers * config.num_attention_heads * head_dim(model) * text.attended
+        flops = rows * sum(forward_flops(model, text))
         return {
             "planned": held.parts(),
             "measured": harness.peak() - before,
             "flops": flops,
             "seconds": seconds,
-            "counted": (flops - attention) / counter.get_total_flops(),
+            "counted": (flops - rows * attention_flops(model, text)) / counter.get_total_flops(),
         }
 
     tiles = {"cpu": logprobs.TILE_ELEMENTS["other"], "other": logprobs.TILE_ELEMENTS["other"]}

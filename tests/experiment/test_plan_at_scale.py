@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarks.inputs import make_tokenizer
 from datasets import Dataset
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
@@ -27,6 +28,7 @@ from prefdistill.models.backbone import backbone_of
 from prefdistill.sampling.engines import TransformersEngine
 from prefdistill.sampling.options import Sampling
 from prefdistill.signals.scoring import score_pairs
+from prefdistill.training.arguments import adapter_config
 from prefdistill.training.options import Training
 from support.tiny_runs import QUICKSTART, ROOT
 
@@ -198,6 +200,20 @@ def test_operations_are_those_that_pytorch_counts():
         assert layers + head + attention == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 16}])
+def test_operations_of_training_are_those_that_pytorch_counts(lora):
+    model, training = meta(LlamaConfig(**LLAMA, vocab_size=500)), Training.model_validate({"lora": lora})
+    planned = training_flops(model, training, Text(0, 96))
+    attention = 4 * 3 * 64 * 96**2 / 2
+    model.set_attn_implementation("eager")
+    if lora:
+        model = get_peft_model(model, adapter_config(training))
+        model.enable_input_require_grads()  # as if there were layers below
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 96, dtype=torch.long, device="meta")).logits.sum().backward()
+    assert planned + 3 * attention == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
 def test_operations_of_experts_and_of_training():
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
     config = Qwen2MoeConfig(
@@ -216,7 +232,8 @@ def test_operations_of_experts_and_of_training():
     assert training_flops(model, plain, text) == 3 * (layers + head)
     assert training_flops(model, checkpointed, text) == 4 * layers + 3 * head
     adapter = 3 * 16 * (4 * (64 + 64) + 3 * (64 + 160))  # rank 16 of every matrix of the layers
-    assert training_flops(model, lora, text) == 2 * (layers + head) + 6 * adapter * 50
+    attention = 4 * 3 * 64 * text.attended
+    assert training_flops(model, lora, text) == 2 * (layers + head) + 6 * adapter * 50 + attention
     apart = Text(10, 20, 2, shared=False)
     assert (apart.tokens, text.tokens) == (60, 50)
     assert apart.attended == 2 * 30**2 / 2
