@@ -246,7 +246,7 @@ def reading_memory(
         copies=2 * model.num_parameters() if autocast else 0,
         activations=activations,
         head=head,
-        unit=_unit(model, 2 if autocast else held.itemsize),
+        unit=_unit(model, max(1, weights // model.num_parameters())),
     )
 
 
@@ -271,7 +271,12 @@ def sampling_memory(
     # their places, which are 8 bytes
     head = rows * head_rows(model) * (held.itemsize + 4 * (4 if top_p == 1 else 6))
     activations, head = max((first, 0), (last, head), key=sum)
-    return Memory(weights=weights, activations=activations, head=head, unit=_unit(model, held.itemsize))
+    return Memory(
+        weights=weights,
+        activations=activations,
+        head=head,
+        unit=_unit(model, max(1, weights // model.num_parameters())),
+    )
 
 
 def cache_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
