@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from prefdistill.experiment.flops import Text, forward_flops, training_flops
+from prefdistill.experiment.flops import Lengths, Text, forward_flops, training_flops
 from prefdistill.experiment.memory import (
     Memory,
     adapter_bytes,
@@ -42,33 +42,6 @@ CHARACTERS = 5  # of a token, about
 WHOLE = "whole"  # in place of a role: the model that a student of fewer layers is made from
 
 Shapes = Mapping[str, "PreTrainedModel"]  # models without weights, on the meta device
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long a data set is.
-
-    Args:
-        rows: of it.
-        tokens: of its responses together.
-        prompt_tokens: of its prompts.
-        exact: False for data that a step has yet to make: these are upper bounds.
-        responses: in each row.
-        longest: the most tokens of a row; None if unknown.
-    """
-
-    rows: int
-    tokens: int
-    prompt_tokens: int = 0
-    exact: bool = True
-    responses: int = 2
-    longest: int | None = None
-
-    def text(self, responses: int, *, shared: bool = True, scored: float | None = None) -> Text:
-        """Return the mean row, as a step reads it with some of the responses."""
-        rows = max(1, self.rows)
-        response = self.tokens / rows / self.responses
-        return Text(self.prompt_tokens / rows, response, responses, shared, scored)
 
 
 @dataclass(frozen=True)

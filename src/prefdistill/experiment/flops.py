@@ -42,6 +42,33 @@ class Text:
         return prompts + self.responses * (self.response * self.prompt + self.response**2 / 2)
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """How long a data set is.
+
+    Args:
+        rows: of it.
+        tokens: of its responses together.
+        prompt_tokens: of its prompts.
+        exact: False for data that a step has yet to make: these are upper bounds.
+        responses: in each row.
+        longest: the most tokens of a row; None if unknown.
+    """
+
+    rows: int
+    tokens: int
+    prompt_tokens: int = 0
+    exact: bool = True
+    responses: int = 2
+    longest: int | None = None
+
+    def text(self, responses: int, *, shared: bool = True, scored: float | None = None) -> Text:
+        """Return the mean row, as a step reads it with some of the responses."""
+        rows = max(1, self.rows)
+        response = self.tokens / rows / self.responses
+        return Text(self.prompt_tokens / rows, response, responses, shared, scored)
+
+
 def forward_flops(model: PreTrainedModel, text: Text) -> tuple[float, float]:
     r"""Return the operations of a forward pass over a mean row, of the layers and of the head.
 
