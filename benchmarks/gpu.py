@@ -292,28 +292,19 @@ def memory(size: Size, device: str) -> Iterator[Numbers]:
     """Peak memory against what `prefdistill plan` says."""
     import torch
 
-    from benchmarks.passes import in_memory
-    from benchmarks.plan import run
-    from benchmarks.shapes import empty_model
-    from prefdistill.experiment.memory import reading_memory
+    from benchmarks.plan import read, run
 
-    def row(planned: int, gib: float) -> Numbers:
-        return {"planned GiB": planned / GIB, "measured GiB": gib, "planned / measured": planned / GIB / gib}
+    shape, common = SHAPES[size.shape], (size.prompt, size.response, torch.get_num_threads())
 
-    def of_training(options: Numbers) -> Numbers:
-        threads = torch.get_num_threads()
-        numbers = run(SHAPES[size.shape], {"bf16": True, **options}, size.prompt, size.response, threads)
-        return row(sum(numbers["planned"].values()), numbers["measured"] / GIB)
-
-    def of_reading() -> Numbers:
-        numbers = measure(in_memory, size.rounds, kinds=["values"], **size.passes)
-        planned = reading_memory(empty_model(SHAPES[size.shape]), numbers["bytes"], size.budget)
-        return row(sum(planned.parts().values()), numbers["gib"])
+    def row(numbers: Numbers) -> Numbers:
+        planned, measured = sum(numbers["planned"].values()) / GIB, numbers["measured"] / GIB
+        return {"planned GiB": planned, "measured GiB": measured, "planned / measured": planned / measured}
 
     cases = {"bf16": {}, "bf16, checkpointing": {"gradient_checkpointing": True}, "bf16, lora": {"lora": {"r": 16}}}
     for name, options in cases.items():
-        yield attempt(f"dpo, {name}", lambda o=options: of_training(o))
-    yield attempt("values, weights in bfloat16", of_reading)
+        yield attempt(f"dpo, {name}", lambda o=options: row(run(shape, {"bf16": True, **o}, *common)))
+    for kind in ("values", "topk", "sampling"):
+        yield attempt(f"{kind}, weights in bfloat16", lambda k=kind: row(read(shape, k, "bfloat16", False, *common)))
 
 
 def _training(size: Size, directory: str, variant: str) -> Numbers:

@@ -21,11 +21,14 @@ def _shape(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads:
     }
 
 
-# The last three have the sizes of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B, all as Llamas, without Qwen's biases.
+# "wide" is two layers of Llama-3.2-1B with a small vocabulary. The last four have the sizes of SmolLM2-135M,
+# Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B, all as Llamas, without Qwen's biases.
 SHAPES = {
     "nano": _shape(512, 32, 64, 2, 4, 2, True),
     "tiny": _shape(8_192, 256, 704, 4, 4, 4, True),
     "small": _shape(32_768, 512, 1_408, 8, 8, 8, True),
+    "wide": _shape(8_192, 2_048, 8_192, 2, 32, 8, True),
+    "smollm2-135m": _shape(49_152, 576, 1_536, 30, 9, 3, True),
     "qwen-0.5b": _shape(151_936, 896, 4_864, 24, 14, 2, True),
     "llama-1b": _shape(128_256, 2_048, 8_192, 16, 32, 8, True),
     "llama-8b": _shape(128_256, 4_096, 14_336, 32, 32, 8, False),

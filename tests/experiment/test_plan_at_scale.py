@@ -1,21 +1,34 @@
 """A plan at scale against numbers by hand, and what it counts against what PyTorch counts and a pass saves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.inputs import make_tokenizer
+from datasets import Dataset
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 from prefdistill.cli import main
 from prefdistill.core.errors import UserError
+from prefdistill.core.progress import Progress
+from prefdistill.data.batches import Layout
+from prefdistill.experiment import memory
+from prefdistill.experiment.activations import Held, activation_bytes, pass_bytes
 from prefdistill.experiment.flops import Text, forward_flops, training_flops
 from prefdistill.experiment.hardware import GPUS, Scale
-from prefdistill.experiment.memory import Memory, activation_bytes, training_memory
+from prefdistill.experiment.memory import Memory, reading_memory, sampling_memory, training_memory, weight_bytes
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.scale import USABLE, fewest
 from prefdistill.experiment.show_plan import as_text, plan_recipe
+from prefdistill.models import logprobs
 from prefdistill.models.backbone import backbone_of
+from prefdistill.sampling.engines import TransformersEngine
+from prefdistill.sampling.options import Sampling
+from prefdistill.signals.scoring import score_pairs
+from prefdistill.training.arguments import adapter_config
 from prefdistill.training.options import Training
 from support.tiny_runs import QUICKSTART, ROOT
 
@@ -163,10 +176,10 @@ def test_a_plan_of_data_that_are_there_has_the_same_parts(finished):
     assert scaled["steps"] == plain["steps"]
     assert "scale" not in plain
     held = {step["name"]: step["memory"]["one"] for step in scaled["scale"]["steps"]}
-    state = ("weights", "gradients", "optimizer")
     for step in plain["steps"]:
         if step["kind"] == "distill":
-            assert sum(held[step["name"]][part] for part in state) == step["memory"]
+            parts = held[step["name"]]  # Adam has two numbers for each gradient
+            assert parts["weights"] + parts["optimizer"] * 3 // 2 == step["memory"]
 
 
 # -- against PyTorch ---------------------------------------------------------------------------------------------------
@@ -187,6 +200,20 @@ def test_operations_are_those_that_pytorch_counts():
         assert layers + head + attention == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 16}])
+def test_operations_of_training_are_those_that_pytorch_counts(lora):
+    model, training = meta(LlamaConfig(**LLAMA, vocab_size=500)), Training.model_validate({"lora": lora})
+    planned = training_flops(model, training, Text(0, 96))
+    attention = 4 * 3 * 64 * 96**2 / 2
+    model.set_attn_implementation("eager")
+    if lora:
+        model = get_peft_model(model, adapter_config(training))
+        model.enable_input_require_grads()  # as if there were layers below
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 96, dtype=torch.long, device="meta")).logits.sum().backward()
+    assert planned + 3 * attention == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
 def test_operations_of_experts_and_of_training():
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
     config = Qwen2MoeConfig(
@@ -205,7 +232,8 @@ def test_operations_of_experts_and_of_training():
     assert training_flops(model, plain, text) == 3 * (layers + head)
     assert training_flops(model, checkpointed, text) == 4 * layers + 3 * head
     adapter = 3 * 16 * (4 * (64 + 64) + 3 * (64 + 160))  # rank 16 of every matrix of the layers
-    assert training_flops(model, lora, text) == 2 * (layers + head) + 6 * adapter * 50
+    attention = 4 * 3 * 64 * text.attended
+    assert training_flops(model, lora, text) == 2 * (layers + head) + 6 * adapter * 50 + attention
     apart = Text(10, 20, 2, shared=False)
     assert (apart.tokens, text.tokens) == (60, 50)
     assert apart.attended == 2 * 30**2 / 2
@@ -224,7 +252,8 @@ def test_activations_are_what_a_pass_saves(config, bf16):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        backbone_of(model)(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False)
+        mask = torch.ones(2, 1, 256, 256, dtype=torch.bool)
+        backbone_of(model)(input_ids=torch.zeros(2, 256, dtype=torch.long), attention_mask=mask, use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
     matrices = {weight.shape for weight in model.parameters()}
     copies = [t for t in saved.values() if bf16 and t.dtype is torch.bfloat16 and {t.shape, t.shape[::-1]} & matrices]
@@ -234,7 +263,7 @@ def test_activations_are_what_a_pass_saves(config, bf16):
 
 
 def test_sharding():
-    held = Memory(weights=80, gradients=80, optimizer=160, copies=40, activations=10, head=5, unit=3)
+    held = Memory(weights=80, gradients=80, optimizer=160, copies=40, activations=10, head=5, micro_batches=99, unit=3)
     assert sum(held.parts().values()) == 375
     assert sum(held.parts("ddp", 4).values()) == 375 + 80
     assert held.parts("zero2", 4) == held.parts() | {"gradients": 20, "optimizer": 60}
@@ -242,10 +271,28 @@ def test_sharding():
         "weights": 10, "gradients": 10, "optimizer": 20, "copies": 3, "activations": 10, "head": 5,
     }  # fmt: skip
     assert held.state == 320
-    for memory, counts in ((375, (1, None, 1, 1)), (455, (1, 2, 1, 1)), (58, (None, None, None, 8)), (17, (None,) * 4)):
+    for room, counts in ((375, (1, None, 1, 1)), (455, (1, 2, 1, 1)), (58, (None, None, None, 8)), (17, (None,) * 4)):
         strategies = ("one", "ddp", "zero2", "fsdp2")
-        assert tuple(fewest(held, one, memory / USABLE + 1e-6) for one in strategies) == counts
+        assert tuple(fewest(held, one, room / USABLE + 1e-6) for one in strategies) == counts
     assert all(gpu.memory > 2e10 and gpu.flops > 5e13 for gpu in GPUS.values())
+
+
+def test_a_step_of_one_micro_batch_has_no_gradients_before_its_head():
+    held = Memory(weights=80, gradients=80, optimizer=160, activations=60, head=30, last=5, micro_batches=1, unit=3)
+    peak = {"weights": 80, "optimizer": 160, "copies": 0}
+    assert held.parts() == peak | {"gradients": 0, "activations": 60, "head": 30}
+    assert replace(held, micro_batches=2).parts() == peak | {"gradients": 80, "activations": 60, "head": 30}
+    # or the gradients are more than what they come after
+    assert replace(held, head=20).parts() == peak | {"gradients": 80, "activations": 5, "head": 0}
+    # devices share the micro-batches; DDP has its buckets from the start
+    four = replace(held, micro_batches=4)
+    assert [four.parts("fsdp2", n)["gradients"] for n in (2, 4)] == [40, 0]
+    assert [four.parts("ddp", n)["gradients"] for n in (2, 4)] == [160, 80]
+
+    model = meta(LlamaConfig(**LLAMA, vocab_size=500))
+    one, two = (training_memory(model, Training(batch_size=n, micro_batch_size=4), "float32", 128) for n in (4, 8))
+    assert (one.micro_batches, two.micro_batches) == (1, 2)
+    assert one.total < two.total
 
 
 def test_a_mixture_of_experts_is_held_at_a_rule_of_thumb():
@@ -253,3 +300,61 @@ def test_a_mixture_of_experts_is_held_at_a_rule_of_thumb():
     layer, _ = activation_bytes(model, 2, 128, False, torch.float32)
     assert layer == 34 * 2 * 128 * 64 * 2
     assert training_memory(model, Training(), "float32", 128).activations > 3 * layer
+
+
+# -- reading and sampling ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_pass_without_gradients_holds_by_hand():
+    """In the MLP: embeddings, a layer's input, what attention made of it, its norm; three as wide as the MLP."""
+    rows, tokens = 3, 64
+    config = LlamaConfig(hidden_size=64, intermediate_size=640, num_hidden_layers=5, vocab_size=500)
+    mask = rows * tokens**2
+    for dtype in (torch.float32, torch.bfloat16):
+        by_hand = rows * tokens * (4 * 64 + 3 * 640) * dtype.itemsize + mask
+        assert pass_bytes(meta(config), rows, tokens, False, dtype) == pytest.approx(by_hand, rel=0.03)
+    # the longer the row, the larger is its mask, and a copy of it as numbers that attention adds
+    long, short = (pass_bytes(meta(config), 1, tokens, False, torch.bfloat16) for tokens in (8192, 4096))
+    assert long - 2 * short == pytest.approx((8192**2 - 2 * 4096**2) * (1 + 2), rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "vocabulary"), [("logps", 100), ("topk", 12_000)])
+@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_reading_holds_what_is_planned(monkeypatch, kind, vocabulary, dtype, bf16):
+    """With a small vocabulary the layers hold the most, with a large one the head."""
+    tiles = dict.fromkeys(("cpu", "other"), 2**20)
+    monkeypatch.setattr(logprobs, "ROWS_ELEMENTS", 2**40)  # as on a GPU
+    for module in (logprobs, memory):
+        monkeypatch.setattr(module, "TILE_ELEMENTS", tiles)
+    config = LlamaConfig(**LLAMA, num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    tokenizer = make_tokenizer(vocabulary)
+    ids = list(range(10, 50))
+    columns = {"prompt_ids": ids, "chosen_ids": ids * 2, "rejected_ids": ids * 2}
+    rows = Dataset.from_list(
+        [{"row": row, "chosen_ended": True, "rejected_ended": True, **columns} for row in range(4)]
+    )
+    layout = Layout("masked", 0.0)
+    with Held(model) as held:
+        score_pairs(model, rows, tokenizer, (kind,), bf16=bf16, batch_tokens=4 * 200, layout=layout)
+    weights = weight_bytes(model, dtype)
+    planned = reading_memory(
+        model, weights, 4 * 200, 200, dtype, scored=160 / 200, bf16=bf16, k=50 if kind == "topk" else 0
+    )
+    assert (planned.head > 0) == (vocabulary > 1000)
+    assert planned.total == pytest.approx(weights + held.peak, rel=0.2)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(200, 4), (8, 40)])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampling_holds_what_is_planned(prompt, new, top_p):
+    """With long prompts the pass over them holds the most, with long responses the keys and values."""
+    config = LlamaConfig(**LLAMA, num_key_value_heads=2, vocab_size=500, tie_word_embeddings=True)
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), make_tokenizer(500)
+    sampling = Sampling(batch_size=16, max_new_tokens=new, top_p=top_p, temperature=0.9)
+    engine, weights = TransformersEngine(model, tokenizer, sampling), weight_bytes(model, "float32")
+    with Held(model) as held:
+        engine.generate([[10] * prompt] * 16, [new] * 16, 0, Progress("sampling", 0, shown=False))
+    planned = sampling_memory(model, weights, 16, prompt, new, "float32", top_p=top_p)
+    assert (planned.head > 0) == (prompt < new)
+    assert planned.total == pytest.approx(weights + held.peak, rel=0.2)

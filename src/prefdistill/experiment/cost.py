@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from prefdistill.experiment.flops import Text, forward_flops, training_flops
+from prefdistill.experiment.flops import Lengths, Text, forward_flops, training_flops
 from prefdistill.experiment.memory import (
     Memory,
     adapter_bytes,
     cache_bytes,
     checkpoint_bytes,
+    dtype_of,
     reading_memory,
+    sampling_memory,
     training_memory,
     weight_bytes,
 )
@@ -25,6 +27,7 @@ from prefdistill.experiment.steps.signals import ReadSignals, Sample
 from prefdistill.experiment.steps.students import Distill, Evaluate
 from prefdistill.experiment.steps.synthetic import Pairs
 from prefdistill.models.logprobs import vocabulary_rows
+from prefdistill.sampling.options import Sampling
 from prefdistill.signals.needs import TEACHERS
 from prefdistill.signals.sizes import store_bytes
 
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prefdistill.evaluation.options import Evaluation
-    from prefdistill.sampling.options import Sampling
     from prefdistill.training.options import Training
 
 CHARACTERS = 5  # of a token, about
@@ -40,33 +42,6 @@ CHARACTERS = 5  # of a token, about
 WHOLE = "whole"  # in place of a role: the model that a student of fewer layers is made from
 
 Shapes = Mapping[str, "PreTrainedModel"]  # models without weights, on the meta device
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long a data set is.
-
-    Args:
-        rows: of it.
-        tokens: of its responses together.
-        prompt_tokens: of its prompts.
-        exact: False for data that a step has yet to make: these are upper bounds.
-        responses: in each row.
-        longest: the most tokens of a row; None if unknown.
-    """
-
-    rows: int
-    tokens: int
-    prompt_tokens: int = 0
-    exact: bool = True
-    responses: int = 2
-    longest: int | None = None
-
-    def text(self, responses: int, *, shared: bool = True, scored: float | None = None) -> Text:
-        """Return the mean row, as a step reads it with some of the responses."""
-        rows = max(1, self.rows)
-        response = self.tokens / rows / self.responses
-        return Text(self.prompt_tokens / rows, response, responses, shared, scored)
 
 
 @dataclass(frozen=True)
@@ -255,17 +230,35 @@ class _Pricing:
     def _weights(self, model: Model, role: ModelRole) -> int:
         """Bytes of a model that is read as one of this role."""
         shape = self.shapes.get(model.role)
-        if shape is None:
-            return 0
-        loading = self.plan.context.load_options(role)
+        return 0 if shape is None else weight_bytes(shape, self._dtype(role), self._loading(role)["quantization"])
+
+    def _loading(self, role: ModelRole) -> dict[str, Any]:
+        """The dtype and quantization that a model is loaded in, read as one of this role."""
         if role == "reward_model":
-            loading = {"dtype": "auto", "quantization": None}
-        return weight_bytes(shape, loading["dtype"], loading["quantization"])
+            return {"dtype": "auto", "quantization": None}
+        return self.plan.context.load_options(role)
+
+    def _dtype(self, role: ModelRole) -> str:
+        return cast(str, self._loading(role)["dtype"])
 
     def _reading(
-        self, model: Model, role: ModelRole, length: Lengths | None, responses: int, scored: int | None = None
+        self,
+        model: Model,
+        role: ModelRole,
+        length: Lengths | None,
+        responses: int,
+        *,
+        scored: int | None = None,
+        bf16: bool = False,
+        k: int = 0,
     ) -> Cost:
-        """The cost of a pass over rows with some of their responses; `scored`: states of each whose logits it needs."""
+        """The cost of a pass over rows with some of their responses.
+
+        Args:
+            scored: states of each response whose logits it needs; default: all.
+            bf16: whether it is under autocast.
+            k: tokens kept of each distribution.
+        """
         weights, shape = self._weights(model, role), self.shapes.get(model.role)
         if length is None:
             return Cost(memory=weights)
@@ -273,8 +266,19 @@ class _Pricing:
         cost = Cost(memory=weights, rows=length.rows, tokens=tokens, exact=length.exact)
         if not self.peak or shape is None:
             return cost
-        held = reading_memory(shape, weights, self.plan.context.recipe.signals.batch_tokens)
-        flops = length.rows * sum(forward_flops(shape, length.text(responses, scored=scored)))
+        text = length.text(responses, scored=scored)
+        states = text.responses * (text.response if scored is None else scored)
+        held = reading_memory(
+            shape,
+            weights,
+            self.plan.context.recipe.signals.batch_tokens,
+            self._longest(length, text),
+            self._dtype(role),
+            scored=min(1.0, states / max(1.0, text.tokens)),
+            bf16=bf16,
+            k=k,
+        )
+        flops = length.rows * sum(forward_flops(shape, text))
         return replace(cost, held=held, flops=flops)
 
     def _generation(
@@ -293,9 +297,9 @@ class _Pricing:
             return cost
         batch = min(rows, options.batch_size)
         prompt = data.prompt_tokens / max(1, data.rows) if data else 0.0
-        held = reading_memory(shape, weights, batch * math.ceil(prompt), batch * math.ceil(prompt + longest))
-        width = max(1, weights // shape.num_parameters())
-        cached = batch * (prompt + longest / 2) * cache_bytes(shape, width)
+        dtype, top_p = self._dtype(role), options.top_p if isinstance(options, Sampling) else 1.0
+        held = sampling_memory(shape, weights, batch, math.ceil(prompt), longest, dtype, top_p=top_p)
+        cached = batch * (prompt + longest / 2) * cache_bytes(shape, dtype_of(shape, dtype))
         flops = rows * sum(forward_flops(shape, Text(prompt, longest)))
         return replace(cost, held=held, flops=flops, moved=math.ceil(rows / batch) * longest * (weights + cached))
 
@@ -303,13 +307,22 @@ class _Pricing:
         length = self._of(step.data, step.model.role)
         role = "student" if step.role == "reference" else step.model.role
         positions = step.reading.get("positions", "all")
-        cost = self._reading(
-            step.model, role, length, len(step.responses), scored=2 if positions == "endpoints" else None
-        )
+        section = self.plan.context.recipe.signals
         shape = self.shapes.get(step.model.role) or next(iter(self.shapes.values()), None)
+        k = 0
+        if "topk" in step.kinds and shape is not None:
+            k = vocabulary_rows(shape) if section.k == "vocab" else section.k
+        cost = self._reading(
+            step.model,
+            role,
+            length,
+            len(step.responses),
+            scored=2 if positions == "endpoints" else None,
+            bf16=step.bf16,
+            k=k,
+        )
         if length is None or shape is None:
             return cost
-        section = self.plan.context.recipe.signals
         responses = length.rows * len(step.responses)
         tokens = length.tokens * len(step.responses) // length.responses
 
@@ -336,13 +349,15 @@ class _Pricing:
             prompts = 2 * recipe.data.synthetic.test_prompts  # sampled, and greedy
         pairs = self._of(step.test, role) if step.test else None
         generated = self._generation(step.model, role, prompts, recipe.evaluate, pairs)
-        read = self._reading(step.model, role, pairs, 2) if step.reference and pairs else Cost()
+        read = Cost()
+        if step.reference and pairs:
+            read = self._reading(step.model, role, pairs, 2, bf16=step.reference.bf16)
         # the sampler is freed first; then the student is beside its start, and after that beside the reward model
         scored = step.test is not None and recipe.evaluate.prompts > 0
         judge = self._weights(step.reward_model, "reward_model") if scored and step.reward_model else 0
         start = self._weights(step.start, "student") if scored and step.start else 0
         own = self._weights(step.model, role) if step.start or step.reference else 0
-        held = generated.held or read.held
+        held = max((one for one in (generated.held, read.held) if one), key=lambda one: one.total, default=None)
         if held is not None:
             held = replace(held, frozen=max(0, own + max(start, judge) - held.weights))
         return replace(

@@ -42,6 +42,33 @@ class Text:
         return prompts + self.responses * (self.response * self.prompt + self.response**2 / 2)
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """How long a data set is.
+
+    Args:
+        rows: of it.
+        tokens: of its responses together.
+        prompt_tokens: of its prompts.
+        exact: False for data that a step has yet to make: these are upper bounds.
+        responses: in each row.
+        longest: the most tokens of a row; None if unknown.
+    """
+
+    rows: int
+    tokens: int
+    prompt_tokens: int = 0
+    exact: bool = True
+    responses: int = 2
+    longest: int | None = None
+
+    def text(self, responses: int, *, shared: bool = True, scored: float | None = None) -> Text:
+        """Return the mean row, as a step reads it with some of the responses."""
+        rows = max(1, self.rows)
+        response = self.tokens / rows / self.responses
+        return Text(self.prompt_tokens / rows, response, responses, shared, scored)
+
+
 def forward_flops(model: PreTrainedModel, text: Text) -> tuple[float, float]:
     r"""Return the operations of a forward pass over a mean row, of the layers and of the head.
 
@@ -53,22 +80,30 @@ def forward_flops(model: PreTrainedModel, text: Text) -> tuple[float, float]:
     """
     config = text_config(model)
     weights = sum(p.numel() * _share(config, p) for p in matrices(model))
-    inner = config.num_attention_heads * head_dim(model)
-    layers = 2 * weights * text.tokens + 4 * config.num_hidden_layers * inner * text.attended
+    layers = 2 * weights * text.tokens + attention_flops(model, text)
     states = text.responses * (text.response if text.scored is None else text.scored)
     return layers, 2.0 * head_rows(model) * hidden_size(model) * states
 
 
+def attention_flops(model: PreTrainedModel, text: Text) -> float:
+    """Return the operations of a forward pass in which tokens attend to each other, 4 L d a."""
+    config = text_config(model)
+    inner = config.num_attention_heads * head_dim(model)
+    return 4.0 * config.num_hidden_layers * inner * text.attended
+
+
 def training_flops(model: PreTrainedModel, training: Training, text: Text) -> float:
-    """Return the operations of a training step over a mean row: forward, and twice that backward, or once with LoRA,
-    whose own weights take three passes; checkpointing runs the layers once more, and tiles that are not stored run the
-    head once more."""
+    """Return the operations of a training step over a mean row.
+
+    Forward, and twice that backward; with LoRA once, but twice in its own weights and in attention, which has none.
+    Checkpointing runs the layers once more, and tiles that are not stored run the head once more.
+    """
     layers, head = forward_flops(model, text)
     backward = 1 if training.lora else 2
     states = training.micro_batch_size * text.responses * text.response
     recomputed = max(0.0, 1 - STORED_ELEMENTS / max(1.0, states * head_rows(model)))
-    adapter = 6 * text.tokens * adapter_bytes(model, training) / 4
-    return layers * (1 + backward + training.gradient_checkpointing) + head * (1 + backward + recomputed) + adapter
+    more = 6 * text.tokens * adapter_bytes(model, training) / 4 + attention_flops(model, text) if training.lora else 0
+    return layers * (1 + backward + training.gradient_checkpointing) + head * (1 + backward + recomputed) + more
 
 
 def _share(config: Any, weight: torch.Tensor) -> float:

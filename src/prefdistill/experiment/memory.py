@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from prefdistill.core.errors import UserError
+from prefdistill.experiment.activations import activation_bytes, pass_bytes
 from prefdistill.experiment.dimensions import head_dim, head_rows, hidden_size, matrices, text_config
-from prefdistill.models.backbone import backbone_of
-from prefdistill.models.logprobs import STORED_ELEMENTS, TILE_ELEMENTS, TRAINING_TILE_ELEMENTS
+from prefdistill.models.logprobs import STORED_ELEMENTS, TILE_ELEMENTS, TRAINING_TILE_ELEMENTS, topk_bytes
 from prefdistill.training.arguments import adapter_config
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from prefdistill.training.options import Training
 
+KEPT = 16  # bytes of an id and its log-probability, once in the results of tiles and once in those of a pass
 ADAM = 2  # moments of each trained weight, of its dtype
 Strategy = Literal["one", "ddp", "zero2", "fsdp2"]
 
@@ -38,11 +39,12 @@ def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = 
     elif quantization is not None:
         bits = int(quantization.removesuffix("bit"))
     else:
-        bits = 8 * _dtype(model, dtype).itemsize
+        bits = 8 * dtype_of(model, dtype).itemsize
     return model.num_parameters() * bits // 8
 
 
-def _dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
+def dtype_of(model: PreTrainedModel, dtype: str) -> torch.dtype:
+    """Return a dtype by name; for "auto" that of the model's configuration."""
     if dtype == "auto":
         return cast(torch.dtype, model.config.dtype or torch.float32)
     return cast(torch.dtype, getattr(torch, dtype))
@@ -89,6 +91,8 @@ class Memory:
         copies: 16-bit copies of the weights that autocast keeps for a pass.
         activations: that the longest micro-batch saves for backward, or the largest that a reading pass holds.
         head: logits in memory at once, with their gradients, and the gradient of the head while it is added.
+        last: activations when all gradients are there, those of one layer.
+        micro_batches: of a step. In the first there are no gradients yet while activations and head are at their peak.
         unit: of the weights that sharded devices gather at once: two layers, and embeddings with head.
     """
 
@@ -99,7 +103,14 @@ class Memory:
     copies: int = 0
     activations: int = 0
     head: int = 0
+    last: int = 0
+    micro_batches: int = 1
     unit: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on one device."""
+        return sum(self.parts().values())
 
     @property
     def state(self) -> int:
@@ -125,13 +136,22 @@ class Memory:
         elif strategy == "fsdp2" and n > 1:
             weights, gradients, optimizer = (-(-size // n) for size in (weights, gradients, optimizer))
             copies = self.unit
+        activations, head = self.activations, self.head
+        if (
+            self.micro_batches <= n
+        ):  # a micro-batch a step: the gradients come after the head's logits, and are the rest
+            before = gradients // 2 if strategy == "ddp" and n > 1 else 0
+            if before + activations + head > gradients + self.last:
+                gradients = before
+            else:
+                activations, head = self.last, 0
         return {
             "weights": weights,
             "gradients": gradients,
             "optimizer": optimizer,
             "copies": copies,
-            "activations": self.activations,
-            "head": self.head,
+            "activations": activations,
+            "head": head,
         }
 
 
@@ -167,7 +187,7 @@ def training_memory(
     }
     if longest is None:
         return Memory(**state)
-    held = _dtype(model, dtype)
+    held = dtype_of(model, dtype)
     autocast = training.autocast and held is torch.float32
     width = 2 if autocast else held.itemsize
     rows = min(training.micro_batch_size, training.batch_size)
@@ -182,86 +202,88 @@ def training_memory(
         copies=2 * model.num_parameters() if autocast else 0,
         activations=around + (layers * inputs + per_layer if training.gradient_checkpointing else layers * per_layer),
         head=head + (0 if adapter else head_rows(model) * hidden_size(model) * width),
+        last=around + per_layer,
+        micro_batches=-(-training.batch_size // rows),
         unit=_unit(model, width),
     )
 
 
-def reading_memory(model: PreTrainedModel, weights: int, tokens: int, cache_tokens: int = 0) -> Memory:
-    """Return what a pass without gradients holds.
+def reading_memory(
+    model: PreTrainedModel,
+    weights: int,
+    tokens: int,
+    longest: int,
+    dtype: str,
+    *,
+    scored: float = 1.0,
+    bf16: bool = False,
+    k: int = 0,
+) -> Memory:
+    """Return what a pass without gradients holds: the widest layer at work, or after all layers the head.
 
     Args:
         weights: bytes of the model as it is loaded.
-        tokens: in the pass.
-        cache_tokens: whose keys and values are kept, for generation.
+        tokens: in the pass; a longer row has a pass of its own.
+        longest: tokens of a row.
+        dtype: of the hidden states.
+        scored: share of the tokens whose logits are computed.
+        bf16: whether the pass is under autocast.
+        k: tokens kept of each distribution.
     """
-    width = max(1, weights // model.num_parameters())
-    widest = max((p.shape[0] for p in matrices(model)), default=0)
-    elements = tokens * head_rows(model)
+    held = dtype_of(model, dtype)
+    autocast = bf16 and held is torch.float32
+    rows = max(1, tokens // longest)
+    states = math.ceil(scored * rows * longest)
+    layer = pass_bytes(model, rows, longest, autocast, held)
+    hidden = (rows * longest + states) * hidden_size(model) * held.itemsize
+    # a tile, with the powers of its sum or what its k largest are taken from; and those of all states
+    tile = min(states, max(1, TILE_ELEMENTS["other"] // head_rows(model)))
+    head = tile * (4 * head_rows(model) + max(4 * head_rows(model), topk_bytes(head_rows(model), k)))
+    head += states * k * KEPT
+    activations, head = max((layer, 0), (hidden, head), key=sum)
     return Memory(
         weights=weights,
-        activations=tokens * width * (6 * hidden_size(model) + 3 * widest) + cache_tokens * cache_bytes(model, width),
-        head=2 * 4 * min(elements, TILE_ELEMENTS["other"]),
-        unit=_unit(model, width),
+        copies=2 * model.num_parameters() if autocast else 0,
+        activations=activations,
+        head=head,
+        unit=_unit(model, max(1, weights // model.num_parameters())),
     )
 
 
-def cache_bytes(model: PreTrainedModel, width: int) -> int:
+def sampling_memory(
+    model: PreTrainedModel, weights: int, rows: int, prompt: int, new: int, dtype: str, *, top_p: float = 1.0
+) -> Memory:
+    """Return what `generate` holds: the pass over the prompts with their keys and values, or at the last token all keys
+    and values, those of a layer once more with the new token, and the logits of one token of each row.
+
+    Args:
+        weights: bytes of the model as it is loaded.
+        rows: responses in a batch.
+        prompt, new: tokens of the longest prompt, and of a response.
+        dtype: of the hidden states.
+        top_p: of the draws; below 1 the logits are sorted.
+    """
+    held = dtype_of(model, dtype)
+    kept, layers = cache_bytes(model, held), text_config(model).num_hidden_layers
+    first = pass_bytes(model, rows, prompt, False, held) + rows * prompt * kept if prompt else 0
+    last = rows * (prompt + new) * kept * (layers + 1) // layers
+    # the model's logits, a float32 copy, divided by the temperature, their powers, and random numbers; sorted: with
+    # their places, which are 8 bytes
+    head = rows * head_rows(model) * (held.itemsize + 4 * (4 if top_p == 1 else 6))
+    activations, head = max((first, 0), (last, head), key=sum)
+    return Memory(
+        weights=weights,
+        activations=activations,
+        head=head,
+        unit=_unit(model, max(1, weights // model.num_parameters())),
+    )
+
+
+def cache_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Return the bytes of the keys and values of one token."""
     config = text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim(model) * width)
-
-
-def activation_bytes(model: PreTrainedModel, rows: int, tokens: int, bf16: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes that a decoder layer saves for backward, and those saved around the layers.
-
-    Counted by autograd, in passes of one and of two layers over tensors without data. A model that cannot run so, such
-    as a mixture of experts, is counted as 34 bytes for each element of its hidden states in 16 bits (arXiv 2205.05198).
-
-    Args:
-        rows, tokens: of the micro-batch.
-        bf16: whether the pass is under autocast, whose copies of weights are not counted.
-        dtype: of the weights.
-    """
-    kind, text = cast(Any, type(model)), text_config(model).to_json_string(use_diff=False)
-    try:
-        one, two = (
-            _saved_bytes(kind, text, rows, tokens, layers, bf16, dtype)
-            - _saved_bytes(kind, text, 1, 2, layers, bf16, dtype)
-            for layers in (1, 2)
-        )
-    except Exception:  # models are not written for passes without data, and may raise anything
-        hidden = rows * tokens * hidden_size(model)
-        return 34 * hidden * dtype.itemsize // 2, 2 * hidden * dtype.itemsize
-    return two - one, max(0, 2 * one - two)
-
-
-@functools.lru_cache(maxsize=256)
-def _saved_bytes(kind: Any, config: str, rows: int, tokens: int, layers: int, bf16: bool, dtype: torch.dtype) -> int:
-    """Return the bytes that a pass of a model of some layers saves for backward, but for its weights."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from trl.trainer.utils import disable_dropout_in_model
-
-    settings = kind.config_class.from_dict(json.loads(config))
-    settings.num_hidden_layers = layers
-    if isinstance(kinds := getattr(settings, "layer_types", None), list):
-        settings.layer_types = kinds[:layers]
-    storages: dict[int, Any] = {}
-
-    def keep(saved: torch.Tensor) -> torch.Tensor:
-        storage = saved.untyped_storage()
-        storages.setdefault(storage._cdata, storage)
-        return saved
-
-    with FakeTensorMode():
-        model = kind._from_config(settings, dtype=dtype).train()  # what every AutoModel's from_config calls
-        disable_dropout_in_model(model)
-        of_weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            backbone_of(model)(input_ids=ids, use_cache=False)
-        return sum(storage.nbytes() for key, storage in storages.items() if key not in of_weights)
+    return int(2 * config.num_hidden_layers * heads * head_dim(model) * dtype.itemsize)
 
 
 def _unit(model: PreTrainedModel, width: int) -> int:

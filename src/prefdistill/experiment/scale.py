@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from prefdistill.core.options import validate
-from prefdistill.experiment.cost import Cost, Lengths, Shapes, costs
+from prefdistill.experiment.cost import Cost, Shapes, costs
+from prefdistill.experiment.flops import Lengths
 from prefdistill.experiment.hardware import GPUS, Scale
 from prefdistill.experiment.launch.options import Launch
 from prefdistill.experiment.memory import Memory, Strategy

@@ -18,7 +18,8 @@ from prefdistill.data import synthetic
 from prefdistill.data.columns import SIDES
 from prefdistill.data.encode import encode_pairs
 from prefdistill.experiment.check import check_models, check_plan
-from prefdistill.experiment.cost import WHOLE, Cost, Lengths, costs
+from prefdistill.experiment.cost import WHOLE, Cost, costs
+from prefdistill.experiment.flops import Lengths
 from prefdistill.experiment.hardware import Scale
 from prefdistill.experiment.inputs import Sources
 from prefdistill.experiment.launch.options import launcher_of

@@ -228,6 +228,12 @@ def top_of_blocks(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top, columns.gather(-1, where)
 
 
+def topk_bytes(columns: int, k: int) -> int:
+    """Return the bytes that `top_of_blocks` holds of a state with so many logits: places of 8 bytes, which are copied,
+    of the columns that it sorts, or the k largest and their places."""
+    return 2 * 8 * TOPK_BLOCK * k if 2 * k < columns // TOPK_BLOCK else 12 * k
+
+
 def sum_by_response(per_state: Tensor, sizes: Tensor) -> Tensor:
     """Return the sum of a quantity over the states of each response: [states], states of each response [M] -> [M].
 

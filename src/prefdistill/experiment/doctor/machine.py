@@ -14,8 +14,9 @@ from prefdistill.core.errors import UserError
 from prefdistill.core.options import validate
 from prefdistill.core.paths import check_place
 from prefdistill.core.text import size
-from prefdistill.experiment.cost import Lengths, Shapes, costs
+from prefdistill.experiment.cost import Shapes, costs
 from prefdistill.experiment.doctor.findings import Finding, Severity
+from prefdistill.experiment.flops import Lengths
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.experiment.step import Input, Step
