@@ -667,7 +667,7 @@ def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tm
     theirs = sample_responses(saved, rows, out=tmp_path / "theirs.jsonl", engine="vllm", dtype="float32", **ask)
     assert theirs[:] == ours[:]
     (options,) = vllm.options  # loaded once
-    expected = {"model": saved, "skip_tokenizer_init": True, "dtype": "float32", "trust_remote_code": False, "seed": 5}
+    expected = {"model": saved, "tokenizer": saved, "dtype": "float32", "trust_remote_code": False, "seed": 5}
     assert options == expected | {"generation_config": "vllm", "max_model_len": -1}
     assert not vllm.alive
     lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]

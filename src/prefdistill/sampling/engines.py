@@ -223,7 +223,9 @@ def _neutral_generation_config(model: Any) -> Iterator[None]:
 
 
 class VLLMEngine(Engine):
-    """vLLM, which loads the model itself. It gets token ids and returns token ids, so it loads no tokenizer."""
+    """vLLM, which loads the model itself. It gets and returns token ids."""
+
+    OWN = ("model", "tokenizer", "dtype", "trust_remote_code", "seed", "generation_config")  # arguments set here
 
     def __init__(self, llm: Any, tokenizer: Any, sampling: Sampling) -> None:
         self.llm, self.tokenizer, self.sampling = llm, tokenizer, sampling
@@ -234,8 +236,8 @@ class VLLMEngine(Engine):
             raise UserError("vLLM loads a model itself: give its Hub name or directory, or use the engine transformers")
         if not is_installed("vllm"):
             raise UserError("vLLM is not installed: `pip install vllm`, or use the engine transformers")
-        if decided := sorted(cls._arguments(model, options).keys() & options.vllm.keys() - {"max_model_len"}):
-            raise UserError(f"vllm={{{decided[0]}: ...}}: that is decided by prefdistill's own options; leave it out")
+        if own := sorted(set(cls.OWN).intersection(options.vllm)):
+            raise UserError(f"vllm={{{own[0]}: ...}}: that is decided by prefdistill's own options; leave it out")
         if adapter_settings(model) is not None:
             raise UserError(
                 f"{model} is an adapter and vLLM loads whole models: save it merged, or use the engine transformers"
@@ -248,19 +250,17 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         free_devices()
-        return cls(LLM(**(cls._arguments(model, options) | options.vllm)), tokenizer, options)
-
-    @staticmethod
-    def _arguments(model: str, options: SampleRequest) -> dict[str, Any]:
-        return {
-            "model": model,
-            "skip_tokenizer_init": True,
-            "dtype": options.dtype,
-            "trust_remote_code": options.trust_remote_code,
-            "seed": options.seed,
-            "generation_config": "vllm",  # vLLM's neutral settings instead of the model's own
-            "max_model_len": -1,  # as many tokens as the model has positions and the cache has room for
-        }
+        llm = LLM(
+            model=model,
+            tokenizer=tokenizer.name_or_path or model,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            seed=options.seed,
+            generation_config="vllm",  # vLLM's neutral settings instead of the model's own
+            # as many tokens as the model has positions and the cache has room for
+            **{"max_model_len": -1, **options.vllm},
+        )
+        return cls(llm, tokenizer, options)
 
     def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
         from vllm import SamplingParams
