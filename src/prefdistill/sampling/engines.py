@@ -250,17 +250,17 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         free_devices()
-        llm = LLM(
-            model=model,
-            tokenizer=tokenizer.name_or_path or model,
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
-            seed=options.seed,
-            generation_config="vllm",  # vLLM's neutral settings instead of the model's own
-            # as many tokens as the model has positions and the cache has room for
-            **{"max_model_len": -1, **options.vllm},
-        )
-        return cls(llm, tokenizer, options)
+        arguments = {
+            "model": model,
+            "tokenizer": tokenizer.name_or_path or model,
+            "dtype": options.dtype,
+            "trust_remote_code": options.trust_remote_code,
+            "seed": options.seed,
+            "generation_config": "vllm",  # vLLM's neutral settings instead of the model's own
+            "max_model_len": -1,  # as many tokens as the model has positions and the cache has room for
+        }
+        # The LLM has no name here: the first import of vLLM keeps this frame alive, and so what its names refer to.
+        return cls(LLM(**(arguments | options.vllm)), tokenizer, options)
 
     def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
         from vllm import SamplingParams
