@@ -20,11 +20,17 @@ from prefdistill.core.stages import READING
 from prefdistill.data.encode import highest_token_id
 from prefdistill.data.truncation import Reading
 from prefdistill.models.vocabulary import check_ids
-from prefdistill.training.checkpoints import SealCheckpoints, check_engine_of, last_checkpoint
+from prefdistill.training.checkpoints import (
+    SealCheckpoints,
+    check_engine_of,
+    is_of_as_many_processes,
+    last_checkpoint,
+)
 from prefdistill.training.engines import engine_of
 from prefdistill.training.gather import load_weights
 from prefdistill.training.nan_guard import check_weights
 from prefdistill.training.saved import save
+from prefdistill.training.universal import load_universal
 
 
 def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading: Reading | None = None) -> None:
@@ -60,6 +66,8 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
             return
         if trainer.is_world_process_zero():
             say(f"{what}: resuming from step {state.global_step}")
+        if trainer.is_deepspeed_enabled and not is_of_as_many_processes(last):
+            load_universal(trainer, last)
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
