@@ -26,7 +26,7 @@ from prefdistill.training.checkpoints import WHOLE, check_engine_of
 from prefdistill.training.engines import check_trainable
 from prefdistill.training.factory import check_training
 from prefdistill.training.options import Training
-from prefdistill.training.universal import UNIVERSAL
+from prefdistill.training.universal import UNIVERSAL, load_universal
 from support.methods import MODELS, NUMBERS, SAMPLED, SIDES, Stores, with_responses
 from support.train_sharded import OPTIONS, train
 
@@ -161,6 +161,24 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(monkeypatch
         check_trainable(SimpleNamespace(is_quantized=True), two)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [("adafactor", "the state of adafactor cannot be converted"), ("adamw_torch", r"cannot convert it \(KeyError")],
+)
+def test_what_deepspeed_cannot_convert_is_refused(optimizer, message, tmp_path, monkeypatch):
+    def convert(args):
+        raise KeyError("exp_avg")
+
+    for name in ("deepspeed", "deepspeed.checkpoint", "deepspeed.checkpoint.ds_to_universal"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=convert))
+    (tmp_path / "latest").write_text("global_step1")
+    trainer = SimpleNamespace(args=SimpleNamespace(optim=SimpleNamespace(value=optimizer)))
+    with pytest.raises(
+        UserError, match=f"of 2 processes under DeepSpeed, here are 1.*{message}.*: launch 2, or delete it"
+    ):
+        load_universal(trainer, tmp_path, 2)
+
+
 def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
     write_sealed(tmp_path / WHOLE, {"files": {}, "engine": "fsdp2", "processes": 2})
     check_engine_of(tmp_path, "fsdp2")  # on one process as well
@@ -224,7 +242,9 @@ def test_resumes_on_another_number_of_processes(engine, with_two_stores):
             left.mkdir(parents=True)
             (left / "optimizer_state.pt").write_text("half")
     results, said = launch(start, trainings, (DDP | ENGINES)[engine], processes=3 if engine == "fsdp2" else 1)
-    assert said.count("is converted to the universal form of DeepSpeed") == (2 if engine.startswith("zero") else 0)
+    assert said.count("is of 2 processes under DeepSpeed, here are 1: converting it") == (
+        2 if engine.startswith("zero") else 0
+    )
     for name, settings in trainings.items():
         run = train(start, start / name, **settings)
         check_trajectory(run, results[0][name])

@@ -55,10 +55,10 @@ def check_engine_of(checkpoint: Path, engine: str) -> None:
         )
 
 
-def is_of_as_many_processes(checkpoint: Path) -> bool:
-    """Return whether as many processes wrote a checkpoint as there are now."""
-    team = processes().num_processes
-    return bool((read_sealed(checkpoint / WHOLE) or {}).get("processes", team) == team)
+def processes_of(checkpoint: Path) -> int:
+    """Return the number of processes that wrote a checkpoint."""
+    mark = read_sealed(checkpoint / WHOLE) or {}
+    return int(mark.get("processes", processes().num_processes))
 
 
 def _step(path: Path) -> int:
