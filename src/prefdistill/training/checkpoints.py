@@ -45,20 +45,20 @@ def check_engine_of(checkpoint: Path, engine: str) -> None:
     """Check that a checkpoint was written by the engine that is to resume from it.
 
     Raises:
-        UserError: if it was another one, or DeepSpeed on another number of processes: each has its part of the state.
+        UserError: if it was another one.
     """
-    mark, team = read_sealed(checkpoint / WHOLE) or {}, processes().num_processes
-    written, count = mark.get("engine", DDP), mark.get("processes", team)
-    delete = "or delete it to train anew"
+    written = (read_sealed(checkpoint / WHOLE) or {}).get("engine", DDP)
     if written != engine:
         raise UserError(
-            f"{checkpoint} is of a training under {written}, this one is under {engine}; change it, {delete}"
+            f"{checkpoint} is of a training under {written}, this one is under {engine}; change it, or delete it to "
+            "train anew"
         )
-    if engine.startswith("zero") and count != team:
-        raise UserError(
-            f"{checkpoint} is of {count} processes under DeepSpeed: {count} can resume from it, {team} cannot; launch "
-            f"{count}, {delete}"
-        )
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Return the number of processes that wrote a checkpoint."""
+    mark = read_sealed(checkpoint / WHOLE) or {}
+    return int(mark.get("processes", processes().num_processes))
 
 
 def _step(path: Path) -> int:

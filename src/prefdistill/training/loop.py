@@ -20,11 +20,12 @@ from prefdistill.core.stages import READING
 from prefdistill.data.encode import highest_token_id
 from prefdistill.data.truncation import Reading
 from prefdistill.models.vocabulary import check_ids
-from prefdistill.training.checkpoints import SealCheckpoints, check_engine_of, last_checkpoint
+from prefdistill.training.checkpoints import SealCheckpoints, check_engine_of, last_checkpoint, processes_of
 from prefdistill.training.engines import engine_of
 from prefdistill.training.gather import load_weights
 from prefdistill.training.nan_guard import check_weights
 from prefdistill.training.saved import save
+from prefdistill.training.universal import load_universal
 
 
 def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading: Reading | None = None) -> None:
@@ -60,6 +61,9 @@ def fit(trainer: Trainer, out: Path, what: str, *, verify: bool = True, reading:
             return
         if trainer.is_world_process_zero():
             say(f"{what}: resuming from step {state.global_step}")
+        written = processes_of(last)
+        if trainer.is_deepspeed_enabled and written != processes().num_processes:
+            load_universal(trainer, last, written)
     stop = StopOnInterrupt()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(what, out / "metrics.jsonl"))
