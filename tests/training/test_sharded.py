@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,11 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(monkeypatch
     two = SimpleNamespace(world_size=2, fsdp_plugin_args=None, deepspeed_plugin=None)
     with pytest.raises(UserError, match="quantised weights are not sharded; train them under DDP"):
         check_trainable(SimpleNamespace(is_quantized=True), two)
+    narrow, bf16 = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(**vars(two), bf16=True)
+    with pytest.raises(UserError, match="makes float32 of weights in bfloat16 if bf16 is true; set dtype to float32"):
+        check_trainable(narrow, bf16)
+    check_trainable(narrow, SimpleNamespace(**vars(two), bf16=False))
+    check_trainable(SimpleNamespace(dtype=torch.float32), bf16)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +225,8 @@ def test_every_method_under_every_engine(engine, start, make_model, tokenizer):
         assert results[0][name]["sharded"] == (engine in ("fsdp2", "zero3"))
         if results[0][name]["sharded"]:
             assert results[0][name]["local"] + results[1][name]["local"] == run["local"]
+        assert run["keeps_copies"] == settings.get("bf16", False)
+        assert not (results[0][name]["keeps_copies"] and engine == "fsdp2")
         # with bf16, DeepSpeed also gathers weights and reduces gradients of linear layers in bfloat16
         rounded = settings.get("bf16", False) and engine.startswith("zero")
         steps = check_trajectory(run, results[0][name], tolerance=2e-2 if rounded else 2e-5)
@@ -280,6 +288,47 @@ def test_the_trainers_of_trl_under_every_engine(kind, engine, start):
     )
     check_trajectory(one, two)
     check_saved(start / "one", start / "two")
+
+
+@pytest.mark.slow
+def test_the_reference_of_trl_is_sharded_layer_by_layer(start):
+    results, _ = launch(start, {"reference": {"method": "dpo of TRL"}}, FSDP2)
+    for result in results:
+        assert result["reference"] == {"layers": ["FSDPLlamaDecoderLayer"] * 2, "trainable": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2-two-nodes", "zero3"])
+def test_two_machines_follow_the_trajectory_of_one_process(config, with_two_stores):
+    """Two launchers, each with one process, as on two machines of one GPU: the command of docs/clusters.md."""
+    skip_without(config)
+    start, settings = with_two_stores, {"tvkd": {"method": "tvkd"}}
+    out = start / "sharded"
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/{config}.yaml"),
+                *("--num_machines=2", "--num_processes=2", f"--machine_rank={rank}", "--main_process_ip=127.0.0.1"),
+                *(f"--main_process_port={port}", str(SCRIPT), str(start), str(out), json.dumps(settings)),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [machine.communicate(timeout=1200)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)[-4000:]
+    results = [json.loads((out / f"results-{rank}.json").read_text())["tvkd"] for rank in (0, 1)]
+    assert results[0]["engine"] == config.removesuffix("-two-nodes")
+    assert results[0]["sharded"]
+    check_trajectory(train(start, start / "tvkd", "tvkd"), results[0])
+    check_saved(start / "tvkd", out / "tvkd")
 
 
 CONFIGS = {path.stem: path for path in (REPOSITORY / "configs").glob("*.yaml") if path.stem != "skypilot"}

@@ -343,7 +343,10 @@ def reduce_logits(
 
         if not gathers:
             return all_tiles(hidden)
-        with _forward(head, all_tiles):  # one call of the head, so its hooks gather its weights once
+        # one call of the head: its hooks gather its weights once, and autocast copies them once, caching or not
+        kind = hidden.device.type
+        caching = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), True)
+        with _forward(head, all_tiles), caching:
             results: tuple[Tensor, ...] = head(hidden)
         return results
 

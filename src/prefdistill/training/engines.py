@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -61,11 +61,18 @@ def check_trainable(model: Any, arguments: Any) -> None:
     """Check that the engine can shard a model.
 
     Raises:
-        UserError: if its weights are quantised.
+        UserError: if its weights are quantised, or FSDP2 would train them in another dtype.
     """
-    sharded = asks_for_fsdp(arguments) or arguments.deepspeed_plugin is not None
-    if sharded and arguments.world_size > 1 and getattr(model, "is_quantized", False):
+    fsdp = asks_for_fsdp(arguments)
+    if arguments.world_size == 1 or not (fsdp or arguments.deepspeed_plugin is not None):
+        return
+    if getattr(model, "is_quantized", False):
         raise UserError("quantised weights are not sharded; train them under DDP, or load the student in float32")
+    if fsdp and arguments.bf16 and model.dtype != torch.float32:
+        raise UserError(
+            f"under FSDP2 accelerate makes float32 of weights in {str(model.dtype).removeprefix('torch.')} if bf16 is "
+            "true; set dtype to float32 (model.dtype in a recipe), or bf16=false"
+        )
 
 
 def load_whole_models() -> None:
@@ -114,6 +121,8 @@ class ShardingTrainer(Trainer):
             self._note("accelerate uses DDP on CPUs where FSDP is asked for; here the weights are sharded by FSDP2")
         if self.is_fsdp_enabled:
             _set_plugin(state.fsdp_plugin)
+            # the cache would keep a copy in 16 bits of every weight that is gathered, until the pass ends
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         else:
             self._note("FSDP is asked for, and there is one process: nothing is sharded")
 
@@ -126,6 +135,15 @@ def with_sharding(trainer_class: type[Any]) -> type[Any]:
     """Return a subclass of one of TRL's trainers that shards as `ShardingTrainer` does."""
 
     class Sharding(trainer_class, ShardingTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._reference = kwargs.get("ref_model")
+            super().__init__(*args, **kwargs)
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if self.is_fsdp_enabled and self._reference is not None:  # TRL would gather all of its weights at once
+                fsdp2_prepare_model(self.accelerator, self._reference)
+
         def compute_loss_context_manager(self) -> Any:
             stack = super().compute_loss_context_manager()
             if self.is_fsdp_enabled:  # accelerate's autocast is on the forward of the other engines' models

@@ -77,6 +77,7 @@ def save(trainer: "Trainer", out: Path, *, verify: bool = True) -> None:
     # products of quantised weights may be made in bfloat16; DeepSpeed gathers weights in it where it autocasts
     narrow = quantised or (sharded and trainer.is_deepspeed_enabled and trainer.args.bf16)
     rounding = TOLERANCE[torch.bfloat16] if narrow else _tolerance(dtype)
+    del model  # a gathered one makes room for the saved one, which is loaded again
     problem = [_difference(loaders, rows, trained, rounding) if verify else ""]
     broadcast_object_list(problem)
     if problem[0]:

@@ -149,7 +149,8 @@ class PrefDistillTrainer(ShardingTrainer):
         """Return the signals of a data set, those of loaded models computed."""
         roles = {store._role if isinstance(store, LiveTeacher) else store.role for store in signals}
         if self.method.scores_reference and "reference" not in roles:
-            say("training: no reference signals are given; they are computed from the student's start")
+            whole = ", which each process holds whole for that" if args.world_size > 1 else ""
+            say(f"training: no reference signals are given; they are computed from the student's start{whole}")
             start: Any = student.to(args.device)
             signals = [*signals, LiveTeacher(start, "reference", bf16=bool(args.bf16))]
         return bind_live(signals, dataset, tokenizer, truncation, self.method.needs)

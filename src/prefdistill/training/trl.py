@@ -84,7 +84,7 @@ def train_with_trl(
     def models() -> dict[str, Any]:
         load = partial(load_model, model, dtype=dtype, trust_remote_code=trust_remote_code)
         started = {"model": load()}
-        return started | {"ref_model": None if training.lora else load()} if dpo else started
+        return started | {"ref_model": None if training.lora else load().requires_grad_(False)} if dpo else started
 
     trainer = trl_trainer(
         (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer),
