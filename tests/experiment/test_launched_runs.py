@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.files import write_jsonl
+from prefdistill.experiment.check import check_launch
 from prefdistill.experiment.launch.start import ProcessLost
 from prefdistill.experiment.recipe import Recipe, load_recipe
 from prefdistill.experiment.run import run_recipe
@@ -63,6 +64,10 @@ def test_a_plan_names_the_launcher_which_is_in_no_key(place):
 def test_the_recipe_that_processes_get_is_the_same(place):
     recipe = load_recipe("recipe.yaml", [LAUNCH])
     assert Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json"))), strict=False) == recipe
+
+
+def test_what_starts_the_teachers_dpo_says_nothing_about_the_method_dpo(place):
+    check_launch(load_recipe("recipe.yaml", ["launch.dpo={processes: 2}", "methods.dpo.training.batch_size=4"]))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,9 @@ def test_several_samples_of_each_prompt(tmp_path, capsys):
         (["signals.p=1.5"], "signals.p"),
         (["sampling.engine=magic"], "unknown engine 'magic'"),
         (["sampling.engine=vllm"], "vLLM is not installed"),
+        (["sampling.engine=vllm", "signals.device_map=auto"], "vLLM is not installed"),  # which places a model itself
+        (["sampling.engine=vllm", "signals.quantization=4bit"], "quantization applies to the engine transformers"),
+        (["sampling.engine=ray", "signals.device_map=auto"], "device_map applies to the engine transformers"),
         (["sampling.temperature=0", "sampling.n=2"], "gives the same response 2 times"),
         (["model.teacher_reference=some/model"], "remove one of the two"),
         (["data.max_prompt_length=64"], "max_prompt_length (64) leaves no room for a response"),

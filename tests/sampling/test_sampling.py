@@ -621,6 +621,7 @@ def vllm(model, tokenizer, monkeypatch):
         def __init__(self, **options):
             package.options.append(options)
             package.alive.add(self)
+            self.model_config = SimpleNamespace(max_model_len=package.room)
 
         def generate(self, prompts, sampling_params, use_tqdm=True):
             assert not use_tqdm
@@ -641,6 +642,7 @@ def vllm(model, tokenizer, monkeypatch):
     package = ModuleType("vllm")
     package.LLM, package.SamplingParams, package.__version__ = LLM, SamplingParams, "0.0-stand-in"
     package.options, package.asked, package.said, package.alive = [], [], [], weakref.WeakSet()
+    package.room = 128
     monkeypatch.setitem(sys.modules, "vllm", package)
     return package
 
@@ -690,8 +692,20 @@ def test_arguments_of_vllm_are_part_of_the_request(vllm, saved, rows, tmp_path):
         sample_responses(saved, rows, **ask)
     with pytest.raises(UserError, match=r"vllm=\{dtype: ...\}: that is decided by prefdistill's own options"):
         sample_responses(saved, rows, vllm={"dtype": "float32"}, **ask)
+    sample_responses(saved, rows, vllm={"tensor_parallel_size": 2, "max_model_len": 64}, batch_size=3, **ask)
+    assert len(vllm.options) == 1  # the file is reused: vLLM makes its own batches
     with pytest.raises(UserError, match="vllm has arguments of the engine vllm; leave it out"):
         sample_responses(saved, rows, out=tmp_path / "b.jsonl", vllm={"max_model_len": 64})
+
+
+def test_responses_that_vllm_would_cut_short_are_refused(vllm, saved, tokenizer, rows, tmp_path):
+    lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]
+    longest, ask = int(np.argmax(lengths)), {"engine": "vllm", "max_new_tokens": 6}
+    vllm.room = max(lengths) + 6
+    sample_responses(saved, rows, out=tmp_path / "a.jsonl", **ask)
+    vllm.room -= 1
+    with pytest.raises(UserError, match=rf"row {longest} of the data has up to {vllm.room + 1} tokens"):
+        sample_responses(saved, rows, out=tmp_path / "b.jsonl", **ask)
 
 
 def test_each_response_of_a_vllm_stand_in_has_its_own_seed(vllm, saved, rows, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from torch import nn
 
 from prefdistill import METHODS
 from prefdistill.core.errors import UserError
@@ -47,6 +48,17 @@ def train(kind, rows, tokenizer, start, out, options):
             rows = rows.rename_column("chosen", "completion").select_columns(["prompt", "completion"])
         training = {"sft": Training, "dpo": DPOTraining}[kind](**options)
         trl.train_with_trl(start, rows, tokenizer, training, out, truncation=LIMITS, what=kind)
+
+
+def test_only_adapters_drop_out_in_dpo(tmp_path, monkeypatch):
+    tokenizer, rows, trainers = make_tokenizer("chatml", pad="<|pad|>"), Dataset.from_list(ROWS), []
+    shape, options = SHAPE | {"attention_dropout": 0.1}, {"max_steps": 1, "lora": {"dropout": 0.3}}
+    random_model(tokenizer, shape, 0).save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(trl, "fit", lambda trainer, *_, **__: trainers.append(trainer))
+    train("dpo", rows, tokenizer, str(tmp_path / "start"), tmp_path / "out", options)
+    modules = [*trainers[0].model.modules()]
+    assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.3}
+    assert {module.attention_dropout for module in modules if hasattr(module, "attention_dropout")} == {0.0}
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "simpo"])

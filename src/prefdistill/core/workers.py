@@ -42,6 +42,7 @@ class Workers:
 
     def __init__(self, load: Callable[[], Any], count: int | None = None) -> None:
         self.load, self.count = load, count or 0
+        self.started: list[Any] = []  # all workers, also those that died
         self.idle: list[Any] = []
         self.starting: dict[Any, Any] = {}  # worker by what its start returns
         self.running: dict[Any, tuple[Any, int, Any]] = {}  # worker and task by the result
@@ -73,8 +74,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        workers = [*self.idle, *self.starting.values(), *(worker for worker, _, _ in self.running.values())]
-        for worker in workers:
+        for worker in self.started:
             self.ray.kill(worker)
         self.disconnect()
 
@@ -121,6 +121,7 @@ class Workers:
     def _start(self) -> None:
         actor = cast(Any, self.ray.remote(_Worker))
         worker = actor.options(**self.resources).remote()
+        self.started.append(worker)
         self.starting[worker.start.remote(self.work, os.getcwd(), self.threads)] = worker
 
     def _started(self, done: Any) -> None:

@@ -163,7 +163,7 @@ def check_launch(recipe: Recipe) -> None:
             raise UserError(f"launch.{kind}: {launcher} on a machine with {devices} accelerators; each needs its own")
         precision = launcher.config.get("mixed_precision") or "no"
         for key, _, training in recipe.trainings():
-            if kind not in key.split(".") and not (kind == "distill" and key.startswith("methods.")):
+            if key not in (f"teacher.{kind}", f"student.{kind}") and (kind != "distill" or "methods." not in key):
                 continue
             try:
                 split_batch(training, launcher.processes)
@@ -201,10 +201,11 @@ def _check_engines(plan: Plan) -> None:
     if recipe.signals.engine == "ray":
         check_ray()
     columns = {response for method in plan.methods.values() for response in sampled(method)}
-    request = SampleRequest(**recipe.sampling.model_dump())
     for step in plan.steps:
         if isinstance(step, Sample):
-            ENGINES.find(recipe.sampling.engine).check(step.model.place, request)
+            ENGINES.find(recipe.sampling.engine).check(
+                step.model.place, SampleRequest.checked("sampling", **step.request)
+            )
     if plan.user_data and (ignored := sorted(columns.intersection(plan.user_data.train.column_names))):
         say(f"note: the data's own {', '.join(ignored)} is not used; a recipe samples what its methods learn from")
 

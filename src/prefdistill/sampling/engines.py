@@ -51,6 +51,7 @@ class Engine(ABC):
     """Generates the tokens of responses to tokenized prompts."""
 
     same_draws_as: ClassVar[str | None] = None  # an engine with the same responses, whose files this one resumes
+    makes_batches: ClassVar[bool] = False  # of its own, so that `batch_size` has no effect
 
     @classmethod
     def check(cls, model: Any, options: SampleRequest) -> None:
@@ -225,6 +226,7 @@ def _neutral_generation_config(model: Any) -> Iterator[None]:
 class VLLMEngine(Engine):
     """vLLM, which loads the model itself. It gets and returns token ids."""
 
+    makes_batches = True
     OWN = ("model", "tokenizer", "dtype", "trust_remote_code", "seed", "generation_config")  # arguments set here
 
     def __init__(self, llm: Any, tokenizer: Any, sampling: Sampling) -> None:
@@ -261,6 +263,21 @@ class VLLMEngine(Engine):
         }
         # The LLM has no name here: the first import of vLLM keeps this frame alive, and so what its names refer to.
         return cls(LLM(**(arguments | options.vllm)), tokenizer, options)
+
+    def draw_all(self, parts: Sequence[Part], progress: Progress) -> Generator[tuple[int, Drawn], None, None]:
+        lengths = {
+            row: len(ids) + limit
+            for part in parts
+            for row, ids, limit in zip(part.rows, part.prompts, part.limits, strict=True)
+        }
+        longest, room = max(lengths, key=lengths.__getitem__), self.llm.model_config.max_model_len
+        if lengths[longest] > room:  # vLLM would cut the response short
+            raise UserError(
+                f"row {longest} of the data has up to {lengths[longest]:,} tokens with its response, and vLLM has room "
+                f"for {room:,}: give a lower --max-new-tokens, a --max-length, or more memory; vllm={{max_model_len: "
+                "...}} raises it within the positions of the model"
+            )
+        yield from super().draw_all(parts, progress)
 
     def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
         from vllm import SamplingParams

@@ -41,8 +41,10 @@ class Sampling(Section):
     @property
     def drawing(self) -> dict[str, Any]:
         """The options that responses depend on, for requests. Engines with the same responses have one name."""
-        options = self.part(Sampling) | {"engine": ENGINES.find(self.engine).same_draws_as or self.engine}
-        return {name: value for name, value in options.items() if name != "vllm" or value}
+        engine = ENGINES.find(self.engine)
+        options = self.part(Sampling) | {"engine": engine.same_draws_as or self.engine}
+        unused = {"vllm"} if not self.vllm else {"batch_size"} if engine.makes_batches else set()
+        return {name: value for name, value in options.items() if name not in unused}
 
     @model_validator(mode="after")
     def _draws(self) -> "Sampling":

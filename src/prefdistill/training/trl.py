@@ -21,6 +21,7 @@ from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import DPOTraining, Training
 from prefdistill.training.rows import reading_with_ids
+from prefdistill.training.trainer import disable_dropout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,8 +84,12 @@ def train_with_trl(
 
     def models() -> dict[str, Any]:
         load = partial(load_model, model, dtype=dtype, trust_remote_code=trust_remote_code)
-        started = {"model": load()}
-        return started | {"ref_model": None if training.lora else load().requires_grad_(False)} if dpo else started
+        if not dpo:
+            return {"model": load()}
+        student, reference = load(), None if training.lora else load().requires_grad_(False)
+        for one in filter(None, (student, reference)):
+            disable_dropout(one)  # TRL would turn off that of an adapter, `lora.dropout`, as well
+        return {"model": student, "ref_model": reference}
 
     trainer = trl_trainer(
         (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer),
@@ -96,7 +101,7 @@ def train_with_trl(
         seed=seed,
         data_seed=seed,
         max_length=None,  # `encode_pairs` has truncated the rows
-        **({"beta": training.beta} if isinstance(training, DPOTraining) else {}),
+        **({"beta": training.beta, "disable_dropout": False} if isinstance(training, DPOTraining) else {}),
     )
     if dpo:
         trainer.train_dataset = encoded.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)])

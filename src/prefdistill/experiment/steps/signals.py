@@ -52,6 +52,21 @@ class Sample(Step):
             **self.context.load_options(self.model.role, self.model),
         }
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """The options of `sample_responses`."""
+        sampling = self.context.recipe.sampling
+        return {
+            "column": self.column,
+            "seed": self._seed,
+            "trust_remote_code": self.context.recipe.model.trust_remote_code,
+            **self.context.load_options(self.model.role, self.model),
+            **(
+                self.context.placement(self.model.role) if sampling.engine != "vllm" else {}
+            ),  # it places a model itself
+            **sampling.model_dump(),
+        }
+
     def make(self, out: Path) -> None:
         train = self.data.rows
         columns = ("prompt", *TEMPLATE_COLUMNS, *SIDES, *SCORES, *(ended_column(side) for side in SIDES))
@@ -60,13 +75,8 @@ class Sample(Step):
             train.select_columns([name for name in columns if name in train.column_names]),
             self.reads_with.tokenizer,
             out / "responses.jsonl",
-            column=self.column,
             truncation=self.context.truncation,
-            seed=self._seed,
-            trust_remote_code=self.context.recipe.model.trust_remote_code,
-            **self.context.load_options(self.model.role, self.model),
-            **self.context.placement(self.model.role),
-            **self.context.recipe.sampling.model_dump(),
+            **self.request,
         )
 
     def refresh(self) -> None:
