@@ -1,5 +1,6 @@
 """Small models, a tokenizer and pairs that every test can share. Nothing is downloaded."""
 
+import gc
 import os
 import shutil
 import sys
@@ -11,15 +12,30 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
 from support.texts import sentence
 
 pytest_plugins = ["support.report_pages"]
 
-torch.set_num_threads(1)  # tests run two at a time on two cores
-
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def pytest_collection_finish():
+    """Called in each process that runs tests. The one that hands them out imports no library, and starts sooner."""
+    import torch
+
+    torch.set_num_threads(1)  # tests run two at a time on two cores
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_not_collected():
+    """Take what is imported by now out of later garbage collections.
+
+    Every training of a `transformers.Trainer` begins with a full one. Over the objects of PyTorch, transformers and
+    pytest it takes longer than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +67,8 @@ def pairs():
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
     """A random Llama over the tokenizer's vocabulary, with weights large enough that log-probs differ."""
+    import torch
+
     from prefdistill.models.scratch import random_model
 
     def make(seed: int = 0, scale: float = 8.0, **shape):

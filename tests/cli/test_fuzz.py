@@ -1,6 +1,7 @@
 """Files with anything in them: a reader gives what it should or refuses with a UserError, and does nothing else."""
 
 import copy
+import functools
 import json
 import shutil
 from collections import Counter
@@ -49,6 +50,21 @@ def complete(path):
     return recipe
 
 
+@functools.cache  # read by the tests that use them, and not while all tests are collected
+def recipes():
+    return [complete(path) for path in RECIPES]
+
+
+@functools.cache
+def recipe_texts():
+    return [as_yaml(recipe) for recipe in recipes()]
+
+
+@functools.cache
+def studies():
+    return [read_yaml(path, "study", "", "") for path in STUDIES]
+
+
 fuzz = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), max_examples=150
 )
@@ -77,8 +93,8 @@ def leaf_paths(value, path=()):
 
 @st.composite
 def mutated(draw, trees):
-    """One of the trees with one to three of its parts replaced, removed, or under another name."""
-    tree = copy.deepcopy(draw(st.sampled_from(trees)))
+    """One of the trees, which a function gives, with one to three parts replaced, removed, or under another name."""
+    tree = copy.deepcopy(draw(st.sampled_from(trees())))
     for _ in range(draw(st.integers(1, 3))):
         places = list(leaf_paths(tree))
         if not places:
@@ -99,8 +115,8 @@ def mutated(draw, trees):
 
 @st.composite
 def garbled(draw, texts):
-    """One of the texts with a few characters cut out, put in, or turned."""
-    text = draw(st.sampled_from(texts))
+    """One of the texts, which a function gives, with a few characters cut out, put in, or turned."""
+    text = draw(st.sampled_from(texts()))
     for _ in range(draw(st.integers(1, 4))):
         a = draw(st.integers(0, len(text)))
         b = min(len(text), a + draw(st.integers(0, 12)))
@@ -127,7 +143,7 @@ def read(reader, path, kind):
 
 
 @fuzz
-@given(mutated([complete(path) for path in RECIPES]), st.booleans())
+@given(mutated(recipes), st.booleans())
 def test_mutated_recipes(tmp_path, recipe, fast):
     path = tmp_path / "recipe.yaml"
     path.write_text(as_yaml(recipe), encoding="utf-8")
@@ -139,14 +155,14 @@ def test_mutated_recipes(tmp_path, recipe, fast):
 
 
 @fuzz
-@given(garbled([as_yaml(complete(path)) for path in RECIPES]))
+@given(garbled(recipe_texts))
 def test_garbled_recipes(tmp_path, text):
     (tmp_path / "recipe.yaml").write_bytes(text.encode("utf-8", errors="replace"))
     read(load_recipe, tmp_path / "recipe.yaml", Recipe)
 
 
 @fuzz
-@given(mutated([read_yaml(path, "study", "", "") for path in STUDIES]))
+@given(mutated(studies))
 def test_mutated_studies(tmp_path, study):
     (tmp_path / "study.yaml").write_text(as_yaml(study), encoding="utf-8")
     read(load_study, tmp_path / "study.yaml", Study)
@@ -193,7 +209,7 @@ LINES = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3
 
 
 @settings(fuzz, max_examples=100)
-@given(garbled([LINES]), st.sampled_from(["rows.jsonl", "rows.jsonl.gz", "rows.parquet"]))
+@given(garbled(lambda: [LINES]), st.sampled_from(["rows.jsonl", "rows.jsonl.gz", "rows.parquet"]))
 def test_garbled_rows(tmp_path, text, name):
     datasets.disable_progress_bars()
     (tmp_path / name).write_bytes(text.encode("utf-8", errors="replace"))
@@ -213,7 +229,7 @@ def store(tmp_path_factory, make_model, tokenizer, pairs):
 @settings(fuzz, max_examples=400)
 @given(st.data())
 def test_mutated_manifests(store, tmp_path, pairs, data):
-    manifest = data.draw(mutated([read_sealed(store / "manifest.json")]))
+    manifest = data.draw(mutated(lambda: [read_sealed(store / "manifest.json")]))
     place = tmp_path / "store"
     shutil.copytree(store, place, dirs_exist_ok=True)
     if isinstance(manifest, dict):  # with a checksum that fits, so that what it says is looked at
@@ -230,7 +246,7 @@ def test_mutated_manifests(store, tmp_path, pairs, data):
 @settings(fuzz, max_examples=60)
 @given(st.data())
 def test_garbled_manifests(store, tmp_path, data):
-    text = data.draw(garbled([(store / "manifest.json").read_text()]))
+    text = data.draw(garbled(lambda: [(store / "manifest.json").read_text()]))
     place = tmp_path / "store"
     shutil.copytree(store, place, dirs_exist_ok=True)
     (place / "manifest.json").write_text(text)

@@ -1,6 +1,7 @@
 """Finished runs and named models, shared by the tests of runs."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,17 @@ from prefdistill.data.load import load_pairs
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
 from support.tiny_runs import QUICKSTART, TINY
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_flushed():
+    """A tiny run flushes 1,200 files and directories, and waits for the disk each time; what is read back is the same.
+
+    Tests of tests/core and tests/training look at what is flushed, and when.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

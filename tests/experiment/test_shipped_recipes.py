@@ -69,16 +69,16 @@ def test_every_recipe_from_real_pairs_to_the_report(shared_run, data_dir, path):
     assert all(name in page for name in recipe.methods)
 
 
-def test_real_pairs_through_the_shipped_recipe(tmp_path, data_dir):
+def test_real_pairs_through_the_shipped_recipe(shared_run, tmp_path, data_dir):
     """The recipe for one's own pairs, in its fast profile and smaller still, with named models the second time."""
     overrides = fast(data_dir)
     recipe = ROOT / "recipes" / "local-pairs" / "tvkd.yaml"
-    results = run_recipe(load_recipe(recipe, overrides, fast=True), tmp_path / "scratch")
+    results = run_recipe(load_recipe(recipe, overrides, fast=True), shared_run)
     for name in ("dpo", "tvkd"):
         assert results["methods"][name]["reward_accuracy"]["n"] == prompts_of_test(data_dir)
     assert results["differences"]["tvkd"]["reward_accuracy"]["over"] == "test prompts"
 
-    root = tmp_path / "scratch" / "seed-0"
+    root = shared_run / "seed-0"
     models = [f"model.teacher={root / 'teacher-dpo'}", f"model.student={root / 'student-sft'}"]
     named = [*overrides, *models, "teacher.sft=null", "teacher.dpo=null", "student.sft=null"]
     again = run_recipe(load_recipe(recipe, named, fast=True), tmp_path / "named")

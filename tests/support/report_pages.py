@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from prefdistill.report import render_html
 from support.runs import EVIL, INF, NAN, distill_stage, log, make_results, write_run
 
 
@@ -16,6 +15,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def page(run: Path) -> str:
+    from prefdistill.report import render_html
+
     return render_html([run])
 
 
@@ -52,4 +53,6 @@ def evil_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def evil_page(evil_run: Path) -> str:
+    from prefdistill.report import render_html
+
     return render_html([evil_run])

@@ -58,6 +58,7 @@ def test_any_split_of_a_batch_has_one_trajectory(tmp_path, make_model, pairs, to
         assert one["weights"] == pytest.approx(two["weights"], abs=1e-3)
 
 
+DATA = ["--data", "pairs.jsonl"]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "prefdistill"]
 
 
@@ -80,33 +81,52 @@ def launch(tmp_path, make_model, pairs, tokenizer):
 
 def test_training_runs_on_two_processes(tmp_path, launch):
     options = ["max_steps=2", "batch_size=8", "micro_batch_size=4"]
-    data = ["--data", "pairs.jsonl"]
-    trained = launch("distill", "--student", "model", *data, "--method", "sft", "--out", "out", *options)
+    trained = launch("distill", "--student", "model", *DATA, "--method", "sft", "--out", "out", *options)
     assert trained.returncode == 0, trained.stderr[:3000]
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert trained.stderr.count("done in") == 1
-    adapter = launch("sft", "--model", "model", *data, "--out", "adapter", *options, "lora.r=4")
-    assert adapter.returncode == 0, adapter.stderr[:3000]
-    assert (tmp_path / "adapter" / "adapter" / "adapter_config.json").exists()
-    verified = [line for line in adapter.stderr.splitlines() if "loaded again, its logits differ by" in line]
-    assert len(set(verified)) == len(verified) >= 1  # by one process
 
 
-def test_signals_of_two_processes_equal_those_of_one_to_the_byte(tmp_path, launch, pairs, monkeypatch):
-    """Three shards for two processes, one of them left by an interrupted run on one process."""
+EXTRACT_AND_CALL = """
+import contextlib, json, os, sys
+from prefdistill import extract_signals
+from prefdistill.cli import main
+options, calls = map(json.loads, sys.argv[1:])
+extract_signals("model", "pairs.jsonl", out="two", **options)
+for name, arguments in calls.items():
+    said = f"{name}-{os.environ['RANK']}"
+    with open(f"{said}.out", "w") as out, open(f"{said}.err", "w") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(arguments)
+    if status:
+        sys.exit(open(f"{said}.err").read())
+"""
+
+
+def test_signals_of_two_processes_equal_those_of_one_to_the_byte_and_an_adapter_is_verified_once(
+    tmp_path, launch, pairs, monkeypatch
+):
+    """Three shards for two processes, one of them left by an interrupted run on one process. Then two verbs, in the
+    same two processes because they take long to start."""
     options = {"kinds": ("values", "logps", "topk"), "k": 5, "shard_rows": 10}
-    extract = "import sys; from prefdistill import extract_signals; "
-    (tmp_path / "extract.py").write_text(f'{extract}extract_signals("model", "pairs.jsonl", out="two", **{options})\n')
+    calls = {
+        "signals": ["signals", "--model", "model", *DATA, "--out", "three", "--json"],
+        "sft": ["sft", "--model", "model", *DATA, "--out", "adapter", "max_steps=2", "batch_size=8", "lora.r=4"],
+    }
+    (tmp_path / "extract.py").write_text(EXTRACT_AND_CALL)
     monkeypatch.chdir(tmp_path)
     extract_signals("model", "pairs.jsonl", out="one", **options)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "manifest.json").unlink()
     for number in (0, 2):
         (tmp_path / "two" / "shards" / f"{number:05d}.parquet").unlink()
-    both = launch("extract.py", prefix=LAUNCH[:-2])
+    both = launch("extract.py", json.dumps(options), json.dumps(calls), prefix=LAUNCH[:-2])
     assert both.returncode == 0, both.stderr[-3000:]
     for name in ("manifest.json", *(f"shards/{number:05d}.parquet" for number in range(3))):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    output = launch("signals", "--model", "model", "--data", "pairs.jsonl", "--out", "three", "--json")
-    assert output.returncode == 0, output.stderr[-3000:]
-    assert json.loads(output.stdout)["pairs"] == len(pairs)  # said once
+    printed = "".join((tmp_path / f"signals-{rank}.out").read_text() for rank in range(2))
+    assert json.loads(printed)["pairs"] == len(pairs)  # said once
+    assert (tmp_path / "adapter" / "adapter" / "adapter_config.json").exists()
+    said = [line for rank in range(2) for line in (tmp_path / f"sft-{rank}.err").read_text().splitlines()]
+    verified = [line for line in said if "loaded again, its logits differ by" in line]
+    assert len(set(verified)) == len(verified) >= 1  # by one process
