@@ -40,6 +40,7 @@ class Parts(TrainerCallback):
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
+        self.keeps_copies = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model.get_decoder().layers[-1].register_forward_pre_hook(self.before_layer)
@@ -50,7 +51,7 @@ class Parts(TrainerCallback):
 
     def before_layer(self, *_):
         """Note whether the copies in 16 bits of the weights of all layers are kept until the pass ends."""
-        self.keeps_copies = torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+        self.keeps_copies |= torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.stop_after and processes().is_main_process:
