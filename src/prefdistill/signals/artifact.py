@@ -10,7 +10,7 @@ from prefdistill.core.parts import Parts, read_checksum
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.signals.request import Encoding, finished_manifest, parts_of
-from prefdistill.signals.shards import Shard, write_shard
+from prefdistill.signals.shards import Shard, open_shards, write_shard
 from prefdistill.signals.store import DamagedSignals, Signals
 
 
@@ -86,7 +86,7 @@ def finish(store: StoreArtifact) -> None:
     team.wait_for_everyone()
     paths = store.shards(len(parts_of(store.request))).paths
     try:
-        manifest, reading = finished_manifest(store.request, [Shard(path) for path in paths])
+        manifest, reading = finished_manifest(store.request, open_shards(paths))
     except UserError:
         team.wait_for_everyone()
         if team.is_main_process:
