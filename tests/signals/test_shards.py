@@ -27,7 +27,10 @@ from support.tokenizer_styles import make_tokenizer
 def room_for_files(count):
     """Let this process open only so many files more."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + count, limits[1]))
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]  # the lowest numbers that are not in use
+    for number in free:
+        os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, limits[1]))
     try:
         yield
     finally:
