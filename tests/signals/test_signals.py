@@ -796,26 +796,6 @@ def test_bad_requests_of_storage(tmp_path, make_model, pairs, tokenizer, options
     assert not (tmp_path / "s").exists()
 
 
-def test_reading_a_few_rows_reads_only_their_row_groups(extract, make_model, monkeypatch):
-    """Small row groups, of which those asked for are read and the last ones kept."""
-    from prefdistill.signals import shards
-
-    monkeypatch.setattr(shards, "GROUP_BYTES", 2_000)
-    monkeypatch.setattr(shards, "GROUPS_KEPT", 2)
-    store = extract(make_model(5), "values", "topk", k=9)
-    shard = store.shards[0]
-    groups = shard.file.num_row_groups
-    assert groups > 5
-    whole = [store.topk("chosen", np.array([row])).logps for row in store.rows]
-    assert len(shard._groups) == 2
-    for row in (20, 3, 20):
-        np.testing.assert_array_equal(store.topk("chosen", np.array([row])).logps, whole[row])
-    import pickle
-
-    again = pickle.loads(pickle.dumps(store))
-    np.testing.assert_array_equal(again.topk("chosen", np.array([7])).logps, whole[7])
-
-
 def test_nothing_is_left_if_every_pair_is_dropped(tmp_path, make_model, pairs, tokenizer):
     with pytest.raises(UserError, match="No row is left: dropped 24 rows"):
         extract_signals(

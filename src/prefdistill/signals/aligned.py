@@ -24,7 +24,7 @@ from prefdistill.signals.alignment import Alignment, States
 from prefdistill.signals.ids import Ids
 from prefdistill.signals.kinds import Kind, make_kinds
 from prefdistill.signals.projected import STATE, TOPK_STATE, ProjectedSignals, taught_states
-from prefdistill.signals.shards import ROW, Shard, memory_shard, response_columns
+from prefdistill.signals.shards import ROW, Recent, Shard, memory_shard, response_columns
 from prefdistill.signals.store import Signals
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def align(
     Raises:
         UserError: if the store has no places in the text, or no row is left.
     """
-    columns = {f"{name}_text_end" for name in store.responses}
-    if not columns <= set(store.columns):
+    if not {f"{name}_text_end" for name in store.responses} <= set(store.columns):
         raise UserError(
             f"the {store.role} signals ({store.place}) are of another tokenizer than the student's, and of an older "
             "version, without places in the text: delete them and extract them again with `prefdistill signals`"
@@ -98,13 +97,13 @@ def align(
     reasons = {row: reason for row, (reason, _) in unserved(store, texts).items()}
     fits = ~np.isin(rows, [*reasons])
     shards: list[Shard] = []
-    shared = np.zeros(2)
+    shared, recent = np.zeros(2), Recent()
     for shard in store.shards:
         part = Signals(store.manifest, [shard], store.place)
         places = np.flatnonzero(fits & np.isin(rows, part.rows))
         if len(places):
-            aligned, counts = _aligned_shard(part, texts, places, kinds, same_tokenizer=same, topk=tokens is not None)
-            shards.append(aligned)
+            columns, counts = _aligned_columns(part, texts, places, kinds, same_tokenizer=same, topk=tokens is not None)
+            shards.append(memory_shard(columns, {}, recent))
             shared += counts
     dropped = Dropped({}, {}).with_rows(reasons)
     if not shards:
@@ -158,10 +157,12 @@ def unserved(store: Signals, texts: EncodedTexts) -> dict[int, tuple[str, str]]:
     return reasons
 
 
-def _aligned_shard(
+def _aligned_columns(
     store: Signals, texts: EncodedTexts, places: np.ndarray, kinds: list[Kind], *, same_tokenizer: bool, topk: bool
-) -> tuple[Shard, tuple[int, int]]:
-    """Return the student's rows at `places` with the store's signals; of the states how many are shared, and all."""
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Return the columns of the student's rows at `places`, with the store's signals; of the states how many are
+    shared, and all.
+    """
     encoded = texts.encoded.select(places)
     ids = Ids.of(encoded, store.responses)
     columns: dict[str, Any] = {"row": (ROW, ids.rows)}
@@ -188,7 +189,7 @@ def _aligned_shard(
                     map_numbers = _held if spec.across == "hold" else _summed
                     numbers = store.ragged(stored, ids.rows)
                     columns[stored] = (spec, map_numbers(numbers, alignment, student, teacher))
-    return memory_shard(columns, {}), (shared, states)
+    return columns, (shared, states)
 
 
 def states_of(store: Signals, name: str, encoded: Dataset, spans: Spans, rows: np.ndarray) -> tuple[States, States]:

@@ -1,6 +1,7 @@
 """A signal store as work that is done once: its files, one shard of it, and the manifest that finishes it."""
 
 import shutil
+from pathlib import Path
 from typing import Any, Protocol
 
 from prefdistill.core.artifact import DirectoryArtifact
@@ -10,15 +11,23 @@ from prefdistill.core.parts import Parts, read_checksum
 from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress, say
 from prefdistill.signals.request import Encoding, finished_manifest, parts_of
-from prefdistill.signals.shards import Shard, write_shard
+from prefdistill.signals.shards import Shard, open_shards, write_shard
 from prefdistill.signals.store import DamagedSignals, Signals
 
 
 class StoreArtifact(DirectoryArtifact):
-    """A signal store as work that is done once: `request.json`, shards with their checksums, `manifest.json`."""
+    """A signal store as work that is done once: `request.json`, shards with their checksums, `manifest.json`.
+
+    Args:
+        alone: whether no other process writes its shards, see `Shards.alone`.
+    """
 
     SEAL = "manifest.json"
     repair = "prefdistill signals --repair"
+
+    def __init__(self, name: str, place: Path, request: dict[str, Any], *, alone: bool = False) -> None:
+        super().__init__(name, place, request)
+        self.alone = alone
 
     def read_note(self) -> dict[str, Any] | None:
         if not (self.place / self.NOTE).is_file():
@@ -45,7 +54,7 @@ class StoreArtifact(DirectoryArtifact):
         return Parts(self.place / "shards", count, ".parquet", checksums=True)
 
     def withdraw(self) -> None:
-        if not any((self.place / "shards").glob("*.parquet")):
+        if self.alone and not any((self.place / "shards").glob("*.parquet")):
             shutil.rmtree(self.place, ignore_errors=True)
 
     def seal(self, about: dict[str, Any]) -> None:
@@ -58,6 +67,10 @@ class Shards(Protocol):
     @property
     def request(self) -> dict[str, Any]:
         """The request of model and data as the engine reads them."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether only this process writes shards; else others may still write when it stops."""
 
     def write(self, store: StoreArtifact) -> None:
         """Write the missing shards of a store, and check the token ids of the others."""
@@ -86,7 +99,7 @@ def finish(store: StoreArtifact) -> None:
     team.wait_for_everyone()
     paths = store.shards(len(parts_of(store.request))).paths
     try:
-        manifest, reading = finished_manifest(store.request, [Shard(path) for path in paths])
+        manifest, reading = finished_manifest(store.request, open_shards(paths))
     except UserError:
         team.wait_for_everyone()
         if team.is_main_process:

@@ -11,6 +11,7 @@ from prefdistill.core.lock import locked_together
 from prefdistill.core.options import takes
 from prefdistill.core.parts import Parts
 from prefdistill.core.paths import check_place
+from prefdistill.core.processes import processes
 from prefdistill.core.progress import Progress
 from prefdistill.data.truncation import Truncation
 from prefdistill.signals.artifact import Shards, StoreArtifact, finish, write_part
@@ -77,7 +78,7 @@ def extract_signals(
             out, model, dataset, tokenizer, request, truncation or Truncation(), ids_from
         ) as shards,
     ):
-        store = StoreArtifact("signals", out, shards.request)
+        store = StoreArtifact("signals", out, shards.request, alone=shards.alone)
         with store.session(lock=False) as seal:
             if seal is None:
                 shards.write(store)
@@ -97,6 +98,10 @@ class LocalShards:
     @property
     def request(self) -> dict[str, Any]:
         return self.extraction.request
+
+    @property
+    def alone(self) -> bool:
+        return processes().num_processes == 1
 
     def write(self, store: StoreArtifact) -> None:
         """Write the missing shards of a store."""

@@ -85,6 +85,7 @@ class RayShards:
 
     workers: Workers
     request: dict[str, Any]
+    alone: bool = False
 
     def write(self, store: StoreArtifact) -> None:
         """Write the missing shards of a store."""

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 # Bytes of a row group, the least that is read at once: small enough to pick single pairs out of a file of many.
 GROUP_BYTES = 2**18
-GROUPS_KEPT = 32
+# Of the shards of a store together. An open file holds what it says of its row groups, up to about 2 MB.
+BYTES_KEPT = 2**26  # of row groups
+FILES_KEPT = 64
+LARGE = 2**22  # bytes of a row group that threads read faster
 NOTES = b"prefdistill"
 # The columns of every store, beside those of its kinds.
 ROW = Column("int64", encoding="DELTA_BINARY_PACKED")
@@ -66,11 +69,17 @@ def write_shard(path: Path, columns: ShardColumns, notes: dict[str, Any]) -> Non
         write_checksum(path, file_digest(temporary))
 
 
-def memory_shard(columns: ShardColumns, notes: dict[str, Any]) -> "Shard":
+def memory_shard(columns: ShardColumns, notes: dict[str, Any], recent: "Recent | None" = None) -> "Shard":
     """Return a shard that is in memory, with the bytes that its file would have."""
     sink = pa.BufferOutputStream()
     _write_table(sink, columns, notes)
-    return Shard(sink.getvalue())
+    return Shard(sink.getvalue(), recent)
+
+
+def open_shards(paths: Iterable[Path]) -> list["Shard"]:
+    """Return the shards of one store, which share what they keep open and in memory."""
+    recent = Recent()
+    return [Shard(path, recent) for path in paths]
 
 
 def _write_table(where: Any, columns: ShardColumns, notes: dict[str, Any]) -> None:
@@ -90,25 +99,69 @@ def _write_table(where: Any, columns: ShardColumns, notes: dict[str, Any]) -> No
     )
 
 
-class Shard:
-    """One file of a store, or a buffer. Only the row groups that were read last stay in memory."""
+class Recent:
+    """The files and row groups that were read last. The others are closed and forgotten, so that a store may have any
+    number of shards of any size.
 
-    def __init__(self, source: Path | pa.Buffer) -> None:
-        self.source = source
-        self._groups: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
+    It is not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[object, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[object, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to another process, empty
+        return Recent, ()
+
+    def file(self, key: object, source: Path | pa.Buffer) -> pq.ParquetFile:
+        """Return an open file."""
+        if key not in self._files:
+            while len(self._files) >= FILES_KEPT:
+                self._files.popitem(last=False)  # closed as soon as nobody reads it
+            self._files[key] = pq.ParquetFile(source, memory_map=isinstance(source, Path))
+        self._files.move_to_end(key)
+        return self._files[key]
+
+    def group(self, key: object, source: Path | pa.Buffer, number: int, columns: tuple[str, ...]) -> pa.Table:
+        """Return these columns of a row group."""
+        place = key, number, columns
+        if place not in self._groups:
+            file = self.file(key, source)
+            large = file.metadata.row_group(number).total_byte_size > LARGE  # else threads take longer to start
+            group = file.read_row_group(number, columns=list(columns), use_threads=large).combine_chunks()
+            self._bytes += group.get_total_buffer_size()
+            while self._groups and self._bytes > BYTES_KEPT:
+                self._bytes -= self._groups.popitem(last=False)[1].get_total_buffer_size()
+            self._groups[place] = group
+        self._groups.move_to_end(place)
+        return self._groups[place]
+
+
+class Shard:
+    """One file of a store, or a buffer.
+
+    Args:
+        source: the file, or the buffer.
+        recent: what the shards of its store keep open and in memory; by default it keeps its own.
+    """
+
+    def __init__(self, source: Path | pa.Buffer, recent: Recent | None = None) -> None:
+        self.source, self.recent = source, recent or Recent()
+        self._key = object()  # not the shard itself: it holds `recent`, and would not be freed at once
 
     def __reduce__(self) -> tuple[Any, ...]:  # to another process, without open files and row groups
-        return Shard, (self.source,)
+        return Shard, (self.source, self.recent)
 
-    @cached_property
+    @property
     def file(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.source, memory_map=isinstance(self.source, Path))
+        return self.recent.file(self._key, self.source)
 
     @cached_property
     def starts(self) -> np.ndarray:
         """The first row of each row group, and the number of rows."""
-        groups = range(self.file.num_row_groups)
-        return np.cumsum([0, *(self.file.metadata.row_group(n).num_rows for n in groups)])
+        metadata = self.file.metadata
+        return np.cumsum([0, *(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))])
 
     @cached_property
     def names(self) -> list[str]:
@@ -135,14 +188,6 @@ class Shard:
         slices = []
         for place in places:
             group = int(np.searchsorted(self.starts, place, side="right")) - 1
-            slices.append(self._group(group, columns).slice(place - self.starts[group], 1))
+            table = self.recent.group(self._key, self.source, group, columns)
+            slices.append(table.slice(place - self.starts[group], 1))
         return pa.concat_tables(slices)
-
-    def _group(self, number: int, columns: tuple[str, ...]) -> pa.Table:
-        key = (number, columns)
-        if key not in self._groups:
-            while len(self._groups) >= GROUPS_KEPT:
-                self._groups.popitem(last=False)
-            self._groups[key] = self.file.read_row_group(number, columns=list(columns)).combine_chunks()
-        self._groups.move_to_end(key)
-        return self._groups[key]

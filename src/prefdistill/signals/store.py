@@ -28,7 +28,7 @@ from prefdistill.models.identity import tokenizer_identity
 from prefdistill.signals.kinds import Settings, make_kinds
 from prefdistill.signals.manifest import check_manifest
 from prefdistill.signals.needs import Need
-from prefdistill.signals.shards import IDS_CHECK, Shard
+from prefdistill.signals.shards import IDS_CHECK, Shard, open_shards
 from prefdistill.signals.topk import TopK, TopKKind
 
 if TYPE_CHECKING:
@@ -94,15 +94,15 @@ class Signals:
         if manifest.get("schema") not in READABLE:
             raise UserError(f"{directory}/manifest.json is not a signal manifest of schema {SCHEMA}; extract it again")
         check_manifest(manifest, directory)
-        shards = []
+        paths = []
         for shard in manifest["shards"]:
             path = directory / "shards" / Path(shard["file"]).name
             if not path.is_file():
                 raise DamagedSignals(f"{path} is missing", directory)
             if file_digest(path) != shard["sha256"]:
                 raise DamagedSignals(f"{path} is damaged (its checksum differs)", directory)
-            shards.append(Shard(path))
-        signals = cls(manifest, shards, str(directory))
+            paths.append(path)
+        signals = cls(manifest, open_shards(paths), str(directory))
         known = sorted([*signals.rows.tolist(), *manifest["dropped"]["rows"]])
         if len(known) != manifest["data"]["rows"] or known != list(range(len(known))):
             raise UserError(f"the signals in {directory} lack rows of the data; delete it and extract it again")
