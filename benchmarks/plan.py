@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,8 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 ONE = {"batch_size": 2}  # pairs in a step: one micro-batch
 TRAINING |= {f"{name} one-micro-batch": options | ONE for name, options in TRAINING.items()}
+TRL = {"trl-dpo": {}, "trl-dpo lora": {"lora": {"r": 16}}}  # the teacher's DPO
+TRAINING |= TRL
 # kind of signals or "sampling", dtype of the weights, and whether bf16 autocast is on
 READING = {
     f"{kind} {name}": (kind, dtype, autocast)
@@ -45,21 +48,32 @@ STEPS, PAIRS = 3, 2  # steps of a run, the first of which is not timed; pairs in
 READ_PAIRS, SAMPLED = 6, 16  # pairs and responses in a batch
 
 
-def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: int, threads: int) -> dict[str, Any]:
+def run(
+    shape: dict[str, Any], training: dict[str, Any], prompt: int, response: int, threads: int, *, trl: bool = False
+) -> dict[str, Any]:
     """Train in this process; return planned and measured bytes, operations, and the seconds of a step: of CPU time, or
-    on a GPU of wall time."""
+    on a GPU of wall time.
+
+    Args:
+        trl: train DPO with TRL, beside a reference unless it trains an adapter.
+    """
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+    from trl.kernels import chunked_logprob
 
     from benchmarks import harness
     from benchmarks.inputs import make_tokenizer
     from benchmarks.shapes import empty_model, make_model
-    from prefdistill.experiment.flops import Text, training_flops
+    from prefdistill.data.encode import encode_pairs
+    from prefdistill.data.truncation import Truncation
+    from prefdistill.experiment.flops import Text, forward_flops, training_flops
     from prefdistill.experiment.memory import training_memory
     from prefdistill.methods import METHODS
     from prefdistill.signals.live import LiveTeacher
     from prefdistill.training.arguments import adapter_config, training_arguments
+    from prefdistill.training.factory import trl_trainer
     from prefdistill.training.options import Training
     from prefdistill.training.trainer import PrefDistillTrainer
 
@@ -85,8 +99,28 @@ def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: 
             harness.synchronize()
             seconds.append(clock())
 
-    with tempfile.TemporaryDirectory() as out:
-        trainer = PrefDistillTrainer(
+    def with_trl(out: str) -> Any:
+        reference = None if options.lora else make_model(shape, tokenizer, 0).requires_grad_(False)
+        models = {"model": model, "ref_model": reference}
+        trainer = trl_trainer(
+            (DPOConfig, DPOTrainer),
+            lambda: models,
+            rows.select([0]),
+            tokenizer,
+            options,
+            Path(out),
+            seed=0,
+            data_seed=0,
+            max_length=None,
+        )
+        trainer.train_dataset = encode_pairs(rows, tokenizer, Truncation())[0].select_columns(
+            ["prompt_ids", "chosen_ids", "rejected_ids"]
+        )
+        trainer.add_callback(Clock())
+        return trainer
+
+    def with_own(out: str) -> Any:
+        return PrefDistillTrainer(
             model,
             METHODS["dpo"](),
             training_arguments(options, Path(out), seed=0, data_seed=0),
@@ -96,13 +130,27 @@ def run(shape: dict[str, Any], training: dict[str, Any], prompt: int, response: 
             peft_config=adapter_config(options),
             callbacks=[Clock()],
         )
+
+    # on CPUs TRL holds about eight copies of a tile of logits, on GPUs one
+    tiles = patch.object(chunked_logprob, "TOKEN_CHUNK_SIZE", chunked_logprob.TOKEN_CHUNK_SIZE // 8)
+    with tempfile.TemporaryDirectory() as out, tiles if trl and not torch.cuda.is_available() else nullcontext():
+        trainer = (with_trl if trl else with_own)(out)
         encoded = trainer.train_dataset[0]
         lengths = [len(encoded[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
         trainer.train()
         peak = harness.peak() - before
-    empty = empty_model(shape)
-    held = training_memory(empty, options, "float32", sum(lengths), scored=sum(lengths[1:]) / sum(lengths))
-    flops = options.batch_size * training_flops(empty, options, Text(lengths[0], lengths[1], 2))
+    empty, text = empty_model(shape), Text(lengths[0], lengths[1], 2, shared=not trl)
+    held = training_memory(
+        empty,
+        options,
+        "float32",
+        sum(lengths[:2]) if trl else sum(lengths),
+        scored=sum(lengths[1:]) / text.tokens,
+        sequences=2 if trl else 1,
+        reference=trl and not options.lora,
+    )
+    of_reference = sum(forward_flops(empty, text)) if trl else 0
+    flops = options.batch_size * (training_flops(empty, options, text) + of_reference)
     step = (seconds[-1] - seconds[1]) / (STEPS - 1)
     return {"planned": held.parts(), "measured": peak, "flops": flops, "seconds": step}
 
@@ -217,7 +265,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one case in this process."""
     common = (args.prompt, args.response, args.threads)
     if case in TRAINING:
-        return run(SHAPES[args.shape], TRAINING[case], *common)
+        return run(SHAPES[args.shape], TRAINING[case], *common, trl=case in TRL)
     return read(SHAPES[args.shape], *READING[case], *common)
 
 

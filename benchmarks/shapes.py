@@ -1,6 +1,7 @@
 """Random models of well-known shapes, and the FLOP of their forward pass."""
 
 import functools
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,21 +33,6 @@ SHAPES = {
     "qwen-0.5b": _shape(151_936, 896, 4_864, 24, 14, 2, True),
     "llama-1b": _shape(128_256, 2_048, 8_192, 16, 32, 8, True),
     "llama-8b": _shape(128_256, 4_096, 14_336, 32, 32, 8, False),
-}
-
-# Dense bfloat16 FLOP/s of the tensor cores, from NVIDIA's data sheets (half of the numbers "with sparsity"). The first
-# name that is part of the device's name applies.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "B200": 2_250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "4090": 165e12,
 }
 
 
@@ -123,5 +109,13 @@ def _empty_model(shape: tuple[tuple[str, Any], ...]) -> "PreTrainedModel":
 
 
 def peak_flops(device: str) -> float | None:
-    """Return the peak FLOP/s of a GPU by its name; None for a CPU and for GPUs that are not listed."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+    """Return the peak FLOP/s of a GPU by its name, in dense bfloat16; None for a CPU and for GPUs that are not listed.
+
+    All words of a listed name, such as those of H100-PCIe, are words of the device's.
+    """
+    from prefdistill.experiment.hardware import GPUS
+
+    words = {*re.split(r"\W+", device.upper())}
+    listed = {name: {*name.upper().split("-")} for name in GPUS}
+    matches = [name for name, needed in listed.items() if needed <= words]
+    return GPUS[max(matches, key=lambda name: len(listed[name]))].flops if matches else None

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,20 @@ from prefdistill.cli import main
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.data.batches import Layout
+from prefdistill.data.columns import SIDES
+from prefdistill.data.encode import encode_pairs
+from prefdistill.data.truncation import Truncation
 from prefdistill.experiment import memory
 from prefdistill.experiment.activations import Held, activation_bytes, pass_bytes
-from prefdistill.experiment.flops import Text, forward_flops, training_flops
-from prefdistill.experiment.hardware import GPUS, Scale
+from prefdistill.experiment.cost import costs
+from prefdistill.experiment.flops import Lengths, Text, forward_flops, training_flops
+from prefdistill.experiment.hardware import GPU, GPUS, Scale
 from prefdistill.experiment.memory import Memory, reading_memory, sampling_memory, training_memory, weight_bytes
+from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.scale import USABLE, fewest
-from prefdistill.experiment.show_plan import as_text, plan_recipe
+from prefdistill.experiment.show_plan import _length, as_text, plan_recipe
+from prefdistill.experiment.steps.models import Dpo
 from prefdistill.models import logprobs
 from prefdistill.models.backbone import backbone_of
 from prefdistill.sampling.engines import TransformersEngine
@@ -98,17 +105,24 @@ def test_70b_to_8b_by_hand(models, pairs):
     assert on["one"]["weights"] == 4 * SMALL_WEIGHTS
     assert on["one"]["gradients"] == 4 * SMALL_WEIGHTS
     assert on["one"]["optimizer"] == 8 * SMALL_WEIGHTS
-    assert on["one"]["copies"] == 2 * SMALL_WEIGHTS
+    assert on["one"]["copies"] == 2 * (SMALL_LAYERS + 128256 * 4096)
     assert on["ddp"]["gradients"] == 8 * SMALL_WEIGHTS
     assert on["zero2"]["optimizer"] == pytest.approx(12 * SMALL_WEIGHTS / 8)
-    assert sum(on["fsdp2"][part] for part in ("weights", "gradients", "optimizer")) == pytest.approx(
-        16 * SMALL_WEIGHTS / 8
+    state = ("weights", "gradients", "optimizer")
+    assert sum(on["zero3"][part] for part in state) == pytest.approx(16 * SMALL_WEIGHTS / 8)
+    # besides, the gradients of a layer, and of embeddings and head; their weights and those of two layers gathered
+    layer, around = SMALL_LAYERS / 32, 2 * 128256 * 4096
+    assert sum(on["fsdp2"][part] for part in state) == pytest.approx(
+        16 * SMALL_WEIGHTS / 8 + 4 * (layer + around), rel=1e-3
     )
+    assert on["fsdp2"]["copies"] == pytest.approx(4 * (2 * layer + around) + 2 * around / 2, rel=1e-3)
+    assert on["zero3"]["copies"] == pytest.approx(2 * (2 * layer + around / 2) + 4 * around / 2, rel=1e-3)
     # the inputs of 32 layers for two responses of up to 2048 tokens, and one layer whole
     assert on["one"]["activations"] == pytest.approx(32 * 4096 * 4096 * 4 + 1.3e9, rel=0.1)
     assert steps["signals-teacher-train"]["memory"]["one"]["weights"] == 2 * BIG_WEIGHTS
-    assert steps["distill-tvkd-0"]["fits"] == {"one": None, "ddp": None, "zero2": 8, "fsdp2": 4}
-    assert steps["signals-teacher-train"]["fits"] == {"one": None, "ddp": None, "zero2": None, "fsdp2": 4}
+    assert steps["distill-tvkd-0"]["fits"] == {"one": None, "ddp": None, "zero2": 8, "zero3": 4, "fsdp2": 4}
+    assert steps["signals-teacher-train"]["fits"] == {"one": None, "device_map": 4}
+    assert steps["signals-reference-train"]["fits"] == {"one": 1}  # what is read as a student is never spread
     # each process of signals holds the whole model
     assert [line.partition(" ")[0] for line in plan["advice"]] == ["signals-teacher-test", "evaluate-teacher"]
     assert steps["signals-teacher-train"]["per_device"] > 2 * BIG_WEIGHTS
@@ -152,6 +166,112 @@ def test_what_does_not_fit_says_what_to_change(models):
     assert adapted["memory"]["one"]["optimizer"] == 2 * adapted["memory"]["one"]["gradients"] < 1e9
 
 
+SCRATCH = [
+    "model.teacher=null",
+    "model.student=null",
+    "data.max_length=64",
+    f"model.scratch={json.dumps({'teacher': LLAMA, 'student': LLAMA, 'vocab_size': 1000})}",
+]
+
+
+def tiny(monkeypatch, memory, *changes, recipe="base", **scale):
+    """The plan at scale of a small recipe for devices with so much memory, in bytes, of which all is usable."""
+    monkeypatch.setitem(GPUS, "L4", GPU(1e14, memory / USABLE, 1e12))
+    loaded = load_recipe(ROOT / "recipes" / "papers" / f"{recipe}.yaml", [*TRAINED, *SCRATCH, *changes])
+    return plan_recipe(loaded, ROOT / "nowhere", Scale(pairs=1000, gpu="L4", **scale))["scale"]
+
+
+def advice_of(plan):
+    return {line.partition(" does")[0].partition(":")[0]: line for line in plan["advice"]}
+
+
+def test_advice_for_reading_names_options_that_apply_and_is_tried(monkeypatch):
+    evaluated = ["evaluate={prompts: 64, batch_size: 64, max_new_tokens: 512}"]
+    whole = {step["name"]: sum(step["memory"]["one"].values()) for step in tiny(monkeypatch, 1e9, *evaluated)["steps"]}
+    reading = ("signals-reference-test", "evaluate-start", "evaluate-dpo-0")
+    room = min(whole[name] for name in reading) - 1
+    advice = advice_of(tiny(monkeypatch, room, *evaluated))
+    assert {line for line in map(str, advice.values()) if "device_map" in line or "quantization" in line} == set()
+    options = {name: advice[name].partition("fit: ")[2].split() for name in reading}
+    assert options["signals-reference-test"] == ["signals.batch_tokens=4096"]
+    assert options["evaluate-start"] == ["evaluate.batch_size=16"]
+    assert options["evaluate-dpo-0"] == ["signals.batch_tokens=4096", "evaluate.batch_size=16"]
+    together = {step["name"]: step for step in tiny(monkeypatch, room, *evaluated, *options["evaluate-dpo-0"])["steps"]}
+    assert {name: together[name]["fits"]["one"] for name in reading} == dict.fromkeys(reading, 1)  # it is true
+    # no option makes the weights of a student smaller while it is read
+    assert advice_of(tiny(monkeypatch, 1e5, *evaluated))["evaluate-start"].endswith("fit: take a smaller model")
+
+
+def test_advice_for_a_teacher_spreads_or_quantises_it_where_that_applies(monkeypatch):
+    changes = ["sampling={batch_size: 64, max_new_tokens: 64}"]
+    plan = tiny(monkeypatch, 1e9, *changes, recipe="seqkd")
+    kinds = {step["name"]: step["fits"] for step in plan["steps"] if "device_map" in step["fits"]}
+    assert kinds
+    assert all("teacher" in name for name in kinds)
+    for change, gone in (
+        ("launch.signals={processes: 2}", "signals"),
+        ("signals.engine=ray", "signals"),
+        ("sampling.engine=vllm", "sample"),
+    ):
+        steps = tiny(monkeypatch, 1e9, *changes, change, recipe="seqkd")["steps"]
+        assert {step["name"] for step in steps if "device_map" in step["fits"]} == {
+            name for name in kinds if not name.startswith(gone)
+        }
+
+
+def test_a_reward_model_trains_on_one_device(monkeypatch):
+    training = "training: {micro_batch_size: 8, gradient_checkpointing: false}"
+    changes = [f"reward_model={{model: {json.dumps(LLAMA)}, {training}}}", "evaluate.prompts=8"]
+    plan = tiny(monkeypatch, 1e9, *changes, devices=8)
+    step = next(step for step in plan["steps"] if step["kind"] == "reward_model")
+    whole = sum(step["memory"]["one"].values())
+    assert step["fits"] == {"one": 1}
+    assert step["per_device"] == whole
+    plan = tiny(monkeypatch, whole - 1, *changes, devices=8)
+    line = advice_of(plan)["reward-model"]
+    assert line.endswith("fit: reward_model.training.gradient_checkpointing=true")
+    line = advice_of(tiny(monkeypatch, 3e5, *changes, devices=8))["reward-model"]
+    assert line.endswith("fit: take a smaller model")  # an adapter is refused
+
+
+def test_counts_of_devices_are_those_that_can_share_a_batch(monkeypatch):
+    held = Memory(weights=60, gradients=60, optimizer=120, micro_batches=6)
+    training = Training(batch_size=12, micro_batch_size=2)
+    for room, count in ((240, 1), (120, 2), (80, 3), (60, 6), (30, None)):
+        assert fewest(held, "fsdp2", room / USABLE + 1e-6, training) == count
+    advice = tiny(monkeypatch, 1e9, "training.batch_size=48", "training.micro_batch_size=4", devices=8)["advice"]
+    assert advice == [
+        "distill-dpo-0: batch_size=48 is not a multiple of micro_batch_size x devices = 4 x 8: set "
+        "training.batch_size=64, or training.micro_batch_size=3"
+    ]
+    assert not tiny(monkeypatch, 1e9, "training.batch_size=48", "training.micro_batch_size=3", devices=8)["advice"]
+    (line,) = tiny(monkeypatch, 1e9, "training.batch_size=20", "training.micro_batch_size=4", devices=8)["advice"]
+    assert line.endswith("set training.batch_size=32")
+
+
+def test_trl_reads_a_prompt_twice_and_pads_both_responses(tokenizer, pairs):
+    """So the longest row of the teacher's DPO is twice the longest prompt with a response."""
+    plan = SimpleNamespace(context=SimpleNamespace(truncation=Truncation()))
+    length = _length(SimpleNamespace(rows=pairs), plan, tokenizer)
+    encoded, _ = encode_pairs(pairs, tokenizer, Truncation())
+    texts = [[len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for side in SIDES] for row in encoded]
+    assert length.longest_text == max(map(max, texts))
+    assert length.longest == max(sum(both) - len(row["prompt_ids"]) for both, row in zip(texts, encoded, strict=True))
+
+    recipe = load_recipe(ROOT / "recipes" / "papers" / "base.yaml", ["model.chat_template=null", *SCRATCH])
+    plan = build_plan(recipe, ROOT / "nowhere", 0)
+    (dpo,) = (step for step in plan.steps if isinstance(step, Dpo))
+    model = meta(LlamaConfig(**LLAMA, vocab_size=1000))
+    lengths = {dpo.rows: Lengths(10, 10 * 60, 10 * 20, longest=90, longest_text=70)}
+    (cost,) = costs(plan, {"teacher": model}, lengths, steps=[dpo], peak=True).values()
+    scored = 60 / 100  # of two prompts of 20 and two responses of 30
+    assert cost.held == training_memory(
+        model, dpo.training, recipe.model.dtype, 70, scored=scored, sequences=2, reference=True
+    )
+    one, two = (training_memory(model, Training(), "float32", 70, sequences=n).activations for n in (1, 2))
+    assert two == pytest.approx(2 * one, rel=0.01)
+
+
 def test_sizes_in_place_of_models_and_flags_of_the_verb(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shapes = [f"model.scratch={json.dumps({'teacher': LLAMA, 'student': LLAMA, 'vocab_size': 1000})}"]
@@ -162,6 +282,11 @@ def test_sizes_in_place_of_models_and_flags_of_the_verb(tmp_path, capsys, monkey
     scale = json.loads(capsys.readouterr().out)["scale"]
     assert (scale["gpu"], scale["devices"], scale["strategy"], scale["utilisation"]) == ("4090", 1, "one", 0.5)
     assert {step["fits"]["one"] for step in scale["steps"]} == {1}
+    assert main(["plan", recipe, *changes, *flags, "--devices", "2", "--strategy", "zero3"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.partition("at scale")[2].splitlines()]
+    fits = {line[0]: line[4:] for line in lines if len(line) == 10}
+    assert fits["distill-dpo-0"] == ["1", "2", "1", "1", "1", "-"]
+    assert fits["signals-reference-train"] == ["1", "-", "-", "-", "-", "-"]
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="the built-in task has its own"):
         plan_recipe(load_recipe(QUICKSTART), tmp_path / "run", Scale(pairs=10))
@@ -262,18 +387,82 @@ def test_activations_are_what_a_pass_saves(config, bf16):
     assert 3 * layer + around == pytest.approx(measured, rel=0.2)
 
 
+class Copies(Held):
+    """Counts the 16-bit copies of some weights that are alive."""
+
+    def __init__(self, model, shapes):
+        super().__init__(model)
+        self.shapes = shapes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and returned.dtype is torch.bfloat16:
+            if returned.shape in self.shapes:
+                self._add(returned.untyped_storage())
+            self.peak = max(self.peak, self.now)
+        return returned
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["all weights", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("caching", [False, True])  # False: under FSDP2
+def test_16_bit_copies_are_those_that_a_step_keeps(lora, checkpointing, caching):
+    """Backward needs those of all layers, with checkpointing of one; autocast caches those of trained weights."""
+    training = Training.model_validate({"bf16": True, "lora": lora, "gradient_checkpointing": checkpointing})
+    config = LlamaConfig(**LLAMA, vocab_size=100)
+    model = AutoModelForCausalLM.from_config(config).train()
+    shapes = {weight.shape for name, weight in model.named_parameters() if "norm" not in name}
+    if lora:
+        model = get_peft_model(model, adapter_config(training))
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with Copies(model, shapes) as copies:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=caching):
+            loss = model(input_ids=torch.zeros(2, 9, dtype=torch.long), use_cache=False).logits.float().sum()
+        loss.backward()
+    planned = training_memory(meta(config), training, "float32", 9)
+    assert copies.peak == pytest.approx(planned.copies if caching else planned.uncached, rel=0.01)
+
+
+def test_fsdp2_gathers_in_float32_and_zero3_in_16_bits_by_hand():
+    """In float32 with bf16 autocast; a layer's matrices, the table of embeddings, and the head."""
+    model = meta(LlamaConfig(**LLAMA, vocab_size=1000))
+    layer, head, norms = 4 * 64**2 + 3 * 64 * 160, 1000 * 64, 7 * 64
+    held = training_memory(model, Training(bf16=True), "float32", 128)
+    gathered = 4 * (2 * layer + 2 * head + norms)
+    assert held.parts("fsdp2", 2)["copies"] == gathered + 2 * (3 * layer + head)
+    share = held.gradients // 2
+    assert held.parts("fsdp2", 2)["gradients"] == share + 4 * (layer + 2 * head + norms)
+    # DeepSpeed keeps up to 1e9 weights gathered, here all
+    zero3 = held.parts("zero3", 2)
+    assert (zero3["copies"], zero3["gradients"]) == (2 * (3 * layer + head) + 4 * (head + norms), share)
+    checkpointed = training_memory(model, Training(bf16=True, gradient_checkpointing=True), "float32", 128)
+    assert checkpointed.parts("fsdp2", 2)["copies"] == gathered + 2 * max(layer, head)
+    adapted = training_memory(model, Training.model_validate({"bf16": True, "lora": {}}), "float32", 128)
+    assert adapted.parts("fsdp2", 2)["copies"] == gathered + 2 * (3 * layer + head)
+    plain = training_memory(model, Training(), "float32", 128)
+    assert plain.parts("fsdp2", 2)["copies"] == gathered
+    assert plain.parts("zero3", 2)["copies"] == 4 * (3 * layer + 2 * head + norms)
+
+
 def test_sharding():
-    held = Memory(weights=80, gradients=80, optimizer=160, copies=40, activations=10, head=5, micro_batches=99, unit=3)
+    held = Memory(
+        weights=80, gradients=80, optimizer=160, copies=40, activations=10, head=5, micro_batches=64,
+        unit=3, unit_gradients=1, uncached=2, zero3_unit=4,
+    )  # fmt: skip
     assert sum(held.parts().values()) == 375
     assert sum(held.parts("ddp", 4).values()) == 375 + 80
     assert held.parts("zero2", 4) == held.parts() | {"gradients": 20, "optimizer": 60}
-    assert held.parts("fsdp2", 8) == {
-        "weights": 10, "gradients": 10, "optimizer": 20, "copies": 3, "activations": 10, "head": 5,
-    }  # fmt: skip
+    share = {"weights": 10, "gradients": 10, "optimizer": 20, "activations": 10, "head": 5}
+    assert held.parts("zero3", 8) == share | {"copies": 4}
+    assert held.parts("fsdp2", 8) == share | {"copies": 5, "gradients": 11}
     assert held.state == 320
-    for room, counts in ((375, (1, None, 1, 1)), (455, (1, 2, 1, 1)), (58, (None, None, None, 8)), (17, (None,) * 4)):
-        strategies = ("one", "ddp", "zero2", "fsdp2")
-        assert tuple(fewest(held, one, room / USABLE + 1e-6) for one in strategies) == counts
+    for room, counts in (
+        (375, (1, None, 1, 1, 1)), (455, (1, 2, 1, 1, 1)), (61, (None, None, None, 8, 8)), (20, (None,) * 5),
+    ):  # fmt: skip
+        strategies, training = ("one", "ddp", "zero2", "zero3", "fsdp2"), Training(batch_size=64, micro_batch_size=1)
+        assert tuple(fewest(held, one, room / USABLE + 1e-6, training) for one in strategies) == counts
     assert all(gpu.memory > 2e10 and gpu.flops > 5e13 for gpu in GPUS.values())
 
 

@@ -3,16 +3,25 @@
 The same tests run on the CPU with `pytest -m slow tests/gpu`, so that they cannot rot where there is no GPU.
 """
 
+import importlib.util
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from benchmarks.parity import Parity
 from benchmarks.shapes import SHAPES, compile_layers
+from transformers import TrainerCallback
 
 from prefdistill.data.batches import PADDED, layout_for
 from prefdistill.data.columns import SIDES
+from prefdistill.methods import METHODS
+from prefdistill.models.load import load_model, ready
 from prefdistill.models.logprobs import vocabulary_rows
+from prefdistill.models.placement import is_spread
+from prefdistill.training.factory import make_trainer
+from prefdistill.training.loop import fit
+from prefdistill.training.options import Training
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
@@ -85,6 +94,66 @@ def test_compiled_layers(parity, device):
     step = parity.step_gaps(parity.step(student))
     assert all(gap["max"] < 1e-3 for gap in signals.values()), signals
     assert step["gradient"] < 1e-3, step
+
+
+def test_layers_on_the_device_and_in_main_memory(device, tmp_path):
+    """`device_map` with room for a part of the weights on the device; on the CPU the rest is on disk."""
+    parity = Parity(SHAPES[SHAPE_OF[device]] | {"vocab_size": 512})
+    parity.teacher.save_pretrained(tmp_path)
+    room = 3 * sum(weight.nbytes for weight in parity.teacher.parameters()) // 4
+    max_memory = {0: room, "cpu": 2**30} if device == "cuda" else {"cpu": room}
+    model = ready(load_model(str(tmp_path), dtype="float32", device_map="auto", max_memory=max_memory))
+    assert is_spread(model)
+    assert set(model.hf_device_map.values()) == ({0, "cpu"} if device == "cuda" else {"cpu", "disk"})
+    gaps = parity.signal_gaps(parity.signals(model))
+    assert all(gaps[kind]["max"] < most for kind, most in PRECISE.items()), gaps
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_signals_of_quantised_weights(parity, device, tmp_path):
+    """Those of the same 4 bits in float32 on the CPU; values are near those of the weights before, and not equal."""
+    parity.teacher.save_pretrained(tmp_path)
+    model = ready(load_model(str(tmp_path), dtype="float32", quantization="4bit"))
+    assert {weight.device.type for weight in model.parameters()} == {device}
+    signals = parity.signals(model)
+    expected = parity.signals(model.dequantize().to("cpu", torch.float32))
+    for kind, numbers in signals.items():
+        assert abs(numbers - expected[kind]).max() < 1e-2
+    assert 1e-3 < parity.signal_gaps(signals)["values"]["mean"] < 0.2
+
+
+def test_a_training_is_saved_verified_and_resumed(parity, device, tmp_path):
+    """After Ctrl-C at its second step it has the weights of one without; `fit` compares the saved model's logits."""
+    parity.student.save_pretrained(tmp_path / "start")
+    training = Training(max_steps=4, batch_size=2, micro_batch_size=1, learning_rate=1e-4, logging_steps=1)
+
+    def train(out, stop_at=None):
+        start = lambda: load_model(str(tmp_path / "start"), dtype="float32")  # noqa: E731
+        trainer = make_trainer(METHODS["simpo"](), start, parity.data, parity.tokenizer, training, tmp_path / out)
+        trainer.add_callback(CtrlC(stop_at))
+        assert trainer.model.device.type == device
+        fit(trainer, tmp_path / out, out)
+
+    train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", stop_at=2)
+    assert [path.name for path in tmp_path.glob("stopped/checkpoints/checkpoint-*")] == ["checkpoint-2"]
+    train("stopped")
+    start, whole, stopped = (load_model(str(tmp_path / name)).state_dict() for name in ("start", "whole", "stopped"))
+    moved, apart = (sum(float((whole[key] - x).square().sum()) for key, x in of.items()) for of in (start, stopped))
+    assert apart < 1e-4 * moved  # squares; nothing, where the kernels are deterministic
+    assert moved > 0
+
+
+class CtrlC(TrainerCallback):
+    """Interrupts at the end of a step, as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from benchmarks import gpu  # noqa: E402
 from benchmarks.harness import Measured, ratios, summary  # noqa: E402
 from benchmarks.inputs import LENGTHS, fitted_lengths, make_pairs, make_tokenizer  # noqa: E402
 from benchmarks.reduction import HEAD, measure_tile  # noqa: E402
-from benchmarks.shapes import SHAPES, forward_flops, make_model  # noqa: E402
+from benchmarks.shapes import SHAPES, forward_flops, make_model, peak_flops  # noqa: E402
 
 
 def run(*command, timeout=120):
@@ -248,6 +248,27 @@ def test_lengths_of_real_pairs(tmp_path, data_dir):
     words = [len(pair["chosen"][0]["content"].split()) for pair in pairs]
     assert sum(words) / len(words) == pytest.approx(260, rel=0.3)
     assert all(word.startswith("w") for pair in pairs for word in pair["chosen"][0]["content"].split())
+
+
+def test_the_peak_of_a_gpu_is_found_by_whole_words():
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835,
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA A100-PCIE-40GB": 312,
+        "NVIDIA L4": 121,
+        "NVIDIA L40S": 362,
+        "NVIDIA L40": None,
+        "NVIDIA A10": 125,
+        "NVIDIA A10G": None,
+        "NVIDIA GB200": None,
+        "AMD Instinct MI300X": 1307,
+        "NVIDIA GeForce RTX 5090": 209,
+        "NVIDIA GeForce RTX 3090": 71,
+        "AMD EPYC 9654 96-Core Processor": None,
+    }
+    assert {name: peak_flops(name) for name in peaks} == {name: tera and tera * 1e12 for name, tera in peaks.items()}
 
 
 @pytest.mark.slow

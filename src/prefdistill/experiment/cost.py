@@ -178,9 +178,12 @@ class _Pricing:
         return Lengths(rows, tokens, train.prompt_tokens * sampling.n, exact=False, responses=1)
 
     def _longest(self, length: Lengths, text: Text) -> int:
-        """The most tokens of a row: what the data have, or else what truncation leaves."""
+        """The most tokens of a row, or of a prompt with one response where they share none: what the data have, or else
+        what truncation leaves."""
         limit = self.plan.context.recipe.data.max_length
-        return length.longest or math.ceil(text.responses * limit if limit else text.tokens)
+        if text.shared:
+            return length.longest or math.ceil(text.responses * limit if limit else text.tokens)
+        return length.longest_text or math.ceil(limit or text.tokens / text.responses)
 
     def _training(
         self,
@@ -218,8 +221,15 @@ class _Pricing:
         if not self.peak or length is None or rows is None:
             return cost
         text = length.text(responses, shared=shared)
-        longest, scored = self._longest(length, text), text.response * text.responses / max(1.0, text.tokens)
-        held = training_memory(shape, training, dtype, longest, scored=scored, reference=beside)
+        held = training_memory(
+            shape,
+            training,
+            dtype,
+            self._longest(length, text),
+            scored=text.response * text.responses / max(1.0, text.tokens),
+            sequences=1 if shared else responses,
+            reference=beside,
+        )
         per_row = training_flops(shape, training, text) + (sum(forward_flops(shape, text)) if reference else 0)
         return replace(cost, held=held, flops=rows * per_row)
 

@@ -53,6 +53,7 @@ class Lengths:
         exact: False for data that a step has yet to make: these are upper bounds.
         responses: in each row.
         longest: the most tokens of a row; None if unknown.
+        longest_text: the most tokens of a prompt with one response; None if unknown.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class Lengths:
     exact: bool = True
     responses: int = 2
     longest: int | None = None
+    longest_text: int | None = None
 
     def text(self, responses: int, *, shared: bool = True, scored: float | None = None) -> Text:
         """Return the mean row, as a step reads it with some of the responses."""

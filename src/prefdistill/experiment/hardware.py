@@ -28,6 +28,8 @@ _SPECIFIED = {
     "B200": (2250, 180, 7700),
     "H200": (989, 141, 4800),
     "H100": (989, 80, 3350),
+    "H100-PCIe": (756, 80, 2000),
+    "H100-NVL": (835, 94, 3900),
     "A100": (312, 80, 2039),
     "A100-40GB": (312, 40, 1555),
     "MI300X": (1307, 192, 5300),
@@ -39,7 +41,10 @@ _SPECIFIED = {
     "3090": (71, 24, 936),
 }
 GPUS = {name: GPU(tera * 1e12, giga * 1e9, rate * 1e9) for name, (tera, giga, rate) in _SPECIFIED.items()}
-GPUName = Literal["B200", "H200", "H100", "A100", "A100-40GB", "MI300X", "L40S", "L4", "A10", "5090", "4090", "3090"]
+GPUName = Literal[
+    "B200", "H200", "H100", "H100-PCIe", "H100-NVL", "A100", "A100-40GB", "MI300X", "L40S", "L4", "A10", "5090", "4090",
+    "3090",
+]  # fmt: skip
 
 
 class Scale(Section):
@@ -53,8 +58,8 @@ class Scale(Section):
     )
     gpu: Annotated[GPUName | None, NOT_IN_KEY] = Field(None, description="Plan for this device; default: H100.")
     devices: Annotated[PositiveInt | None, NOT_IN_KEY] = Field(None, description="How many of them; default: 1.")
-    strategy: Annotated[Literal["ddp", "zero2", "fsdp2"] | None, NOT_IN_KEY] = Field(
-        None, description="How several devices share a model; ZeRO-3 is as fsdp2. Default: fsdp2."
+    strategy: Annotated[Literal["ddp", "zero2", "zero3", "fsdp2"] | None, NOT_IN_KEY] = Field(
+        None, description="How several devices share a trained model. Default: fsdp2."
     )
     utilisation: Annotated[float | None, NOT_IN_KEY] = Field(
         None, gt=0, le=1, description="Share of a device's operations per second that work reaches; default: 0.4."

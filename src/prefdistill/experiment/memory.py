@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 KEPT = 16  # bytes of an id and its log-probability, once in the results of tiles and once in those of a pass
 ADAM = 2  # moments of each trained weight, of its dtype
-Strategy = Literal["one", "ddp", "zero2", "fsdp2"]
+ZERO3_LIVE = 10**9  # weights that DeepSpeed keeps gathered by default (stage3_max_live_parameters)
+Strategy = Literal["one", "ddp", "zero2", "zero3", "fsdp2", "device_map"]
 
 
 def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = None) -> int:
@@ -88,12 +89,15 @@ class Memory:
         weights: of the trained model, or of one that is read, with its adapter.
         frozen: of a model beside it: the reference of a teacher's DPO, or what an evaluated model is compared with.
         gradients, optimizer: of the trained weights; 0 for a model that is read.
-        copies: 16-bit copies of the weights that autocast keeps for a pass.
+        copies: 16-bit copies of the weights that autocast keeps for a pass, or that backward needs.
         activations: that the longest micro-batch saves for backward, or the largest that a reading pass holds.
         head: logits in memory at once, with their gradients, and the gradient of the head while it is added.
         last: activations when all gradients are there, those of one layer.
         micro_batches: of a step. In the first there are no gradients yet while activations and head are at their peak.
         unit: of the weights that sharded devices gather at once: two layers, and embeddings with head.
+        unit_gradients: of one layer, and of embeddings with head, before FSDP2 reduces them.
+        uncached: 16-bit copies that backward needs where autocast keeps none: under FSDP2.
+        zero3_unit: of the weights that ZeRO-3 gathers at once.
     """
 
     weights: int = 0
@@ -106,6 +110,9 @@ class Memory:
     last: int = 0
     micro_batches: int = 1
     unit: int = 0
+    unit_gradients: int = 0
+    uncached: int = 0
+    zero3_unit: int = 0
 
     @property
     def total(self) -> int:
@@ -122,25 +129,27 @@ class Memory:
 
         Args:
             strategy: "one" and "ddp" hold everything on each device, DDP also the gradients in its buckets; "zero2"
-                shards gradients and optimizer, with a float32 copy of its shard of the weights; "fsdp2" (and ZeRO-3)
-                shards the weights too, and gathers those of the layers at work in 16 bits in place of autocast's
-                copies.
+                shards gradients and optimizer, with a float32 copy of its shard of the weights; "zero3" and "fsdp2"
+                shard the weights too, and gather those of the layers at work: DeepSpeed in 16 bits where it autocasts,
+                FSDP2 in float32, with the copies in 16 bits that backward needs. "device_map" spreads the layers of a
+                model that is read.
             devices: that share the work.
         """
         n = 1 if strategy == "one" else devices
         weights, gradients, optimizer, copies = self.weights + self.frozen, self.gradients, self.optimizer, self.copies
-        if strategy == "ddp" and n > 1:
-            gradients *= 2
-        elif strategy == "zero2" and n > 1:
+        before = 0  # gradients while the activations and the head of a step's only micro-batch are at their peak
+        if n > 1 and strategy == "ddp":
+            before, gradients = gradients, 2 * gradients
+        elif n > 1 and strategy == "zero2":
             gradients, optimizer = -(-gradients // n), -(-(optimizer + self.gradients) // n)
-        elif strategy == "fsdp2" and n > 1:
+        elif n > 1:
             weights, gradients, optimizer = (-(-size // n) for size in (weights, gradients, optimizer))
-            copies = self.unit
+            if strategy == "zero3":
+                copies = self.zero3_unit
+            else:
+                copies, gradients = self.unit + self.uncached, gradients + self.unit_gradients
         activations, head = self.activations, self.head
-        if (
-            self.micro_batches <= n
-        ):  # a micro-batch a step: the gradients come after the head's logits, and are the rest
-            before = gradients // 2 if strategy == "ddp" and n > 1 else 0
+        if self.micro_batches <= n:  # the gradients come after the head's logits, and are the rest
             if before + activations + head > gradients + self.last:
                 gradients = before
             else:
@@ -162,6 +171,7 @@ def training_memory(
     longest: int | None = None,
     *,
     scored: float = 1.0,
+    sequences: int = 1,
     reference: bool = False,
 ) -> Memory:
     r"""Return what a training holds: with n weights of b bytes, and Adam,
@@ -171,7 +181,9 @@ def training_memory(
     and, if the tokens of the longest row are known, activations, copies and the head's tiles on top.
 
     Args:
+        longest: tokens of the longest row, or of the longest of its sequences.
         scored: share of the tokens whose logits are computed.
+        sequences: of a row, each with its own copy of the prompt and padded to the longest.
         reference: whether a frozen copy of the model is beside it.
 
     Raises:
@@ -190,21 +202,28 @@ def training_memory(
     held = dtype_of(model, dtype)
     autocast = training.autocast and held is torch.float32
     width = 2 if autocast else held.itemsize
-    rows = min(training.micro_batch_size, training.batch_size)
+    micro = min(training.micro_batch_size, training.batch_size)
+    rows = micro * sequences
     per_layer, around = activation_bytes(model, rows, longest, autocast, held)
     layers = text_config(model).num_hidden_layers
     inputs = rows * longest * hidden_size(model) * held.itemsize  # of one layer: the residual stream
     elements = math.ceil(scored * rows * longest) * head_rows(model)
     # the stored logits, and a tile with its gradient or with the powers of its sum
     head = 4 * min(elements, STORED_ELEMENTS) + 2 * 4 * min(elements, TRAINING_TILE_ELEMENTS)
+    cast = 2 * (_of_layers(model, layers) + _of_head(model))
+    # the head's backward is done before a layer is computed once more
+    needed = 2 * max(_of_layers(model, 1), _of_head(model)) if training.gradient_checkpointing else cast
     return Memory(
         **state,
-        copies=2 * model.num_parameters() if autocast else 0,
+        copies=(needed if adapter else cast) if autocast else 0,  # autocast caches no weights that are not trained
         activations=around + (layers * inputs + per_layer if training.gradient_checkpointing else layers * per_layer),
-        head=head + (0 if adapter else head_rows(model) * hidden_size(model) * width),
+        head=head + (0 if adapter else _of_head(model) * width),
         last=around + per_layer,
-        micro_batches=-(-training.batch_size // rows),
-        unit=_unit(model, width),
+        micro_batches=-(-training.batch_size // micro),
+        unit=(_of_layers(model, 2) + _around(model)) * held.itemsize,
+        unit_gradients=adapter // layers or (_of_layers(model, 1) + _around(model)) * held.itemsize,
+        uncached=needed if autocast else 0,
+        zero3_unit=_zero3_unit(model, width, held),
     )
 
 
@@ -243,10 +262,10 @@ def reading_memory(
     activations, head = max((layer, 0), (hidden, head), key=sum)
     return Memory(
         weights=weights,
-        copies=2 * model.num_parameters() if autocast else 0,
+        copies=2 * (sum(p.numel() for p in matrices(model)) + _of_head(model)) if autocast else 0,
         activations=activations,
         head=head,
-        unit=_unit(model, max(1, weights // model.num_parameters())),
+        unit=_unit(model, weights),
     )
 
 
@@ -275,7 +294,7 @@ def sampling_memory(
         weights=weights,
         activations=activations,
         head=head,
-        unit=_unit(model, max(1, weights // model.num_parameters())),
+        unit=_unit(model, weights),
     )
 
 
@@ -286,7 +305,33 @@ def cache_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim(model) * dtype.itemsize)
 
 
-def _unit(model: PreTrainedModel, width: int) -> int:
-    layers = sum(p.numel() for p in matrices(model)) // text_config(model).num_hidden_layers
-    around = model.num_parameters() - sum(p.numel() for p in matrices(model))
-    return (2 * layers + around) * width
+def _of_layers(model: PreTrainedModel, layers: int) -> int:
+    """Return the weights of the matrices of some layers."""
+    return sum(p.numel() for p in matrices(model)) * layers // int(text_config(model).num_hidden_layers)
+
+
+def _of_head(model: PreTrainedModel) -> int:
+    return head_rows(model) * hidden_size(model)
+
+
+def _around(model: PreTrainedModel) -> int:
+    """Return the weights of embeddings and head, and of the norms."""
+    return model.num_parameters() - sum(p.numel() for p in matrices(model))
+
+
+def _unit(model: PreTrainedModel, weights: int) -> int:
+    """Return the bytes of two layers, and of embeddings and head, of a model as it is loaded."""
+    return (_of_layers(model, 2) + _around(model)) * max(1, weights // model.num_parameters())
+
+
+def _zero3_unit(model: PreTrainedModel, width: int, held: torch.dtype) -> int:
+    """Return the bytes that ZeRO-3 gathers: embeddings, the head, and layers up to its limit, of which two at least.
+
+    Args:
+        width: bytes of a weight of a linear layer.
+        held: dtype of the others.
+    """
+    around, head = _around(model), min(_of_head(model), _around(model))
+    layers = _of_layers(model, text_config(model).num_hidden_layers)
+    gathered = min(layers, max(_of_layers(model, 2), ZERO3_LIVE - around))
+    return (gathered + head) * width + (around - head) * held.itemsize

@@ -142,7 +142,7 @@ def plan_recipe(recipe: Recipe, out: Path, scale: Scale | None = None) -> dict[s
                 state = Status("reuse", reason=f"as seed {seeds[step.key]} makes it")
             steps.append(_entry(step, priced[step], state))
         if scale.is_set and not scaled:
-            scaled = {"scale": at_scale(plan, priced, shapes, lengths, scale)}
+            scaled = {"scale": at_scale(plan, priced, shapes, lengths, scale, teacher_lengths)}
     largest = max(steps, key=lambda step: step["memory"])
     return {
         "recipe": recipe.name,
@@ -241,9 +241,15 @@ def _length(data: Rows, plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> Len
         responses = ("completion",)
     encoded, _ = encode_pairs(rows, tokenizer, plan.context.truncation, responses=responses)
     counts = [[*map(len, encoded[f"{part}_ids"])] for part in ("prompt", *responses)]
-    longest = max(map(sum, zip(*counts, strict=True)), default=0)
-    tokens = sum(map(sum, counts[1:]))
-    return Lengths(len(encoded), tokens, sum(counts[0]), responses=len(responses), longest=longest)
+    rows = [*zip(*counts, strict=True)]
+    return Lengths(
+        len(encoded),
+        sum(map(sum, counts[1:])),
+        sum(counts[0]),
+        responses=len(responses),
+        longest=max(map(sum, rows), default=0),
+        longest_text=max((prompt + max(of) for prompt, *of in rows), default=0),
+    )
 
 
 # -- for a reader ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ def as_text(scaled: dict[str, Any]) -> str:
     columns = ("step", "FLOP", "hours", "GB per device", *(f"fits {one}" for one in STRATEGIES))
     lines = [columns]
     for step in scaled["steps"]:
-        fits = [_fits(step["fits"][one]) for one in STRATEGIES]
+        fits = [_fits(step["fits"][one]) if one in step["fits"] else "-" for one in STRATEGIES]
         lines.append((step["name"], f"{step['flops']:.3g}", _hours(step["hours"]), _giga(step["per_device"]), *fits))
     lines.append(("all", f"{scaled['flops']:.3g}", _hours(scaled["hours"]), "", *("" for _ in STRATEGIES)))
     blocks = [head, table(lines)]
