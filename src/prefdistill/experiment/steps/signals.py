@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import sidecar
-from prefdistill.core.files import read_json
+from prefdistill.core.files import read_json, temporary_path
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column
 from prefdistill.data.encode import encode_pairs
@@ -119,11 +119,24 @@ class Sample(Step):
         try:
             check_prompts(self.directory / "responses.jsonl", self.rows, self.column, self.reads_with.tokenizer)
         except OtherPrompts as error:
-            say(f"{self.name}: {str(error).rpartition(';')[0]}; sampling again")
-            for path in self.directory.glob("responses.jsonl*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            vars(self).pop("rows", None)
-            self.work(self.directory)
+            self._sample_again(error)
+
+    def repair(self) -> None:
+        file = self.directory / "responses.jsonl"
+        if file.is_file() and sidecar(file).is_file():
+            return
+        file.unlink(missing_ok=True)
+        try:
+            self.work(self.directory)  # an earlier sampling again was interrupted
+        except OtherPrompts as error:
+            self._sample_again(error)
+
+    def _sample_again(self, error: OtherPrompts) -> None:
+        say(f"{self.name}: {str(error).rpartition(';')[0]}; sampling again")
+        for path in self.directory.glob("responses.jsonl*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        vars(self).pop("rows", None)
+        self.work(self.directory)
 
     def read(self) -> dict[str, Any]:
         about = read_json(sidecar(self.directory / "responses.jsonl"))
@@ -207,14 +220,17 @@ class ReadSignals(Step):
 
     def repair(self) -> None:
         store = self.directory / "store"
-        if not (store / "manifest.json").is_file():
-            self.work(self.directory)  # an earlier repair was interrupted
         try:
-            _ = self.store
-        except DamagedSignals as error:
-            say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
-            remove_damaged(store)
-            self.work(self.directory)
+            if not (store / "manifest.json").is_file():
+                self.work(self.directory)  # an earlier repair was interrupted
+            try:
+                _ = self.store
+            except DamagedSignals as error:
+                say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
+                remove_damaged(store)
+                self.work(self.directory)
+        except OtherIds as error:  # of the shards that are left
+            self._extract_again(error)
 
     def refresh(self) -> None:
         tokenizer = self.reads_with.tokenizer
@@ -222,7 +238,12 @@ class ReadSignals(Step):
         try:
             check_ids(self.store, encoded, tokenizer)
         except OtherIds as error:
-            say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
-            shutil.rmtree(self.directory / "store")
-            vars(self).pop("store", None)
-            self.work(self.directory)
+            self._extract_again(error)
+
+    def _extract_again(self, error: OtherIds) -> None:
+        say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
+        store = self.directory / "store"
+        old = store.rename(temporary_path(store))  # whole or not at all: shards that are left would be resumed
+        shutil.rmtree(old)
+        vars(self).pop("store", None)
+        self.work(self.directory)
