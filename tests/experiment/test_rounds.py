@@ -7,13 +7,15 @@ import shutil
 import pytest
 
 from prefdistill.core.errors import UserError
+from prefdistill.core.file_artifact import sidecar
 from prefdistill.data.load import load_pairs
 from prefdistill.experiment.recipe import load_recipe
 from prefdistill.experiment.run import run_recipe
 from prefdistill.methods import METHODS
 from prefdistill.models.identity import model_key
+from prefdistill.sampling.files import OtherPrompts
 from prefdistill.signals import Signals
-from support.tiny_runs import QUICKSTART, SMALL, TINY, rebuilt, stages
+from support.tiny_runs import QUICKSTART, SMALL, TINY, rebuilt, stages, stop
 
 
 def requests(out, stage):
@@ -80,7 +82,7 @@ def test_each_round_starts_from_the_student_of_the_last(tmp_path):
     assert rebuilt(fewer) == {"distill-adpa-0", "evaluate-adpa-0"}
 
 
-def test_several_samples_of_each_prompt(tmp_path, capsys):
+def test_several_samples_of_each_prompt(tmp_path, capsys, monkeypatch):
     out, recipe = tmp_path / "run", load_recipe(QUICKSTART, [*SMALL, "sampling.n=2"], only=["dpkd", "adpa"])
     run_recipe(recipe, out)
     root = out / "seed-0"
@@ -102,6 +104,25 @@ def test_several_samples_of_each_prompt(tmp_path, capsys):
     assert said.count("sampling again") == 1
     assert file.read_bytes() == whole
     assert rebuilt(again) == {"evaluate-dpkd-0"}
+    # and again after an interruption in between, also where what was sampled by then is of yesterday
+    file.write_bytes(whole.replace(str(check).encode(), str(check ^ 1).encode(), 1))
+    shutil.rmtree(root / "evaluate-dpkd-0")
+    with monkeypatch.context() as cut:
+        cut.setattr("prefdistill.experiment.steps.signals.sample_responses", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, out)
+    assert not file.exists()
+
+    def of_yesterday(*arguments, **options):
+        monkeypatch.undo()
+        raise OtherPrompts("the prompt of row 0 is rendered otherwise; delete the file")
+
+    monkeypatch.setattr("prefdistill.experiment.steps.signals.sample_responses", of_yesterday)
+    assert rebuilt(run_recipe(recipe, out)) == {"evaluate-dpkd-0"}
+    assert file.read_bytes() == whole
+    sidecar(file).unlink()
+    assert rebuilt(run_recipe(recipe, out)) == set()
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

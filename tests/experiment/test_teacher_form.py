@@ -5,17 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from prefdistill.core.errors import UserError
 from prefdistill.data.encoder import Encoder
+from prefdistill.data.load import load_pairs
 from prefdistill.experiment.check import check_plan
 from prefdistill.experiment.inputs import Sources, source_fingerprints
 from prefdistill.experiment.plan import build_plan
 from prefdistill.experiment.readings import read_of
 from prefdistill.experiment.recipe import load_recipe
+from prefdistill.experiment.run import run_recipe
 from prefdistill.report import render_html, render_markdown
 from support.runs import small_run
-from support.tiny_runs import QUICKSTART
+from support.tiny_runs import QUICKSTART, rebuilt
 
 PLAIN = "model.teacher_chat_template=plain"
 SYSTEM = "model.teacher_system_prompt=Be kind."
@@ -47,6 +50,56 @@ def test_a_form_changes_the_keys_of_what_is_read_from_the_teachers_alone(named, 
     run = small_run(tmp_path, {"methods": {"tvkd": {"r": 1.5}}, "read": read})
     for page in (render_html([run]), render_markdown([run])):
         assert "in a form of its own: as plain text; system prompt" in page
+
+
+def test_teacher_and_student_respond_to_the_prompts_that_both_accept(mine, tmp_path, capsys):
+    """Each template refuses another system message, and the teacher's writes more before one prompt."""
+    rows = load_pairs(str(mine / "pairs.parquet")).to_list()
+    for row, word in ((1, "teacher"), (5, "student"), (6, "teacher"), (7, "both")):
+        rows[row]["prompt"] = [{"role": "system", "content": word}, *rows[row]["prompt"]]
+    rows[9]["prompt"] = [{"role": "user", "content": "long"}]
+    Dataset.from_list(rows).to_parquet(str(mine / "pairs.parquet"))
+    template = mine / "student-sft" / "chat_template.jinja"
+    text = template.read_text()
+    refuse = "{%% if messages[0].content in ('both', '%s') %%}{{ raise_exception('no system') }}{%% endif %%}"
+    template.write_text(refuse % "student" + text)
+    longer = "{% if messages[0].content == 'long' %}{{ bos_token * 60 }}{% endif %}"
+    (mine / "teacher.jinja").write_text(refuse % "teacher" + longer + text)
+    changes = [
+        f"model.teacher_chat_template={mine / 'teacher.jinja'}",
+        'methods={"dpkd": {}}',
+        "orders=1",
+        "baseline=dpkd",
+    ]
+    out, recipe = tmp_path / "run", load_recipe(mine / "recipe.yaml", [*changes, "sampling.max_new_tokens=8"])
+    results = run_recipe(recipe, out)
+    samples = [
+        load_pairs(str(out / "seed-0" / name / "responses.jsonl"), responses=(column,))
+        for name, column in (("sample-teacher", "teacher_response"), ("sample-start", "student_response"))
+    ]
+    kept = [rows[row]["prompt"] for row in range(len(rows)) if row not in (1, 5, 6, 7, 9)]
+    assert [[m["content"] for m in prompt] for prompt in samples[0]["prompt"]] == [
+        [m["content"] for m in prompt] for prompt in kept
+    ]
+    assert samples[0]["prompt"][:] == samples[1]["prompt"][:]
+    read = {stage["name"]: stage["read"] for stage in results["stages"]}
+    refused, long = (
+        "the chat template refuses its messages",
+        "the prompt leaves no room for a response within max_length",
+    )
+    counts = {"rows": len(rows), "kept": len(kept)}
+    assert read["sample-teacher"].items() >= counts.items() <= read["sample-start"].items()
+    assert read["sample-teacher"]["dropped"] == {
+        refused: 2,
+        long: 1,
+        f"{refused}, as the student reads it": 2,
+    }
+    teacher = "as the teacher reads it"
+    assert read["sample-start"]["dropped"] == {refused: 1, f"{refused}, {teacher}": 3, f"{long}, {teacher}": 1}
+    assert f"sample-start: dropped 4 rows: {refused}, {teacher} (3, first row 1)" in capsys.readouterr().err
+    # they are part of the key: a template that refuses others
+    template.write_text(text)
+    assert {"sample-teacher", "sample-start"} <= rebuilt(run_recipe(recipe, out))
 
 
 def test_the_template_of_a_teacher_is_part_of_the_keys_by_its_text(named, tmp_path):

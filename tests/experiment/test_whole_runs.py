@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -168,16 +169,22 @@ def test_results_are_removed_before_the_data_changes_anything(mine, tmp_path, mo
     assert not (out / "report.html").exists()
 
 
-def test_signals_of_other_token_ids_are_extracted_again_where_a_step_is_to_run(copy, finished, capsys):
-    store = copy / "seed-0" / "signals-reference-train" / "store"
-    shard, digest = store / "shards" / "00000.parquet", Signals.open(store).digest
+def give_other_ids(store):
+    """Have the signals of a store be of the token ids of other texts, as of a chat template that prints the date."""
+    shard = store / "shards" / "00000.parquet"
     table = pq.read_table(shard)
-    other = pa.array(table["chosen_ids_crc32"].to_numpy() ^ 1)  # as in a template of yesterday
+    other = pa.array(table["chosen_ids_crc32"].to_numpy() ^ 1)
     pq.write_table(table.set_column(table.column_names.index("chosen_ids_crc32"), "chosen_ids_crc32", other), shard)
     write_checksum(shard, file_digest(shard))
     manifest = read_sealed(store / "manifest.json")
     manifest["shards"][0]["sha256"] = file_digest(shard)
     write_sealed(store / "manifest.json", manifest)
+
+
+def test_signals_of_other_token_ids_are_extracted_again_where_a_step_is_to_run(copy, finished, capsys):
+    store = copy / "seed-0" / "signals-reference-train" / "store"
+    digest = Signals.open(store).digest
+    give_other_ids(store)
     run_recipe(load_recipe(QUICKSTART, TINY), copy)  # nothing is to run: all stays
     assert Signals.open(store).digest != digest
     shutil.rmtree(copy / "seed-0" / "evaluate-dpo-0")
@@ -189,3 +196,34 @@ def test_signals_of_other_token_ids_are_extracted_again_where_a_step_is_to_run(c
     assert Signals.open(store).digest == digest
     assert rebuilt(results) == {"evaluate-dpo-0"}
     assert results["methods"] == finished[1]["methods"]
+
+
+@pytest.mark.parametrize("removed", [["manifest.json"], ["request.json", "manifest.json"]])
+def test_signals_that_are_extracted_again_survive_an_interruption(copy, finished, monkeypatch, removed):
+    store = copy / "seed-0" / "signals-reference-train" / "store"
+    digest = Signals.open(store).digest
+    give_other_ids(store)
+    shutil.rmtree(copy / "seed-0" / "evaluate-dpo-0")
+
+    def interrupted(place):
+        for name in removed:
+            (place / name).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr("prefdistill.experiment.steps.signals.shutil", SimpleNamespace(rmtree=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(load_recipe(QUICKSTART, TINY), copy)
+    assert rebuilt(run_recipe(load_recipe(QUICKSTART, TINY), copy)) == {"evaluate-dpo-0"}
+    assert Signals.open(store).digest == digest
+    assert {path.name for path in store.parent.iterdir()} == {"stage-request.json", "stage.json", "store"}
+
+
+def test_a_repair_meets_shards_of_other_token_ids(copy, finished, capsys):
+    store = copy / "seed-0" / "signals-reference-train" / "store"
+    digest = Signals.open(store).digest
+    give_other_ids(store)
+    (store / "manifest.json").unlink()
+    assert set(stages(run_recipe(load_recipe(QUICKSTART, TINY), copy)).values()) == {True}
+    assert "extracting them again" in capsys.readouterr().err
+    assert Signals.open(store).digest == digest

@@ -236,8 +236,8 @@ def test_a_base_of_a_revision(tmp_path, adapt, base, monkeypatch):
     path.write_text(json.dumps(settings))
     requests = []
     monkeypatch.setattr(
-        "prefdistill.models.identity.fetch_hub_file",
-        lambda name, file, revision=None: requests.append((name, revision)),
+        "prefdistill.models.identity.pinned_revision",
+        lambda name, revision=None: requests.append((name, revision)),
     )
     model_key(name)
     assert set(requests) == {("org/model", "v1")}

@@ -391,6 +391,7 @@ def test_model_key_of_a_hub_adapter_includes_its_base(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = []
     for revision in ("a" * 40, "b" * 40):
+        monkeypatch.setattr("prefdistill.models.hub.COMMITS", {})  # as in another process
         place = tmp_path / "models--org--adapter" / "snapshots" / revision
         place.mkdir(parents=True)
         (place / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')

@@ -670,6 +670,7 @@ def test_a_vllm_stand_in_gets_the_same_requests(vllm, saved, tokenizer, rows, tm
     assert theirs[:] == ours[:]
     (options,) = vllm.options  # loaded once
     expected = {"model": saved, "tokenizer": saved, "dtype": "float32", "trust_remote_code": False, "seed": 5}
+    expected |= {"revision": None, "tokenizer_revision": None}  # of a directory
     assert options == expected | {"generation_config": "vllm", "max_model_len": -1}
     assert not vllm.alive
     lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]

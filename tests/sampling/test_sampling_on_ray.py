@@ -109,5 +109,5 @@ def test_what_workers_cannot_use_is_refused(place, make_model, tokenizer):
     with pytest.raises(UserError, match="device_map applies to the engine transformers"):
         sample_responses("model", "pairs.jsonl", out="two.jsonl", engine="ray", device_map="auto")
     with pytest.raises(UserError, match="model is not the model that the other machines have under this name"):
-        load_worker("model", {"another": "key"}, tokenizer, None)
+        load_worker("model", {"another": "key"}, [], tokenizer, None)
     assert not list(place.glob("two*"))

@@ -15,6 +15,7 @@ from prefdistill.core.errors import UserError
 from prefdistill.data.messages import normal_messages
 from prefdistill.data.prompts import inputs_of
 from prefdistill.data.template import NO_TEMPLATE, Ending, render_messages, template_ending
+from prefdistill.data.truncation import PROMPT_EMPTY, PROMPT_TOO_LONG, TEMPLATE_FAILED, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,11 +192,29 @@ def _whole_ends(spans: list[tuple[int, int]]) -> list[int]:
     return ends
 
 
+def prompt_tokens(encoder: Encoder, prompt: Any, truncation: Truncation) -> tuple[list[int], str]:
+    """Return the truncated tokens of a prompt to respond to, and an empty text; or none, and why it gets no response.
+
+    Raises:
+        UserError: on messages without a chat template.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        ids = encoder.ids(prompt)
+    except TemplateError:
+        return [], TEMPLATE_FAILED
+    if not ids:
+        return [], PROMPT_EMPTY
+    ids = truncation.cut_prompt(ids, encoder.tokenizer.bos_token_id)
+    return ([], PROMPT_TOO_LONG) if truncation.room_after(ids) == 0 else (ids, "")
+
+
 def accepts_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> bool:
     """Return whether a prompt is text, or messages that the chat template renders."""
     if isinstance(prompt, str):
         return True
-    return bool(tokenizer.chat_template) and Encoder(tokenizer).texts(prompt) not in (None, ("",))
+    return bool(tokenizer.chat_template) and not prompt_tokens(Encoder(tokenizer), prompt, Truncation(None))[1]
 
 
 def reward_model_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) -> list[int]:

@@ -29,7 +29,8 @@ class Sources:
     """The user's data and models by name. Each is read once.
 
     Every step that needs a model loads it again: `check` detects whether its files changed since its key was taken, so
-    that no result mixes two versions.
+    that no result mixes two versions. A model on the Hub is read at one commit, see
+    `pinned_revision`, and so it stays as it is.
     """
 
     def __init__(self) -> None:

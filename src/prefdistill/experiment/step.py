@@ -14,6 +14,7 @@ from prefdistill.experiment.launch.options import launcher_of
 from prefdistill.experiment.launch.start import launch
 from prefdistill.experiment.recipe import Recipe
 from prefdistill.models.device import default_dtype
+from prefdistill.models.hub import pinned_commits
 from prefdistill.models.vocabulary import token_conflicts
 from prefdistill.signals.needs import TEACHERS
 
@@ -189,6 +190,7 @@ class Step:
             "seed": self.context.seed,
             "step": self.name,
             "rows": self.row_keys,
+            "commits": pinned_commits(),
             "said": said_once(),
         }
         return max(process["peak_memory"] for process in launch(WORKER, request, launcher))

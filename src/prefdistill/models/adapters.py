@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import say
 from prefdistill.models.backbone import causal_lm
-from prefdistill.models.hub import adapter_base, adapter_root, adapter_settings, loading_place, model_file
+from prefdistill.models.hub import (
+    adapter_base,
+    adapter_root,
+    adapter_settings,
+    loading_place,
+    model_file,
+    pinned_revision,
+)
 from prefdistill.models.quantize import stored_quantization
 
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
@@ -138,7 +145,7 @@ def read_adapter(name: str, task: str, load_base: Callable[[frozenset[str]], Any
         config.task_type = task
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapted = PeftModel.from_pretrained(base, name, config=config)
+        adapted = PeftModel.from_pretrained(base, name, config=config, revision=pinned_revision(name))
     if missing := [str(item.message) for item in caught if "missing adapter keys" in str(item.message)]:
         raise UserError(f"{name} lacks weights of its adapter: {missing[0].split('checkpoint: ')[-1][:200]}")
     return adapted.eval()
@@ -149,7 +156,7 @@ def _config(name: str) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings of newer versions
-        return PeftConfig.from_pretrained(name)
+        return PeftConfig.from_pretrained(name, revision=pinned_revision(name))
 
 
 def saved_shapes(name: str) -> dict[str, list[int]]:

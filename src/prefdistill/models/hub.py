@@ -8,6 +8,7 @@ from prefdistill.core.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"  # the start of an adapter that was trained on an adapter is saved beside it, under this name
+COMMITS: dict[tuple[str, str | None], str] = {}  # which this process reads, by repository and revision asked for
 
 
 def gguf_parts(name: str) -> tuple[str, str] | None:
@@ -37,7 +38,8 @@ def loading_place(name: str, revision: str | None = None) -> dict[str, Any]:
     if file and Path(place).is_dir() and not (Path(place) / file).is_file():
         there = ", ".join(sorted(path.name for path in Path(place).glob("*.gguf"))) or "none"
         raise UserError(f"no GGUF file {file} in {place}; its GGUF files: {there}")
-    return {"pretrained_model_name_or_path": place, "revision": revision, **({"gguf_file": file} if file else {})}
+    at = {"revision": pinned_revision(name, revision)}
+    return {"pretrained_model_name_or_path": place, **at, **({"gguf_file": file} if file else {})}
 
 
 def model_file(name: str, file: str) -> Path | None:
@@ -105,30 +107,63 @@ def base_revision(name: str) -> str | None:
 
 
 def hub_revision(name: str) -> str | None:
-    """Return the commit of the cached Hub snapshot of a model or adapter; None for a directory."""
+    """Return the commit of a model or adapter on the Hub that this process reads, or that is cached; None for a
+    directory."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     if not name or Path(name).exists():
         return None
     place, file = gguf_parts(name) or (name, None)
+    if (place, None) in COMMITS:
+        return COMMITS[place, None]
+    files = [file] if file else ["config.json", ADAPTER_CONFIG]
     try:
-        paths = [try_to_load_from_cache(place, part) for part in ([file] if file else ["config.json", ADAPTER_CONFIG])]
+        paths = {part: try_to_load_from_cache(place, part) for part in files}
     except HFValidationError:
         return None
-    return next((commit_of(Path(path)) for path in paths if isinstance(path, str)), None)
+    return next((commit_of(Path(path), part) for part, path in paths.items() if isinstance(path, str)), None)
 
 
-def commit_of(path: Path) -> str:
-    """Return the commit of a file in the Hub's cache: the directory below `snapshots`."""
-    return path.parts[path.parts.index("snapshots") + 1]
+def commit_of(path: Path, file: str) -> str:
+    """Return the commit of a file of a repository, from its path in the Hub's cache: `.../snapshots/COMMIT/FILE`."""
+    return path.parents[len(Path(file).parts) - 1].name
 
 
 def fetch_hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """Return the path of a small file of a Hub repository, fetched into the cache; None if it cannot be fetched."""
+    """Return the path of a small file of a Hub repository, fetched into the cache; None if it cannot be fetched.
+
+    The first file that is fetched pins the commit of the others.
+    """
     from huggingface_hub import hf_hub_download
 
+    asked = name, revision
     try:
-        return Path(hf_hub_download(name, file, revision=revision))
+        path = Path(hf_hub_download(name, file, revision=COMMITS.get(asked, revision)))
     except (OSError, ValueError):  # no such file or repository, or no connection: loading the model reports it
         return None
+    COMMITS.setdefault(asked, commit_of(path, file))
+    return path
+
+
+def pinned_revision(name: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model or tokenizer on the Hub that this process reads: the newest when it first asked.
+
+    Key, weights and tokenizer belong together, whatever is pushed meanwhile. Of a directory, and of what cannot be
+    fetched, this is the revision itself.
+    """
+    place, file = gguf_parts(name) or (name, None)
+    if (place, revision) not in COMMITS and not Path(place).is_dir():
+        files = (file,) if file else ("config.json", ADAPTER_CONFIG, "tokenizer_config.json")
+        any(fetch_hub_file(place, one, revision) for one in files)
+    return COMMITS.get((place, revision), revision)
+
+
+def pinned_commits() -> list[list[str | None]]:
+    """Return the commits that this process reads, for `pin_commits` in a process that works for it."""
+    return [[*asked, commit] for asked, commit in COMMITS.items()]
+
+
+def pin_commits(commits: list[list[str | None]]) -> None:
+    """Read the commits that another process reads."""
+    COMMITS.update({(str(name), revision): str(commit) for name, revision, commit in commits})

@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefdistill.models.hub import (
-    ADAPTER_CONFIG,
     adapter_base,
     base_revision,
-    commit_of,
-    fetch_hub_file,
     gguf_parts,
     hub_revision,
+    pinned_revision,
 )
 
 # Settings of a configuration that do not change what a model computes: origin, storage, training, other tasks, usage.
@@ -133,7 +131,7 @@ def model_key(name: str | None, *, revision: str | None = None, above: tuple[str
     """Return a cache key of a model without loading it, including the key of an adapter's base.
 
     Of a directory: digests of the files that loading it may read, independent of its path and of other files. Of a
-    GGUF file: its digest. Of a model on the Hub: name and revision.
+    GGUF file: its digest. Of a model on the Hub: name and commit, see `pinned_revision`.
 
     Args:
         revision: of a model on the Hub; None is the newest.
@@ -145,14 +143,10 @@ def model_key(name: str | None, *, revision: str | None = None, above: tuple[str
         files = _loaded_files(Path(name))
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
             key: dict[str, Any] = dict(zip(files, pool.map(_digest, files.values()), strict=True))
-    elif gguf := gguf_parts(name):
-        if Path(name).is_file():
-            return {"gguf": _digest(Path(name))}
-        file = fetch_hub_file(*gguf, revision)
-        return {"hub": name, "revision": commit_of(file) if file else None}
+    elif Path(name).is_file() and gguf_parts(name):
+        return {"gguf": _digest(Path(name))}
     else:
-        config = fetch_hub_file(name, "config.json", revision) or fetch_hub_file(name, ADAPTER_CONFIG, revision)
-        key = {"hub": name, "revision": config.parent.name if config else None}
+        key = {"hub": name, "revision": pinned_revision(name, revision)}
     try:
         base = adapter_base(name)
     except ValueError:

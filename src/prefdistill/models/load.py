@@ -268,7 +268,7 @@ def check_model(name: str, *, trust_remote_code: bool = False, fetch: bool = Tru
             return
         with without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, device_map="meta", trust_remote_code=trust_remote_code, **WITH_LOADING_INFO
+                **loading_place(base), device_map="meta", trust_remote_code=trust_remote_code, **WITH_LOADING_INFO
             )
     except Exception as error:
         raise load_error("model", base, error) from error
@@ -288,9 +288,9 @@ def check_reward_model(name: str, *, trust_remote_code: bool = False) -> None:
     try:
         check_adapter(name, SEQ_CLS)
         if adapter_root(name) != name:
-            AutoConfig.from_pretrained(adapter_root(name), trust_remote_code=trust_remote_code)
+            AutoConfig.from_pretrained(**loading_place(adapter_root(name)), trust_remote_code=trust_remote_code)
             return
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**loading_place(name), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise load_error("reward model", name, error) from error
     if language_models := [kind for kind in config.architectures or [] if "CausalLM" in kind]:
@@ -324,11 +324,10 @@ def _load_reward_model(
             )
             return load_adapter(name, SEQ_CLS, load_base)
         # the head of an adapter's base may be that of a language model
-        labels = {"num_labels": 1} if replaced else {}
+        labels: dict[str, Any] = {"num_labels": 1} if replaced else {}
         with without_report():
             model, loading_info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                revision=revision,
+                **loading_place(name, revision),
                 dtype="auto",
                 trust_remote_code=trust_remote_code,
                 **labels,

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from prefdistill.core.progress import say
 from prefdistill.models.device import fast_bf16
-from prefdistill.models.hub import adapter_root, gguf_parts
+from prefdistill.models.hub import adapter_root, gguf_parts, pinned_revision
 from prefdistill.models.options import Quantization
 
 QUANTIZATIONS = get_args(Quantization)
@@ -17,7 +17,9 @@ def stored_quantization(name: str) -> str | None:
 
     try:
         root = adapter_root(name)
-        config, _ = ({}, {}) if gguf_parts(root) else PreTrainedConfig.get_config_dict(root)
+        if gguf_parts(root):
+            return None
+        config, _ = PreTrainedConfig.get_config_dict(root, revision=pinned_revision(root))
     except Exception:
         return None  # loading the model reports what is wrong
     if not isinstance(config, dict):

@@ -15,7 +15,7 @@ from prefdistill.core.lazy import is_installed
 from prefdistill.core.memory import free_devices
 from prefdistill.core.progress import Progress
 from prefdistill.data.template import end_token_ids
-from prefdistill.models.hub import adapter_settings, gguf_parts
+from prefdistill.models.hub import adapter_settings, gguf_parts, pinned_revision
 from prefdistill.models.load import load_model, ready
 from prefdistill.models.placement import input_device
 from prefdistill.models.positions import check_positions, learned_positions
@@ -254,7 +254,9 @@ class VLLMEngine(Engine):
         free_devices()
         arguments = {
             "model": model,
+            "revision": pinned_revision(model),
             "tokenizer": tokenizer.name_or_path or model,
+            "tokenizer_revision": pinned_revision(tokenizer.name_or_path or model),
             "dtype": options.dtype,
             "trust_remote_code": options.trust_remote_code,
             "seed": options.seed,

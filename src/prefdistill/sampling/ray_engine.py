@@ -14,6 +14,7 @@ from typing import Any, Self
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
 from prefdistill.core.workers import Workers, check_ray, check_tokenizer
+from prefdistill.models.hub import pin_commits, pinned_commits
 from prefdistill.models.identity import model_key
 from prefdistill.sampling.engines import Drawn, Engine, Part, TransformersEngine
 from prefdistill.sampling.options import SampleRequest
@@ -30,12 +31,15 @@ class SampleWorker:
         return self.engine.draw(part, Progress("sampling", 0, shown=False))
 
 
-def load_worker(model: str, key: Any, tokenizer: Any, options: SampleRequest) -> SampleWorker:
-    """Load the model in a worker.
+def load_worker(
+    model: str, key: Any, commits: list[list[str | None]], tokenizer: Any, options: SampleRequest
+) -> SampleWorker:
+    """Load the model in a worker; a model on the Hub at the commit that the machine reads that started the workers.
 
     Raises:
         UserError: if it has another cache key here than on the machine that started the workers.
     """
+    pin_commits(commits)
     if model_key(model) != key:
         raise UserError(f"{model} is not the model that the other machines have under this name; give all the same")
     return SampleWorker(TransformersEngine.open(model, tokenizer, options))
@@ -63,7 +67,8 @@ class RayEngine(Engine):
     @classmethod
     def open(cls, model: Any, tokenizer: Any, options: SampleRequest) -> Self:
         check_tokenizer(tokenizer)
-        return cls(partial(load_worker, model, model_key(model), tokenizer, options), options.workers)
+        key = model_key(model)
+        return cls(partial(load_worker, model, key, pinned_commits(), tokenizer, options), options.workers)
 
     def generate(self, prompts: list[list[int]], limits: list[int], seed: int, progress: Progress) -> list[list[int]]:
         ((_, drawn),) = self.draw_all([Part(prompts, limits, range(len(prompts)), seed)], progress)

@@ -6,9 +6,9 @@ from typing import Any
 
 from prefdistill.core.errors import UserError
 from prefdistill.core.progress import Progress
-from prefdistill.data.encoder import Encoder
+from prefdistill.data.encoder import Encoder, prompt_tokens
 from prefdistill.data.template import end_token_ids
-from prefdistill.data.truncation import PROMPT_EMPTY, PROMPT_TOO_LONG, TEMPLATE_FAILED, Dropped, Truncation
+from prefdistill.data.truncation import Dropped, Truncation
 from prefdistill.sampling.engines import Part, TransformersEngine
 from prefdistill.sampling.options import Sampling
 
@@ -92,20 +92,8 @@ class Sampler:
 
     def encode_all(self, prompts: list[Any]) -> tuple[list[list[int]], Dropped]:
         """Return the truncated tokens of each prompt; none for one that cannot be answered."""
-        from jinja2 import TemplateError
-
-        encoded, reasons = [], []
-        for prompt in prompts:
-            try:
-                ids, reason = self.encoder.ids(prompt), ""
-            except TemplateError:
-                ids, reason = [], TEMPLATE_FAILED
-            if ids:
-                ids = self.truncation.cut_prompt(ids, self.tokenizer.bos_token_id)
-                reason = PROMPT_TOO_LONG if self.truncation.room_after(ids) == 0 else ""
-            encoded.append([] if reason else ids)
-            reasons.append(reason or ("" if ids else PROMPT_EMPTY))
-        return encoded, Dropped.from_reasons(reasons)
+        encoded = [prompt_tokens(self.encoder, prompt, self.truncation) for prompt in prompts]
+        return [ids for ids, _ in encoded], Dropped.from_reasons([reason for _, reason in encoded])
 
     def part(self, encoded: list[list[int]], rows: Sequence[int], seed: int) -> Part:
         """Return prompts with their limits; `rows` number them in messages."""

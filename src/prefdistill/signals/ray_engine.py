@@ -21,6 +21,7 @@ from prefdistill.core.processes import processes, require_one_process
 from prefdistill.core.progress import Progress
 from prefdistill.core.workers import Workers, check_tokenizer
 from prefdistill.data.truncation import Truncation
+from prefdistill.models.hub import pin_commits, pinned_commits, pinned_revision
 from prefdistill.signals.artifact import StoreArtifact, write_part
 from prefdistill.signals.options import ExtractRequest
 from prefdistill.signals.request import Extraction, parts_of
@@ -71,8 +72,11 @@ def load_worker(
     options: ExtractRequest,
     truncation: Truncation,
     ids_from: str | None,
+    commits: list[list[str | None]],
 ) -> ShardWorker:
-    """Load model and data in a worker, see `Extraction.load`; `ids_from` is the directory of a store."""
+    """Load model and data in a worker, see `Extraction.load`; `ids_from` is the directory of a store, and `commits` are
+    those of models on the Hub."""
+    pin_commits(commits)
     if not appears(out / LOCK):
         raise not_shared(out)
     other = Signals.open(ids_from) if ids_from else None
@@ -132,6 +136,9 @@ def ray_shards(
         raise UserError("the workers of the engine ray open the store of ids_from themselves: give one on disk")
     check_tokenizer(tokenizer)
     place = str(Path(ids_from.place).absolute()) if ids_from else None
-    load = functools.partial(load_worker, out.absolute(), model, dataset, tokenizer, options, truncation, place)
+    pinned_revision(model)
+    load = functools.partial(
+        load_worker, out.absolute(), model, dataset, tokenizer, options, truncation, place, pinned_commits()
+    )
     with Workers(load, options.workers) as workers:
         yield RayShards(workers, workers.call("request"))

@@ -15,7 +15,7 @@ from prefdistill.core.progress import say
 from prefdistill.data.template import template_ending
 from prefdistill.models.adapters import CAUSAL_LM, CHANGES_BASE, merge, read_adapter
 from prefdistill.models.backbone import causal_lm
-from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base, gguf_parts
+from prefdistill.models.hub import ADAPTER_CONFIG, BASE, adapter_base, gguf_parts, loading_place
 from prefdistill.models.quantize import keep_packing
 from prefdistill.models.sharded import is_sharded, plain_class
 from prefdistill.training.engines import load_whole_models
@@ -235,7 +235,7 @@ def _adapter_loader(kind: Any, place: Path, dtype: torch.dtype | str) -> Callabl
     def load() -> Any:
         settings = read_json(place / ADAPTER_CONFIG)
         base, task = settings["base_model_name_or_path"], settings.get("task_type") or CAUSAL_LM
-        load_base = lambda _: keep_packing(kind.from_pretrained(base, dtype=dtype))  # noqa: E731
+        load_base = lambda _: keep_packing(kind.from_pretrained(**loading_place(base), dtype=dtype))  # noqa: E731
         return _placed(read_adapter(str(place), task, load_base))
 
     return load

@@ -17,9 +17,11 @@ def make_step(request: dict[str, Any]) -> dict[str, Any]:
     from prefdistill.core.progress import not_again, quiet_libraries
     from prefdistill.experiment.plan import build_plan
     from prefdistill.experiment.recipe import Recipe
+    from prefdistill.models.hub import pin_commits
 
     quiet_libraries()
     not_again(request["said"])
+    pin_commits(request["commits"])
     recipe: Recipe = validate(Recipe, request["recipe"], "the recipe of the run", strict=False)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

@@ -2,17 +2,22 @@
 
 import functools
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prefdistill.core.errors import UserError
 from prefdistill.core.file_artifact import sidecar
-from prefdistill.core.files import read_json
+from prefdistill.core.files import read_json, temporary_path
 from prefdistill.core.progress import say
 from prefdistill.data.columns import SCORES, SIDES, TEMPLATE_COLUMNS, ended_column
 from prefdistill.data.encode import encode_pairs
+from prefdistill.data.encoder import Encoder, prompt_tokens
 from prefdistill.data.load import load_pairs
-from prefdistill.experiment.step import Model, Rows, Step
+from prefdistill.data.prompts import prompts_of
+from prefdistill.data.truncation import Dropped, Truncation
+from prefdistill.experiment.step import Model, Rows, Step, Tokenizer
 from prefdistill.models.device import default_dtype
 from prefdistill.models.options import Placement
 from prefdistill.sampling.files import OtherPrompts, check_prompts, sample_responses
@@ -28,11 +33,26 @@ if TYPE_CHECKING:
 
 RUN_ON = RecipeSignals.model_fields.keys() - SignalOptions.model_fields.keys()  # options of where signals are extracted
 SAMPLING_SEED = 7_001  # of a student's first round; later rounds use multiples of it
+_REFUSED: dict[tuple[str, str, Truncation], dict[int, str]] = {}  # what `refused_prompts` has returned
+
+
+def refused_prompts(data: Rows, tokenizer: Tokenizer, truncation: Truncation) -> dict[int, str]:
+    """Return the rows whose prompt gets no response with a tokenizer, with the reason; computed once in a process."""
+    key = (data.key, tokenizer.key, truncation)
+    if key not in _REFUSED:
+        encoder = Encoder(tokenizer.tokenizer)
+        reasons = (prompt_tokens(encoder, prompt, truncation)[1] for prompt in prompts_of(data.rows))
+        _REFUSED[key] = {row: reason for row, reason in enumerate(reasons) if reason}
+    return _REFUSED[key]
 
 
 @dataclass(eq=False, kw_only=True)
 class Sample(Step):
-    """Sample responses of a model to the training prompts."""
+    """Sample responses of a model to the training prompts.
+
+    Where teacher and student have tokenizers or chat templates of their own, both respond to the prompts that both
+    accept: a method may compare their responses.
+    """
 
     kind: ClassVar[str] = "sample"
     data: Rows
@@ -40,17 +60,37 @@ class Sample(Step):
     column: str  # of the responses
 
     @property
+    def _other(self) -> Tokenizer:
+        """The tokenizer of the teacher if this samples the student, and the other way round."""
+        context = self.context
+        return context.teacher_tokenizer if self.reads_with is context.tokenizer else context.tokenizer
+
+    @functools.cached_property
+    def left_out(self) -> dict[int, str]:
+        """The rows whose prompt the other model does not accept, with the reason."""
+        if not self.context.two_tokenizers:
+            return {}
+        other = "student" if self._other is self.context.tokenizer else "teacher"
+        refused = refused_prompts(self.data, self._other, self.context.truncation)
+        return {row: f"{reason}, as the {other} reads it" for row, reason in refused.items()}
+
+    @property
     def _seed(self) -> int:
         return self.context.seed + SAMPLING_SEED * (self.round or 0)
 
     @property
     def options(self) -> dict[str, Any]:
-        return {
+        options = {
             "truncation": str(self.context.truncation),
             "sampling": self.context.recipe.sampling.drawing,
             "sampling_seed": self._seed,
             **self.context.load_options(self.model.role, self.model),
         }
+        if self.context.two_tokenizers and (self.data.made_by or self._other.made_by):
+            options["prompts_accepted_by"] = self._other.key  # which they are is known when both are made
+        elif self.left_out:
+            options["prompts_refused"] = list(self.left_out)
+        return options
 
     @property
     def request(self) -> dict[str, Any]:
@@ -69,6 +109,12 @@ class Sample(Step):
 
     def make(self, out: Path) -> None:
         train = self.data.rows
+        if self.left_out:
+            dropped = Dropped({}, {}).with_rows(self.left_out)
+            say(f"{self.name}: {dropped}")
+            train = train.select([row for row in range(len(train)) if row not in self.left_out])
+            if not len(train):
+                raise UserError(f"No prompt is left: {dropped}. Change the data, the chat templates or the lengths.")
         columns = ("prompt", *TEMPLATE_COLUMNS, *SIDES, *SCORES, *(ended_column(side) for side in SIDES))
         sample_responses(
             self.model.place,
@@ -83,15 +129,28 @@ class Sample(Step):
         try:
             check_prompts(self.directory / "responses.jsonl", self.rows, self.column, self.reads_with.tokenizer)
         except OtherPrompts as error:
-            say(f"{self.name}: {str(error).rpartition(';')[0]}; sampling again")
-            for path in self.directory.glob("responses.jsonl*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            vars(self).pop("rows", None)
-            self.work(self.directory)
+            self._sample_again(error)
+
+    def repair(self) -> None:
+        file = self.directory / "responses.jsonl"
+        if file.is_file() and sidecar(file).is_file():
+            return
+        file.unlink(missing_ok=True)
+        try:
+            self.work(self.directory)  # an earlier sampling again was interrupted
+        except OtherPrompts as error:
+            self._sample_again(error)
+
+    def _sample_again(self, error: OtherPrompts) -> None:
+        say(f"{self.name}: {str(error).rpartition(';')[0]}; sampling again")
+        for path in self.directory.glob("responses.jsonl*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        vars(self).pop("rows", None)
+        self.work(self.directory)
 
     def read(self) -> dict[str, Any]:
         about = read_json(sidecar(self.directory / "responses.jsonl"))
-        prompts, dropped = about["prompts"], about["dropped"]
+        prompts, dropped = about["prompts"], {**about["dropped"], **Counter(self.left_out.values())}
         counts = {"rows": prompts + sum(dropped.values()), "kept": prompts, "dropped": dropped}
         return {"data": self.data.name, "responses": [], **counts}
 
@@ -171,14 +230,17 @@ class ReadSignals(Step):
 
     def repair(self) -> None:
         store = self.directory / "store"
-        if not (store / "manifest.json").is_file():
-            self.work(self.directory)  # an earlier repair was interrupted
         try:
-            _ = self.store
-        except DamagedSignals as error:
-            say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
-            remove_damaged(store)
-            self.work(self.directory)
+            if not (store / "manifest.json").is_file():
+                self.work(self.directory)  # an earlier repair was interrupted
+            try:
+                _ = self.store
+            except DamagedSignals as error:
+                say(f"{self.name}: {str(error).split(';')[0]}; rebuilding it")
+                remove_damaged(store)
+                self.work(self.directory)
+        except OtherIds as error:  # of the shards that are left
+            self._extract_again(error)
 
     def refresh(self) -> None:
         tokenizer = self.reads_with.tokenizer
@@ -186,7 +248,12 @@ class ReadSignals(Step):
         try:
             check_ids(self.store, encoded, tokenizer)
         except OtherIds as error:
-            say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
-            shutil.rmtree(self.directory / "store")
-            vars(self).pop("store", None)
-            self.work(self.directory)
+            self._extract_again(error)
+
+    def _extract_again(self, error: OtherIds) -> None:
+        say(f"{self.name}: {str(error).rpartition(';')[0]}; extracting them again")
+        store = self.directory / "store"
+        old = store.rename(temporary_path(store))  # whole or not at all: shards that are left would be resumed
+        shutil.rmtree(old)
+        vars(self).pop("store", None)
+        self.work(self.directory)
