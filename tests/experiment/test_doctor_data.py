@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from prefdistill.core.errors import UserError
@@ -378,6 +378,7 @@ def some_model(tokenizer, tmp_path_factory):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
 @given(rows=st.lists(st.one_of(ROWS, st.sampled_from(["{", "[]", "1"])), max_size=6))
+@example(rows=[{"prompt": 1, **dict.fromkeys(("chosen", "rejected"), [{"role": "user", "content": ""}] * 2)}])
 def test_any_file_gives_findings_and_not_a_crash(some_model, tmp_path_factory, rows):
     source = write(tmp_path_factory.getbasetemp() / "any.jsonl", rows)
     checkup = examine(source, source, student=some_model, truncation=Truncation(20, 5))

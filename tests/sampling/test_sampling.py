@@ -642,7 +642,7 @@ def vllm(model, tokenizer, monkeypatch):
     package = ModuleType("vllm")
     package.LLM, package.SamplingParams, package.__version__ = LLM, SamplingParams, "0.0-stand-in"
     package.options, package.asked, package.said, package.alive = [], [], [], weakref.WeakSet()
-    package.room = 128
+    package.room = 1024
     monkeypatch.setitem(sys.modules, "vllm", package)
     return package
 

@@ -175,7 +175,7 @@ class RowReader:
             return row
         split = row | split_shared_prompt(row, index, self.source)
         contents = [m.get("content") for m in split["prompt"]]
-        if prompt and not any(isinstance(c, str) and prompt.strip() in c for c in contents):
+        if prompt and not any(isinstance(c, str) and str(prompt).strip() in c for c in contents):
             raise UserError(
                 f"{where}: 'prompt' is not in the conversations of 'chosen' and 'rejected'. Leave it out with "
                 "data.columns: {prompt: null}, or put it into their first message."

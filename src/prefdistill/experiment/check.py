@@ -204,7 +204,7 @@ def _check_engines(plan: Plan) -> None:
     for step in plan.steps:
         if isinstance(step, Sample):
             ENGINES.find(recipe.sampling.engine).check(
-                step.model.place, SampleRequest.checked("sampling", **step.request)
+                step.model.place, SampleRequest.checked("sampling", **step.asked)
             )
     if plan.user_data and (ignored := sorted(columns.intersection(plan.user_data.train.column_names))):
         say(f"note: the data's own {', '.join(ignored)} is not used; a recipe samples what its methods learn from")

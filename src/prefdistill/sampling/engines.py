@@ -276,8 +276,7 @@ class VLLMEngine(Engine):
         if lengths[longest] > room:  # vLLM would cut the response short
             raise UserError(
                 f"row {longest} of the data has up to {lengths[longest]:,} tokens with its response, and vLLM has room "
-                f"for {room:,}: give a lower --max-new-tokens, a --max-length, or more memory; vllm={{max_model_len: "
-                "...}} raises it within the positions of the model"
+                f"for {room:,}: give a lower --max-new-tokens, a --max-length, or vLLM more memory"
             )
         yield from super().draw_all(parts, progress)
 

@@ -43,7 +43,7 @@ class Sampling(Section):
         """The options that responses depend on, for requests. Engines with the same responses have one name."""
         engine = ENGINES.find(self.engine)
         options = self.part(Sampling) | {"engine": engine.same_draws_as or self.engine}
-        unused = {"vllm"} if not self.vllm else {"batch_size"} if engine.makes_batches else set()
+        unused = ["batch_size"] * engine.makes_batches + ["vllm"] * (not self.vllm)
         return {name: value for name, value in options.items() if name not in unused}
 
     @model_validator(mode="after")

@@ -93,17 +93,17 @@ class Sample(Step):
         return options
 
     @property
-    def request(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
         """The options of `sample_responses`."""
         sampling = self.context.recipe.sampling
+        # vLLM places a model itself
+        placement = {} if sampling.engine == "vllm" else self.context.placement(self.model.role)
         return {
             "column": self.column,
             "seed": self._seed,
             "trust_remote_code": self.context.recipe.model.trust_remote_code,
             **self.context.load_options(self.model.role, self.model),
-            **(
-                self.context.placement(self.model.role) if sampling.engine != "vllm" else {}
-            ),  # it places a model itself
+            **placement,
             **sampling.model_dump(),
         }
 
@@ -122,7 +122,7 @@ class Sample(Step):
             self.reads_with.tokenizer,
             out / "responses.jsonl",
             truncation=self.context.truncation,
-            **self.request,
+            **self.asked,
         )
 
     def refresh(self) -> None:
