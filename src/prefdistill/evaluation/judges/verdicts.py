@@ -119,6 +119,36 @@ def read_label(reply: str, labels: Sequence[str]) -> Verdict:
     return _read(reply, read)
 
 
+def rating(reply: str) -> float | None:
+    """Return the value of `read_rating`: None if a reply states no rating, or two that differ.
+
+    Example:
+        >>> rating("<think>a 10 would need more: [[10]]</think> Rating: [[2]]")
+        2.0
+    """
+    return read_rating(reply).value
+
+
+def winner(reply: str) -> str | None:
+    """Return the value of `read_winner`: None if a reply states no letter, or two that differ.
+
+    Example:
+        >>> winner("First I leaned to A. My verdict: [[B]]")
+        'B'
+    """
+    return read_winner(reply).value
+
+
+def label(reply: str, labels: Sequence[str]) -> float | None:
+    """Return the value of `read_label`: None if a reply states no label, or two that differ.
+
+    Example:
+        >>> label("<think>I lean to m</think>M", ["m", "M"])
+        1.0
+    """
+    return read_label(reply, labels).value
+
+
 def read_label_probability(reply: str, top: Top, labels: Sequence[str]) -> Verdict:
     """Return `label_probability`; none for a reply that starts by reasoning, whose first token is no verdict."""
     value = label_probability(top, labels) if without_reasoning(reply) == reply else None
