@@ -709,6 +709,16 @@ def test_responses_that_vllm_would_cut_short_are_refused(vllm, saved, tokenizer,
         sample_responses(saved, rows, out=tmp_path / "b.jsonl", **ask)
 
 
+def test_a_file_is_written_where_every_part_was_sampled_by_vllm_before(vllm, saved, rows, tmp_path, monkeypatch):
+    ask, out = {"engine": "vllm", "max_new_tokens": 2}, tmp_path / "a.jsonl"
+    with monkeypatch.context() as cut:
+        cut.setattr("prefdistill.sampling.files._read_parts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sample_responses(saved, rows, out=out, **ask)
+    asked = len(vllm.asked)
+    assert len(sample_responses(saved, rows, out=out, **ask)) == asked == len(vllm.asked)
+
+
 def test_each_response_of_a_vllm_stand_in_has_its_own_seed(vllm, saved, rows, tmp_path):
     """vLLM gives the i-th response to a prompt the seed of the prompt plus i."""
     sample_responses(

@@ -1,5 +1,6 @@
 """Engines: what generates responses. A new engine is a class and its entry in `prefdistill.sampling.ENGINES`."""
 
+import operator
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
@@ -267,16 +268,17 @@ class VLLMEngine(Engine):
         return cls(LLM(**(arguments | options.vllm)), tokenizer, options)
 
     def draw_all(self, parts: Sequence[Part], progress: Progress) -> Generator[tuple[int, Drawn], None, None]:
-        lengths = {
-            row: len(ids) + limit
+        lengths = (
+            (len(ids) + limit, row)
             for part in parts
             for row, ids, limit in zip(part.rows, part.prompts, part.limits, strict=True)
-        }
-        longest, room = max(lengths, key=lengths.__getitem__), self.llm.model_config.max_model_len
-        if lengths[longest] > room:  # vLLM would cut the response short
+        )
+        longest, row = max(lengths, key=operator.itemgetter(0), default=(0, 0))
+        room = self.llm.model_config.max_model_len
+        if longest > room:  # vLLM would cut the response short
             raise UserError(
-                f"row {longest} of the data has up to {lengths[longest]:,} tokens with its response, and vLLM has room "
-                f"for {room:,}: give a lower --max-new-tokens, a --max-length, or vLLM more memory"
+                f"row {row} of the data has up to {longest:,} tokens with its response, and vLLM has room for "
+                f"{room:,}: give a lower --max-new-tokens, a --max-length, or vLLM more memory"
             )
         yield from super().draw_all(parts, progress)
 
