@@ -77,9 +77,9 @@ def test_teacher_and_student_respond_to_the_prompts_that_both_accept(mine, tmp_p
         load_pairs(str(out / "seed-0" / name / "responses.jsonl"), responses=(column,))
         for name, column in (("sample-teacher", "teacher_response"), ("sample-start", "student_response"))
     ]
-    kept = [rows[row]["prompt"] for row in range(len(rows)) if row not in (1, 5, 6, 7, 9)]
+    accepted_prompts = [row["prompt"] for number, row in enumerate(rows) if number not in (1, 5, 6, 7, 9)]
     assert [[m["content"] for m in prompt] for prompt in samples[0]["prompt"]] == [
-        [m["content"] for m in prompt] for prompt in kept
+        [m["content"] for m in prompt] for prompt in accepted_prompts
     ]
     assert samples[0]["prompt"][:] == samples[1]["prompt"][:]
     read = {stage["name"]: stage["read"] for stage in results["stages"]}
@@ -87,7 +87,7 @@ def test_teacher_and_student_respond_to_the_prompts_that_both_accept(mine, tmp_p
         "the chat template refuses its messages",
         "the prompt leaves no room for a response within max_length",
     )
-    counts = {"rows": len(rows), "kept": len(kept)}
+    counts = {"rows": len(rows), "kept": len(accepted_prompts)}
     assert read["sample-teacher"].items() >= counts.items() <= read["sample-start"].items()
     assert read["sample-teacher"]["dropped"] == {
         refused: 2,

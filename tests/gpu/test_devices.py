@@ -4,14 +4,12 @@ The same tests run on the CPU with `pytest -m slow tests/gpu`, so that they cann
 """
 
 import importlib.util
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from benchmarks.parity import Parity
 from benchmarks.shapes import SHAPES, compile_layers
-from transformers import TrainerCallback
 
 from prefdistill.data.batches import PADDED, layout_for
 from prefdistill.data.columns import SIDES
@@ -22,6 +20,7 @@ from prefdistill.models.placement import is_spread
 from prefdistill.training.factory import make_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
+from support.interrupt import StopAt
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
@@ -130,7 +129,7 @@ def test_a_training_is_saved_verified_and_resumed(parity, device, tmp_path):
     def train(out, stop_at=None):
         start = lambda: load_model(str(tmp_path / "start"), dtype="float32")  # noqa: E731
         trainer = make_trainer(METHODS["simpo"](), start, parity.data, parity.tokenizer, training, tmp_path / out)
-        trainer.add_callback(CtrlC(stop_at))
+        trainer.add_callback(StopAt(stop_at))
         assert trainer.model.device.type == device
         fit(trainer, tmp_path / out, out)
 
@@ -143,17 +142,6 @@ def test_a_training_is_saved_verified_and_resumed(parity, device, tmp_path):
     moved, apart = (sum(float((whole[key] - x).square().sum()) for key, x in of.items()) for of in (start, stopped))
     assert apart < 1e-4 * moved  # squares; nothing, where the kernels are deterministic
     assert moved > 0
-
-
-class CtrlC(TrainerCallback):
-    """Interrupts at the end of a step, as Ctrl-C does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.gpu

@@ -85,18 +85,18 @@ def train(root: Path, out: Path, method: str, *, stop_after=None, model="model",
 
 def reference_of_trl(root: Path, out: Path) -> dict:
     """Return the classes of the layers of the reference of TRL's DPO, and how many of its weights are trainable."""
-    found = {}
+    reference_about = {}
 
     def note(trainer, *_, **__):
         reference = trainer.ref_model
-        found["layers"] = [type(layer).__name__ for layer in reference.model.layers]
-        found["trainable"] = sum(weight.requires_grad for weight in reference.parameters())
+        reference_about["layers"] = [type(layer).__name__ for layer in reference.model.layers]
+        reference_about["trainable"] = sum(weight.requires_grad for weight in reference.parameters())
 
     model, rows = str(root / "model"), load_pairs(str(root / "pairs.jsonl"))
     training = DPOTraining.model_validate(OPTIONS)
     with patch.object(trl, "fit", note):
         trl.train_with_trl(model, rows, load_tokenizer(model), training, out, truncation=Truncation(), what="dpo")
-    return found
+    return reference_about
 
 
 def main() -> None:

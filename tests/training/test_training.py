@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from prefdistill import METHODS, LiveTeacher, PrefDistillTrainer
 from prefdistill.core.errors import UserError
@@ -20,6 +20,7 @@ from prefdistill.training.checkpoints import WHOLE
 from prefdistill.training.factory import trl_trainer
 from prefdistill.training.loop import fit
 from prefdistill.training.options import Training
+from support.interrupt import StopAt
 
 
 def arguments(out, **more):
@@ -236,17 +237,6 @@ def test_evaluation_during_training(tmp_path, train, pairs, reference, teacher):
     losses = history(trainer, "eval_loss")
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(

@@ -163,7 +163,8 @@ def check_launch(recipe: Recipe) -> None:
             raise UserError(f"launch.{kind}: {launcher} on a machine with {devices} accelerators; each needs its own")
         precision = launcher.config.get("mixed_precision") or "no"
         for key, _, training in recipe.trainings():
-            if key not in (f"teacher.{kind}", f"student.{kind}") and (kind != "distill" or "methods." not in key):
+            of_method = key.startswith("methods.")
+            if not (of_method if kind == "distill" else key in (f"teacher.{kind}", f"student.{kind}")):
                 continue
             try:
                 split_batch(training, launcher.processes)
@@ -204,7 +205,7 @@ def _check_engines(plan: Plan) -> None:
     for step in plan.steps:
         if isinstance(step, Sample):
             ENGINES.find(recipe.sampling.engine).check(
-                step.model.place, SampleRequest.checked("sampling", **step.asked)
+                step.model.place, SampleRequest.checked("sampling", **step.sampling_options)
             )
     if plan.user_data and (ignored := sorted(columns.intersection(plan.user_data.train.column_names))):
         say(f"note: the data's own {', '.join(ignored)} is not used; a recipe samples what its methods learn from")

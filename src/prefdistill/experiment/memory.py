@@ -202,8 +202,7 @@ def training_memory(
     held = dtype_of(model, dtype)
     autocast = training.autocast and held is torch.float32
     width = 2 if autocast else held.itemsize
-    micro = min(training.micro_batch_size, training.batch_size)
-    rows = micro * sequences
+    rows = training.rows_at_once * sequences
     per_layer, around = activation_bytes(model, rows, longest, autocast, held)
     layers = text_config(model).num_hidden_layers
     inputs = rows * longest * hidden_size(model) * held.itemsize  # of one layer: the residual stream
@@ -219,7 +218,7 @@ def training_memory(
         activations=around + (layers * inputs + per_layer if training.gradient_checkpointing else layers * per_layer),
         head=head + (0 if adapter else _of_head(model) * width),
         last=around + per_layer,
-        micro_batches=-(-training.batch_size // micro),
+        micro_batches=-(-training.batch_size // training.rows_at_once),
         unit=(_of_layers(model, 2) + _around(model)) * held.itemsize,
         unit_gradients=adapter // layers or (_of_layers(model, 1) + _around(model)) * held.itemsize,
         uncached=needed if autocast else 0,

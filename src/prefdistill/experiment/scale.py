@@ -141,7 +141,7 @@ def strategies_of(plan: Plan, step: Step) -> tuple[Strategy, ...]:
     """Return how devices can share a step. A model that is only read is whole on a device, or spread over several where
     `signals.device_map` applies; a reward model trains on one."""
     if step.kind in SHARDED:
-        return ("one", "ddp", "zero2", "zero3", "fsdp2")
+        return tuple(strategy for strategy in STRATEGIES if strategy != "device_map")
     return ("one", "device_map") if _can_spread(plan, step) else ("one",)
 
 
@@ -220,7 +220,7 @@ def _batches(plan: Plan, devices: int) -> list[str]:
         training, n = _training(plan, step), devices if step.kind in SHARDED else 1
         if training is None or can_split(training, n):
             continue
-        size, micro, section = training.batch_size, min(training.micro_batch_size, training.batch_size), _section(step)
+        size, micro, section = training.batch_size, training.rows_at_once, _section(step)
         whole = -(-size // (micro * n)) * micro * n
         fitting = next((m for m in range(micro, 0, -1) if size % (m * n) == 0), None)
         line = (

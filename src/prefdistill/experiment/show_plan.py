@@ -241,14 +241,14 @@ def _length(data: Rows, plan: Plan, tokenizer: "PreTrainedTokenizerBase") -> Len
         responses = ("completion",)
     encoded, _ = encode_pairs(rows, tokenizer, plan.context.truncation, responses=responses)
     counts = [[*map(len, encoded[f"{part}_ids"])] for part in ("prompt", *responses)]
-    rows = [*zip(*counts, strict=True)]
+    by_row = [*zip(*counts, strict=True)]
     return Lengths(
         len(encoded),
         sum(map(sum, counts[1:])),
         sum(counts[0]),
         responses=len(responses),
-        longest=max(map(sum, rows), default=0),
-        longest_text=max((prompt + max(of) for prompt, *of in rows), default=0),
+        longest=max(map(sum, by_row), default=0),
+        longest_text=max((prompt + max(of) for prompt, *of in by_row), default=0),
     )
 
 

@@ -137,12 +137,12 @@ def fetch_hub_file(name: str, file: str, revision: str | None = None) -> Path | 
     """
     from huggingface_hub import hf_hub_download
 
-    asked = name, revision
+    repository = name, revision
     try:
-        path = Path(hf_hub_download(name, file, revision=COMMITS.get(asked, revision)))
+        path = Path(hf_hub_download(name, file, revision=COMMITS.get(repository, revision)))
     except (OSError, ValueError):  # no such file or repository, or no connection: loading the model reports it
         return None
-    COMMITS.setdefault(asked, commit_of(path, file))
+    COMMITS.setdefault(repository, commit_of(path, file))
     return path
 
 
@@ -161,7 +161,7 @@ def pinned_revision(name: str, revision: str | None = None) -> str | None:
 
 def pinned_commits() -> list[list[str | None]]:
     """Return the commits that this process reads, for `pin_commits` in a process that works for it."""
-    return [[*asked, commit] for asked, commit in COMMITS.items()]
+    return [[*repository, commit] for repository, commit in COMMITS.items()]
 
 
 def pin_commits(commits: list[list[str | None]]) -> None:

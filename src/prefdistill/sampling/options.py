@@ -43,8 +43,11 @@ class Sampling(Section):
         """The options that responses depend on, for requests. Engines with the same responses have one name."""
         engine = ENGINES.find(self.engine)
         options = self.part(Sampling) | {"engine": engine.same_draws_as or self.engine}
-        unused = ["batch_size"] * engine.makes_batches + ["vllm"] * (not self.vllm)
-        return {name: value for name, value in options.items() if name not in unused}
+        if engine.makes_batches:
+            del options["batch_size"]
+        if not self.vllm:
+            del options["vllm"]
+        return options
 
     @model_validator(mode="after")
     def _draws(self) -> "Sampling":

@@ -136,7 +136,7 @@ def ray_shards(
         raise UserError("the workers of the engine ray open the store of ids_from themselves: give one on disk")
     check_tokenizer(tokenizer)
     place = str(Path(ids_from.place).absolute()) if ids_from else None
-    pinned_revision(model)
+    pinned_revision(model)  # so that all workers read one commit
     load = functools.partial(
         load_worker, out.absolute(), model, dataset, tokenizer, options, truncation, place, pinned_commits()
     )

@@ -132,7 +132,7 @@ def split_batch(training: Training, processes: int) -> tuple[int, int]:
     Raises:
         UserError: if the batch size does not fit the number of processes.
     """
-    micro = min(training.micro_batch_size, training.batch_size)
+    micro = training.rows_at_once
     if not can_split(training, processes):
         raise UserError(
             f"batch_size={training.batch_size} is not a multiple of micro_batch_size x processes = "
@@ -143,7 +143,7 @@ def split_batch(training: Training, processes: int) -> tuple[int, int]:
 
 def can_split(training: Training, processes: int) -> bool:
     """Return whether processes can share a batch in whole micro-batches."""
-    return training.batch_size % (min(training.micro_batch_size, training.batch_size) * processes) == 0
+    return training.batch_size % (training.rows_at_once * processes) == 0
 
 
 def _check_numbers(kind: type[Any], arguments: Options) -> None:

@@ -112,6 +112,11 @@ class Training(Section):
     )
 
     @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch: no more than a batch has."""
+        return min(self.micro_batch_size, self.batch_size)
+
+    @property
     def autocast(self) -> bool:
         """Whether bfloat16 autocast is on, on this hardware."""
         return fast_bf16() if self.bf16 is None else self.bf16

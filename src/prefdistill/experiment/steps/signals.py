@@ -93,7 +93,7 @@ class Sample(Step):
         return options
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, Any]:
         """The options of `sample_responses`."""
         sampling = self.context.recipe.sampling
         # vLLM places a model itself
@@ -122,7 +122,7 @@ class Sample(Step):
             self.reads_with.tokenizer,
             out / "responses.jsonl",
             truncation=self.context.truncation,
-            **self.asked,
+            **self.sampling_options,
         )
 
     def refresh(self) -> None:
